@@ -1,0 +1,101 @@
+"""The shared-memory segment: one file, allocated in full at start, written here and mapped
+read-only by nodes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from proto import errors, shm
+
+
+class Segment:
+    """Slots as writable views, and the generation of each."""
+
+    def __init__(
+        self, path: Path, mapping: mmap.mmap, layout: shm.SegmentLayout, epoch: int
+    ) -> None:
+        self.path = path
+        self.layout = layout
+        self.epoch = epoch
+        self._view = memoryview(mapping)
+
+    def slot(self, slot: int) -> memoryview:
+        """The bytes of a slot. The caller gives the view back with `with`."""
+        start = self.layout.slot_offset_bytes(slot)
+        return self._view[start : start + self.layout.slot_bytes]
+
+    def bump_generation(self, slot: int) -> int:
+        """Announce that the slot's bytes are about to change."""
+        generation = shm.read_generation(self._view, slot) + 1
+        shm.write_generation(self._view, slot, generation)
+        return generation
+
+    def release(self) -> None:
+        self._view.release()
+
+
+@contextmanager
+def create(path: Path, num_slots: int, slot_bytes: int) -> Iterator[Segment]:
+    """A segment for the block; its file is removed at the end.
+
+    A file that a crashed store left is formatted anew, under a new epoch: there is never a second
+    one.
+    Raises AlreadyRunning when another store holds the file, MemoryExceeded when the file system
+    is full.
+    """
+    layout = shm.SegmentLayout(num_slots, slot_bytes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        _claim(descriptor, path)
+        _allocate(descriptor, path, layout)
+        with mmap.mmap(descriptor, layout.segment_bytes) as mapping:
+            segment = Segment(path, mapping, layout, epoch=time.time_ns())
+            _format(mapping, segment)
+            try:
+                yield segment
+            finally:
+                segment.release()
+                path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _claim(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise errors.AlreadyRunning(
+            f"another expert_store holds {path}: stop it, or use another --run-dir"
+        ) from error
+
+
+def _allocate(descriptor: int, path: Path, layout: shm.SegmentLayout) -> None:
+    """A full tmpfs is an error here and not a SIGBUS later."""
+    try:
+        os.ftruncate(descriptor, layout.segment_bytes)
+        os.posix_fallocate(descriptor, 0, layout.segment_bytes)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise errors.MemoryExceeded(
+            f"{path.parent} has no room for a segment of {layout.segment_bytes:,} bytes "
+            f"({error.strerror}): "
+            "give fewer experts memory, or more shared memory (shm_size in compose)"
+        ) from error
+
+
+def _format(mapping: mmap.mmap, segment: Segment) -> None:
+    view = memoryview(mapping)
+    try:
+        for slot in range(segment.layout.num_slots):
+            segment.bump_generation(slot)
+        shm.write_header(view, segment.layout, segment.epoch)
+    finally:
+        view.release()

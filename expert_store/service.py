@@ -1,0 +1,235 @@
+"""The gRPC face of the store: translates messages, and no more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import xxhash
+
+from expert_store import sessions
+from expert_store.store import ExpertStore, Lent
+from proto import errors, expert_pb2, rpc
+from proto import expert_store_pb2 as pb
+from proto import expert_store_pb2_grpc as pb_grpc
+from proto.expert import ExpertKey
+
+SERVICE_NAME = "flashmoe.v1.ExpertStore"
+_MAX_UNANSWERED = 64
+
+
+class ExpertStoreService(pb_grpc.ExpertStoreServicer):
+    """model_dir: where config, tokenizer and dense weights are."""
+
+    def __init__(self, store: ExpertStore, model_dir: str, read_depth: int) -> None:
+        self._store = store
+        self._model_dir = model_dir
+        self._read_depth = read_depth
+        self._draining = asyncio.Event()
+
+    def drain(self) -> None:
+        """End every session once its exchanges are answered; open no more."""
+        self._draining.set()
+
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeReply:
+        layout = self._store.segment.layout
+        return pb.DescribeReply(
+            protocol_version=rpc.PROTOCOL_VERSION,
+            model=self._store.manifest.spec.to_pb(),
+            model_dir=self._model_dir,
+            slot_bytes=layout.slot_bytes,
+            num_slots=layout.num_slots,
+            read_depth=self._read_depth,
+            direct_io=self._store.files.direct,
+        )
+
+    async def Resident(self, request: pb.ResidentRequest, context: Any) -> pb.ResidentReply:
+        return pb.ResidentReply(keys=[key.to_pb() for key in self._store.slots.resident()])
+
+    async def Stats(self, request: pb.StoreStatsRequest, context: Any) -> pb.StoreStatsReply:
+        store, counters = self._store, self._store.counters
+        slots = store.slots.counts()
+        return pb.StoreStatsReply(
+            demand_reads=counters.demand_reads,
+            prefetch_reads=counters.prefetch_reads,
+            bytes_read=counters.bytes_read,
+            shared_hits=counters.shared_hits,
+            prefetches_dropped=counters.prefetches_dropped,
+            slots_free=slots["free"],
+            slots_filling=slots["filling"],
+            slots_leased=slots["leased"],
+            slots_reclaimable=slots["reclaimable"],
+            sessions=store.sessions.num_open,
+            orphaned_sessions=store.sessions.num_orphaned,
+            quarantined=[str(key) for key in store.quarantined],
+            read_s_total=counters.read_s,
+        )
+
+    async def Session(
+        self, request_iterator: AsyncIterator[pb.SessionRequest], context: Any
+    ) -> AsyncIterator[pb.SessionReply]:
+        if self._draining.is_set():
+            raise errors.Unavailable("the store is stopping: retry")
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("kind") != "open":
+            raise errors.InvalidRequest("a session starts with an open message")
+        session = self._open(first.open)
+        try:
+            yield pb.SessionReply(opened=self._opened(session))
+            stream = _SessionStream(self._store, session, self._draining)
+            async for reply in stream.replies(request_iterator):
+                yield reply
+        finally:
+            self._store.sessions.close(session)
+
+    def _open(self, request: pb.Open) -> sessions.Session:
+        if request.protocol_version != rpc.PROTOCOL_VERSION:
+            raise errors.VersionMismatch(
+                f"the store speaks protocol {rpc.PROTOCOL_VERSION}, the node "
+                f"{request.protocol_version}: "
+                "update the older one"
+            )
+        fingerprint = self._store.manifest.spec.fingerprint
+        if request.fingerprint != fingerprint:
+            raise errors.VersionMismatch(
+                f"the store serves model {fingerprint}, the node wants {request.fingerprint}"
+            )
+        if request.transport not in (pb.TRANSPORT_SHARED_MEMORY, pb.TRANSPORT_CHUNKS):
+            raise errors.InvalidRequest("choose a transport: shared memory or chunks")
+        shared = request.transport == pb.TRANSPORT_SHARED_MEMORY
+        return self._store.sessions.open(
+            request.node, request.quota_slots, request.lock_name if shared else None
+        )
+
+    def _opened(self, session: sessions.Session) -> pb.Opened:
+        segment = self._store.segment
+        return pb.Opened(
+            session_id=session.session_id,
+            segment_path=str(segment.path) if session.lock_path else "",
+            epoch=segment.epoch,
+            slot_bytes=segment.layout.slot_bytes,
+            num_slots=segment.layout.num_slots,
+        )
+
+
+class _SessionStream:
+    """Reads exchanges, answers each when it is done; the first error ends the stream."""
+
+    def __init__(
+        self, store: ExpertStore, session: sessions.Session, draining: asyncio.Event
+    ) -> None:
+        self._store = store
+        self._session = session
+        self._draining = draining
+        self._replies: asyncio.Queue[pb.SessionReply | errors.FlashMoEError | None] = asyncio.Queue(
+            8
+        )
+        self._answers: set[asyncio.Task[None]] = set()
+
+    async def replies(
+        self, requests: AsyncIterator[pb.SessionRequest]
+    ) -> AsyncIterator[pb.SessionReply]:
+        reading = asyncio.create_task(self._read(requests))
+        drained = asyncio.create_task(self._end_when_drained())
+        try:
+            while (reply := await self._replies.get()) is not None:
+                if isinstance(reply, errors.FlashMoEError):
+                    raise reply
+                yield reply
+        finally:
+            tasks = [reading, drained, *self._answers]
+            for task in tasks:
+                task.cancel()
+            # An answer may be between a read and its lease: let it finish giving back before the
+            # session closes.
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, requests: AsyncIterator[pb.SessionRequest]) -> None:
+        async for request in requests:
+            try:
+                self._start(request)
+            except errors.FlashMoEError as error:
+                await self._replies.put(error)
+                return
+        await self._finish_answers()
+        await self._replies.put(None)
+
+    async def _end_when_drained(self) -> None:
+        await self._draining.wait()
+        await self._finish_answers()
+        await self._replies.put(errors.Unavailable("the store is stopping: retry"))
+
+    async def _finish_answers(self) -> None:
+        while self._answers:
+            await asyncio.wait(list(self._answers))
+
+    def _start(self, request: pb.SessionRequest) -> None:
+        if request.WhichOneof("kind") != "exchange":
+            raise errors.InvalidRequest("after its opening a session carries exchanges")
+        if len(self._answers) >= _MAX_UNANSWERED:
+            raise errors.QueueFull(f"{_MAX_UNANSWERED} exchanges are unanswered: wait for some")
+        exchange = request.exchange
+        self._store.sessions.release(
+            self._session, [ExpertKey.from_pb(key) for key in exchange.releases]
+        )
+        self._store.prefetch([ExpertKey.from_pb(key) for key in exchange.prefetches])
+        task = asyncio.create_task(self._answer(exchange))
+        self._answers.add(task)
+        task.add_done_callback(self._answers.discard)
+
+    async def _answer(self, exchange: pb.Exchange) -> None:
+        try:
+            keys = [ExpertKey.from_pb(key) for key in exchange.acquires]
+            lent = await self._store.acquire(self._session, keys)
+            if self._session.lock_path is None:
+                await self._send_chunks(exchange.exchange_id, lent)
+        except errors.FlashMoEError as error:
+            await self._replies.put(error)
+            return
+        leases = [_lease(item) for item in lent]
+        exchanged = pb.Exchanged(exchange_id=exchange.exchange_id, leases=leases)
+        await self._replies.put(pb.SessionReply(exchanged=exchanged))
+
+    async def _send_chunks(self, exchange_id: int, lent: list[Lent]) -> None:
+        """Copy each record to the stream and give its slot back."""
+        for item in lent:
+            if item.error is None:
+                try:
+                    await self._send_record(exchange_id, item)
+                finally:
+                    self._store.sessions.release(self._session, [item.key])
+
+    async def _send_record(self, exchange_id: int, item: Lent) -> None:
+        record = self._store.manifest.records[item.key]
+        digest = xxhash.xxh3_64()
+        with self._store.segment.slot(item.slot) as view:
+            for number, extent in enumerate(record.extents):
+                end = extent.place_bytes + extent.length_bytes
+                for offset in range(extent.place_bytes, end, rpc.CHUNK_BYTES):
+                    data = bytes(view[offset : min(offset + rpc.CHUNK_BYTES, end)])
+                    digest.update(data)
+                    last = number == len(record.extents) - 1 and offset + len(data) == end
+                    chunk = pb.Chunk(
+                        exchange_id=exchange_id,
+                        key=item.key.to_pb(),
+                        offset_bytes=offset,
+                        data=data,
+                        last=last,
+                        checksum=digest.intdigest() if last else 0,
+                    )
+                    await self._replies.put(pb.SessionReply(chunk=chunk))
+
+
+def _lease(item: Lent) -> pb.Lease:
+    if item.error is not None:
+        detail = expert_pb2.ErrorDetail(kind=type(item.error).__name__, message=str(item.error))
+        return pb.Lease(key=item.key.to_pb(), error=detail)
+    return pb.Lease(
+        key=item.key.to_pb(),
+        slot=item.slot,
+        generation=item.generation,
+        tensor_offsets=item.tensor_offsets,
+        bytes_read=item.bytes_read,
+        read_s=item.read_s,
+    )

@@ -1,0 +1,233 @@
+"""Error kinds, and the one table between them and gRPC status.
+
+A kind says whose fault it is (its status) and whether the same call may succeed later (retryable).
+It crosses the wire as a status plus its class name in trailing metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, ClassVar
+
+import grpc
+import grpc.aio
+
+KIND_METADATA_KEY = "flashmoe-error"
+
+
+class FlashMoEError(Exception):
+    """Something went wrong that only a defect of ours explains."""
+
+    status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    retryable: ClassVar[bool] = False
+
+
+class InvalidRequest(FlashMoEError):
+    """The caller asked for something that can never be answered."""
+
+    status = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class UnknownExpert(InvalidRequest):
+    """No such (layer, expert) in this model."""
+
+
+class ConfigInvalid(FlashMoEError):
+    """A setting is missing, mistyped or contradicts another."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class CheckpointUnsupported(FlashMoEError):
+    """This checkpoint or architecture cannot be served; the message names what is in the way."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class ManifestInvalid(FlashMoEError):
+    """The manifest, or a file it names, is not what it should be."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class SourceChanged(ManifestInvalid):
+    """A file changed after it was indexed."""
+
+
+class SegmentInvalid(FlashMoEError):
+    """The shared-memory file is not a segment of ours, or of another version."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class VersionMismatch(FlashMoEError):
+    """The two ends speak different protocol versions or serve different models."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class MemoryExceeded(FlashMoEError):
+    """The ceiling cannot be kept."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class AlreadyRunning(FlashMoEError):
+    """Another daemon holds this socket or run directory."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class SlotsExhausted(FlashMoEError):
+    """The quota is not to be had: fewer slots, or another session must close first."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    retryable = True
+
+
+class QueueFull(FlashMoEError):
+    """Too much is waiting already: retry later."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    retryable = True
+
+
+class ExpertDamaged(FlashMoEError):
+    """An expert's bytes are not what was indexed, or cannot be read; it stays quarantined."""
+
+    status = grpc.StatusCode.DATA_LOSS
+
+
+class StaleLease(FlashMoEError):
+    """A slot was refilled under its reader; the output was discarded."""
+
+    status = grpc.StatusCode.ABORTED
+    retryable = True
+
+
+class Unavailable(FlashMoEError):
+    """The peer is away or draining: retry later."""
+
+    status = grpc.StatusCode.UNAVAILABLE
+    retryable = True
+
+
+class StoreUnavailable(Unavailable):
+    """The expert store stayed away longer than the deadline."""
+
+
+class DeadlineExceeded(FlashMoEError):
+    """The caller's deadline passed."""
+
+    status = grpc.StatusCode.DEADLINE_EXCEEDED
+    retryable = True
+
+
+class Cancelled(FlashMoEError):
+    """The caller went away."""
+
+    status = grpc.StatusCode.CANCELLED
+
+
+class NotReady(FlashMoEError):
+    """Nothing is known yet."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+    retryable = True
+
+
+class MessageInvalid(FlashMoEError):
+    """Bytes from Redis or a peer that do not decode."""
+
+    status = grpc.StatusCode.INVALID_ARGUMENT
+
+
+def _kinds(base: type[FlashMoEError]) -> dict[str, type[FlashMoEError]]:
+    found = {base.__name__: base}
+    for sub in base.__subclasses__():
+        found |= _kinds(sub)
+    return found
+
+
+KINDS = _kinds(FlashMoEError)
+
+_FROM_STATUS: dict[grpc.StatusCode, type[FlashMoEError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: QueueFull,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.DATA_LOSS: ExpertDamaged,
+}
+
+
+def from_kind(kind: str, message: str) -> FlashMoEError:
+    """The error a peer named inside a stream; an unknown kind becomes the base class."""
+    return KINDS.get(kind, FlashMoEError)(message)
+
+
+def from_rpc(error: grpc.RpcError) -> FlashMoEError:
+    """The typed error behind a failed call."""
+    code, details = _read_code(error), _read_details(error)
+    kind = dict(_read_metadata(error)).get(KIND_METADATA_KEY, "")
+    fallback = _FROM_STATUS.get(code, FlashMoEError)
+    return KINDS.get(str(kind), fallback)(details)
+
+
+def _read_code(error: Any) -> grpc.StatusCode:
+    code: grpc.StatusCode = error.code()
+    return code
+
+
+def _read_details(error: Any) -> str:
+    return str(error.details() or error.code())
+
+
+def _read_metadata(error: Any) -> list[tuple[str, str | bytes]]:
+    return [(key, value) for key, value in (error.trailing_metadata() or ())]
+
+
+async def _abort(context: Any, error: FlashMoEError) -> None:
+    metadata = ((KIND_METADATA_KEY, type(error).__name__),)
+    await context.abort(error.status, str(error), trailing_metadata=metadata)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns a raised FlashMoEError into its status, so that no servicer needs a try."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        if handler.unary_unary:
+            return handler._replace(unary_unary=_guard_unary(handler.unary_unary))
+        if handler.unary_stream:
+            return handler._replace(unary_stream=_guard_stream(handler.unary_stream))
+        if handler.stream_stream:
+            return handler._replace(stream_stream=_guard_stream(handler.stream_stream))
+        return handler
+
+
+def _guard_unary(method: Callable[[Any, Any], Awaitable[Any]]) -> Any:
+    async def call(request: Any, context: Any) -> Any:
+        try:
+            return await method(request, context)
+        except FlashMoEError as error:
+            await _abort(context, error)
+
+    return call
+
+
+def _guard_stream(method: Callable[[Any, Any], Any]) -> Any:
+    async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for reply in method(request, context):
+                yield reply
+        except FlashMoEError as error:
+            await _abort(context, error)
+
+    return call

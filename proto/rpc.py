@@ -1,0 +1,210 @@
+"""Both ends of a connection: options, TLS, health, reflection, drain, protocol version."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from pydantic import BaseModel, ConfigDict
+
+from proto import errors
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 32 * 1024 * 1024
+CHUNK_BYTES = 1024 * 1024
+
+Status = health_pb2.HealthCheckResponse.ServingStatus
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_Status = health_pb2.HealthCheckResponse.ServingStatus
+SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+# A client that pings faster than the server allows is cut off, so both ends read this one list.
+OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.so_reuseport", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
+    *OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+
+class TlsFiles(BaseModel):
+    """PEM files of one side. With `ca`, the other side must present a certificate it signed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cert: Path
+    key: Path
+    ca: Path | None = None
+
+
+def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    root = tls.ca.read_bytes() if tls.ca else None
+    pair = (tls.key.read_bytes(), tls.cert.read_bytes())
+    return grpc.ssl_server_credentials([pair], root, require_client_auth=root is not None)
+
+
+def channel_credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
+    root = tls.ca.read_bytes() if tls.ca else None
+    return grpc.ssl_channel_credentials(root, tls.key.read_bytes(), tls.cert.read_bytes())
+
+
+def connect(address: str, tls: TlsFiles | None = None) -> grpc.Channel:
+    """A channel for a thread that may block."""
+    if tls:
+        return grpc.secure_channel(address, channel_credentials(tls), options=CLIENT_OPTIONS)
+    return grpc.insecure_channel(address, options=CLIENT_OPTIONS)
+
+
+def connect_aio(address: str, tls: TlsFiles | None = None) -> grpc.aio.Channel:
+    """A channel for an event loop."""
+    if tls:
+        return grpc.aio.secure_channel(address, channel_credentials(tls), options=CLIENT_OPTIONS)
+    return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where a daemon listens, and how it is protected there."""
+
+    address: str
+    tls: TlsFiles | None = None
+    insecure: bool = False
+
+
+class Health:
+    """Per-service health of one daemon; what is not set is NOT_SERVING."""
+
+    def __init__(self, services: Sequence[str]) -> None:
+        self.servicer = health.aio.HealthServicer()
+        self._services = ("", *services)
+
+    async def set(self, *, serving: bool) -> None:
+        status = SERVING if serving else NOT_SERVING
+        for service in self._services:
+            await self.servicer.set(service, status)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this host can reach `address` (unix:..., host:port)."""
+    if address.startswith(("unix:", "unix-abstract:")):
+        return True
+    host = address.rsplit(":", 1)[0].strip("[]")
+    if host == "localhost":
+        return True
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
+
+
+def check_exposure(listen: Listen) -> None:
+    """Refuse to serve other hosts in the clear.
+
+    Raises ConfigInvalid for a bind beyond loopback with neither TLS nor the insecure flag.
+    """
+    if listen.tls or is_loopback(listen.address):
+        return
+    if not listen.insecure:
+        raise errors.ConfigInvalid(
+            f"{listen.address} is reachable from other hosts: set tls, or insecure = true"
+        )
+    logger.warning("serving without TLS", extra={"address": listen.address})
+
+
+def check_socket_free(address: str) -> None:
+    """Clear a socket file that a dead daemon left.
+
+    Raises AlreadyRunning when somebody answers on it.
+    """
+    if not address.startswith("unix:"):
+        return
+    path = Path(address.removeprefix("unix:"))
+    if not path.exists():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+        else:
+            raise errors.AlreadyRunning(f"another daemon answers on {address}: stop it first")
+
+
+@asynccontextmanager
+async def serving(
+    listen: Listen,
+    register: Callable[[grpc.aio.Server], None],
+    services: Sequence[str],
+    grace_s: float,
+    drain: Callable[[], None] = lambda: None,
+) -> AsyncIterator[Health]:
+    """Serve until the block ends, then turn NOT_SERVING, call `drain`, and let work finish for
+    grace_s.
+
+    Raises ConfigInvalid (exposed without TLS, address not to be had), AlreadyRunning.
+    """
+    check_exposure(listen)
+    check_socket_free(listen.address)
+    server = grpc.aio.server(interceptors=(errors.ErrorInterceptor(),), options=OPTIONS)
+    state = Health(services)
+    health_pb2_grpc.add_HealthServicer_to_server(state.servicer, server)
+    reflection.enable_server_reflection(
+        (*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    register(server)
+    _bind(server, listen)
+    await server.start()
+    await state.set(serving=True)
+    try:
+        yield state
+    finally:
+        await state.set(serving=False)
+        drain()
+        await server.stop(grace_s)
+
+
+def _bind(server: grpc.aio.Server, listen: Listen) -> None:
+    previous = os.umask(0o177)  # a Unix socket is its owner's alone
+    try:
+        if listen.tls:
+            server.add_secure_port(listen.address, server_credentials(listen.tls))
+        else:
+            server.add_insecure_port(listen.address)
+    except RuntimeError as error:
+        raise errors.ConfigInvalid(f"cannot listen on {listen.address}: {error}") from error
+    finally:
+        os.umask(previous)
+
+
+async def until_signalled() -> None:
+    """Return at the first SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+    logger.info("stop requested")

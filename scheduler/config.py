@@ -1,0 +1,118 @@
+"""Settings of the scheduler: the [scheduler] table of flashmoe.toml."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
+
+from proto import errors
+from proto.rpc import Listen, TlsFiles
+
+HalfLives = Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=16)]
+MoeLayers = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, max_length=4096)]
+
+
+class SchedulerConfig(BaseModel):
+    """Frozen and strict: an unknown key stops the daemon and is named.
+
+    moe_layers:  model layer numbers, ascending; evidence and advice number them 0..L-1 in this order
+    consumer:    our name in the consumer group; a restart under the same name resumes its entries
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    address: str
+    redis_url: str
+    fingerprint: Annotated[str, Field(min_length=1, max_length=256)]
+    moe_layers: MoeLayers
+    num_experts: Annotated[int, Field(ge=1, le=65_536)]
+
+    horizon_steps: Annotated[int, Field(ge=1, le=256)] = 16
+    half_lives_tokens: HalfLives = (2.0, 8.0, 16.0, 64.0)
+    learn_rows_per_step: Annotated[int, Field(ge=1, le=4096)] = 64
+    min_labels: NonNegativeInt = 2000
+    max_nodes: PositiveInt = 8
+
+    advice_lifetime_s: PositiveFloat = 5.0
+    advice_min_interval_s: NonNegativeFloat = 0.0
+
+    consumer: Annotated[str, Field(min_length=1, max_length=256)] = "scheduler"
+    read_block_s: Annotated[float, Field(ge=0.01, le=10)] = 0.5
+    claim_idle_s: PositiveFloat = 60.0
+    learn_backlog_events: PositiveInt = 32
+    reconnect_max_s: PositiveFloat = 2.0
+
+    snapshot_path: Path | None = None
+    snapshot_interval_s: PositiveFloat = 30.0
+
+    tls: TlsFiles | None = None
+    insecure: bool = False
+    stop_grace_s: NonNegativeFloat = 5.0
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    metrics_port_file: Path | None = None
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, url: str) -> str:
+        if not url.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must begin with redis://, rediss:// or unix://")
+        return url
+
+    @field_validator("moe_layers")
+    @classmethod
+    def _check_moe_layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if list(layers) != sorted(set(layers)):
+            raise ValueError("must be ascending, each layer once")
+        return layers
+
+    @property
+    def listen(self) -> Listen:
+        return Listen(self.address, self.tls, self.insecure)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.moe_layers)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises ConfigInvalid naming the file, the key, what is wrong with it and the remedy."""
+        try:
+            document = tomllib.loads(path.read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise errors.ConfigInvalid(f"cannot read {path}: {error}") from error
+        table = document.get("scheduler")
+        if not isinstance(table, dict):
+            raise errors.ConfigInvalid(f"{path} has no table [scheduler]: add one")
+        return cls._from_table(path, table)
+
+    @classmethod
+    def _from_table(cls, path: Path, table: dict[str, Any]) -> Self:
+        try:
+            return cls.model_validate(table)
+        except ValidationError as error:
+            faults = "; ".join(_describe(fault) for fault in error.errors())
+            raise errors.ConfigInvalid(f"{path}, table [scheduler]: {faults}") from error
+
+
+def _describe(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = ", ".join(SchedulerConfig.model_fields)
+        return f"unknown key {key!r}: remove it, or spell it as one of {known}"
+    if fault["type"] == "missing":
+        return f"key {key!r} is missing: add it"
+    return f"key {key!r} is {fault['input']!r}: {fault['msg']}; change it"

@@ -1,0 +1,102 @@
+"""What one node's evidence says of every expert: recency, frequencies, gaps and gate weight.
+
+Time is the node's own count of decode steps, never a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proto.redis_schema import DecodeAccess, PrefillAccess
+
+Array = NDArray[np.float64]
+
+MAX_AGE_STEPS = 1024  # older uses look alike
+GAP_DECAY = 0.2  # weight of the newest gap
+GATE_DECAY = 0.2  # weight of the newest gate weight
+RARE = 1 / 1024  # a frequency below this looks like never
+
+
+def feature_names(half_lives_tokens: Sequence[float]) -> tuple[str, ...]:
+    frequencies = [f"log_frequency_{half_life:g}" for half_life in half_lives_tokens]
+    return ("log_age", *frequencies, "log_gap_mean", "log_gap_std", "age_over_gap", "gate_weight")
+
+
+class Features:
+    """State of all experts, [L, E]. `update` and `update_prefill` change it; the others only ask."""
+
+    def __init__(
+        self, num_layers: int, num_experts: int, half_lives_tokens: Sequence[float]
+    ) -> None:
+        shape = (num_layers, num_experts)
+        self.num_steps = 0
+        self._keep = 0.5 ** (1 / np.asarray(half_lives_tokens, np.float64))  # [H]
+        self._frequencies = np.zeros((len(self._keep), *shape))
+        self._last_step = np.full(shape, -MAX_AGE_STEPS)
+        self._gap_mean = np.full(shape, float(MAX_AGE_STEPS))
+        self._gap_variance = np.zeros(shape)
+        self._gate_weight = np.zeros(shape)
+
+    def used(self, event: DecodeAccess) -> NDArray[np.bool_]:
+        """[L, E], which experts this step chose."""
+        used = np.zeros(self._last_step.shape, np.bool_)
+        np.put_along_axis(used, event.topk_ids.astype(np.intp), True, axis=1)
+        return used
+
+    def update(self, event: DecodeAccess) -> None:
+        """One more decode step."""
+        self.num_steps += 1
+        at = np.nonzero(self.used(event))
+        self._update_frequencies(at)
+        self._update_gaps(at)
+        self._update_gate_weights(event)
+        self._last_step[at] = self.num_steps
+
+    def update_prefill(self, event: PrefillAccess) -> None:
+        """A prompt chunk counts for the frequencies as its tokens spread evenly; no step passes."""
+        keep = (self._keep ** max(1, event.num_tokens))[:, None, None]
+        share = np.minimum(event.token_counts / max(1, event.num_tokens), 1.0)  # [L, E]
+        self._frequencies *= keep
+        self._frequencies += (1 - keep) * share
+
+    def table(self) -> Array:
+        """[N, L, E], the features of every expert in the order of `feature_names`."""
+        return self._describe(())
+
+    def rows(self, layers: NDArray[np.intp], experts: NDArray[np.intp]) -> Array:
+        """[R, N], the features of the experts named by two parallel arrays."""
+        return self._describe((layers, experts)).T
+
+    def _update_frequencies(self, at: tuple[NDArray[np.intp], ...]) -> None:
+        self._frequencies *= self._keep[:, None, None]
+        self._frequencies[:, *at] += (1 - self._keep)[:, None]
+
+    def _update_gaps(self, at: tuple[NDArray[np.intp], ...]) -> None:
+        gap = np.minimum(self.num_steps - self._last_step[at], MAX_AGE_STEPS)
+        first = self._gap_mean[at] >= MAX_AGE_STEPS
+        off = np.where(first, 0.0, gap - self._gap_mean[at])
+        self._gap_mean[at] = np.where(first, gap, self._gap_mean[at] + GAP_DECAY * off)
+        self._gap_variance[at] = (1 - GAP_DECAY) * (self._gap_variance[at] + GAP_DECAY * off**2)
+
+    def _update_gate_weights(self, event: DecodeAccess) -> None:
+        at = (np.arange(len(event.topk_ids))[:, None], event.topk_ids.astype(np.intp))
+        old = self._gate_weight[at]
+        self._gate_weight[at] = old + GATE_DECAY * (event.topk_weights.astype(np.float64) - old)
+
+    def _describe(self, at: Any) -> Array:
+        age = np.minimum(self.num_steps - self._last_step[at], MAX_AGE_STEPS)
+        gap_mean = self._gap_mean[at]
+        return np.stack(
+            [
+                np.log1p(age),
+                *np.log(self._frequencies[:, *at] + RARE),
+                np.log1p(gap_mean),
+                0.5 * np.log1p(self._gap_variance[at]),
+                np.minimum(age / (1 + gap_mean), 4.0),
+                self._gate_weight[at],
+            ]
+        )
