@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging.config
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from prometheus_client import REGISTRY, start_http_server
@@ -25,8 +26,10 @@ from proto.expert_store_pb2_grpc import add_ExpertStoreServicer_to_server
 logger = logging.getLogger("expert_store")
 
 
-async def run(config: ExpertStoreConfig) -> None:
-    """Serve until signalled. The order of lines is the order of start, reversed for stop."""
+async def run(
+    config: ExpertStoreConfig, until_stopped: Callable[[], Awaitable[None]] = rpc.until_signalled
+) -> None:
+    """Serve until told to stop. The order of lines is the order of start, reversed for stop."""
     manifest = Manifest.load(config.store_dir)
     root = manifest.root(config.store_dir, config.source_root)
     check_sources(manifest, root)
@@ -59,7 +62,7 @@ async def run(config: ExpertStoreConfig) -> None:
                     "segment_bytes": shared.layout.segment_bytes,
                 },
             )
-            await rpc.until_signalled()
+            await until_stopped()
         await store.drain()
         sessions.stop()
         queue.close()

@@ -92,10 +92,14 @@ class QueueFull(FlashMoEError):
     retryable = True
 
 
-class ExpertDamaged(FlashMoEError):
-    """An expert's bytes are not what was indexed, or cannot be read; it stays quarantined."""
+class WeightsDamaged(FlashMoEError):
+    """Bytes on disk are not what was indexed, or cannot be read."""
 
     status = grpc.StatusCode.DATA_LOSS
+
+
+class ExpertDamaged(WeightsDamaged):
+    """An expert's bytes are damaged; it stays quarantined, the others go on."""
 
 
 class StaleLease(FlashMoEError):
@@ -157,7 +161,7 @@ _FROM_STATUS: dict[grpc.StatusCode, type[FlashMoEError]] = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,
-    grpc.StatusCode.DATA_LOSS: ExpertDamaged,
+    grpc.StatusCode.DATA_LOSS: WeightsDamaged,
 }
 
 

@@ -27,10 +27,8 @@ PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 CHUNK_BYTES = 1024 * 1024
 
-Status = health_pb2.HealthCheckResponse.ServingStatus
 SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_Status = health_pb2.HealthCheckResponse.ServingStatus
-SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 # A client that pings faster than the server allows is cut off, so both ends read this one list.
 OPTIONS: tuple[tuple[str, int], ...] = (

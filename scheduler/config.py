@@ -28,8 +28,9 @@ MoeLayers = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, max_length
 class SchedulerConfig(BaseModel):
     """Frozen and strict: an unknown key stops the daemon and is named.
 
-    moe_layers:  model layer numbers, ascending; evidence and advice number them 0..L-1 in this order
+    moe_layers:  model layer numbers, ascending; evidence and advice number them 0..L-1
     consumer:    our name in the consumer group; a restart under the same name resumes its entries
+    niceness:    how far we stand back when a node computes tokens on the same cores
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +62,7 @@ class SchedulerConfig(BaseModel):
     tls: TlsFiles | None = None
     insecure: bool = False
     stop_grace_s: NonNegativeFloat = 5.0
+    niceness: Annotated[int, Field(ge=0, le=19)] = 10
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     metrics_port_file: Path | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

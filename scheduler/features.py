@@ -27,7 +27,7 @@ def feature_names(half_lives_tokens: Sequence[float]) -> tuple[str, ...]:
 
 
 class Features:
-    """State of all experts, [L, E]. `update` and `update_prefill` change it; the others only ask."""
+    """State of all experts, [L, E]. `update` and `update_prefill` change it, the others ask."""
 
     def __init__(
         self, num_layers: int, num_experts: int, half_lives_tokens: Sequence[float]
@@ -73,7 +73,8 @@ class Features:
 
     def _update_frequencies(self, at: tuple[NDArray[np.intp], ...]) -> None:
         self._frequencies *= self._keep[:, None, None]
-        self._frequencies[:, *at] += (1 - self._keep)[:, None]
+        for frequency, keep in zip(self._frequencies, self._keep, strict=True):
+            frequency[at] += 1 - keep
 
     def _update_gaps(self, at: tuple[NDArray[np.intp], ...]) -> None:
         gap = np.minimum(self.num_steps - self._last_step[at], MAX_AGE_STEPS)
@@ -93,7 +94,7 @@ class Features:
         return np.stack(
             [
                 np.log1p(age),
-                *np.log(self._frequencies[:, *at] + RARE),
+                *(np.log(frequency[at] + RARE) for frequency in self._frequencies),
                 np.log1p(gap_mean),
                 0.5 * np.log1p(self._gap_variance[at]),
                 np.minimum(age / (1 + gap_mean), 4.0),

@@ -1,4 +1,4 @@
-"""Delayed labels: asks "used within h steps?" now and hears the answer later, never ahead of time."""
+"""Delayed labels: asks "used within h steps?" now, hears the answer later, never ahead of time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Answers:
-    """Questions whose truth is known. reused: [A] bool; the rest as in Questions, each of length A."""
+    """Questions whose truth is known. reused: [A]; the rest as in Questions, of length A."""
 
     rows: Array
     predicted: Array

@@ -1,0 +1,143 @@
+"""The compute_node daemon: `python -m compute_node --config flashmoe.toml`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging.config
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import redis
+import torch
+from prometheus_client import REGISTRY, start_http_server
+from transformers.utils import logging as transformers_logging
+
+from compute_node.access_log import AccessLog
+from compute_node.advice import AdviceFeed
+from compute_node.cache.charge import Charge
+from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.config import ComputeNodeConfig
+from compute_node.engine import Engine
+from compute_node.evidence import Evidence
+from compute_node.jobs import ComputeThread
+from compute_node.metrics import NodeCollector
+from compute_node.model import load_model
+from compute_node.service import SERVICE_NAME, ComputeNodeService
+from compute_node.store_client import StoreClient
+from proto import errors, rpc
+from proto.compute_node_pb2_grpc import add_ComputeNodeServicer_to_server
+
+logger = logging.getLogger("compute_node")
+
+
+async def run(config: ComputeNodeConfig) -> None:
+    """Serve until signalled. The order of lines is the order of start, reversed for stop."""
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    rpc.check_socket_free(config.address)
+    with ExitStack() as stack:
+        store = connect_store(config)
+        stack.callback(store.close)
+        description = store.describe()
+        spec = description.spec
+        access_log, advice = None, None
+        if config.redis_url:
+            client = redis.Redis.from_url(config.redis_url, socket_timeout=1.0)
+            stack.callback(client.close)
+            access_log = stack.enter_context(AccessLog(client, spec.fingerprint))
+            feed = AdviceFeed(client, spec.fingerprint, config.node, config.advice_poll_s)
+            advice = stack.enter_context(feed)
+        charge = Charge(
+            config.policy,
+            config.half_life_tokens,
+            spec.moe_layers,
+            spec.num_experts,
+            advice.fresh if advice else lambda: None,
+        )
+        slots = min(config.slots, spec.num_experts_total)
+        budget = Budget(slots, spec.moe_layers, spec.top_k, pooled=config.scope == "pool")
+        cache = ExpertCache(store, budget, charge)
+        model_dir = config.model_dir or description.model_dir
+        loaded = load_model(model_dir, spec, cache)
+        cache.open()
+        evidence = None
+        if access_log:
+            evidence = Evidence(access_log, spec, config.node, slots, lambda: charge.name)
+        engine = Engine(
+            loaded,
+            cache,
+            model_dir,
+            config.max_context_tokens,
+            config.prefill_chunk_tokens,
+            evidence,
+        )
+        compute = stack.enter_context(ComputeThread(config.max_queued_requests))
+        service = ComputeNodeService(engine, compute, store, access_log, advice)
+        if config.metrics_port is not None:
+            REGISTRY.register(NodeCollector(engine, compute, access_log, advice))
+            start_metrics(config.metrics_port, config.metrics_port_file)
+        async with rpc.serving(
+            config.listen,
+            lambda server: add_ComputeNodeServicer_to_server(service, server),
+            [SERVICE_NAME],
+            config.stop_grace_s,
+            compute.drain,
+        ):
+            logger.info("ready", extra={"address": config.address, "slots": slots})
+            await rpc.until_signalled()
+
+
+def connect_store(config: ComputeNodeConfig) -> StoreClient:
+    shared = config.transport == "shared_memory"
+    return StoreClient(
+        config.store_address,
+        config.node,
+        config.slots,
+        config.session_dir if shared else None,
+        config.deadline_s,
+        config.store_tls,
+    )
+
+
+def start_metrics(port: int, port_file: Path | None) -> None:
+    server, _ = start_http_server(port, addr="127.0.0.1")
+    if port_file:
+        port_file.write_text(f"{server.server_port}\n")
+
+
+def configure_logging(level: str) -> None:
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {
+                "json": {
+                    "()": "pythonjsonlogger.json.JsonFormatter",
+                    "format": "%(asctime)s %(levelname)s %(name)s %(message)s",
+                }
+            },
+            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
+            "root": {"level": level, "handlers": ["stderr"]},
+        }
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Runs a model on borrowed experts.")
+    parser.add_argument("--config", type=Path, required=True, help="flashmoe.toml")
+    arguments = parser.parse_args()
+    try:
+        config = ComputeNodeConfig.load(arguments.config)
+        configure_logging(config.log_level)
+        asyncio.run(run(config))
+    except errors.FlashMoEError as error:
+        sys.stderr.write(f"compute_node: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

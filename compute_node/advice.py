@@ -1,0 +1,81 @@
+"""The advice arrow's near end: the scheduler's latest word, kept in memory by a thread of its
+own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import redis
+
+from proto import errors, redis_schema
+from proto.redis_schema import Advice
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 0.5
+
+
+class AdviceFeed:
+    """Polls one key. Use as a context manager."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        fingerprint: str,
+        node: str,
+        poll_s: float,
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._redis = client
+        self._key = redis_schema.advice_key(fingerprint, node)
+        self._poll_s = poll_s
+        self._now_ns = now_ns
+        self._latest: Advice | None = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="advice", daemon=True)
+        self.num_rejected = 0
+
+    def __enter__(self) -> AdviceFeed:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def fresh(self) -> Advice | None:
+        """The latest advice while it is within its lifetime, else None."""
+        latest = self._latest
+        return latest if latest is not None and latest.is_fresh(self._now_ns()) else None
+
+    @property
+    def version(self) -> int:
+        return self._latest.version if self._latest else 0
+
+    @property
+    def age_s(self) -> float | None:
+        """Since the latest advice was made; None when there never was any."""
+        return (self._now_ns() - self._latest.time_ns) / 1e9 if self._latest else None
+
+    def _run(self) -> None:
+        pause_s = 0.0
+        while not self._stopping.wait(pause_s):
+            pause_s = self._poll_s if self.poll() else _RETRY_S
+
+    def poll(self) -> bool:
+        """Look once; false when Redis or what it holds cannot be used."""
+        try:
+            data = self._redis.get(self._key)
+            if isinstance(data, bytes):
+                self._latest = Advice.decode(data)
+        except redis.RedisError:
+            return False  # it goes stale: visible as its age, counted as fallbacks
+        except errors.MessageInvalid as error:
+            self.num_rejected += 1
+            logger.warning("advice rejected", extra={"reason": str(error)})
+            return False
+        return True

@@ -1,0 +1,75 @@
+"""Which policy is in charge: the one configured, the one advised while advice is fresh, else the
+fallback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from compute_node.cache.decayed import Decayed
+from compute_node.cache.lfru import Lfru
+from compute_node.cache.lfu import Lfu
+from compute_node.cache.lru import Lru
+from compute_node.cache.policy import EvictionPolicy
+from compute_node.cache.scored import Scored
+from proto.expert import ExpertKey
+from proto.redis_schema import Advice
+
+AUTO = "auto"
+FALLBACK = "decayed"
+SCORED = "scored"
+
+
+class Charge:
+    """Keeps the books of every local policy, so that a switch needs no warm-up.
+
+    configured: a local policy's name, or auto: advice decides
+    advice:     the latest fresh advice, or None
+    """
+
+    def __init__(
+        self,
+        configured: str,
+        half_life_tokens: float,
+        moe_layers: Sequence[int],
+        num_experts: int,
+        advice: Callable[[], Advice | None],
+    ) -> None:
+        self._local: dict[str, EvictionPolicy] = {
+            "lru": Lru(),
+            "lfu": Lfu(),
+            "lfru": Lfru(),
+            FALLBACK: Decayed(half_life_tokens),
+        }
+        self._configured = configured
+        self._rows = {layer: row for row, layer in enumerate(moe_layers)}
+        self._shape = (len(moe_layers), num_experts)
+        self._advice = advice
+        self.name = FALLBACK if configured == AUTO else configured
+        self.num_advised = 0
+        self.num_fallbacks = 0
+
+    def on_step(self, layer: int, used: Collection[ExpertKey]) -> None:
+        for policy in self._local.values():
+            policy.on_step(layer, used)
+
+    def choose(self) -> EvictionPolicy:
+        """The policy for the eviction at hand; counts whether advice or the fallback decided."""
+        if self._configured != AUTO:
+            return self._local[self._configured]
+        advice = self._advice()
+        policy = self._advised(advice) if advice is not None else None
+        if advice is None or policy is None:
+            self.num_fallbacks += 1
+            self.name = FALLBACK
+            return self._local[FALLBACK]
+        self.num_advised += 1
+        self.name = advice.policy
+        return policy
+
+    def _advised(self, advice: Advice) -> EvictionPolicy | None:
+        if advice.scores is None:
+            return self._local.get(advice.policy)
+        if advice.scores.shape != self._shape:
+            return None
+        return Scored(advice.scores, self._rows)

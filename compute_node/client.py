@@ -1,0 +1,218 @@
+"""What a Python user imports: text from a running node.
+
+from compute_node.client import NodeClient
+
+with NodeClient("unix:/path/to/run-dir/compute_node.sock") as node:
+    for piece in node.generate("Once upon a time", max_tokens=64):
+        print(piece.text, end="")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from proto import compute_node_pb2 as pb
+from proto import compute_node_pb2_grpc as pb_grpc
+from proto import errors, rpc
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token. text may be empty while a character or a stop string is incomplete."""
+
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What prefill or decode of one request cost."""
+
+    tokens: int
+    hits: int
+    misses: int
+    bytes_read: int
+    stall_s: float
+    wall_s: float
+
+    @property
+    def hit_ratio(self) -> float:
+        """Hits over routed experts; 0 when nothing was routed."""
+        total = self.hits + self.misses
+        return self.hits / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished generation."""
+
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    finish_reason: str
+    ttft_s: float
+    tokens_per_s: float
+    queued_s: float
+    prefill: Phase
+    decode: Phase
+
+
+class Generation:
+    """An iterator over pieces; `result` is there once it is exhausted. Leaving early: call
+    `cancel`.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._prompt_token_ids: list[int] = []
+        self._token_ids: list[int] = []
+        self._text: list[str] = []
+        self.result: Result | None = None
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Raises the typed error the node ended with (proto/errors.py)."""
+        try:
+            for reply in self._call:
+                piece = self._take(reply)
+                if piece is not None:
+                    yield piece
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error) from None
+
+    def run(self) -> Result:
+        """Exhaust the iterator and return the result. Raises as iterating does."""
+        for _ in self:
+            pass
+        if self.result is None:
+            raise errors.Unavailable("the node ended the stream before the result: retry")
+        return self.result
+
+    def cancel(self) -> None:
+        """Tell the node to stop; it does so between layers."""
+        self._call.cancel()
+
+    def _take(self, reply: pb.GenerateReply) -> Piece | None:
+        match reply.WhichOneof("kind"):
+            case "started":
+                self._prompt_token_ids = list(reply.started.prompt_token_ids)
+            case "token":
+                self._token_ids.append(reply.token.id)
+                self._text.append(reply.token.text)
+                return Piece(reply.token.id, reply.token.text)
+            case "finished":
+                return self._finish(reply.finished)
+        return None
+
+    def _finish(self, finished: pb.Finished) -> Piece | None:
+        self._text.append(finished.text)
+        self.result = Result(
+            text="".join(self._text),
+            token_ids=self._token_ids,
+            prompt_token_ids=self._prompt_token_ids,
+            finish_reason=finished.finish_reason,
+            ttft_s=finished.ttft_s,
+            tokens_per_s=finished.tokens_per_s,
+            queued_s=finished.queued_s,
+            prefill=_phase(finished.prefill),
+            decode=_phase(finished.decode),
+        )
+        # What was held back belongs to the last token.
+        return Piece(self._token_ids[-1], finished.text) if finished.text else None
+
+
+class NodeClient:
+    """A connection to one node. Use as a context manager, or call `close`."""
+
+    def __init__(self, address: str, tls: rpc.TlsFiles | None = None) -> None:
+        self._channel = rpc.connect(address, tls)
+        self._stub = pb_grpc.ComputeNodeStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[dict[str, str]],
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        repetition_penalty: float = 0.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        timeout_s: float | None = None,
+    ) -> Generation:
+        """Start generating.
+
+        prompt: text, token ids, or chat messages ({"role": ..., "content": ...})
+        temperature: 0 is greedy, and exact
+        """
+        request = pb.GenerateRequest(
+            max_tokens=max_tokens,
+            sampling=pb.Sampling(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+            ),
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+        )
+        _set_input(request, prompt)
+        return Generation(self._stub.Generate(request, timeout=timeout_s))
+
+    def forward(self, request: pb.ForwardRequest, timeout_s: float | None = None) -> bytes:
+        """One MoE layer's routed experts on raw arrays, as proto/compute_node.proto lays them
+        out.
+        """
+        try:
+            return self._stub.Forward(request, timeout=timeout_s).hidden_states
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error) from None
+
+    def stats(self, timeout_s: float = 5.0) -> pb.NodeStatsReply:
+        """Counters since the node started. Raises Unavailable."""
+        try:
+            return self._stub.Stats(pb.NodeStatsRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error) from None
+
+
+def _set_input(
+    request: pb.GenerateRequest, prompt: str | Sequence[int] | Sequence[dict[str, str]]
+) -> None:
+    if isinstance(prompt, str):
+        request.prompt = prompt
+        return
+    for item in prompt:
+        if isinstance(item, dict):
+            request.chat.messages.add(role=item["role"], content=item["content"])
+        else:
+            request.token_ids.ids.append(item)
+
+
+def _phase(usage: pb.PhaseUsage) -> Phase:
+    return Phase(
+        usage.tokens, usage.hits, usage.misses, usage.bytes_read, usage.stall_s, usage.wall_s
+    )

@@ -1,0 +1,56 @@
+"""Settings of the compute node: the [compute_node] table of flashmoe.toml."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from proto import errors
+from proto.rpc import Listen, TlsFiles
+
+
+class ComputeNodeConfig(BaseModel):
+    """Frozen and strict: an unknown key stops the daemon and is named."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    address: str
+    node: str = "node0"
+    store_address: str
+    store_tls: TlsFiles | None = None
+    transport: Literal["shared_memory", "chunks"] = "shared_memory"
+    session_dir: Path
+    model_dir: Path | None = None
+    slots: PositiveInt
+    scope: Literal["layer", "pool"] = "layer"
+    policy: Literal["auto", "lru", "lfu", "lfru", "decayed"] = "auto"
+    half_life_tokens: PositiveFloat = 16.0
+    redis_url: str | None = None
+    advice_poll_s: PositiveFloat = 0.05
+    max_context_tokens: PositiveInt = 2048
+    prefill_chunk_tokens: PositiveInt = 256
+    max_queued_requests: PositiveInt = 16
+    deadline_s: PositiveFloat = 30.0
+    threads: Annotated[int, Field(ge=0)] = 0
+    tls: TlsFiles | None = None
+    insecure: bool = False
+    stop_grace_s: PositiveFloat = 20.0
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    metrics_port_file: Path | None = None
+    log_level: str = "INFO"
+
+    @property
+    def listen(self) -> Listen:
+        return Listen(self.address, self.tls, self.insecure)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises ConfigInvalid naming the file, the key and what is wrong with it."""
+        try:
+            table = tomllib.loads(path.read_text())["compute_node"]
+            return cls.model_validate(table)
+        except (OSError, KeyError, tomllib.TOMLDecodeError, ValidationError) as error:
+            raise errors.ConfigInvalid(f"{path}, table [compute_node]: {error}") from error

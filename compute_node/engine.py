@@ -1,0 +1,309 @@
+"""The decode loop: prompt chunks, then a token at a time, on one thread.
+
+Takes a list of sequences, computes one after another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from compute_node.cache.expert_cache import ExpertCache
+from compute_node.evidence import Evidence
+from compute_node.model import LoadedModel
+from compute_node.sampling import Sampler, SamplingOptions
+from compute_node.text import Detokenizer, StopStrings
+from proto import errors
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate from. token_ids: the prompt, never empty."""
+
+    token_ids: tuple[int, ...]
+    max_tokens: int = 128
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+
+
+@dataclass
+class Usage:
+    """Of one phase of one request."""
+
+    tokens: int = 0
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    stall_s: float = 0.0
+    wall_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Token:
+    """text may be empty: a character or a stop string is not complete yet."""
+
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """text: what was held back and is no stop string."""
+
+    reason: str
+    text: str
+    ttft_s: float
+    prefill: Usage
+    decode: Usage
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.decode.tokens / self.decode.wall_s if self.decode.wall_s else 0.0
+
+
+@dataclass
+class SequenceState:
+    """One sequence under way. cache: transformers' own, for this model class; None before the
+    first chunk.
+    """
+
+    name: str
+    token_ids: list[int]
+    num_computed: int = 0
+    cache: Any = None
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in _cache_tensors(self.cache))
+
+
+class Engine:
+    """Runs sequences through a model. One thread.
+
+    evidence: told of every pass; None: nobody learns
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        cache: ExpertCache,
+        model_dir: Path,
+        max_context_tokens: int,
+        prefill_chunk_tokens: int,
+        evidence: Evidence | None = None,
+    ) -> None:
+        self.loaded = loaded
+        self.cache = cache
+        self.peak_cache_bytes = 0
+        self._max_context_tokens = max_context_tokens
+        self._chunk_tokens = prefill_chunk_tokens
+        self._evidence = evidence
+        self._eos_ids = _eos_ids(loaded.model, model_dir)
+        self._vocab_size = int(loaded.model.config.get_text_config().vocab_size)
+        self._num_sequences = 0
+
+    def check_request(self, request: Request) -> None:
+        """Raises InvalidRequest for an empty or too long prompt, or token ids the model does not
+        have.
+        """
+        if not request.token_ids:
+            raise errors.InvalidRequest("the prompt is empty: give at least one token")
+        if request.max_tokens < 1:
+            raise errors.InvalidRequest("max_tokens must be at least 1")
+        total = len(request.token_ids) + request.max_tokens
+        if total > self._max_context_tokens:
+            raise errors.InvalidRequest(
+                f"{len(request.token_ids)} prompt tokens and {request.max_tokens} new ones exceed "
+                f"max_context_tokens = {self._max_context_tokens}: shorten one or raise the limit"
+            )
+        if max(request.token_ids) >= self._vocab_size:
+            raise errors.InvalidRequest(
+                f"token id {max(request.token_ids)} is beyond the vocabulary of {self._vocab_size}"
+            )
+
+    def generate(
+        self, request: Request, check: Callable[[], None] = lambda: None
+    ) -> Iterator[Token | Finished]:
+        """Tokens as they come, then how it ended. `check` may raise between layers to abandon the
+        request.
+
+        Raises InvalidRequest, StoreUnavailable, WeightsDamaged, StaleLease, and what `check`
+        raises.
+        """
+        self.check_request(request)
+        self.cache.check = check
+        self._num_sequences += 1
+        sequence = SequenceState(f"s{self._num_sequences}", list(request.token_ids))
+        prefill, decode = Usage(), Usage()
+        start_s = time.perf_counter()
+        with self._measure(prefill, len(request.token_ids)):
+            logits = self.prefill(sequence)
+        writer = _Writer(request, self.loaded.tokenizer, self._eos_ids)
+        ttft_s = time.perf_counter() - start_s
+        while True:
+            token = writer.next(sequence, logits)
+            yield token
+            if writer.finish_reason:
+                break
+            with self._measure(decode, 1):
+                logits = self.decode([sequence])[0]
+        yield Finished(writer.finish_reason, writer.flush(), ttft_s, prefill, decode)
+
+    @torch.inference_mode()
+    def prefill(self, sequence: SequenceState) -> Tensor:
+        """Compute the prompt in chunks. Returns the logits of its last position, [1, V]."""
+        logits = torch.empty(0)
+        while sequence.num_computed < len(sequence.token_ids):
+            start = sequence.num_computed
+            chunk = sequence.token_ids[start : start + self._chunk_tokens]
+            logits = self._forward(sequence, chunk)
+            if self._evidence:
+                self._evidence.prefill(sequence.name, len(chunk), self.loaded.record)
+        return logits
+
+    @torch.inference_mode()
+    def decode(self, sequences: Sequence[SequenceState]) -> list[Tensor]:
+        """One more token of each sequence. Returns the logits of each, [1, V]."""
+        logits = []
+        for sequence in sequences:
+            logits.append(self._forward(sequence, sequence.token_ids[-1:]))
+            if self._evidence:
+                self._evidence.decode(sequence.name, sequence.num_computed, self.loaded.record)
+        return logits
+
+    @torch.inference_mode()
+    def forward_layer(
+        self,
+        layer: int,
+        hidden: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        check: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """One MoE layer's routed experts. hidden: [T, D]; topk_ids, topk_weights: [T, K]. Returns
+        [T, D].
+
+        Raises InvalidRequest for a layer without experts or ids beyond them.
+        """
+        module = self.loaded.experts_modules.get(layer)
+        if module is None:
+            raise errors.InvalidRequest(
+                f"layer {layer} has no routed experts: use one of "
+                f"{list(self.loaded.spec.moe_layers)}"
+            )
+        if not ((topk_ids >= 0) & (topk_ids < self.loaded.spec.num_experts)).all():
+            raise errors.InvalidRequest("topk_ids name experts the model does not have")
+        self.cache.check = check
+        output: Tensor = module(hidden, topk_ids, topk_weights)
+        return output
+
+    def _forward(self, sequence: SequenceState, chunk: list[int]) -> Tensor:
+        output = self.loaded.model(
+            torch.tensor([chunk]),
+            past_key_values=sequence.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        sequence.cache = output.past_key_values
+        sequence.num_computed += len(chunk)
+        self.peak_cache_bytes = max(self.peak_cache_bytes, sequence.cache_bytes)
+        logits: Tensor = output.logits[:, -1, :]
+        return logits
+
+    def _measure(self, usage: Usage, tokens: int) -> _Measure:
+        return _Measure(self.cache, usage, tokens)
+
+
+class _Measure:
+    """Adds what a block cost to a usage, also when it raises."""
+
+    def __init__(self, cache: ExpertCache, usage: Usage, tokens: int) -> None:
+        self._cache, self._usage, self._tokens = cache, usage, tokens
+
+    def __enter__(self) -> None:
+        self._before = self._totals()
+        self._start_s = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        usage, after = self._usage, self._totals()
+        usage.wall_s += time.perf_counter() - self._start_s
+        usage.tokens += self._tokens
+        usage.hits += after[0] - self._before[0]
+        usage.misses += after[1] - self._before[1]
+        usage.bytes_read += after[2] - self._before[2]
+        usage.stall_s += after[3] - self._before[3]
+
+    def _totals(self) -> tuple[int, int, int, float]:
+        counters = self._cache.counters.values()
+        return (
+            sum(c.hits for c in counters),
+            sum(c.misses for c in counters),
+            sum(c.bytes_read for c in counters),
+            sum(c.stall_s for c in counters),
+        )
+
+
+class _Writer:
+    """Draws tokens, spells them, and knows when to stop."""
+
+    def __init__(self, request: Request, tokenizer: Any, eos_ids: frozenset[int]) -> None:
+        self._sampler = Sampler(request.sampling)
+        self._detokenizer = Detokenizer(tokenizer, request.token_ids)
+        self._stops = StopStrings(request.stop)
+        self._stop_ids = request.stop_token_ids | (frozenset() if request.ignore_eos else eos_ids)
+        self._left = request.max_tokens
+        self.finish_reason = ""
+
+    def next(self, sequence: SequenceState, logits: Tensor) -> Token:
+        token_id = self._sampler.draw(sequence.token_ids, logits)
+        sequence.token_ids.append(token_id)
+        self._left -= 1
+        if token_id in self._stop_ids:
+            self.finish_reason = "stop"
+            return Token(token_id, "")
+        text = self._stops.add(self._detokenizer.add(token_id))
+        if self._stops.found:
+            self.finish_reason = "stop"
+        elif self._left == 0:
+            self.finish_reason = "length"
+        return Token(token_id, text)
+
+    def flush(self) -> str:
+        return self._stops.flush()
+
+
+def _eos_ids(model: Any, model_dir: Path) -> frozenset[int]:
+    """Tokens that end a text, as the checkpoint's generation config has them."""
+    config = model.generation_config
+    if (model_dir / "generation_config.json").exists():
+        config = GenerationConfig.from_pretrained(model_dir)
+    eos = config.eos_token_id if config is not None else None
+    if eos is None:
+        eos = model.config.get_text_config().eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def _cache_tensors(cache: Any) -> list[Tensor]:
+    """Every tensor a transformers cache holds, once."""
+    seen: dict[int, Tensor] = {}
+    pending: list[Any] = [vars(layer) for layer in cache.layers] if cache is not None else []
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            seen[id(value)] = value
+        elif isinstance(value, dict):
+            pending.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            pending.extend(value)
+    return list(seen.values())

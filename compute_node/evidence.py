@@ -1,0 +1,78 @@
+"""What a forward pass asked of the experts, as entries for the access log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compute_node.access_log import AccessLog
+from compute_node.experts import LayerAccess, StepRecord
+from proto.expert import ModelSpec
+from proto.redis_schema import DecodeAccess, PrefillAccess
+
+
+class Evidence:
+    """Packs step records. policy: names the policy in charge."""
+
+    def __init__(
+        self, log: AccessLog, spec: ModelSpec, node: str, slots: int, policy: Callable[[], str]
+    ) -> None:
+        self._log = log
+        self._spec = spec
+        self._node = node
+        self._slots = slots
+        self._policy = policy
+
+    def decode(self, sequence: str, step: int, record: StepRecord) -> None:
+        layers = self._layers(record)
+        ids = torch.stack([access.ids[0] for access in layers]).numpy()  # [L, K]
+        self._log.append(
+            DecodeAccess(
+                node=self._node,
+                sequence=sequence,
+                step=step,
+                num_experts=self._spec.num_experts,
+                slots=self._slots,
+                policy=self._policy(),
+                time_ns=time.time_ns(),
+                topk_ids=ids.astype(np.uint16),
+                topk_weights=_weights(layers),
+                hits=_hits(ids, layers),
+            )
+        )
+
+    def prefill(self, sequence: str, num_tokens: int, record: StepRecord) -> None:
+        counts = [
+            torch.bincount(access.ids.flatten(), minlength=self._spec.num_experts)
+            for access in self._layers(record)
+        ]
+        self._log.append(
+            PrefillAccess(
+                node=self._node,
+                sequence=sequence,
+                num_tokens=num_tokens,
+                time_ns=time.time_ns(),
+                token_counts=torch.stack(counts).numpy().astype(np.uint32),
+            )
+        )
+
+    def _layers(self, record: StepRecord) -> list[LayerAccess]:
+        return [record.layers[layer] for layer in self._spec.moe_layers]
+
+
+def _weights(layers: list[LayerAccess]) -> NDArray[np.float16]:
+    limit = float(np.finfo(np.float16).max)
+    weights = torch.stack([access.weights[0].float() for access in layers])
+    packed: NDArray[np.float16] = weights.clamp(-limit, limit).numpy().astype(np.float16)
+    return packed
+
+
+def _hits(ids: NDArray[np.int64], layers: list[LayerAccess]) -> NDArray[np.bool_]:
+    rows = [
+        [expert in access.hits for expert in row] for row, access in zip(ids, layers, strict=True)
+    ]
+    return np.array(rows, dtype=bool)

@@ -1,0 +1,120 @@
+"""The experts implementation registered with transformers: cache first, store second, eager's
+bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from compute_node.cache.expert_cache import ExpertCache
+from compute_node.expert_memory import Borrowed
+from compute_node.kernels import combine, feed_forward
+
+IMPLEMENTATION = "flashmoe"
+
+
+@dataclass
+class LayerAccess:
+    """What one layer's step asked for. ids: [T, K]; weights: [T, K]; hits: experts found
+    resident.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    hits: set[int]
+
+
+@dataclass
+class StepRecord:
+    """What the latest forward pass asked of every MoE layer, by model layer number."""
+
+    layers: dict[int, LayerAccess] = field(default_factory=dict)
+
+
+class RoutedExperts:
+    """One MoE layer's routed experts, computed on borrowed weights."""
+
+    def __init__(self, layer: int, cache: ExpertCache, record: StepRecord) -> None:
+        self._layer = layer
+        self._cache = cache
+        self._record = record
+
+    def forward(
+        self, module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Tensor:
+        """The weighted sum of each token's experts; bit-identical to transformers' eager experts.
+
+        hidden: [T, D]; topk_ids: [T, K]; topk_weights: [T, K]
+
+        Returns [T, D].
+        Raises what the cache raises.
+        """
+        experts = _distinct(topk_ids, module.num_experts)
+        hits, waves = self._cache.step(self._layer, experts)
+        self._record.layers[self._layer] = LayerAccess(topk_ids, topk_weights, hits)
+        if hidden.shape[0] == 1:
+            return _one_token(module, hidden, topk_ids, topk_weights, waves)
+        return _many_tokens(module, hidden, topk_ids, topk_weights, waves)
+
+
+def _distinct(topk_ids: Tensor, num_experts: int) -> list[int]:
+    """Ascending; ids past the last expert are transformers' mark for none."""
+    return sorted(expert for expert in set(topk_ids.flatten().tolist()) if expert < num_experts)
+
+
+def _one_token(
+    module: Any,
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    waves: Iterable[list[Borrowed]],
+) -> Tensor:
+    """Decode: add in ascending expert order, whatever order they came in."""
+    weighted: dict[int, Tensor] = {}
+    places = {expert: place for place, expert in enumerate(topk_ids[0].tolist())}
+    for wave in waves:
+        for borrowed in wave:
+            output = feed_forward(module, borrowed.tensors, hidden)  # [1, D]
+            weight = topk_weights[0, places[borrowed.key.expert]]
+            weighted[borrowed.key.expert] = (output * weight).to(hidden.dtype)
+    total = torch.zeros_like(hidden)
+    for expert in sorted(weighted):
+        total += weighted[expert]
+    return total
+
+
+def _many_tokens(
+    module: Any,
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    waves: Iterable[list[Borrowed]],
+) -> Tensor:
+    """Prefill: keep each (token, k) output until all waves are through, then sum in eager's
+    order.
+    """
+    outputs = hidden.new_zeros(*topk_ids.shape, hidden.shape[-1])  # [T, K, D]
+    for wave in waves:
+        for borrowed in wave:
+            # Eager visits (k, token) in this order; a matmul's rows must not be permuted.
+            place, token = torch.where(topk_ids.T.eq(borrowed.key.expert))
+            output = feed_forward(module, borrowed.tensors, hidden[token])  # [t, D]
+            weighted = output * topk_weights[token, place, None]
+            outputs[token, place] = weighted.to(hidden.dtype)
+    return combine(outputs, topk_ids)
+
+
+def _dispatch(module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    routed: RoutedExperts = module.flashmoe
+    return routed.forward(module, hidden, topk_ids, topk_weights)
+
+
+def register() -> None:
+    """Make `model.set_experts_implementation("flashmoe")` known to transformers."""
+    ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = _dispatch

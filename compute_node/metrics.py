@@ -1,0 +1,69 @@
+"""The node's counters for Prometheus, read when scraped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from compute_node.access_log import AccessLog
+from compute_node.advice import AdviceFeed
+from compute_node.engine import Engine
+from compute_node.jobs import ComputeThread
+
+
+class NodeCollector(Collector):
+    def __init__(
+        self,
+        engine: Engine,
+        compute: ComputeThread,
+        access_log: AccessLog | None,
+        advice: AdviceFeed | None,
+    ) -> None:
+        self._engine = engine
+        self._compute = compute
+        self._access_log = access_log
+        self._advice = advice
+
+    def collect(self) -> Iterator[Metric]:
+        cache = self._engine.cache
+        accesses = CounterMetricFamily(
+            "flashmoe_node_accesses", "Routed experts by outcome", labels=["layer", "outcome"]
+        )
+        read = CounterMetricFamily(
+            "flashmoe_node_read_bytes", "Bytes its misses read from disk", labels=["layer"]
+        )
+        stall = CounterMetricFamily(
+            "flashmoe_node_stall_seconds", "Compute waited for experts", labels=["layer"]
+        )
+        for layer, counters in cache.counters.items():
+            accesses.add_metric([str(layer), "hit"], counters.hits)
+            accesses.add_metric([str(layer), "miss"], counters.misses)
+            read.add_metric([str(layer)], counters.bytes_read)
+            stall.add_metric([str(layer)], counters.stall_s)
+        yield from (accesses, read, stall)
+        yield GaugeMetricFamily(
+            "flashmoe_node_resident_experts", "Experts in the cache", value=len(cache)
+        )
+        yield GaugeMetricFamily(
+            "flashmoe_node_queued_requests", "Waiting", value=self._compute.num_queued
+        )
+        evictions = CounterMetricFamily(
+            "flashmoe_node_evictions_decided", "By whom evictions were decided", labels=["by"]
+        )
+        evictions.add_metric(["advice"], cache.charge.num_advised)
+        evictions.add_metric(["fallback"], cache.charge.num_fallbacks)
+        yield evictions
+        if self._access_log:
+            evidence = CounterMetricFamily(
+                "flashmoe_node_evidence", "Evidence entries", labels=["outcome"]
+            )
+            evidence.add_metric(["sent"], self._access_log.num_sent)
+            evidence.add_metric(["dropped"], self._access_log.num_dropped)
+            yield evidence
+        if self._advice and self._advice.age_s is not None:
+            yield GaugeMetricFamily(
+                "flashmoe_node_advice_age_seconds", "Age of advice", value=self._advice.age_s
+            )

@@ -1,0 +1,151 @@
+"""Loads the dense part of a checkpoint and hangs borrowed experts into it; experts never
+materialise.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from compute_node import experts
+from compute_node.cache.expert_cache import ExpertCache
+from compute_node.dense_weights import read_dense
+from compute_node.experts import RoutedExperts, StepRecord
+from compute_node.routers import RouterScores
+from proto import errors
+from proto.expert import ModelSpec
+
+_LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A transformers model whose experts are borrowed. tokenizer: None when the checkpoint has
+    none.
+    """
+
+    model: Any
+    tokenizer: Any
+    spec: ModelSpec
+    record: StepRecord
+    scores: RouterScores
+    experts_modules: dict[int, Any]
+    dense_bytes: int
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+
+def load_model(model_dir: Path, spec: ModelSpec, cache: ExpertCache) -> LoadedModel:
+    """Build the checkpoint's own model class around borrowed experts.
+
+    Raises CheckpointUnsupported, WeightsDamaged, ConfigInvalid.
+    """
+    config = AutoConfig.from_pretrained(model_dir)
+    dtype = config.dtype or torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.eval()
+    modules = _experts_modules(model, spec)
+    _load_dense(model, model_dir, spec, dtype)
+    record, scores = StepRecord(), RouterScores()
+    for layer, (path, module) in modules.items():
+        module.flashmoe = RoutedExperts(layer, cache, record)
+        scores.hook(model, layer, path)
+    experts.register()
+    model.set_experts_implementation(experts.IMPLEMENTATION)
+    _check_nothing_missing(model)
+    return LoadedModel(
+        model=model,
+        tokenizer=_load_tokenizer(model_dir),
+        spec=spec,
+        record=record,
+        scores=scores,
+        experts_modules={layer: module for layer, (_, module) in modules.items()},
+        dense_bytes=sum(_bytes(p) for p in model.parameters() if not p.is_meta),
+    )
+
+
+def _bytes(tensor: Any) -> int:
+    return int(tensor.numel() * tensor.element_size())
+
+
+def _experts_modules(model: Any, spec: ModelSpec) -> dict[int, tuple[str, Any]]:
+    """Model layer number -> (path, experts module). Raises CheckpointUnsupported."""
+    found = {}
+    for path, module in model.named_modules():
+        match = _LAYER_NUMBER.search(path)
+        if match and hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+            found[int(match[1])] = (path, module)
+    if tuple(sorted(found)) != spec.moe_layers:
+        raise errors.CheckpointUnsupported(
+            f"the model has experts in layers {sorted(found)}, the store in "
+            f"{list(spec.moe_layers)}: "
+            "index the checkpoint again"
+        )
+    return dict(sorted(found.items()))
+
+
+def _load_dense(model: Any, model_dir: Path, spec: ModelSpec, dtype: torch.dtype) -> None:
+    """Load through transformers' renaming, re-create what is not stored, tie what is shared."""
+    load_config = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+    dense = read_dense(model_dir, spec.dense)
+    info, _ = convert_and_load_state_dict_in_model(model, dense, load_config)
+    del dense
+    borrowed = _mark_experts(model)
+    missing = info.missing_keys - borrowed - set(model.all_tied_weights_keys)
+    if missing or info.conversion_errors or info.mismatched_keys:
+        problem = sorted(missing) or info.conversion_errors or sorted(info.mismatched_keys)
+        raise errors.CheckpointUnsupported(f"the checkpoint does not fill the model: {problem}")
+    model.mark_tied_weights_as_initialized(info)
+    model._move_missing_keys_from_meta_to_device(set(), {"": "cpu"}, None, None)
+    model._initialize_missing_keys(False)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+
+
+def _mark_experts(model: Any) -> set[str]:
+    """Names of the experts' parameters, marked so that nobody fills them."""
+    names = set()
+    for path, module in model.named_modules():
+        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    parameter._is_hf_initialized = True
+                    names.add(f"{path}.{name}")
+    return names
+
+
+def _check_nothing_missing(model: Any) -> None:
+    borrowed = _mark_experts(model)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    left = [name for name, tensor in tensors if tensor.is_meta and name not in borrowed]
+    if left:
+        raise errors.CheckpointUnsupported(f"weights were not loaded: {', '.join(left[:5])}")
+
+
+def _load_tokenizer(model_dir: Path) -> Any:
+    """None when there is no tokenizer: prompts are then token ids."""
+    if not any((model_dir / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")

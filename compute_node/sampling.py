@@ -1,0 +1,78 @@
+"""From logits to the next token: transformers' own logits processors, and a seeded draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from proto import errors
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """temperature 0 is greedy. top_k 0, top_p 0 or 1, repetition_penalty 0 or 1 are off. seed
+    None: random.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 0.0
+    repetition_penalty: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest naming the option."""
+        if not 0.0 <= self.temperature <= 100.0:
+            raise errors.InvalidRequest(f"temperature {self.temperature} is not within 0 and 100")
+        if not 0.0 <= self.top_p <= 1.0:
+            raise errors.InvalidRequest(f"top_p {self.top_p} is not within 0 and 1")
+        if not 0.0 <= self.repetition_penalty <= 100.0:
+            raise errors.InvalidRequest(
+                f"repetition_penalty {self.repetition_penalty} is not within 0 and 100"
+            )
+
+
+class Sampler:
+    """Draws one sequence's tokens."""
+
+    def __init__(self, options: SamplingOptions) -> None:
+        self._greedy = options.temperature == 0.0
+        self._processors = _processors(options)
+        self._generator = torch.Generator()
+        if options.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(options.seed)
+
+    def draw(self, token_ids: list[int], logits: Tensor) -> int:
+        """token_ids: so far, prompt included. logits: [1, V], of the last position."""
+        scores = logits.to(torch.float32)
+        if self._processors:
+            scores = self._processors(torch.tensor([token_ids]), scores)
+        if self._greedy:
+            return int(scores.argmax(dim=-1))
+        probabilities = torch.softmax(scores, dim=-1)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def _processors(options: SamplingOptions) -> Any:
+    chosen: list[Any] = []
+    if options.repetition_penalty not in (0.0, 1.0):
+        chosen.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+    if options.temperature not in (0.0, 1.0):
+        chosen.append(TemperatureLogitsWarper(options.temperature))
+    if options.temperature and options.top_k:
+        chosen.append(TopKLogitsWarper(options.top_k))
+    if options.temperature and 0.0 < options.top_p < 1.0:
+        chosen.append(TopPLogitsWarper(options.top_p))
+    return LogitsProcessorList(chosen)

@@ -1,0 +1,115 @@
+"""The scheduler daemon: learns from evidence which experts will be wanted again, and advises."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging.config
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from proto import errors, rpc
+from scheduler import service
+from scheduler.access_stream import AccessStream
+from scheduler.config import SchedulerConfig
+from scheduler.loop import SchedulerLoop
+from scheduler.publisher import Publisher
+from scheduler.scorer import Scorer
+from scheduler.service import SchedulerService
+from scheduler.snapshot import SnapshotFile
+from scheduler.stats import serving_metrics
+
+REDIS_TIMEOUT_S = 2.0
+
+
+async def run(config: SchedulerConfig) -> None:
+    """The order of lines is the order of start, reversed for stop."""
+    scorer = Scorer(config)
+    snapshot = SnapshotFile(config.snapshot_path, config.fingerprint, config.snapshot_interval_s)
+    snapshot.restore(scorer.model)
+    async with connected(config) as redis:
+        stream = AccessStream(
+            redis,
+            config.fingerprint,
+            config.consumer,
+            block_s=config.read_block_s,
+            claim_idle_s=config.claim_idle_s,
+            reconnect_max_s=config.reconnect_max_s,
+        )
+        publisher = Publisher(redis, config.fingerprint, config.advice_lifetime_s)
+        loop = SchedulerLoop(config, stream, scorer, publisher, snapshot)
+        servicer = SchedulerService(scorer, loop.stats, config.horizon_steps)
+        with serving_metrics(config.metrics_port, config.metrics_port_file, loop.stats):
+            await serve(config, servicer, loop)
+
+
+async def serve(config: SchedulerConfig, servicer: SchedulerService, loop: SchedulerLoop) -> None:
+    """Until a signal, or a defect ends the loop, which is raised."""
+    async with (
+        rpc.serving(
+            config.listen, servicer.register, (service.NAME,), config.stop_grace_s
+        ) as health,
+        loop.running() as learning,
+    ):
+        signalled = asyncio.create_task(rpc.until_signalled())
+        await asyncio.wait((learning, signalled), return_when=asyncio.FIRST_COMPLETED)
+        await health.set(serving=False)
+
+
+@asynccontextmanager
+async def connected(config: SchedulerConfig) -> AsyncIterator[Redis]:
+    """A client that never retries by itself: the loop counts and waits, in one place."""
+    redis = Redis.from_url(
+        config.redis_url,
+        socket_connect_timeout=REDIS_TIMEOUT_S,
+        socket_timeout=REDIS_TIMEOUT_S + config.read_block_s,
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,
+    )
+    try:
+        yield redis
+    finally:
+        await redis.aclose()
+
+
+def configure_logging(level: str) -> None:
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {
+                "json": {
+                    "()": "pythonjsonlogger.json.JsonFormatter",
+                    "format": "%(asctime)s %(levelname)s %(name)s %(message)s",
+                }
+            },
+            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
+            "root": {"level": level, "handlers": ["stderr"]},
+        }
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scheduler", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="TOML file with [scheduler]")
+    arguments = parser.parse_args()
+    try:
+        config = SchedulerConfig.load(arguments.config)
+        configure_logging(config.log_level)
+        os.nice(config.niceness)
+        asyncio.run(run(config))
+    except errors.FlashMoEError as error:
+        sys.stderr.write(f"scheduler: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Scores every expert of every node from evidence; one state a node, one model for all."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proto import errors
+from proto.expert import ExpertKey
+from proto.redis_schema import DecodeAccess, PrefillAccess
+from scheduler.config import SchedulerConfig
+from scheduler.features import Features, feature_names
+from scheduler.labels import DelayedLabels, Questions
+from scheduler.model import Contribution, ReuseModel
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why an expert scores as it does: the bias and the contributions are its log odds."""
+
+    score: float
+    bias: float
+    contributions: list[Contribution]
+
+
+@dataclass
+class _Node:
+    features: Features
+    labels: DelayedLabels
+    sequence: str = field(default="")
+    step: int = field(default=0)
+
+
+class Scorer:
+    """`observe` learns and returns nothing; `scores` and `explain` ask and change nothing."""
+
+    def __init__(self, config: SchedulerConfig, seed: int = 0) -> None:
+        self._config = config
+        self._layer_index = {layer: index for index, layer in enumerate(config.moe_layers)}
+        self._nodes: OrderedDict[str, _Node] = OrderedDict()  # least recently heard first
+        self._random = np.random.default_rng(seed)
+        self.model = ReuseModel(feature_names(config.half_lives_tokens))
+        self.events_seen = 0
+        self.steps_missed = 0
+        self.lessons_skipped = 0
+        self.nodes_dropped = 0
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the nodes we keep state of, least recently heard first."""
+        return list(self._nodes)
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the learner has seen enough, and predicts better than the mean does."""
+        model = self.model
+        return model.labels_learned >= self._config.min_labels and model.beats_baseline
+
+    def observe(self, event: DecodeAccess | PrefillAccess, *, learn: bool = True) -> None:
+        """Take in one event: settle questions, update the state, ask new ones. Never peeks ahead.
+
+        Without `learn` only the state follows. Raises MessageInvalid for another model's shape.
+        """
+        self._check(event)
+        self.events_seen += 1
+        node = self._node(event.node)
+        if isinstance(event, PrefillAccess):
+            node.features.update_prefill(event)
+            return
+        self._count_missed(node, event)
+        answers = node.labels.answer(node.features.used(event))
+        node.features.update(event)
+        if not learn:
+            self.lessons_skipped += 1
+            return
+        self.model.learn(answers)
+        self._ask(node)
+
+    def scores(self, node: str) -> NDArray[np.float32] | None:
+        """[L, E], P(used within the horizon); None while a local policy does better."""
+        if not self.is_trusted:
+            return None
+        table = self._nodes[node].features.table()
+        return self.model.predict(table).astype(np.float32)
+
+    def explain(self, key: ExpertKey) -> Explanation:
+        """As the node heard last sees it. Raises UnknownExpert; NotReady before any evidence."""
+        layer = self._layer_index.get(key.layer)
+        if layer is None or not 0 <= key.expert < self._config.num_experts:
+            raise errors.UnknownExpert(f"{key} is not an expert of this model")
+        if not self._nodes:
+            raise errors.NotReady("no evidence yet: generate a few tokens first")
+        features = next(reversed(self._nodes.values())).features
+        rows = features.rows(np.array([layer]), np.array([key.expert]))
+        return Explanation(
+            score=float(self.model.predict(rows.T)[0]),
+            bias=self.model.bias,
+            contributions=self.model.explain(rows[0].tolist()),
+        )
+
+    def _check(self, event: DecodeAccess | PrefillAccess) -> None:
+        if isinstance(event, PrefillAccess):
+            shape = event.token_counts.shape
+        else:
+            shape = (len(event.topk_ids), event.num_experts)
+        if shape != (self._config.num_layers, self._config.num_experts):
+            raise errors.MessageInvalid(f"evidence of {shape} [layers, experts]: another model's")
+
+    def _node(self, name: str) -> _Node:
+        if name not in self._nodes:
+            self._nodes[name] = self._new_node()
+        self._nodes.move_to_end(name)
+        while len(self._nodes) > self._config.max_nodes:
+            self._nodes.popitem(last=False)
+            self.nodes_dropped += 1
+        return self._nodes[name]
+
+    def _new_node(self) -> _Node:
+        config = self._config
+        return _Node(
+            Features(config.num_layers, config.num_experts, config.half_lives_tokens),
+            DelayedLabels(config.horizon_steps, config.learn_rows_per_step, len(self.model.names)),
+        )
+
+    def _count_missed(self, node: _Node, event: DecodeAccess) -> None:
+        if event.sequence == node.sequence:
+            self.steps_missed += max(0, event.step - node.step - 1)
+        node.sequence, node.step = event.sequence, event.step
+
+    def _ask(self, node: _Node) -> None:
+        """Ask of experts drawn at random, and note what model and baseline say now."""
+        size = self._config.learn_rows_per_step
+        layers = self._random.integers(self._config.num_layers, size=size)
+        experts = self._random.integers(self._config.num_experts, size=size)
+        rows = node.features.rows(layers, experts)
+        predicted = self.model.predict(rows.T)
+        node.labels.ask(Questions(layers, experts, rows, predicted, self.model.base_rate))

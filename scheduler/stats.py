@@ -1,0 +1,112 @@
+"""What the scheduler counts and measures, as one value and as Prometheus metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from proto import errors
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class SchedulerStats:
+    """Counts since start. NUM fields only grow; the others are what they are now.
+
+    events_rejected:  not to be decoded, or another model's
+    events_lost:      trimmed from the stream between delivery and handling
+    steps_missed:     decode steps of a sequence that never arrived
+    lessons_skipped:  events that only moved the state, because there were too many
+    evidence_lag_s:   from the node's writing to our publication, by the wall clock
+    """
+
+    events_seen: int
+    events_rejected: int
+    events_lost: int
+    events_claimed: int
+    steps_missed: int
+    lessons_skipped: int
+    nodes_dropped: int
+    labels_learned: int
+    drifts: int
+    advice_published: int
+    advice_failed: int
+    read_failures: int
+    groups_created: int
+    snapshots: int
+    snapshots_failed: int
+    snapshots_damaged: int
+    log_loss: float
+    baseline_log_loss: float
+    scored: bool
+    redis_connected: bool
+    advice_version: int
+    advice_age_s: float | None
+    evidence_lag_s: float | None
+    step_ms: float
+    cpu_share: float
+
+
+GAUGES = {
+    "log_loss": "progressive validation, decayed",
+    "baseline_log_loss": "of always predicting the mean, decayed",
+    "scored": "1 while our scores are in charge, 0 while a local policy is",
+    "redis_connected": "1 while evidence can be read",
+    "advice_version": "version of the last advice",
+    "advice_age_s": "since the last advice",
+    "evidence_lag_s": "from a node's writing to our publication",
+    "step_ms": "one event from decode to publication, decayed mean",
+    "cpu_share": "of one core, since start",
+}
+COUNTERS = [field.name for field in fields(SchedulerStats) if field.name not in GAUGES]
+
+
+class StatsCollector(Collector):
+    """Reads the stats when a scrape asks for them."""
+
+    def __init__(self, stats: Callable[[], SchedulerStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        for name in COUNTERS:
+            metric = f"flashmoe_scheduler_{name}"
+            yield CounterMetricFamily(metric, name.replace("_", " "), value=getattr(stats, name))
+        for name, meaning in GAUGES.items():
+            value = getattr(stats, name)
+            if value is not None:
+                yield GaugeMetricFamily(f"flashmoe_scheduler_{name}", meaning, value=float(value))
+
+
+@contextmanager
+def serving_metrics(
+    port: int | None, port_file: Path | None, stats: Callable[[], SchedulerStats]
+) -> Iterator[int | None]:
+    """Answer scrapes on loopback until the block ends; yields the port, None when off.
+
+    Raises ConfigInvalid when the port is not to be had.
+    """
+    if port is None:
+        yield None
+        return
+    registry = CollectorRegistry()
+    registry.register(StatsCollector(stats))
+    try:
+        server, thread = start_http_server(port, addr=LOOPBACK, registry=registry)
+    except OSError as error:
+        raise errors.ConfigInvalid(f"metrics_port {port} is not to be had: {error}") from error
+    try:
+        if port_file:
+            port_file.write_text(f"{server.server_port}\n")
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,150 @@
+"""Every promised architecture, through a real store: bit-identical to transformers' eager experts.
+
+Planted faults seen red: summing experts in arrival order (bf16), dropping one wave, swapping gate and up at index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compute_node.cache.charge import Charge
+from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.engine import Engine, SequenceState
+from compute_node.model import load_model
+from compute_node.store_client import StoreClient
+from expert_store.index import index
+from expert_store.manifest import Manifest
+from expert_store.pack import pack
+from tests.checkpoints import ARCHITECTURES, make
+from tests.local_store import local_store
+
+PROMPT_TOKENS, STEPS = 32, 64
+MAKERS = {"index": index, "pack": pack}
+
+
+@dataclass(frozen=True)
+class Reference:
+    root: Path
+    logits: list[torch.Tensor]
+    tokens: list[int]
+    generated: list[int]
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Reference]:
+    return {}
+
+
+def reference(
+    references: dict[Any, Reference], name: str, dtype: torch.dtype, folder: Path
+) -> Reference:
+    """transformers' eager experts on the same checkpoint, step by step and through generate()."""
+    if (name, dtype) not in references:
+        root = make(name, folder / "checkpoint", dtype, seed=3)
+        model = AutoModelForCausalLM.from_pretrained(root, dtype=dtype).eval()
+        model.set_experts_implementation("eager")
+        align(model)
+        tokens, logits, cache = prompt(), [], None
+        with torch.inference_mode():
+            chunk = tokens
+            for _ in range(STEPS):
+                output = model(
+                    torch.tensor([chunk]), past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
+                cache = output.past_key_values
+                logits.append(output.logits[:, -1])
+                chunk = [int(logits[-1].argmax())]
+                tokens = tokens + chunk
+            generated = model.generate(
+                torch.tensor([prompt()]),
+                attention_mask=torch.ones(1, PROMPT_TOKENS, dtype=torch.long),
+                max_new_tokens=STEPS,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )[0].tolist()
+        references[name, dtype] = Reference(root, logits, tokens, generated)
+    return references[name, dtype]
+
+
+def align(model: torch.nn.Module) -> None:
+    """Move weights to allocations of their own.
+
+    MKL's fp32 kernels round by the alignment of their operands, and weights that transformers maps from a
+    file lie wherever the file's header ends: two loads of one checkpoint saved twice can differ in the last bit.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def prompt() -> list[int]:
+    return [(7 * n + n * n) % 125 + 3 for n in range(PROMPT_TOKENS)]
+
+
+@contextmanager
+def engine(store_dir: Path, run_dir: Path, spare: int = 4, pooled: bool = False) -> Iterator[Engine]:
+    """A node's engine with `spare` slots above top_k a layer, on a store of its own."""
+    spec = Manifest.load(store_dir).spec
+    slots = (spec.top_k + spare) * (1 if pooled else len(spec.moe_layers))
+    with local_store(store_dir, run_dir, slots + 2, read_depth=2) as address:
+        client = StoreClient(address, "node", slots, run_dir / "sessions", deadline_s=10)
+        try:
+            spec = client.describe().spec
+            charge = Charge("decayed", 16, spec.moe_layers, spec.num_experts, lambda: None)
+            budget = Budget(slots, spec.moe_layers, spec.top_k, pooled)
+            cache = ExpertCache(client, budget, charge)
+            model_dir = client.describe().model_dir
+            loaded = load_model(model_dir, spec, cache)
+            cache.open()
+            yield Engine(loaded, cache, model_dir, 256, 256)
+        finally:
+            client.close()
+
+
+def run(engine: Engine) -> tuple[list[torch.Tensor], list[int]]:
+    sequence = SequenceState("s", prompt())
+    logits = [engine.prefill(sequence)]
+    sequence.token_ids.append(int(logits[-1].argmax()))
+    for _ in range(STEPS - 1):
+        logits += engine.decode([sequence])
+        sequence.token_ids.append(int(logits[-1].argmax()))
+    return logits, sequence.token_ids
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_bits_and_tokens_equal_eager(
+    name: str, dtype: torch.dtype, kind: str, references: dict[Any, Reference], tmp_path: Path
+) -> None:
+    expected = reference(references, name, dtype, tmp_path)
+    MAKERS[kind](expected.root, tmp_path / "store")
+    with engine(tmp_path / "store", tmp_path) as node:
+        logits, tokens = run(node)
+        spec = node.loaded.spec
+        scores = node.loaded.scores.latest
+        counters = node.cache.counters.values()
+    for step, (ours, theirs) in enumerate(zip(logits, expected.logits, strict=True)):
+        assert torch.equal(ours, theirs), f"step {step} differs"
+    assert tokens == expected.tokens == expected.generated
+    assert set(scores) == set(spec.moe_layers)
+    assert all(s.shape == (1, spec.num_experts) for s in scores.values())
+    assert len(set(tokens[PROMPT_TOKENS:])) > 8, "degenerate text proves nothing"
+    assert all(c.misses > spec.num_experts for c in counters), "the cache must have had to evict"
+
+
+def test_pool_of_all_layers_is_exact(references: dict[Any, Reference], tmp_path: Path) -> None:
+    expected = reference(references, "qwen3_moe", torch.bfloat16, tmp_path)
+    index(expected.root, tmp_path / "store")
+    with engine(tmp_path / "store", tmp_path, pooled=True) as node:
+        logits, tokens = run(node)
+    assert all(torch.equal(a, b) for a, b in zip(logits, expected.logits, strict=True))
+    assert tokens == expected.tokens

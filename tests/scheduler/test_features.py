@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from scheduler.features import GATE_DECAY, MAX_AGE_STEPS, RARE, Features, feature_names
+from tests.scheduler.traces import decode_step, prefill
+
+HALF_LIVES = (1.0, 2.0)
+NAMES = feature_names(HALF_LIVES)
+
+
+def row(features: Features, layer: int, expert: int) -> dict[str, float]:
+    values = features.rows(np.array([layer]), np.array([expert]))[0]
+    return dict(zip(NAMES, values.tolist(), strict=True))
+
+
+def fed(*steps: list[list[int]]) -> Features:
+    features = Features(1, 4, HALF_LIVES)
+    for number, ids in enumerate(steps):
+        features.update(decode_step(ids, step=number, num_experts=4))
+    return features
+
+
+def test_golden_on_a_trace_by_hand() -> None:
+    """Expert 0 at steps 1, 2 and 4 of 5: gaps 1 and 2, age 1.
+
+    Red when the newest use is not counted, gaps are taken after the update, or decay is off by one.
+    """
+    got = row(fed([[0, 1]], [[0, 1]], [[1, 2]], [[0, 2]], [[1, 2]]), 0, 0)
+    once = 0.5  # 1 - 2 ** (-1 / half_life)
+    frequency_1 = once * (0.5**4 + 0.5**3 + 0.5)
+    keep = 0.5**0.5
+    frequency_2 = (1 - keep) * (keep**4 + keep**3 + keep)
+    gap_mean = 1 + 0.2 * 1
+    gap_variance = 0.8 * 0.2 * 1
+    assert got == pytest.approx(
+        {
+            "log_age": np.log(2),
+            "log_frequency_1": np.log(frequency_1 + RARE),
+            "log_frequency_2": np.log(frequency_2 + RARE),
+            "log_gap_mean": np.log1p(gap_mean),
+            "log_gap_std": 0.5 * np.log1p(gap_variance),
+            "age_over_gap": 1 / (1 + gap_mean),
+            "gate_weight": 0.5 * (1 - (1 - GATE_DECAY) ** 3),
+        }
+    )
+
+
+def test_an_expert_never_used_looks_old_and_rare() -> None:
+    """Red when unused experts start with age 0."""
+    got = row(fed([[0, 1]]), 0, 3)
+    assert got["log_age"] == pytest.approx(np.log1p(MAX_AGE_STEPS))
+    assert got["log_frequency_2"] == pytest.approx(np.log(RARE))
+    assert got["gate_weight"] == 0
+
+
+def test_rows_are_the_table_and_asking_changes_nothing() -> None:
+    """Red when rows and table mix up layer and expert, or when asking moves the clock."""
+    features = Features(2, 8, HALF_LIVES)
+    for step, ids in enumerate(([[0, 1], [2, 3]], [[4, 5], [2, 7]])):
+        features.update(decode_step(ids, step=step))
+    before = features.table()
+    layers, experts = np.array([0, 1, 1]), np.array([4, 2, 7])
+    np.testing.assert_array_equal(
+        features.rows(layers, experts), before[:, layers, experts].T, strict=True
+    )
+    np.testing.assert_array_equal(features.table(), before)
+    assert before.shape == (len(NAMES), 2, 8)
+    assert np.isfinite(before).all()
+
+
+def test_a_prompt_counts_as_its_tokens_spread_evenly() -> None:
+    """Red when a prompt of 64 tokens weighs as much as one step, or moves the clock."""
+    features = Features(1, 4, HALF_LIVES)
+    features.update_prefill(prefill([[64, 32, 0, 16]], num_tokens=64))
+    frequencies = [np.exp(row(features, 0, e)["log_frequency_2"]) - RARE for e in range(4)]
+    assert frequencies == pytest.approx([1, 0.5, 0, 0.25], abs=1e-6)
+    assert features.num_steps == 0
+
+
+def test_an_empty_prompt_is_no_division_by_zero() -> None:
+    features = Features(1, 4, HALF_LIVES)
+    features.update_prefill(prefill([[0, 0, 0, 0]], num_tokens=0))
+    assert np.isfinite(features.table()).all()
