@@ -60,6 +60,7 @@ async def serve(config: SchedulerConfig, servicer: SchedulerService, loop: Sched
     ):
         signalled = asyncio.create_task(rpc.until_signalled())
         await asyncio.wait((learning, signalled), return_when=asyncio.FIRST_COMPLETED)
+        signalled.cancel()
         await health.set(serving=False)
 
 

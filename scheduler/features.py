@@ -1,4 +1,5 @@
-"""What one node's evidence says of every expert: recency, frequencies, gaps and gate weight.
+"""What one node's evidence says of every expert: recency, frequencies, gaps, gate weight, and
+whether it tends to follow the experts of the last step.
 
 Time is the node's own count of decode steps, never a clock.
 """
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proto.redis_schema import DecodeAccess, PrefillAccess
+from scheduler.followers import Followers
 
 Array = NDArray[np.float64]
 
@@ -23,16 +25,29 @@ RARE = 1 / 1024  # a frequency below this looks like never
 
 def feature_names(half_lives_tokens: Sequence[float]) -> tuple[str, ...]:
     frequencies = [f"log_frequency_{half_life:g}" for half_life in half_lives_tokens]
-    return ("log_age", *frequencies, "log_gap_mean", "log_gap_std", "age_over_gap", "gate_weight")
+    return (
+        "log_age",
+        *frequencies,
+        "log_gap_mean",
+        "log_gap_std",
+        "age_over_gap",
+        "gate_weight",
+        "log_follows",
+    )
 
 
 class Features:
     """State of all experts, [L, E]. `update` and `update_prefill` change it, the others ask."""
 
     def __init__(
-        self, num_layers: int, num_experts: int, half_lives_tokens: Sequence[float]
+        self,
+        num_layers: int,
+        num_experts: int,
+        half_lives_tokens: Sequence[float],
+        followers: Followers,
     ) -> None:
         shape = (num_layers, num_experts)
+        self._followers = followers
         self.num_steps = 0
         self._keep = 0.5 ** (1 / np.asarray(half_lives_tokens, np.float64))  # [H]
         self._frequencies = np.zeros((len(self._keep), *shape))
@@ -40,6 +55,9 @@ class Features:
         self._gap_mean = np.full(shape, float(MAX_AGE_STEPS))
         self._gap_variance = np.zeros(shape)
         self._gate_weight = np.zeros(shape)
+        self._sequence = ""
+        self._chosen = np.zeros((num_layers, 0), np.intp)  # [L, K], of the last step
+        self._follows = np.zeros(shape, np.float32)
 
     def used(self, event: DecodeAccess) -> NDArray[np.bool_]:
         """[L, E], which experts this step chose."""
@@ -54,6 +72,7 @@ class Features:
         self._update_frequencies(at)
         self._update_gaps(at)
         self._update_gate_weights(event)
+        self._update_followers(event)
         self._last_step[at] = self.num_steps
 
     def update_prefill(self, event: PrefillAccess) -> None:
@@ -88,6 +107,13 @@ class Features:
         old = self._gate_weight[at]
         self._gate_weight[at] = old + GATE_DECAY * (event.topk_weights.astype(np.float64) - old)
 
+    def _update_followers(self, event: DecodeAccess) -> None:
+        """Learn who followed the last step's experts, then ask who follows those of this one."""
+        if event.sequence == self._sequence:
+            self._followers.learn(self._chosen, self.used(event))
+        self._sequence, self._chosen = event.sequence, event.topk_ids.astype(np.intp)
+        self._follows = self._followers.shares(self._chosen)
+
     def _describe(self, at: Any) -> Array:
         age = np.minimum(self.num_steps - self._last_step[at], MAX_AGE_STEPS)
         gap_mean = self._gap_mean[at]
@@ -99,5 +125,6 @@ class Features:
                 0.5 * np.log1p(self._gap_variance[at]),
                 np.minimum(age / (1 + gap_mean), 4.0),
                 self._gate_weight[at],
+                np.log(self._follows[at] + np.float64(RARE)),
             ]
         )

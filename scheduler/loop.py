@@ -66,9 +66,8 @@ class SchedulerLoop:
         entries = await self._stream.read()
         if entries:
             await self._handle(entries)
-        elif self._stream.connected and self._publisher.needs_refresh:
-            self._unpublished.update(self._scorer.nodes)
-            await self._publish()
+        else:
+            await self._publish_what_waits()
         if self._snapshot.is_due(time.monotonic()):
             await self._snapshot.save(self._scorer.model)
         if self._stream.backoff_s:
@@ -91,6 +90,12 @@ class SchedulerLoop:
             self._events_foreign += 1
             return
         self._unpublished.add(event.node)
+
+    async def _publish_what_waits(self) -> None:
+        """What came too soon after the last advice, and what would expire though nothing is new."""
+        if self._stream.connected and self._publisher.needs_refresh:
+            self._unpublished.update(self._scorer.nodes)
+        await self._publish()
 
     async def _publish(self) -> None:
         now_s = time.monotonic()

@@ -13,6 +13,7 @@ from proto.expert import ExpertKey
 from proto.redis_schema import DecodeAccess, PrefillAccess
 from scheduler.config import SchedulerConfig
 from scheduler.features import Features, feature_names
+from scheduler.followers import Followers
 from scheduler.labels import DelayedLabels, Questions
 from scheduler.model import Contribution, ReuseModel
 
@@ -41,6 +42,7 @@ class Scorer:
         self._config = config
         self._layer_index = {layer: index for index, layer in enumerate(config.moe_layers)}
         self._nodes: OrderedDict[str, _Node] = OrderedDict()  # least recently heard first
+        self._followers = Followers(config.num_layers, config.num_experts)
         self._random = np.random.default_rng(seed)
         self.model = ReuseModel(feature_names(config.half_lives_tokens))
         self.events_seen = 0
@@ -121,7 +123,9 @@ class Scorer:
     def _new_node(self) -> _Node:
         config = self._config
         return _Node(
-            Features(config.num_layers, config.num_experts, config.half_lives_tokens),
+            Features(
+                config.num_layers, config.num_experts, config.half_lives_tokens, self._followers
+            ),
             DelayedLabels(config.horizon_steps, config.learn_rows_per_step, len(self.model.names)),
         )
 

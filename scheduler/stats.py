@@ -18,7 +18,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class SchedulerStats:
-    """Counts since start. NUM fields only grow; the others are what they are now.
+    """Counts since start only grow (restored ones go on); the rest is as it is now.
 
     events_rejected:  not to be decoded, or another model's
     events_lost:      trimmed from the stream between delivery and handling

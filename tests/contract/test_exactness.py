@@ -27,6 +27,7 @@ from tests.checkpoints import ARCHITECTURES, make
 from tests.local_store import local_store
 
 PROMPT_TOKENS, STEPS = 32, 64
+_SEEDS = {"qwen3_moe": 3}  # seed 0 makes it repeat one token, which proves nothing
 MAKERS = {"index": index, "pack": pack}
 
 
@@ -48,7 +49,7 @@ def reference(
 ) -> Reference:
     """transformers' eager experts on the same checkpoint, step by step and through generate()."""
     if (name, dtype) not in references:
-        root = make(name, folder / "checkpoint", dtype, seed=3)
+        root = make(name, folder / "checkpoint", dtype, seed=_SEEDS.get(name, 0))
         model = AutoModelForCausalLM.from_pretrained(root, dtype=dtype).eval()
         model.set_experts_implementation("eager")
         align(model)

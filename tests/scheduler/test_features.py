@@ -3,11 +3,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scheduler.features import GATE_DECAY, MAX_AGE_STEPS, RARE, Features, feature_names
+from scheduler.features import (
+    GATE_DECAY,
+    MAX_AGE_STEPS,
+    RARE,
+    Features,
+    feature_names,
+)
+from scheduler.followers import PRIOR, Followers
 from tests.scheduler.traces import decode_step, prefill
 
 HALF_LIVES = (1.0, 2.0)
 NAMES = feature_names(HALF_LIVES)
+
+
+def features_of(num_layers: int, num_experts: int) -> Features:
+    return Features(num_layers, num_experts, HALF_LIVES, Followers(num_layers, num_experts))
 
 
 def row(features: Features, layer: int, expert: int) -> dict[str, float]:
@@ -16,7 +27,7 @@ def row(features: Features, layer: int, expert: int) -> dict[str, float]:
 
 
 def fed(*steps: list[list[int]]) -> Features:
-    features = Features(1, 4, HALF_LIVES)
+    features = features_of(1, 4)
     for number, ids in enumerate(steps):
         features.update(decode_step(ids, step=number, num_experts=4))
     return features
@@ -34,6 +45,9 @@ def test_golden_on_a_trace_by_hand() -> None:
     frequency_2 = (1 - keep) * (keep**4 + keep**3 + keep)
     gap_mean = 1 + 0.2 * 1
     gap_variance = 0.8 * 0.2 * 1
+    after_1 = 2 / (3 + PRIOR)  # in two of the three steps that came after expert 1
+    after_2 = 1 / (2 + PRIOR)
+    follows = (after_1 + after_2) / 2  # the last step chose experts 1 and 2
     assert got == pytest.approx(
         {
             "log_age": np.log(2),
@@ -43,8 +57,20 @@ def test_golden_on_a_trace_by_hand() -> None:
             "log_gap_std": 0.5 * np.log1p(gap_variance),
             "age_over_gap": 1 / (1 + gap_mean),
             "gate_weight": 0.5 * (1 - (1 - GATE_DECAY) ** 3),
+            "log_follows": np.log(follows + RARE),
         }
     )
+
+
+def test_only_steps_of_one_sequence_follow_each_other() -> None:
+    """Red when the first step of a generation is learned as follower of another's last."""
+    features = features_of(1, 4)
+    features.update(decode_step([[0, 1]], num_experts=4, sequence="one"))
+    features.update(decode_step([[2, 3]], num_experts=4, sequence="two"))
+    features.update(decode_step([[0, 1]], num_experts=4, sequence="two"))
+    assert row(features, 0, 2)["log_follows"] == pytest.approx(np.log(RARE))
+    features.update(decode_step([[2, 3]], num_experts=4, sequence="two"))
+    assert row(features, 0, 0)["log_follows"] == pytest.approx(np.log(1 / (1 + PRIOR) + RARE))
 
 
 def test_an_expert_never_used_looks_old_and_rare() -> None:
@@ -57,7 +83,7 @@ def test_an_expert_never_used_looks_old_and_rare() -> None:
 
 def test_rows_are_the_table_and_asking_changes_nothing() -> None:
     """Red when rows and table mix up layer and expert, or when asking moves the clock."""
-    features = Features(2, 8, HALF_LIVES)
+    features = features_of(2, 8)
     for step, ids in enumerate(([[0, 1], [2, 3]], [[4, 5], [2, 7]])):
         features.update(decode_step(ids, step=step))
     before = features.table()
@@ -72,7 +98,7 @@ def test_rows_are_the_table_and_asking_changes_nothing() -> None:
 
 def test_a_prompt_counts_as_its_tokens_spread_evenly() -> None:
     """Red when a prompt of 64 tokens weighs as much as one step, or moves the clock."""
-    features = Features(1, 4, HALF_LIVES)
+    features = features_of(1, 4)
     features.update_prefill(prefill([[64, 32, 0, 16]], num_tokens=64))
     frequencies = [np.exp(row(features, 0, e)["log_frequency_2"]) - RARE for e in range(4)]
     assert frequencies == pytest.approx([1, 0.5, 0, 0.25], abs=1e-6)
@@ -80,6 +106,6 @@ def test_a_prompt_counts_as_its_tokens_spread_evenly() -> None:
 
 
 def test_an_empty_prompt_is_no_division_by_zero() -> None:
-    features = Features(1, 4, HALF_LIVES)
+    features = features_of(1, 4)
     features.update_prefill(prefill([[0, 0, 0, 0]], num_tokens=0))
     assert np.isfinite(features.table()).all()

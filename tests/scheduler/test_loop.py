@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -152,7 +152,8 @@ async def test_advice_is_not_written_more_often_than_asked(
     config: SchedulerConfig, until: Until
 ) -> None:
     """Red when advice_min_interval_s is not looked at, or what waited is forgotten."""
-    async with running(config.model_copy(update={"advice_min_interval_s": 0.3})) as daemon:
+    changes = {"advice_min_interval_s": 0.3, "advice_lifetime_s": 60.0}
+    async with running(config.model_copy(update=changes)) as daemon:
         for step in range(20):
             await daemon.send(decode_step([[0, 1], [2, 3]], step=step))
             await until(lambda seen=step: daemon.loop.stats().events_seen > seen)  # type: ignore[misc]
@@ -258,7 +259,7 @@ def test_random_bytes_never_end_the_loop(
 
 
 async def feed(valkey_dir: Path, entries: list[dict[bytes, bytes]]) -> None:
-    fingerprint = tempfile.mktemp(prefix="", dir="")
+    fingerprint = uuid4().hex
     config = small_config(
         redis_url=f"unix://{valkey_dir}/valkey.sock", fingerprint=fingerprint, min_labels=0
     )

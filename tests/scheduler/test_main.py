@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -21,7 +22,11 @@ from proto import scheduler_pb2 as pb
 from proto.expert import ExpertKey
 from proto.redis_schema import Advice
 from proto.scheduler_pb2_grpc import SchedulerStub
-from scheduler import service
+from scheduler import service, snapshot
+from scheduler.__main__ import run
+from scheduler.config import SchedulerConfig
+from scheduler.loop import SchedulerLoop
+from scheduler.scorer import Scorer
 from tests.scheduler.conftest import start_valkey
 from tests.scheduler.traces import structured_trace
 
@@ -92,10 +97,17 @@ def test_serves_learns_and_leaves_with_a_snapshot(run_dir: Path) -> None:
     assert "stop requested" in [json.loads(line)["message"] for line in log.splitlines()]
 
 
-def test_serves_though_redis_is_down(run_dir: Path) -> None:
-    """Degraded, not down. Red when health follows Redis, or a waiting daemon ignores SIGTERM."""
+def test_takes_up_its_snapshot_and_serves_though_redis_is_down(run_dir: Path) -> None:
+    """Degraded, not down. Red when health follows Redis, a waiting daemon ignores SIGTERM, or
+    what was learned is left behind.
+    """
+    path = write_config(run_dir)
+    scorer = Scorer(SchedulerConfig.load(path))
+    for event in structured_trace(20):
+        scorer.observe(event)
+    snapshot.save(run_dir / "learner.npz", "f", scorer.model.state())
     with (
-        daemon(write_config(run_dir)) as process,
+        daemon(path) as process,
         rpc.connect(f"unix:{run_dir}/scheduler.sock") as channel,
     ):
         stats = SchedulerStub(channel).Stats(
@@ -106,7 +118,22 @@ def test_serves_though_redis_is_down(run_dir: Path) -> None:
         _, log = process.communicate(timeout=DEADLINE_S)
     assert health.status == rpc.SERVING
     assert not stats.redis_connected
+    assert stats.labels_learned == scorer.model.labels_learned > 0
     assert process.returncode == 0, log
+
+
+async def test_a_defect_in_the_loop_ends_the_daemon(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when the daemon goes on serving without learning."""
+
+    async def broken(self: SchedulerLoop) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(SchedulerLoop, "_turn", broken)
+    config = SchedulerConfig.load(write_config(run_dir))
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wait_for(run(config), DEADLINE_S)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from scheduler.service import SchedulerService
 from tests.scheduler.test_stats import STATS
 from tests.scheduler.traces import small_config, structured_trace
 
-
 if TYPE_CHECKING:
     from proto.scheduler_pb2_grpc import SchedulerAsyncStub
 
@@ -52,7 +51,7 @@ async def test_explain_says_why(stub: SchedulerAsyncStub, scorer: Scorer) -> Non
     assert [(term.name, term.value, term.weight, term.contribution) for term in reply.features] == [
         (t.name, t.value, t.weight, t.contribution) for t in want.contributions
     ]
-    assert len({term.name for term in reply.features}) == 9
+    assert len({term.name for term in reply.features}) == 10
 
 
 async def test_explain_ends_with_the_statuses_of_its_contract(

@@ -48,6 +48,8 @@ def test_only_loopback_hears_it_and_the_port_is_given_back() -> None:
     """Red when it binds 0.0.0.0, or the socket outlives the block."""
     with serving_metrics(0, None, lambda: STATS) as port:
         assert port is not None
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port), timeout=5).close()
         with (
             pytest.raises(errors.ConfigInvalid, match=f"metrics_port {port}"),
             serving_metrics(port, None, lambda: STATS),

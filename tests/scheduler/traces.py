@@ -36,11 +36,12 @@ def decode_step(
     node: str = "node-a",
     weights: float = 0.5,
     num_experts: int = 8,
+    sequence: str = "s",
 ) -> DecodeAccess:
     topk_ids = np.asarray(ids, np.uint16)
     return DecodeAccess(
         node=node,
-        sequence="s",
+        sequence=sequence,
         step=step,
         num_experts=num_experts,
         slots=4,

@@ -1,0 +1,77 @@
+# One entry point for every chore; CI calls `make check`.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN ?= .venv/bin
+PY := $(BIN)/python
+SOURCES := proto expert_store compute_node scheduler deploy tests
+PROTOS := $(wildcard proto/*.proto)
+STUBS := proto/.generated
+READY := .venv/.ready
+MODEL := deploy/models/tiny-moe
+STORE := .flashmoe/tiny-moe
+PROMPT ?= In the beginning
+MEMORY ?= 1GiB
+EXPERTS_MEMORY ?= 37.5%
+MAX_TOKENS ?= 96
+
+.DEFAULT_GOAL := help
+.PHONY: help setup proto run serve test system lint format check bench lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "FlashMoE needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@echo "installing dependencies (once, a few minutes) ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(STUBS): $(PROTOS) $(READY)
+	@PATH="$(BIN):$$PATH" $(PY) -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \
+	    --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS)
+	@touch $@
+
+setup: $(STUBS)  ## virtual environment, dependencies, generated stubs
+
+proto: $(STUBS)  ## generate stubs when a .proto changed
+
+$(STORE)/manifest.json: $(STUBS) $(wildcard $(MODEL)/*)
+	@$(BIN)/flashmoe index $(MODEL) --out $(STORE)
+
+run: $(STORE)/manifest.json  ## generate once from the shipped model (PROMPT="...")
+	@$(BIN)/flashmoe run "$(PROMPT)" --model $(STORE) --memory $(MEMORY) \
+	    --experts-memory $(EXPERTS_MEMORY) --max-tokens $(MAX_TOKENS) --temperature 0.8 --seed 7
+
+serve: $(STORE)/manifest.json  ## keep the shipped model up for clients (flashmoe generate "...")
+	@$(BIN)/flashmoe serve --model $(STORE) --memory $(MEMORY) --experts-memory $(EXPERTS_MEMORY)
+
+test: $(STUBS)  ## the whole test suite, system tests included
+	$(PY) -m pytest -q
+
+system: $(STUBS)  ## only the tests that start real processes
+	$(PY) -m pytest -q -m system
+
+lint: $(STUBS)  ## style, types, import layers; changes nothing
+	$(PY) -m ruff format --check $(SOURCES)
+	$(PY) -m ruff check $(SOURCES)
+	$(PY) -m mypy
+	$(BIN)/lint-imports
+
+format: $(STUBS)  ## rewrite the sources in our style
+	$(PY) -m ruff format $(SOURCES)
+	$(PY) -m ruff check --fix $(SOURCES)
+
+check: lint test  ## what passes before a commit
+
+bench: $(STUBS)  ## measure, and print the tables of README
+	$(PY) -m tests.bench
+
+lock:  ## remake requirements.lock from the environment as it is
+	@{ echo "# Exact versions that the Makefile installs; ranges are in pyproject.toml. Remake: make lock"; \
+	   $(PY) -m pip freeze --exclude-editable | sed 's/+cpu//'; } > requirements.lock
+
+clean:  ## remove what the Makefile made, the environment included
+	rm -rf .venv .flashmoe build *.egg-info $(STUBS) proto/*_pb2*.py proto/*_pb2*.pyi

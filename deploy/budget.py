@@ -1,0 +1,165 @@
+"""Splits the memory ceiling into parts at start: what is left for expert slots, and whether it
+is enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.settings import parse_experts_memory
+from expert_store.manifest import Manifest
+from proto import errors
+from proto.shm import SegmentLayout
+
+MIB = 1024 * 1024
+
+# PSS of each process beside weights and buffers, measured on an idle stack with room for what
+# they grow by
+# under load (tests/bench/LOG.md has the figures).
+OVERHEAD_BYTES = {
+    "compute_node": 440 * MIB,
+    "expert_store": 64 * MIB,
+    "scheduler": 128 * MIB,
+    "launcher": 64 * MIB,
+    "valkey": 40 * MIB,
+}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """parts: bytes by part, summing to total_bytes. slots: experts that can be resident."""
+
+    ceiling_bytes: int
+    parts: dict[str, int]
+    slots: int
+    slot_bytes: int
+    num_experts: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+def cgroup_limit_bytes() -> int | None:
+    """The memory limit this process runs under, v1 or v2; None without one."""
+    own = Path("/proc/self/cgroup").read_text().splitlines()
+    candidates = [Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    for line in own:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            candidates.append(Path(f"/sys/fs/cgroup/memory{path}/memory.limit_in_bytes"))
+        elif controllers == "":
+            candidates.append(Path(f"/sys/fs/cgroup{path}/memory.max"))
+    limits = []
+    for file in candidates:
+        text = file.read_text().strip() if file.exists() else "max"
+        if text.isdigit() and int(text) < 1 << 62:
+            limits.append(int(text))
+    return min(limits, default=None)
+
+
+def plan_memory(
+    manifest: Manifest,
+    memory_bytes: int | None,
+    experts_memory: str | None,
+    *,
+    context_tokens: int,
+    chunk_tokens: int,
+    read_depth: int,
+    embedded_valkey: bool = True,
+) -> MemoryPlan:
+    """Where the memory goes.
+
+    memory_bytes: the ceiling; None: what experts_memory needs
+    Raises MemoryExceeded, naming what would be enough, when the ceiling cannot be kept;
+    ConfigInvalid.
+    """
+    spec, slot_bytes = manifest.spec, manifest.slot_bytes
+    parts = _fixed_parts(manifest, context_tokens, chunk_tokens, read_depth, embedded_valkey)
+    fixed = sum(parts.values())
+    smallest = spec.top_k * len(spec.moe_layers)
+    if experts_memory is not None:
+        slots = parse_experts_memory(experts_memory, spec.num_experts_total, slot_bytes)
+    elif memory_bytes is not None:
+        slots = (memory_bytes - fixed) // slot_bytes
+    else:
+        raise errors.ConfigInvalid("give --memory (for example 2GiB) or --experts-memory")
+    slots = min(slots, spec.num_experts_total)
+    _check_slots(slots, smallest, fixed + smallest * slot_bytes, memory_bytes, experts_memory)
+    parts["experts"] = slots * slot_bytes
+    plan = MemoryPlan(
+        memory_bytes or fixed + parts["experts"],
+        parts,
+        slots,
+        slot_bytes,
+        spec.num_experts_total,
+    )
+    if plan.total_bytes > plan.ceiling_bytes:
+        raise errors.MemoryExceeded(
+            f"{slots} expert slots need {_mib(plan.total_bytes)} in all, --memory is "
+            f"{_mib(plan.ceiling_bytes)}: give fewer experts memory or a higher ceiling"
+        )
+    limit = cgroup_limit_bytes()
+    if limit is not None and plan.ceiling_bytes > limit:
+        raise errors.MemoryExceeded(
+            f"--memory {_mib(plan.ceiling_bytes)} is above this cgroup's limit of {_mib(limit)}: "
+            "lower it, or raise the limit"
+        )
+    return plan
+
+
+def _fixed_parts(
+    manifest: Manifest,
+    context_tokens: int,
+    chunk_tokens: int,
+    read_depth: int,
+    embedded_valkey: bool,
+) -> dict[str, int]:
+    """Everything but the experts' slots."""
+    spec, sizing = manifest.spec, manifest.sizing
+    widest = max(
+        tensor.shape[-1] if len(tensor.shape) > 1 else 0
+        for layout in spec.layouts.values()
+        for tensor in layout
+    )
+    itemsize = 4
+    overheads = dict(OVERHEAD_BYTES)
+    if not embedded_valkey:
+        del overheads["valkey"]
+    return {
+        "dense_weights": sizing.dense_bytes,
+        "kv_cache": sizing.cache_bytes_fixed + sizing.cache_bytes_per_token * context_tokens,
+        # [T, K, D] outputs, a dozen [T, D] activations, one expert's inner activations, logits
+        "prefill_buffers": itemsize * chunk_tokens * sizing.hidden_size * (spec.top_k + 12)
+        + itemsize * chunk_tokens * widest * 6
+        + itemsize * 4 * sizing.vocab_size,
+        "read_slots": read_depth * manifest.slot_bytes
+        + SegmentLayout(spec.num_experts_total, manifest.slot_bytes).header_bytes,
+        **overheads,
+    }
+
+
+def _check_slots(
+    slots: int,
+    smallest: int,
+    enough_bytes: int,
+    memory_bytes: int | None,
+    experts_memory: str | None,
+) -> None:
+    if slots >= smallest:
+        return
+    if experts_memory is not None:
+        raise errors.MemoryExceeded(
+            f"--experts-memory {experts_memory} is {max(0, slots)} slots, one token needs "
+            f"{smallest}: "
+            f"give at least {smallest}"
+        )
+    raise errors.MemoryExceeded(
+        f"--memory {_mib(memory_bytes or 0)} does not fit this model: the smallest that works is "
+        f"{_mib(enough_bytes)}"
+    )
+
+
+def _mib(count: int) -> str:
+    return f"{-(-count // MIB):,} MiB"

@@ -1,0 +1,139 @@
+"""The doctor verb: what on this machine stands in the way, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from mmap import mmap
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+
+from deploy import console
+from deploy.budget import cgroup_limit_bytes
+
+_PROBE_BYTES = 64 * 1024 * 1024
+_READ_BYTES = 4 * 1024 * 1024
+_SLOW_BYTES_PER_S = 500e6
+
+
+@dataclass(frozen=True)
+class Finding:
+    """remedy: empty when all is well."""
+
+    name: str
+    fact: str
+    remedy: str = ""
+
+
+def doctor(
+    path: Annotated[
+        Path, typer.Option(help="A folder on the disk that holds (or will hold) the experts.")
+    ] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Check disk speed, direct I/O, /dev/shm, cgroup limit and threads; exit 1 when something is
+    wrong.
+
+    Example: flashmoe doctor --path /nvme
+    """
+    findings = [*check_disk(path), check_shm(), check_memory(), check_threads(), check_files()]
+    if as_json:
+        console.print_json([vars(finding) for finding in findings])
+    else:
+        for finding in findings:
+            mark = "[yellow]![/yellow]" if finding.remedy else "[green]ok[/green]"
+            console.out.print(f"{mark:>2} {finding.name}: {finding.fact}")
+            if finding.remedy:
+                console.out.print(f"   → {finding.remedy}")
+    if any(finding.remedy for finding in findings):
+        raise typer.Exit(console.DAMAGED)
+
+
+def check_disk(path: Path) -> Iterator[Finding]:
+    """A probe file of 64 MiB, written, synced, and read back in random 4 MiB pieces."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".flashmoe-doctor-") as probe:
+            probe.write(os.urandom(_READ_BYTES) * (_PROBE_BYTES // _READ_BYTES))
+            probe.flush()
+            os.fsync(probe.fileno())
+            os.posix_fadvise(probe.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            yield from _probe(Path(probe.name))
+    except OSError as error:
+        yield Finding(
+            "disk", f"cannot write to {path.resolve()}: {error.strerror}", "give another --path"
+        )
+
+
+def _probe(file: Path) -> Iterator[Finding]:
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+        yield Finding("direct I/O", "works")
+    except OSError as error:
+        descriptor = os.open(file, os.O_RDONLY)
+        yield Finding(
+            "direct I/O",
+            f"refused ({error.strerror}): reads go through the page cache",
+            "keep the experts on ext4, xfs or btrfs, not on tmpfs, overlayfs or a network share",
+        )
+    try:
+        speed, median_s = _read_speed(descriptor)
+    finally:
+        os.close(descriptor)
+    fact = f"{speed / 1e9:.2f} GB/s, {median_s * 1e3:.1f} ms per 4 MiB read at depth 1"
+    slow = speed < _SLOW_BYTES_PER_S
+    yield Finding("disk", fact, "decode will wait for this disk: use an NVMe SSD" if slow else "")
+
+
+def _read_speed(descriptor: int) -> tuple[float, float]:
+    times = []
+    with mmap(-1, _READ_BYTES) as buffer, memoryview(buffer) as view:
+        for piece in (5, 0, 9, 14, 3, 11, 7, 2, 13, 8, 1, 15, 6, 12, 4, 10):
+            start_s = time.perf_counter()
+            os.preadv(descriptor, [view], piece * _READ_BYTES)
+            times.append(time.perf_counter() - start_s)
+    return _READ_BYTES * len(times) / sum(times), statistics.median(times)
+
+
+def check_shm() -> Finding:
+    usage = shutil.disk_usage("/dev/shm")
+    fact = f"{console.size(usage.free)} free of {console.size(usage.total)}"
+    small = usage.free < 1 << 30
+    remedy = "experts live there: mount it larger, or set shm_size in compose" if small else ""
+    return Finding("/dev/shm", fact, remedy)
+
+
+def check_memory() -> Finding:
+    memory, limit = psutil.virtual_memory(), cgroup_limit_bytes()
+    fact = f"{console.size(memory.available)} available of {console.size(memory.total)}"
+    fact += f", cgroup limit {console.size(limit)}" if limit else ", no cgroup limit"
+    if psutil.swap_memory().used > 64 << 20:
+        return Finding(
+            "memory", fact + ", swap in use", "stop what swaps: experts would be paged out"
+        )
+    low = min(memory.available, limit or memory.total) < 1 << 30
+    return Finding("memory", fact, "less than 1 GiB: close other programs" if low else "")
+
+
+def check_threads() -> Finding:
+    allowed, wanted = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
+    load = os.getloadavg()[0]
+    fact = f"{allowed} cores for this process, load {load:.1f}"
+    if wanted and wanted.isdigit() and int(wanted) > allowed:
+        return Finding("threads", f"{fact}, OMP_NUM_THREADS={wanted}", "unset OMP_NUM_THREADS")
+    busy = load > 1.5 * allowed
+    return Finding("threads", fact, "others use these cores: decode will be slower" if busy else "")
+
+
+def check_files() -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    remedy = "raise it: ulimit -n 4096" if soft < 256 else ""
+    return Finding("open files", f"limit {soft}", remedy)

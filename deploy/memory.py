@@ -1,0 +1,120 @@
+"""Measures what the stack uses: the sum of PSS of its processes, and its peak.
+
+Anonymous memory is read every time (a counter the kernel keeps). File-mapped and shared pages
+need a walk
+over page tables (10 ms for a torch process), and change slowly: they are walked now and then.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+FILE_NAME = "memory.json"
+_WALK_INTERVAL_S = 2.0
+_WRITE_INTERVAL_S = 0.2
+
+
+@dataclass
+class MemoryReport:
+    """What `flashmoe generate` and `status` show. by_part: of the sample with the highest sum."""
+
+    ceiling_bytes: int = 0
+    peak_bytes: int = 0
+    current_bytes: int = 0
+    by_part: dict[str, int] = field(default_factory=dict)
+    cgroup_peak_bytes: int | None = None
+
+    @classmethod
+    def read(cls, run_dir: Path) -> MemoryReport | None:
+        """None when no stack of ours runs there."""
+        try:
+            return cls(**json.loads((run_dir / FILE_NAME).read_text()))
+        except FileNotFoundError:
+            return None
+
+
+class MemorySampler:
+    """segment_bytes: allocated in full at start, so it counts in full. dense_bytes: shown apart
+    from the node.
+    """
+
+    def __init__(
+        self, run_dir: Path, ceiling_bytes: int, segment_bytes: int, dense_bytes: int
+    ) -> None:
+        self._path = run_dir / FILE_NAME
+        self._segment_bytes = segment_bytes
+        self._dense_bytes = dense_bytes
+        self._file_bytes: dict[int, int] = {}
+        self._walked_s = 0.0
+        self._written_s = 0.0
+        self.report = MemoryReport(ceiling_bytes)
+
+    def sample(self, processes: Mapping[str, int]) -> None:
+        """processes: name -> pid; one that is gone counts nothing."""
+        now = time.monotonic()
+        if now - self._walked_s > _WALK_INTERVAL_S or set(self._file_bytes) != set(
+            processes.values()
+        ):
+            self._file_bytes = {pid: file_pss_bytes(pid) for pid in processes.values()}
+            self._walked_s = now
+        parts = {
+            name: anonymous_bytes(pid) + self._file_bytes.get(pid, 0)
+            for name, pid in processes.items()
+        }
+        parts["segment"] = self._segment_bytes
+        if parts.get("compute_node", 0) > self._dense_bytes:
+            parts["compute_node"] -= self._dense_bytes
+            parts["dense_weights"] = self._dense_bytes
+        self._record(parts)
+        if now - self._written_s > _WRITE_INTERVAL_S:
+            self.write()
+            self._written_s = now
+
+    def write(self) -> None:
+        self.report.cgroup_peak_bytes = cgroup_peak_bytes()
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self.report)))
+        partial.replace(self._path)
+
+    def _record(self, parts: dict[str, int]) -> None:
+        self.report.current_bytes = sum(parts.values())
+        if self.report.current_bytes > self.report.peak_bytes:
+            self.report.peak_bytes = self.report.current_bytes
+            self.report.by_part = parts
+
+
+def anonymous_bytes(pid: int) -> int:
+    return _kilobytes(f"/proc/{pid}/status", "RssAnon")
+
+
+def file_pss_bytes(pid: int) -> int:
+    return _kilobytes(f"/proc/{pid}/smaps_rollup", "Pss_File")
+
+
+def _kilobytes(path: str, field_name: str) -> int:
+    try:
+        with open(path) as file:
+            for line in file:
+                if line.startswith(field_name + ":"):
+                    return int(line.split()[1]) * 1024
+    except (FileNotFoundError, ProcessLookupError):
+        return 0  # it ended between two looks
+    return 0
+
+
+def cgroup_peak_bytes() -> int | None:
+    """The highest use of a limited cgroup this process is in; None when it is in none."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        names = {
+            "memory": f"/sys/fs/cgroup/memory{path}/memory.max_usage_in_bytes",
+            "": f"/sys/fs/cgroup{path}/memory.peak",
+        }
+        file = Path(names.get(controllers, "/nonexistent"))
+        if path != "/" and file.exists():
+            return int(file.read_text())
+    return None

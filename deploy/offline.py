@@ -1,0 +1,186 @@
+"""Verbs that need no running stack: index, pack, verify, plan."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy import console
+from deploy.budget import MemoryPlan, plan_memory
+from deploy.disk import DiskSpeed, measure_disk
+from deploy.estimate import Estimate, estimate
+from deploy.settings import ServeSettings, parse_bytes
+from expert_store.manifest import MANIFEST_NAME, Manifest, check_sources
+from proto import errors
+
+CHECKPOINT = typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face checkpoint.")
+STORE = typer.Argument(metavar="STORE", help="Folder made by `flashmoe index` or `pack`.")
+OUT = typer.Option("--out", metavar="STORE", help="Folder to write.")
+SOURCE = typer.Option(help="Where the checkpoint's files are now, if they moved.")
+
+
+def index(checkpoint: Annotated[Path, CHECKPOINT], out: Annotated[Path, OUT]) -> None:
+    """Write a manifest over a checkpoint in place: no copy of its weights.
+
+    Reads every byte once for the checksums; interrupted, it goes on where it was.
+
+    Example: flashmoe index ~/models/OLMoE-1B-7B --out ~/stores/olmoe
+    """
+    from expert_store.index import index as make_index
+    from expert_store.index import is_indexed
+
+    if is_indexed(checkpoint, out):
+        console.err.print(f"{out} is up to date")
+        return
+    with console.progress("indexing") as report:
+        manifest = make_index(checkpoint, out, report)
+    _say_written(manifest, out)
+
+
+def pack(
+    checkpoint: Annotated[Path, CHECKPOINT],
+    out: Annotated[Path, OUT],
+    overwrite: Annotated[bool, typer.Option(help="Replace STORE if it exists.")] = False,
+) -> None:
+    """Copy a checkpoint into aligned records that read fastest; STORE is then self-contained.
+
+    Memory use is bounded; killed, it resumes; a full disk leaves STORE as it was.
+
+    Example: flashmoe pack ~/models/OLMoE-1B-7B --out /nvme/olmoe
+    """
+    from expert_store.pack import pack as make_pack
+
+    with console.progress("packing") as report:
+        manifest = make_pack(checkpoint, out, report, overwrite=overwrite)
+    _say_written(manifest, out)
+
+
+def verify(store: Annotated[Path, STORE], source: Annotated[Path | None, SOURCE] = None) -> None:
+    """Read and check every expert and dense weight; name each damaged one, then exit 1.
+
+    Example: flashmoe verify ~/stores/olmoe
+    """
+    from expert_store.verify import verify as check
+
+    with console.progress("verifying") as report:
+        damage = check(store, source, report)
+    for item in damage:
+        console.out.print(f"{item.name} in {item.file}: {item.problem}")
+    if damage:
+        console.err.print(
+            f"{len(damage)} damaged: restore the files named above, then verify again"
+        )
+        raise typer.Exit(console.DAMAGED)
+    console.out.print(f"{store}: every expert and weight is as it was indexed")
+
+
+def plan(
+    target: Annotated[Path, typer.Argument(metavar="HF_DIR|STORE", help="Checkpoint or store.")],
+    memory: Annotated[str, typer.Option(help="Ceiling over everything, e.g. 8GiB.")],
+    experts_memory: Annotated[
+        str | None, typer.Option(help="Bytes, percent of experts, or slots.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Tell whether a model fits a memory ceiling, where the memory goes, and how fast it should
+    decode.
+
+    Example: flashmoe plan ~/stores/olmoe --memory 8GiB
+    """
+    settings = ServeSettings.load(None)
+    ceiling_bytes = parse_bytes(memory, "--memory")
+    with tempfile.TemporaryDirectory() as scratch:
+        store_dir = target if (target / MANIFEST_NAME).exists() else Path(scratch)
+        if store_dir != target:
+            _index_for_plan(target, store_dir)
+        manifest = Manifest.load(store_dir)
+        root = manifest.root(store_dir)
+        check_sources(manifest, root, times=False)
+        node = settings.compute_node
+        planned = plan_memory(
+            manifest,
+            ceiling_bytes,
+            experts_memory,
+            context_tokens=node.get("max_context_tokens", 2048),
+            chunk_tokens=node.get("prefill_chunk_tokens", 256),
+            read_depth=settings.expert_store.get("read_depth", 4),
+            embedded_valkey=settings.redis is None,
+        )
+        disk = measure_disk(manifest, root)
+    expected = estimate(manifest, planned, disk)
+    if as_json:
+        console.print_json(_plan_document(planned, disk, expected))
+    else:
+        _print_plan(manifest, planned, disk, expected)
+
+
+def _index_for_plan(checkpoint: Path, store_dir: Path) -> None:
+    from expert_store.index import index as make_index
+
+    with console.progress("reading the checkpoint") as report:
+        make_index(checkpoint, store_dir, report)
+
+
+def _say_written(manifest: Manifest, out: Path) -> None:
+    spec = manifest.spec
+    console.out.print(
+        f"{out}: {spec.model_type}, {len(spec.moe_layers)} MoE layers x {spec.num_experts} "
+        "experts, "
+        f"{console.size(manifest.expert_bytes_total)} of experts, "
+        f"{console.size(manifest.sizing.dense_bytes)} dense"
+    )
+
+
+def _plan_document(planned: MemoryPlan, disk: DiskSpeed, expected: Estimate) -> dict[str, object]:
+    return {
+        "fits": True,
+        "ceiling_bytes": planned.ceiling_bytes,
+        "total_bytes": planned.total_bytes,
+        "memory_bytes_by_part": planned.parts,
+        "slots": planned.slots,
+        "num_experts": planned.num_experts,
+        "disk": vars(disk) | {"bytes_per_s": disk.bytes_per_s},
+        "tokens_per_s": {
+            "low": expected.low_tokens_per_s,
+            "likely": expected.likely_tokens_per_s,
+            "high": expected.high_tokens_per_s,
+        },
+        "likely_hit_ratio": expected.likely_hit_ratio,
+        "bytes_per_token": expected.bytes_per_token,
+    }
+
+
+def _print_plan(
+    manifest: Manifest, planned: MemoryPlan, disk: DiskSpeed, expected: Estimate
+) -> None:
+    rows = {name: console.size(count) for name, count in planned.parts.items()}
+    rows["total"] = (
+        f"{console.size(planned.total_bytes)} of {console.size(planned.ceiling_bytes)}: fits"
+    )
+    console.out.print(console.table("Memory", rows))
+    share = planned.slots / planned.num_experts
+    path = "direct" if disk.direct_io else "buffered (direct I/O refused)"
+    speed = {
+        "slots": f"{planned.slots} of {planned.num_experts} experts ({share:.1%})",
+        "disk": f"{disk.bytes_per_s / 1e9:.2f} GB/s, {path}, {console.size(disk.record_bytes)} "
+        "a read, "
+        f"{disk.median_s * 1e3:.2f} ms each ({disk.p10_s * 1e3:.2f} to {disk.p90_s * 1e3:.2f})",
+        "tokens/s": f"about {expected.likely_tokens_per_s:.1f} (between "
+        f"{expected.low_tokens_per_s:.1f} "
+        f"and {expected.high_tokens_per_s:.1f}: routing locality is not known before a run)",
+        "read per token": f"about {console.size(expected.bytes_per_token)} "
+        f"at a hit ratio of {expected.likely_hit_ratio:.2f}",
+    }
+    console.out.print(console.table(f"Expected of {manifest.spec.model_type}", speed))
+
+
+def load_store(store: Path) -> Manifest:
+    """Raises ManifestInvalid with the command that makes a store of a checkpoint."""
+    if not (store / MANIFEST_NAME).exists() and (store / "config.json").exists():
+        raise errors.ManifestInvalid(
+            f"{store} is a checkpoint, not a store: run `flashmoe index {store} --out DIR` first"
+        )
+    return Manifest.load(store)

@@ -1,0 +1,240 @@
+"""Verbs around a running stack: serve, run, generate, status."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compute_node.client import NodeClient, Phase, Result
+from deploy import console, local
+from deploy.budget import MemoryPlan, plan_memory
+from deploy.local import RunDir
+from deploy.memory import MemoryReport
+from deploy.offline import load_store
+from deploy.settings import ServeSettings, parse_bytes
+from deploy.status import collect_status
+from expert_store.manifest import Manifest
+from proto import errors
+
+MODEL = typer.Option(help="Store made by `flashmoe index` or `pack`.")
+MEMORY = typer.Option(help="Ceiling over everything, e.g. 2GiB.")
+EXPERTS_MEMORY = typer.Option(help="For experts: bytes (1GiB), percent (37.5%) or slots (96).")
+RUN_DIR = typer.Option(help="Sockets and state of the stack.  [default: ~/.flashmoe/run]")
+REDIS = typer.Option(help="URL of a Redis or Valkey to use instead of the embedded one.")
+CONFIG = typer.Option(help="Settings.  [default: ./flashmoe.toml if there is one]")
+SOURCE = typer.Option(help="Where the checkpoint's files are now, if they moved.")
+MAX_TOKENS = typer.Option(help="New tokens at most.")
+TEMPERATURE = typer.Option(help="0: greedy.")
+SEED = typer.Option(help="Of the sampling; none: random.")
+IGNORE_EOS = typer.Option("--ignore-eos", help="Go on past the end of text.")
+JSON = typer.Option("--json", help="One JSON object instead of text.")
+
+
+def serve(
+    model: Annotated[Path | None, MODEL] = None,
+    memory: Annotated[str | None, MEMORY] = None,
+    experts_memory: Annotated[str | None, EXPERTS_MEMORY] = None,
+    run_dir: Annotated[Path | None, RUN_DIR] = None,
+    redis: Annotated[str | None, REDIS] = None,
+    source: Annotated[Path | None, SOURCE] = None,
+    config: Annotated[Path | None, CONFIG] = None,
+) -> None:
+    """Run all daemons on this box until interrupted; prints one line when ready.
+
+    Example: flashmoe serve --model ~/stores/olmoe --memory 4GiB
+    """
+    settings = ServeSettings.load(config).with_flags(
+        model=model,
+        memory=memory,
+        experts_memory=experts_memory,
+        run_dir=run_dir,
+        redis=redis,
+        source=source,
+    )
+    store_dir, manifest, plan = prepare(settings)
+    stopped = stop_flag()
+    with local.serving(settings, store_dir, manifest, plan) as stack:
+        console.out.print(
+            f"ready: {manifest.spec.model_type}, {plan.slots} of {plan.num_experts} experts in "
+            "memory, "
+            f"ceiling {console.size(plan.ceiling_bytes)}, run dir {settings.run_dir}"
+        )
+        stack.watch(stopped)
+    console.err.print("stopped")
+
+
+def run(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    model: Annotated[Path | None, MODEL] = None,
+    memory: Annotated[str | None, MEMORY] = None,
+    experts_memory: Annotated[str | None, EXPERTS_MEMORY] = None,
+    max_tokens: Annotated[int, MAX_TOKENS] = 128,
+    temperature: Annotated[float, TEMPERATURE] = 0.0,
+    seed: Annotated[int | None, SEED] = None,
+    ignore_eos: Annotated[bool, IGNORE_EOS] = False,
+    config: Annotated[Path | None, CONFIG] = None,
+) -> None:
+    """Start a stack of its own, generate once, print a summary, stop.
+
+    Example: flashmoe run "Once upon a time" --model ~/stores/olmoe --memory 4GiB
+    """
+    with tempfile.TemporaryDirectory(prefix="flashmoe-") as scratch:
+        settings = ServeSettings.load(config).with_flags(
+            model=model, memory=memory, experts_memory=experts_memory, run_dir=Path(scratch)
+        )
+        store_dir, manifest, plan = prepare(settings)
+        console.err.print(f"starting {manifest.spec.model_type} ...")
+        with local.serving(settings, store_dir, manifest, plan) as stack:
+            with NodeClient(RunDir(settings.run_dir.resolve()).address("compute_node")) as node:
+                generation = node.generate(
+                    prompt,
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    seed=seed,
+                    ignore_eos=ignore_eos,
+                )
+                console.out.print(prompt, end="", markup=False)
+                for piece in generation:
+                    console.out.print(piece.text, end="", markup=False)
+                    stack.tick()
+                console.out.print()
+                result = generation.run()
+            stack.tick()
+            stack.write_memory()
+            report = MemoryReport.read(settings.run_dir)
+        print_summary(result, report)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    run_dir: Annotated[Path | None, RUN_DIR] = None,
+    max_tokens: Annotated[int, MAX_TOKENS] = 128,
+    temperature: Annotated[float, TEMPERATURE] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1: off.")] = 1.0,
+    seed: Annotated[int | None, SEED] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; repeat for more.")] = None,
+    ignore_eos: Annotated[bool, IGNORE_EOS] = False,
+    timeout: Annotated[float | None, typer.Option(help="Deadline in seconds.")] = None,
+    as_json: Annotated[bool, JSON] = False,
+    config: Annotated[Path | None, CONFIG] = None,
+) -> None:
+    """Stream text from a running stack.
+
+    Example: flashmoe generate "Once upon a time" --max-tokens 64 --temperature 0.8 --seed 1
+    """
+    settings = ServeSettings.load(config).with_flags(run_dir=run_dir)
+    address = RunDir(settings.run_dir.resolve()).address("compute_node")
+    with NodeClient(address) as node:
+        generation = node.generate(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop or (),
+            ignore_eos=ignore_eos,
+            timeout_s=timeout,
+        )
+        for piece in generation:
+            if not as_json:
+                console.out.print(piece.text, end="", markup=False)
+    result = generation.run()
+    report = MemoryReport.read(settings.run_dir)
+    if as_json:
+        console.print_json(result_document(result, report))
+    else:
+        console.out.print()
+        print_summary(result, report)
+
+
+def status(
+    run_dir: Annotated[Path | None, RUN_DIR] = None,
+    as_json: Annotated[bool, JSON] = False,
+    config: Annotated[Path | None, CONFIG] = None,
+) -> None:
+    """Health, hit ratio, residents and advice age of a running stack; exit 4 when a daemon is away.
+
+    Example: flashmoe status --run-dir ~/.flashmoe/run
+    """
+    settings = ServeSettings.load(config).with_flags(run_dir=run_dir)
+    found = collect_status(RunDir(settings.run_dir.resolve()))
+    if as_json:
+        console.print_json(found)
+    else:
+        for name, facts in found.items():
+            rows = {key: str(value) for key, value in facts.items()}
+            console.out.print(console.table(name, rows))
+    if any(facts["health"] != "SERVING" for facts in found.values() if "health" in facts):
+        raise typer.Exit(console.UNAVAILABLE)
+
+
+def prepare(settings: ServeSettings) -> tuple[Path, Manifest, MemoryPlan]:
+    """Raises ConfigInvalid, ManifestInvalid, MemoryExceeded before anything is started."""
+    if settings.model is None:
+        raise errors.ConfigInvalid("give --model STORE, or model in the [serve] table")
+    manifest = load_store(settings.model)
+    node = settings.compute_node
+    plan = plan_memory(
+        manifest,
+        parse_bytes(settings.memory, "--memory") if settings.memory else None,
+        settings.experts_memory,
+        context_tokens=node.get("max_context_tokens", 2048),
+        chunk_tokens=node.get("prefill_chunk_tokens", 256),
+        read_depth=settings.expert_store.get("read_depth", 4),
+        embedded_valkey=settings.redis is None,
+    )
+    return settings.model, manifest, plan
+
+
+def stop_flag() -> Callable[[], bool]:
+    """True once SIGTERM or SIGINT came."""
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: received.append(number))
+    return lambda: bool(received)
+
+
+def result_document(result: Result, report: MemoryReport | None) -> dict[str, Any]:
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "prompt_token_ids": result.prompt_token_ids,
+        "finish_reason": result.finish_reason,
+        "ttft_s": result.ttft_s,
+        "tokens_per_s": result.tokens_per_s,
+        "hit_ratio": _phases(result, lambda phase: phase.hit_ratio),
+        "bytes_read": _phases(result, lambda phase: phase.bytes_read),
+        "stall_s": _phases(result, lambda phase: phase.stall_s),
+        "peak_memory_bytes": report.peak_bytes if report else None,
+        "ceiling_bytes": report.ceiling_bytes if report else None,
+        "memory_bytes_by_part": report.by_part if report else None,
+        "cgroup_peak_bytes": report.cgroup_peak_bytes if report else None,
+    }
+
+
+def _phases(result: Result, value: Callable[[Phase], float]) -> dict[str, float]:
+    return {"prefill": value(result.prefill), "decode": value(result.decode)}
+
+
+def print_summary(result: Result, report: MemoryReport | None) -> None:
+    decode = result.decode
+    per_token = decode.bytes_read / decode.tokens if decode.tokens else 0.0
+    share = decode.stall_s / decode.wall_s if decode.wall_s else 0.0
+    rows = {
+        "tokens/s": f"{result.tokens_per_s:.1f} ({len(result.token_ids)} tokens, "
+        f"{result.finish_reason})",
+        "time to first token": f"{result.ttft_s:.2f} s ({result.prefill.tokens} prompt tokens)",
+        "hit ratio": f"{decode.hit_ratio:.3f} decode, {result.prefill.hit_ratio:.3f} prefill",
+        "read per token": console.size(per_token),
+        "stall share": f"{share:.1%} of decode waited for experts",
+    }
+    if report is not None:
+        rows["peak memory"] = (
+            f"{console.size(report.peak_bytes)} of {console.size(report.ceiling_bytes)}"
+        )
+    console.err.print(console.table("", rows))

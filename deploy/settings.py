@@ -1,0 +1,78 @@
+"""flashmoe.toml as the launcher reads it: its own [serve] table, and overrides for each
+daemon's.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
+
+from proto import errors
+
+DEFAULT_RUN_DIR = Path("~/.flashmoe/run").expanduser()
+_LOCAL_FILE = Path("flashmoe.toml")
+_BYTES = TypeAdapter(ByteSize)
+
+
+class ServeSettings(BaseModel):
+    """How one box is served. A flag wins over the file, the file over these defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Path | None = None
+    memory: str | None = None
+    experts_memory: str | None = None
+    run_dir: Path = DEFAULT_RUN_DIR
+    redis: str | None = None
+    source: Path | None = None
+    expert_store: dict[str, Any] = Field(default_factory=dict)
+    compute_node: dict[str, Any] = Field(default_factory=dict)
+    scheduler: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path | None) -> Self:
+        """Read `path`, or ./flashmoe.toml if there is one. Raises ConfigInvalid naming file and
+        key.
+        """
+        path = path or (_LOCAL_FILE if _LOCAL_FILE.exists() else None)
+        if path is None:
+            return cls()
+        try:
+            document = tomllib.loads(path.read_text())
+            serve = document.pop("serve", {})
+            return cls.model_validate({**serve, **document})
+        except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
+            raise errors.ConfigInvalid(f"{path}: {error}") from error
+
+    def with_flags(self, **flags: Any) -> Self:
+        """These settings, with every flag that was given."""
+        given = {name: value for name, value in flags.items() if value is not None}
+        return self.model_copy(update=given)
+
+
+def parse_bytes(text: str, what: str) -> int:
+    """`2GiB`, `512MB`, `1073741824`. Raises ConfigInvalid."""
+    try:
+        return int(_BYTES.validate_python(text))
+    except ValidationError:
+        raise errors.ConfigInvalid(
+            f"{what} {text!r} is not a size: write for example 2GiB"
+        ) from None
+
+
+def parse_experts_memory(text: str, num_experts: int, slot_bytes: int) -> int:
+    """Slots from `96` (slots), `37.5%` (of all experts) or `2GiB`. Raises ConfigInvalid."""
+    if text.endswith("%"):
+        try:
+            share = float(text[:-1]) / 100
+        except ValueError:
+            share = -1.0
+        if not 0 < share <= 1:
+            raise errors.ConfigInvalid(f"experts memory {text!r} is not a share within 0 and 100 %")
+        return round(share * num_experts)
+    if text.isdigit():
+        return int(text)
+    return parse_bytes(text, "experts memory") // slot_bytes
