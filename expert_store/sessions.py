@@ -32,6 +32,7 @@ class Session:
     lock_path: Path | None
     leases: dict[ExpertKey, Slot] = field(default_factory=dict)
     reserved: int = 0  # acquires under way
+    ended: bool = False
 
 
 class SessionTable:
@@ -63,6 +64,7 @@ class SessionTable:
         if quota_slots <= 0:
             raise errors.InvalidRequest("quota_slots must be positive")
         lock_path = self._lock_path(lock_name) if lock_name is not None else None
+        self._sweep()
         granted = sum(s.quota_slots for s in (*self._open, *self._orphans))
         if granted + quota_slots > self._max_leased:
             raise errors.SlotsExhausted(
@@ -85,7 +87,9 @@ class SessionTable:
         session.reserved += count
 
     def lease(self, session: Session, key: ExpertKey, slot: Slot) -> None:
-        """One reserved slot becomes a lease."""
+        """One reserved slot becomes a lease. Raises Cancelled when the session ended meanwhile."""
+        if session.ended:
+            raise errors.Cancelled("the session ended before its expert came")
         self._slots.lease(slot)
         session.leases[key] = slot
 
@@ -97,14 +101,20 @@ class SessionTable:
                 raise errors.InvalidRequest(f"{key} is not leased by this session")
             self._slots.release(slot)
 
+    def _sweep(self) -> None:
+        """End sessions whose node let go of its lock, before their stream or the next poll tells us."""
+        for session in [*self._open, *self._orphans]:
+            if session.lock_path is not None and lock_is_free(session.lock_path):
+                self._end(session)
+
     def close(self, session: Session) -> None:
         """The stream ended: give the leases back, now or when the node lets go of its lock."""
-        if session not in self._open:
+        if session.ended:
             return
-        self._open.remove(session)
         if session.lock_path is None or lock_is_free(session.lock_path):
             self._end(session)
         else:
+            self._open.remove(session)
             logger.warning(
                 "session orphaned", extra={"node": session.node, "slots": len(session.leases)}
             )
@@ -118,10 +128,17 @@ class SessionTable:
         assert session.lock_path is not None
         while not lock_is_free(session.lock_path):  # noqa: ASYNC110  another process's lock
             await asyncio.sleep(self._lock_poll_s)
-        del self._orphans[session]
         self._end(session)
 
     def _end(self, session: Session) -> None:
+        """Give everything back, once."""
+        if session.ended:
+            return
+        session.ended = True
+        self._open.discard(session)
+        waiting = self._orphans.pop(session, None)
+        if waiting is not None and waiting is not asyncio.current_task():
+            waiting.cancel()
         self.release(session, list(session.leases))
         if session.lock_path is not None:
             session.lock_path.unlink(missing_ok=True)

@@ -67,10 +67,7 @@ class ExpertStore:
         self._check(session, keys)
         self.queue.check_room()
         self.sessions.reserve(session, len(keys))
-        try:
-            return list(await asyncio.gather(*(self._lend(session, key) for key in keys)))
-        finally:
-            session.reserved -= len(keys)
+        return list(await asyncio.gather(*(self._lend(session, key) for key in keys)))
 
     def prefetch(self, keys: Sequence[ExpertKey]) -> None:
         """Read, when nobody waits, what is not in memory; what finds no room is dropped and
@@ -112,6 +109,8 @@ class ExpertStore:
             slot, bytes_read, read_s = await self._find_or_read(key)
         except (errors.ExpertDamaged, errors.SlotsExhausted) as error:
             return Lent(key, error=error)
+        finally:
+            session.reserved -= 1
         self.sessions.lease(session, key, slot)  # no await between finding and leasing
         if bytes_read == 0:
             self.counters.shared_hits += 1

@@ -13,7 +13,9 @@ from expert_store.config import ExpertStoreConfig
 
 
 @contextmanager
-def local_store(store_dir: Path, run_dir: Path, num_slots: int, **settings: object) -> Iterator[str]:
+def local_store(
+    store_dir: Path, run_dir: Path, num_slots: int, **settings: object
+) -> Iterator[str]:
     """Its address, for the block. The segment lies in run_dir."""
     config = ExpertStoreConfig(
         **{

@@ -1,6 +1,7 @@
 """Every promised architecture, through a real store: bit-identical to transformers' eager experts.
 
-Planted faults seen red: summing experts in arrival order (bf16), dropping one wave, swapping gate and up at index.
+Planted faults seen red: summing experts in arrival order (bf16), dropping one wave, swapping gate
+and up at index.
 """
 
 from __future__ import annotations
@@ -79,8 +80,9 @@ def reference(
 def align(model: torch.nn.Module) -> None:
     """Move weights to allocations of their own.
 
-    MKL's fp32 kernels round by the alignment of their operands, and weights that transformers maps from a
-    file lie wherever the file's header ends: two loads of one checkpoint saved twice can differ in the last bit.
+    MKL's fp32 kernels round by the alignment of their operands, and weights that transformers maps
+    from a file lie wherever the file's header ends: one checkpoint saved twice can differ in the
+    last bit.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -91,7 +93,9 @@ def prompt() -> list[int]:
 
 
 @contextmanager
-def engine(store_dir: Path, run_dir: Path, spare: int = 4, pooled: bool = False) -> Iterator[Engine]:
+def engine(
+    store_dir: Path, run_dir: Path, spare: int = 4, pooled: bool = False
+) -> Iterator[Engine]:
     """A node's engine with `spare` slots above top_k a layer, on a store of its own."""
     spec = Manifest.load(store_dir).spec
     slots = (spec.top_k + spare) * (1 if pooled else len(spec.moe_layers))

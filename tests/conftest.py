@@ -1,0 +1,35 @@
+"""What every test shares: the shipped model's store, short run directories, one compute thread."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from expert_store.index import index
+from tests.stack import MODEL
+
+# Tiny matrices gain nothing from a second thread, and lose a lot when the machine is busy.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model, indexed in place."""
+    store_dir = tmp_path_factory.mktemp("store") / "tiny-moe"
+    index(MODEL, store_dir)
+    return store_dir
+
+
+@pytest.fixture
+def run_dir() -> Iterator[Path]:
+    """Short enough for Unix sockets."""
+    path = Path(tempfile.mkdtemp(prefix="fm-"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
