@@ -74,7 +74,9 @@ async def run(config: ComputeNodeConfig) -> None:
             config.prefill_chunk_tokens,
             evidence,
         )
-        compute = stack.enter_context(ComputeThread(config.max_queued_requests))
+        compute = stack.enter_context(
+            ComputeThread(config.max_queued_requests, cache.let_go_if_lost)
+        )
         service = ComputeNodeService(engine, compute, store, access_log, advice)
         if config.metrics_port is not None:
             REGISTRY.register(NodeCollector(engine, compute, access_log, advice))

@@ -12,6 +12,8 @@ from typing import Any
 
 from proto import errors
 
+_IDLE_S = 0.2
+
 
 @dataclass(eq=False)
 class Job:
@@ -52,9 +54,13 @@ class Job:
 
 
 class ComputeThread:
-    """Runs jobs one at a time, in order. Use as a context manager."""
+    """Runs jobs one at a time, in order. Use as a context manager.
 
-    def __init__(self, max_queued: int) -> None:
+    idle: called on the thread now and then while there is nothing to do
+    """
+
+    def __init__(self, max_queued: int, idle: Callable[[], None] = lambda: None) -> None:
+        self._idle = idle
         self._jobs: queue.Queue[Job | None] = queue.Queue(max_queued)
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._draining = False
@@ -108,7 +114,14 @@ class ComputeThread:
             ) from None
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while True:
+            try:
+                job = self._jobs.get(timeout=_IDLE_S)
+            except queue.Empty:
+                self._idle()
+                continue
+            if job is None:
+                return
             self._current = job
             job.run()
             self._current = None

@@ -104,7 +104,8 @@ class StoreClient:
 
     @property
     def is_open(self) -> bool:
-        return self._session is not None
+        """Whether leases still count; false as soon as the stream breaks, even if nobody waits."""
+        return self._session is not None and not self._session.broken
 
     def open(self, check: Callable[[], None] = lambda: None) -> None:
         """Open a session, waiting for the store if it is away; what was borrowed before is gone.
@@ -194,13 +195,14 @@ class StoreClient:
 class _Session:
     """One open stream, its lock, and the memory its leases point into."""
 
-    def __init__(self, call: Any, lock: int | None, description: StoreDescription) -> None:
-        self._call = call
+    def __init__(self, lock: _Lock | None, description: StoreDescription) -> None:
+        self._call: Any = None
         self._lock = lock
         self._layouts = description.spec.layouts
         self._requests: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[pb.SessionReply | Exception] = queue.SimpleQueue()
         self._ids = itertools.count(1)
+        self.broken = False
         self.memory: ExpertMemory
 
     @classmethod
@@ -213,17 +215,16 @@ class _Session:
         description: StoreDescription,
     ) -> _Session:
         """Raises grpc.RpcError, Unavailable, SegmentInvalid, SlotsExhausted, VersionMismatch."""
-        lock, lock_name = (None, "") if session_dir is None else _hold_lock(session_dir, node)
-        session = cls(None, lock, description)
+        lock = _Lock(session_dir, node) if session_dir is not None else None
+        session = cls(lock, description)
         session._call = stub.Session(iter(session._requests.get, None))
-        shared = session_dir is not None
         opening = pb.Open(
             protocol_version=rpc.PROTOCOL_VERSION,
             fingerprint=description.spec.fingerprint,
             node=node,
             quota_slots=quota_slots,
-            transport=pb.TRANSPORT_SHARED_MEMORY if shared else pb.TRANSPORT_CHUNKS,
-            lock_name=lock_name,
+            transport=pb.TRANSPORT_SHARED_MEMORY if lock else pb.TRANSPORT_CHUNKS,
+            lock_name=lock.path.name if lock else "",
         )
         session._requests.put(pb.SessionRequest(open=opening))
         threading.Thread(target=session._pump, name="store-replies", daemon=True).start()
@@ -231,7 +232,7 @@ class _Session:
             opened = session._next(time.monotonic() + _OPEN_S, lambda: None).opened
             session.memory = (
                 SegmentMemory(opened.segment_path, opened.epoch)
-                if shared
+                if lock
                 else PrivateMemory(quota_slots, description.slot_bytes)
             )
         except BaseException:
@@ -259,8 +260,7 @@ class _Session:
     def close(self) -> None:
         """Nobody reads slots any more: let go of the lock first, so that the store sees it free."""
         if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            self._lock.release()
         self._requests.put(None)
         if self._call is not None:
             self._call.cancel()
@@ -325,6 +325,7 @@ class _Session:
     def _pump(self) -> None:
         """Move replies to the waiting thread until the stream ends; its end is a reply too."""
         for reply in _until_broken(self._call):
+            self.broken = isinstance(reply, Exception)
             self._replies.put(reply)
 
 
@@ -342,11 +343,18 @@ def _until_broken(call: Any) -> Iterator[pb.SessionReply | Exception]:
         yield SessionLost("the store closed the session")
 
 
-def _hold_lock(session_dir: Path, node: str) -> tuple[int, str]:
+class _Lock:
     """A fresh locked file: while it is held, the store refills no slot of this session."""
-    session_dir.mkdir(parents=True, exist_ok=True)
-    name = f"{node}-{uuid.uuid4().hex[:12]}.lock"
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    descriptor = os.open(session_dir / name, flags, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor, name
+
+    def __init__(self, session_dir: Path, node: str) -> None:
+        session_dir.mkdir(parents=True, exist_ok=True)
+        self.path = session_dir / f"{node}-{uuid.uuid4().hex[:12]}.lock"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._descriptor: int | None = os.open(self.path, flags, 0o600)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None

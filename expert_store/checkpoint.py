@@ -68,7 +68,7 @@ def shard_names(root: Path) -> list[str]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise errors.ManifestInvalid(f"{index} is damaged: {error!r}") from error
         for name in names:
-            if Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name:
                 raise errors.ManifestInvalid(f"{index} names {name!r}, which leaves the folder")
         return names
     if (root / _SINGLE_FILE).exists():
@@ -94,7 +94,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
         header = json.loads(raw)
     except FileNotFoundError as error:
         raise errors.ManifestInvalid(f"shard {path} is missing: download it again") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise errors.ManifestInvalid(f"{path} cannot be read: {error}") from error
     if not isinstance(header, dict):
         raise errors.ManifestInvalid(f"{path} is not a safetensors file")
@@ -114,20 +114,26 @@ def _tensors(
     size_bytes = path.stat().st_size
     for name, entry in header.items():
         try:
-            begin, end = entry["data_offsets"]
-            dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+            begin, end = map(_count, entry["data_offsets"])
+            dtype, shape = entry["dtype"], tuple(map(_count, entry["shape"]))
             expected = prod(shape) * DTYPE_BYTES[dtype]
         except (KeyError, TypeError, ValueError) as error:
             raise errors.ManifestInvalid(
                 f"{path}: tensor {name!r} is damaged: {error!r}"
             ) from error
-        if end - begin != expected or begin < 0:
+        if end - begin != expected:
             raise errors.ManifestInvalid(f"{path}: tensor {name!r} has the wrong size")
         if data_start + end > size_bytes:
             raise errors.ManifestInvalid(
                 f"{path} is cut off ({size_bytes} bytes) before tensor {name!r}: download it again"
             )
         yield CheckpointTensor(name, dtype, shape, file, data_start + begin, expected)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a count")
+    return value
 
 
 def read_chunks(descriptor: int, offset_bytes: int, length_bytes: int) -> Iterator[bytes]:

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from proto import errors
 from proto.rpc import Listen, TlsFiles
@@ -45,5 +45,5 @@ class ExpertStoreConfig(BaseModel):
         try:
             table = tomllib.loads(path.read_text())["expert_store"]
             return cls.model_validate(table)
-        except (OSError, KeyError, tomllib.TOMLDecodeError, ValidationError) as error:
+        except (OSError, KeyError, ValueError) as error:
             raise errors.ConfigInvalid(f"{path}, table [expert_store]: {error}") from error

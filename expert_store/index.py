@@ -25,6 +25,7 @@ from expert_store.manifest import (
     Manifest,
     Sizing,
     SourceFile,
+    resolve_inside,
     slot_bytes_needed,
 )
 from expert_store.progress import Journal, Report, silent
@@ -108,7 +109,9 @@ def index(root: Path, store_dir: Path, report: Report = silent) -> Manifest:
     root = root.resolve()
     checkpoint = Checkpoint.open(root)
     architecture = read_architecture(root, checkpoint.tensors)
-    store_dir.mkdir(parents=True, exist_ok=True)
+    for file in checkpoint.files:
+        resolve_inside(root, file.path)  # the daemon would refuse it, after all the reading
+    _make_folder(store_dir)
     with ExitStack() as stack:
         journal = _open_journal(store_dir / "index.journal", checkpoint, stack)
         hasher = _Hasher(checkpoint, journal, report, architecture, stack)
@@ -128,6 +131,13 @@ def index(root: Path, store_dir: Path, report: Report = silent) -> Manifest:
         manifest.write(store_dir)
     (store_dir / "index.journal").unlink()
     return manifest
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.ManifestInvalid(f"cannot write {path}: {error.strerror}") from error
 
 
 def is_indexed(root: Path, store_dir: Path) -> bool:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from proto import errors
 from proto.expert import DTYPE_BYTES, DenseTensor, ExpertKey, ModelSpec, TensorLayout
-from proto.shm import PAGE_BYTES, align_up
+from proto.shm import PAGE_BYTES, TENSOR_ALIGN_BYTES, align_up
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -136,7 +137,7 @@ class Manifest:
 
     def root(self, store_dir: Path, override: Path | None = None) -> Path:
         """Where the source files are: `override`, else what was recorded, relative to the store."""
-        return (override or store_dir / self.source_root).resolve()
+        return Path(os.path.realpath(override or store_dir / self.source_root))
 
     def sealed(self) -> Manifest:
         """This manifest with the fingerprint its content has."""
@@ -146,16 +147,22 @@ class Manifest:
         return replace(self, spec=replace(self.spec, fingerprint=digest))
 
     def write(self, store_dir: Path) -> None:
-        """Publish atomically: write, fsync, rename, fsync the folder."""
-        store_dir.mkdir(parents=True, exist_ok=True)
+        """Publish atomically: write, fsync, rename, fsync the folder.
+
+        Raises ManifestInvalid when the folder cannot be written.
+        """
         target = store_dir / MANIFEST_NAME
         partial = target.with_suffix(".partial")
-        with partial.open("w") as file:
-            json.dump(_document(self), file, separators=(",", ":"))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-        sync_folder(store_dir)
+        data = json.dumps(signed(_document(self)), separators=(",", ":")).encode()
+        try:
+            store_dir.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb", buffering=0) as file:
+                write_all(file.fileno(), data, 0)
+                os.fsync(file.fileno())
+            partial.replace(target)
+            sync_folder(store_dir)
+        except OSError as error:
+            raise errors.ManifestInvalid(f"cannot write {target}: {error.strerror}") from error
 
     @classmethod
     def load(cls, store_dir: Path) -> Manifest:
@@ -167,7 +174,7 @@ class Manifest:
             raise errors.ManifestInvalid(
                 f"{store_dir} is not a store (no {MANIFEST_NAME}): make one with `flashmoe index`"
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise errors.ManifestInvalid(f"{path} cannot be read: {error}") from error
         return cls.parse(document, str(path))
 
@@ -184,11 +191,20 @@ class Manifest:
             IndexError,
             AttributeError,
             OverflowError,
+            RecursionError,
         ) as error:
             raise errors.ManifestInvalid(f"{name} is damaged ({error!r}): index again") from error
         except errors.ManifestInvalid as error:
             raise errors.ManifestInvalid(f"{name}: {error}") from error
         return manifest
+
+
+def write_all(descriptor: int, data: bytes, offset_bytes: int) -> int:
+    """Every byte of `data`, at `offset_bytes`; returns how many. Raises OSError."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset_bytes + done)
+    return done
 
 
 def sync_folder(folder: Path) -> None:
@@ -207,8 +223,8 @@ def resolve_inside(root: Path, relative: str) -> Path:
     path = Path(relative)
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise errors.ManifestInvalid(f"path {relative!r} leaves the source folder")
-    resolved = (root / path).resolve()
-    if not resolved.is_relative_to(root.resolve()):
+    resolved = Path(os.path.realpath(root / path))  # unlike resolve(), a loop of links is no error
+    if not resolved.is_relative_to(os.path.realpath(root)):
         raise errors.ManifestInvalid(f"path {relative!r} leaves the source folder after its links")
     return resolved
 
@@ -260,6 +276,13 @@ def _document(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def signed(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with the digest of everything else in it."""
+    body = {name: value for name, value in document.items() if name != "digest"}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return body | {"digest": digest}
+
+
 def _record_row(record: ExpertRecord) -> list[Any]:
     extents = [[e.file, e.offset_bytes, e.length_bytes, e.place_bytes] for e in record.extents]
     key = record.key
@@ -290,13 +313,15 @@ def _parse(document: Any) -> Manifest:
             f"format version {document['version']}, this program reads {FORMAT_VERSION}: index "
             "again"
         )
+    if document["digest"] != signed(document)["digest"]:
+        raise errors.ManifestInvalid("its digest differs, so it was changed: index again")
     return Manifest(
-        format=str(document["format"]),
+        format=_string(document["format"]),
         spec=_parse_spec(document["spec"]),
         sizing=Sizing(**{name: _count(value) for name, value in document["sizing"].items()}),
-        source_root=_string(document["source_root"]),
+        source_root=_path(document["source_root"]),
         files=tuple(
-            SourceFile(_string(path), _count(size), _count(mtime), _string(digest))
+            SourceFile(_path(path), _count(size), _count(mtime), _string(digest))
             for path, size, mtime, digest in document["files"]
         ),
         records={record.key: record for record in map(_parse_record, document["experts"])},
@@ -309,7 +334,7 @@ def _parse_record(row: Any) -> ExpertRecord:
         key=ExpertKey(_count(layer), _count(expert)),
         extents=tuple(Extent(*map(_count, extent)) for extent in extents),
         tensor_offsets=tuple(map(_count, offsets)),
-        checksum=int(checksum, 16),
+        checksum=_count(int(checksum, 16)),
     )
 
 
@@ -335,7 +360,7 @@ def _parse_dense(row: Any) -> DenseTensor:
     name, dtype, shape, file, offset, length, checksum = row
     return DenseTensor(
         name=_string(name),
-        dtype=_string(dtype),
+        dtype=_dtype(dtype),
         shape=tuple(map(_count, shape)),
         file=_string(file),
         offset_bytes=_count(offset),
@@ -354,6 +379,12 @@ def _string(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not text")
     return value
+
+
+def _path(value: Any) -> str:
+    if b"\0" in os.fsencode(_string(value)):
+        raise ValueError(f"{value!r} is not a path")
+    return str(value)
 
 
 def _dtype(value: Any) -> str:
@@ -379,7 +410,15 @@ def _check(manifest: Manifest) -> None:
         for problem in _record_problems(record, manifest):
             raise errors.ManifestInvalid(f"expert {record.key}: {problem}")
     for tensor in spec.dense:
-        resolve_name(manifest, tensor.file)
+        _check_dense(tensor, manifest)
+
+
+def _check_dense(tensor: DenseTensor, manifest: Manifest) -> None:
+    end_bytes = tensor.offset_bytes + tensor.length_bytes
+    if end_bytes > resolve_name(manifest, tensor.file).size_bytes:
+        raise errors.ManifestInvalid(f"{tensor.name} reaches beyond {tensor.file}")
+    if tensor.length_bytes != prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]:
+        raise errors.ManifestInvalid(f"{tensor.name} has the wrong size")
 
 
 def resolve_name(manifest: Manifest, name: str) -> SourceFile:
@@ -401,13 +440,36 @@ def _record_problems(record: ExpertRecord, manifest: Manifest) -> Iterator[str]:
     if len(record.tensor_offsets) != len(layout):
         yield f"{len(record.tensor_offsets)} tensors, its layer has {len(layout)}"
         return
-    slot_bytes = slot_bytes_needed(record.extents)
-    for offset, tensor in zip(record.tensor_offsets, layout, strict=True):
-        if offset + tensor.length_bytes > slot_bytes:
-            yield f"tensor {tensor.name} does not fit its slot"
     if record.payload_bytes != manifest.spec.expert_bytes(record.key.layer):
         yield "its extents and its tensors differ in size"
     yield from _extent_problems(record, manifest)
+    yield from _tensor_problems(record, layout)
+
+
+def _tensor_problems(record: ExpertRecord, layout: Sequence[TensorLayout]) -> Iterator[str]:
+    """Each tensor lies aligned in bytes that are read, and no two share any."""
+    runs = _runs((e.place_bytes, e.length_bytes) for e in record.extents)
+    free_from = 0
+    for offset, tensor in sorted(zip(record.tensor_offsets, layout, strict=True), key=_offset):
+        end = offset + tensor.length_bytes
+        if offset % TENSOR_ALIGN_BYTES or offset < free_from:
+            yield f"tensor {tensor.name} is not aligned, or overlaps another"
+        if not any(start <= offset and end <= stop for start, stop in runs):
+            yield f"tensor {tensor.name} lies where nothing is read"
+        free_from = end
+
+
+def _offset(placed: tuple[int, TensorLayout]) -> int:
+    return placed[0]
+
+
+def _runs(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(start, stop) of what (start, length) pieces in ascending order cover without a gap."""
+    runs: list[tuple[int, int]] = []
+    for start, length in pieces:
+        follows = bool(runs) and runs[-1][1] == start
+        runs.append((runs.pop()[0] if follows else start, start + length))
+    return runs
 
 
 def _extent_problems(record: ExpertRecord, manifest: Manifest) -> Iterator[str]:

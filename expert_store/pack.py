@@ -27,6 +27,7 @@ from expert_store.manifest import (
     Manifest,
     SourceFile,
     sync_folder,
+    write_all,
 )
 from expert_store.progress import Journal, Report, silent
 from proto import errors
@@ -35,6 +36,7 @@ from proto.shm import PAGE_BYTES, TENSOR_ALIGN_BYTES, align_up
 
 RECORDS_NAME = "experts.bin"
 DENSE_NAME = "dense.safetensors"
+JOURNAL_NAME = "pack.journal"
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _SYNC_BYTES = 256 * 1024 * 1024
 
@@ -51,14 +53,15 @@ def pack(
     root = root.resolve()
     checkpoint = Checkpoint.open(root)
     architecture = read_architecture(root, checkpoint.tensors)
-    _check_target(store_dir, overwrite)
     partial = store_dir.with_name(store_dir.name + ".partial")
     with _disk_full_explained(partial):
+        _check_target(store_dir, overwrite)
         _check_space(architecture, checkpoint, partial, store_dir)
         partial.mkdir(parents=True, exist_ok=True)
         manifest = _write_store(root, partial, checkpoint, architecture, report)
         manifest.write(partial)
-    _publish(partial, store_dir)
+        (partial / JOURNAL_NAME).unlink()
+        _publish(partial, store_dir)
     return manifest
 
 
@@ -69,13 +72,14 @@ def _write_store(
         task = {
             "files": [[f.path, f.size_bytes, f.mtime_ns, f.header_digest] for f in checkpoint.files]
         }
-        journal = Journal(partial / "pack.journal", task)
+        if not (partial / RECORDS_NAME).exists():  # the journal would promise what is gone
+            (partial / JOURNAL_NAME).unlink(missing_ok=True)
+        journal = Journal(partial / JOURNAL_NAME, task)
         stack.callback(journal.close)
         source = _Source(checkpoint, stack)
         records = _write_records(partial, architecture, source, journal, report)
         dense = _write_dense(partial, architecture, source)
         _copy_side_files(root, partial)
-    (partial / "pack.journal").unlink()
     return Manifest(
         format="packed",
         spec=make_spec(architecture, dense),
@@ -173,20 +177,13 @@ def _write_record(
     digest = xxhash.xxh3_64()
     cursor = start_bytes
     for offset, tensor_parts in zip(offsets, parts, strict=True):
-        cursor += _write_all(descriptor, bytes(start_bytes + offset - cursor), cursor)
+        cursor += write_all(descriptor, bytes(start_bytes + offset - cursor), cursor)
         for part in tensor_parts:
             for chunk in source.chunks(part.tensor, part.offset_bytes, part.length_bytes):
                 digest.update(chunk)
-                cursor += _write_all(descriptor, chunk, cursor)
-    _write_all(descriptor, bytes(start_bytes + record_bytes - cursor), cursor)
+                cursor += write_all(descriptor, chunk, cursor)
+    write_all(descriptor, bytes(start_bytes + record_bytes - cursor), cursor)
     return digest.intdigest()
-
-
-def _write_all(descriptor: int, data: bytes, offset_bytes: int) -> int:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], offset_bytes + done)
-    return done
 
 
 def _write_dense(
@@ -280,6 +277,8 @@ def _disk_full_explained(partial: Path) -> Iterator[None]:
 def _publish(partial: Path, store_dir: Path) -> None:
     replaced = store_dir.with_name(store_dir.name + ".replaced")
     if store_dir.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)  # of a run killed just before its end
         store_dir.rename(replaced)
     partial.rename(store_dir)
     sync_folder(store_dir.parent)

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,18 @@ class Journal:
     """
 
     def __init__(self, path: Path, task: dict[str, Any]) -> None:
-        self.done: dict[str, int] = {}
-        self._unwritten: list[Any] = [task]
-        lines = path.read_text().splitlines() if path.exists() else []
-        if lines and _parse(lines[0]) == task:
-            for line in lines[1:]:
-                entry = _parse(line)
-                if isinstance(entry, list) and len(entry) == 2:
-                    self.done[entry[0]] = entry[1]
+        self._path = path
+        self.done = _read_done(path, task)
+        self._unwritten: list[Any] = [task, *(list(item) for item in self.done.items())]
         self.resumed = bool(self.done)
+        with _failing_typed(path):
+            # Unbuffered: what a full disk refused is not tried again when the file is closed.
+            self._file = path.open("wb", buffering=0)
         try:
-            self._file = path.open("w")
-            self._unwritten.extend(list(item) for item in self.done.items())
             self.flush()
-        except OSError as error:
-            raise errors.ManifestInvalid(f"cannot write {path}: {error}") from error
+        except BaseException:
+            self.close()
+            raise
 
     def add(self, name: str, checksum: int) -> None:
         self.done[name] = checksum
@@ -49,17 +47,42 @@ class Journal:
     def flush(self) -> None:
         """Make what was added durable; whoever adds must have made durable what the entries
         promise.
+
+        Raises ManifestInvalid when the disk is full.
         """
-        self._file.writelines(json.dumps(entry) + "\n" for entry in self._unwritten)
+        data = "".join(json.dumps(entry) + "\n" for entry in self._unwritten).encode()
+        with _failing_typed(self._path):
+            while data:
+                data = data[self._file.write(data) :]
+            os.fsync(self._file.fileno())
         self._unwritten.clear()
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
 
-def _parse(line: str) -> Any:
+@contextmanager
+def _failing_typed(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise errors.ManifestInvalid(
+            f"cannot write {path} ({error.strerror}): make room, then run the same command"
+        ) from error
+
+
+def _read_done(path: Path, task: dict[str, Any]) -> dict[str, int]:
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    if not lines or _parse(lines[0]) != task:
+        return {}
+    return dict(entry for entry in map(_parse, lines[1:]) if _is_entry(entry))
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list) and [type(item) for item in entry] == [str, int]
+
+
+def _parse(line: bytes) -> Any:
     try:
         return json.loads(line)
     except ValueError:

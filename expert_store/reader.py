@@ -133,10 +133,16 @@ class ReadQueue:
         self._order = itertools.count()
         self._threads = ThreadPoolExecutor(read_depth, thread_name_prefix="read")
 
+    @property
+    def capacity(self) -> int:
+        """How many reads may be under way or wait before a prefetch is dropped."""
+        return self._read_depth + self._max_queued
+
     def check_room(self) -> None:
-        """Raises QueueFull."""
-        if len(self._waiting) >= self._max_queued:
-            raise errors.QueueFull(f"{len(self._waiting)} reads are waiting already: retry later")
+        """For a demand: prefetches do not count, it goes before them. Raises QueueFull."""
+        num_waiting = sum(waiter.priority is Priority.DEMAND for waiter in self._waiting)
+        if num_waiting >= self._max_queued:
+            raise errors.QueueFull(f"{num_waiting} reads are waiting already: retry later")
 
     @asynccontextmanager
     async def turn(self, key: ExpertKey, priority: Priority) -> AsyncIterator[None]:
@@ -146,12 +152,11 @@ class ReadQueue:
         )
         heapq.heappush(self._waiting, waiter)
         self._admit()
-        await waiter.turn
         try:
+            await waiter.turn
             yield
         finally:
-            self._running -= 1
-            self._admit()
+            self._leave(waiter)
 
     def promote(self, key: ExpertKey) -> None:
         """Somebody waits for this prefetch now."""
@@ -168,6 +173,14 @@ class ReadQueue:
 
     def close(self) -> None:
         self._threads.shutdown()
+
+    def _leave(self, waiter: _Waiter) -> None:
+        if waiter.turn.cancelled():
+            self._waiting = [other for other in self._waiting if other is not waiter]
+            heapq.heapify(self._waiting)
+        else:  # also when cancelled after its turn came
+            self._running -= 1
+            self._admit()
 
     def _admit(self) -> None:
         while self._waiting and self._running < self._read_depth:

@@ -52,9 +52,8 @@ def create(path: Path, num_slots: int, slot_bytes: int) -> Iterator[Segment]:
     """
     layout = shm.SegmentLayout(num_slots, slot_bytes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    descriptor = _open_claimed(path)
     try:
-        _claim(descriptor, path)
         _allocate(descriptor, path, layout)
         with mmap.mmap(descriptor, layout.segment_bytes) as mapping:
             segment = Segment(path, mapping, layout, epoch=time.time_ns())
@@ -65,6 +64,20 @@ def create(path: Path, num_slots: int, slot_bytes: int) -> Iterator[Segment]:
                 segment.release()
                 path.unlink(missing_ok=True)
     finally:
+        os.close(descriptor)
+
+
+def _open_claimed(path: Path) -> int:
+    """The locked file behind `path`: again, when a store that stops removed it before it let go."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            _claim(descriptor, path)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
 
 

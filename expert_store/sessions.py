@@ -87,9 +87,15 @@ class SessionTable:
         session.reserved += count
 
     def lease(self, session: Session, key: ExpertKey, slot: Slot) -> None:
-        """One reserved slot becomes a lease. Raises Cancelled when the session ended meanwhile."""
+        """One reserved slot becomes a lease.
+
+        Raises Cancelled when the session ended meanwhile, InvalidRequest when another message
+        asked for the same expert: a second lease would outlive the session.
+        """
         if session.ended:
             raise errors.Cancelled("the session ended before its expert came")
+        if key in session.leases:
+            raise errors.InvalidRequest(f"{key} is leased by this session already")
         self._slots.lease(slot)
         session.leases[key] = slot
 
@@ -102,7 +108,7 @@ class SessionTable:
             self._slots.release(slot)
 
     def _sweep(self) -> None:
-        """End sessions whose node let go of its lock, before their stream or the next poll tells us."""
+        """End sessions whose node let go of its lock, before their stream or a poll tells us."""
         for session in [*self._open, *self._orphans]:
             if session.lock_path is not None and lock_is_free(session.lock_path):
                 self._end(session)
@@ -148,7 +154,11 @@ class SessionTable:
         if not name or Path(name).name != name or name.startswith("."):
             raise errors.InvalidRequest(f"lock name {name!r} is not a plain file name")
         path = self._session_dir / name
-        if lock_is_free(path):
+        try:
+            free = lock_is_free(path)
+        except (OSError, ValueError) as error:  # too long, a folder, a link, a zero byte
+            raise errors.InvalidRequest(f"lock name {name!r} is not a lock: {error}") from error
+        if free:
             raise errors.InvalidRequest(f"nobody holds the lock {name!r}: hold it before opening")
         return path
 

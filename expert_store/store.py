@@ -79,9 +79,7 @@ class ExpertStore:
             self._record(key)
             if self.slots.find(key) or key in self._inflight or key in self.quarantined:
                 continue
-            try:
-                self.queue.check_room()
-            except errors.QueueFull:
+            if len(self._inflight) >= self.queue.capacity:
                 self.counters.prefetches_dropped += 1
                 continue
             self._inflight.start(key, lambda key=key: self._fill(key, Priority.PREFETCH))  # type: ignore[misc]

@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 
 KIND_METADATA_KEY = "flashmoe-error"
+_MAX_DETAILS_BYTES = 2048  # gRPC escapes and then drops trailers beyond 8 KiB, kind and all
 
 
 class FlashMoEError(Exception):
@@ -193,7 +194,8 @@ def _read_metadata(error: Any) -> list[tuple[str, str | bytes]]:
 
 async def _abort(context: Any, error: FlashMoEError) -> None:
     metadata = ((KIND_METADATA_KEY, type(error).__name__),)
-    await context.abort(error.status, str(error), trailing_metadata=metadata)
+    details = str(error).encode(errors="replace")[:_MAX_DETAILS_BYTES].decode(errors="ignore")
+    await context.abort(error.status, details, trailing_metadata=metadata)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):

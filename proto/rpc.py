@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -61,14 +62,23 @@ class TlsFiles(BaseModel):
 
 
 def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
-    root = tls.ca.read_bytes() if tls.ca else None
-    pair = (tls.key.read_bytes(), tls.cert.read_bytes())
+    """Raises ConfigInvalid naming the file that cannot be read."""
+    root = _read_pem(tls.ca) if tls.ca else None
+    pair = (_read_pem(tls.key), _read_pem(tls.cert))
     return grpc.ssl_server_credentials([pair], root, require_client_auth=root is not None)
 
 
 def channel_credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
-    root = tls.ca.read_bytes() if tls.ca else None
-    return grpc.ssl_channel_credentials(root, tls.key.read_bytes(), tls.cert.read_bytes())
+    """Raises ConfigInvalid naming the file that cannot be read."""
+    root = _read_pem(tls.ca) if tls.ca else None
+    return grpc.ssl_channel_credentials(root, _read_pem(tls.key), _read_pem(tls.cert))
+
+
+def _read_pem(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise errors.ConfigInvalid(f"tls: cannot read {path}: {error.strerror}") from error
 
 
 def connect(address: str, tls: TlsFiles | None = None) -> grpc.Channel:
@@ -136,13 +146,15 @@ def check_exposure(listen: Listen) -> None:
 def check_socket_free(address: str) -> None:
     """Clear a socket file that a dead daemon left.
 
-    Raises AlreadyRunning when somebody answers on it.
+    Raises AlreadyRunning when somebody answers on it, ConfigInvalid when it is no socket.
     """
     if not address.startswith("unix:"):
         return
     path = Path(address.removeprefix("unix:"))
     if not path.exists():
         return
+    if not stat.S_ISSOCK(path.stat().st_mode):  # a file would refuse the probe too, and be removed
+        raise errors.ConfigInvalid(f"{path} exists and is not a socket: give another address")
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))

@@ -39,6 +39,8 @@ class Lender(Protocol):
 
     def is_current(self, borrowed: Borrowed) -> bool: ...
 
+    def abort(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -111,6 +113,7 @@ class ExpertCache:
         Iterating raises StoreUnavailable, ExpertDamaged, StaleLease, and what `check` raises.
         """
         self.check()
+        self.let_go_if_lost()
         used = [ExpertKey(layer, expert) for expert in experts]
         self.charge.on_step(layer, used)
         hits = [key for key in used if key in self._resident]
@@ -119,26 +122,27 @@ class ExpertCache:
         counters.misses += len(used) - len(hits)
         return {key.expert for key in hits}, self._waves(layer, used, hits)
 
-    def warm(self, keys: Sequence[ExpertKey]) -> None:
-        """Borrow, within the budget, those of `keys` that the store still has in memory: no byte
-        is read.
+    def open(self) -> None:
+        """Open a session with the store; start warm from what it has in memory, no byte is read.
+
+        Raises StoreUnavailable, SlotsExhausted, VersionMismatch, and what `check` raises.
         """
-        in_memory = set(self.lender.resident())
-        room = dict.fromkeys(self.budget.moe_layers, 0)
+        self._resident.clear()
+        self.lender.open(self.check)
+        room = dict(self._capacity)
         chosen: list[ExpertKey] = []
-        for key in keys:
-            fits = len(chosen) + len(self._resident) < self.budget.slots
-            if key in in_memory and fits and room[key.layer] < self._capacity[key.layer]:
-                room[key.layer] += 1
+        for key in sorted(self.lender.resident()):
+            if room[key.layer] and len(chosen) < self.budget.slots:
+                room[key.layer] -= 1
                 chosen.append(key)
         if chosen:
             self._insert(self.lender.exchange([], chosen, self.check))
 
-    def open(self) -> None:
-        """Open a session with the store and start warm from whatever it still has in memory."""
-        self.lender.open(self.check)
-        self._resident.clear()
-        self.warm(sorted(self.lender.resident()))
+    def let_go_if_lost(self) -> None:
+        """If the session broke, forget what it lent, so that the store may refill it."""
+        if self._resident and not self.lender.is_open:
+            self._resident.clear()
+            self.lender.abort()
 
     def _waves(
         self, layer: int, used: list[ExpertKey], hits: list[ExpertKey]
@@ -172,47 +176,43 @@ class ExpertCache:
         """Make every one of `keys` resident; a session that breaks is opened again, with what
         was held.
         """
-        missing = [key for key in keys if key not in self._resident]
-        while missing:
-            layer = keys[0].layer
-            start_s = time.perf_counter()
-            try:
-                arrivals = self.lender.exchange(*self._make_room(keys, missing), self.check)
-            except SessionLost as error:
-                self._reopen(error, keys)
-            except BaseException:
-                if not self.lender.is_open:
+        start_s = time.perf_counter()
+        try:
+            while any(key not in self._resident for key in keys):
+                try:
+                    self._fetch(keys)
+                except SessionLost as error:
+                    logger.warning("session lost, opening again", extra={"reason": str(error)})
                     self._resident.clear()
-                raise
-            else:
-                self._insert(arrivals)
-                self.counters[layer].bytes_read += sum(a.bytes_read for a in arrivals)
-            finally:
-                self.counters[layer].stall_s += time.perf_counter() - start_s
-            missing = [key for key in keys if key not in self._resident]
+        except BaseException:
+            self.let_go_if_lost()
+            raise
+        finally:
+            self.counters[keys[0].layer].stall_s += time.perf_counter() - start_s
 
-    def _make_room(
-        self, keys: list[ExpertKey], missing: list[ExpertKey]
-    ) -> tuple[list[ExpertKey], list[ExpertKey]]:
-        """Who goes, who comes. Never what this wave needs."""
+    def _fetch(self, keys: list[ExpertKey]) -> None:
+        """One exchange, in a session opened anew if need be."""
+        if not self.lender.is_open:
+            self.open()
+        missing = [key for key in keys if key not in self._resident]
+        if missing:
+            arrivals = self.lender.exchange(self._make_room(keys, missing), missing, self.check)
+            self._insert(arrivals)
+            self.counters[keys[0].layer].bytes_read += sum(a.bytes_read for a in arrivals)
+
+    def _make_room(self, keys: list[ExpertKey], missing: list[ExpertKey]) -> list[ExpertKey]:
+        """Evict until `missing` fits; never what this wave needs."""
         layer, pinned = keys[0].layer, set(keys)
         rivals = [key for key in self._resident if self.budget.pooled or key.layer == layer]
         excess = len(rivals) + len(missing) - self._capacity[layer]
         if excess <= 0:
-            return [], missing
+            return []
         evictable = (key for key in rivals if key not in pinned)
         going = victims(self.charge.choose(), evictable, excess)
         for key in going:
             del self._resident[key]
-        return going, missing
+        return going
 
     def _insert(self, arrivals: list[Arrival]) -> None:
         for arrival in arrivals:
             self._resident[arrival.borrowed.key] = arrival.borrowed
-
-    def _reopen(self, error: SessionLost, keys: list[ExpertKey]) -> None:
-        logger.warning("session lost, opening again", extra={"reason": str(error)})
-        held = [key for key in self._resident if key not in set(keys)]
-        self._resident.clear()
-        self.lender.open(self.check)
-        self.warm(held)

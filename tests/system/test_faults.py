@@ -94,7 +94,7 @@ def test_node_killed_is_unavailable_and_its_leases_come_back(
 
 def test_stale_advice_falls_back_and_is_counted(tiny_store: Path, run_dir: Path) -> None:
     """A stalled scheduler costs the node nothing but its advice."""
-    with served(tiny_store, run_dir) as stack:
+    with served(tiny_store, run_dir, "--experts-memory", "40") as stack:
         undisturbed = stack.generate(max_tokens=TOKENS)
         wait_for(lambda: stack.status()["compute_node"]["advice_version"], 20, "advice")
         scheduler = stack.pid("scheduler")

@@ -1,0 +1,158 @@
+"""What the documents name exists: paths, make targets, verbs of the command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.cli import app
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / name for name in ("README.md", "DECISIONS.md", "CHANGELOG.md")]
+WRITTEN = [path for path in DOCUMENTS if path.exists()]
+
+TOP = {path.name for path in ROOT.iterdir() if path.name[0] != "."} | {".ci"}
+TRACKED_SUFFIXES = {".py", ".proto", ".toml", ".yml", ".yaml", ".md", ".lock"}
+PLACEHOLDER = re.compile(r"[<>*{}$\s=…]|\.\.\.")
+FENCE = re.compile(r"^```.*?$(.*?)^```", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\]\(([^)\s#]+)")
+COMMAND_ENDS = re.compile(r"&&|\|\||[;|]")
+
+
+def spans(text: str) -> list[str]:
+    """Inline code."""
+    return SPAN.findall(FENCE.sub("", text))
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Words of every command in code, without prompt and comment."""
+    fenced = [line for block in FENCE.findall(text) for line in block.splitlines()]
+    for line in [*fenced, *spans(text)]:
+        for command in COMMAND_ENDS.split(line.strip().removeprefix("$ ")):
+            try:
+                words = shlex.split(command, comments=True)
+            except ValueError:  # output or code, not a command
+                continue
+            if words:
+                yield words
+
+
+def is_repo_path(name: str) -> bool:
+    """Whether a span means a file or folder of ours."""
+    if PLACEHOLDER.search(name) or name.startswith(("/", "~", "-", "http")):
+        return False
+    path = Path(name)
+    return ("/" in name and path.parts[0] in TOP) or path.suffix in TRACKED_SUFFIXES
+
+
+def exists(name: str) -> bool:
+    """Also `config.py` or `cache/lru.py`: written without their folder."""
+    if (ROOT / name).exists():
+        return True
+    folders = [ROOT / top for top in TOP if (ROOT / top).is_dir()]
+    return any(next(folder.rglob(name), None) for folder in folders)
+
+
+def missing_paths(text: str) -> list[str]:
+    named = [name for name in spans(text) if is_repo_path(name)]
+    links = LINK.findall(FENCE.sub("", text))
+    linked = [name for name in links if not name.startswith(("/", "http:", "https:", "mailto:"))]
+    return [name for name in [*named, *linked] if not exists(name)]
+
+
+def missing_targets(text: str) -> list[str]:
+    rules = (ROOT / "Makefile").read_text()
+    known = set(re.findall(r"^([a-z][a-z-]*):", rules, re.MULTILINE))
+    named = [
+        word
+        for words in commands(text)
+        if words[0] == "make"
+        for word in words[1:]
+        if re.fullmatch(r"[a-z][a-z-]*", word)
+    ]
+    return [name for name in named if name not in known]
+
+
+def missing_verbs(text: str) -> list[str]:
+    known = {
+        command.name or command.callback.__name__.replace("_", "-")
+        for command in app.registered_commands
+        if command.callback
+    }
+    named = [
+        words[1] for words in commands(text) if len(words) > 1 and Path(words[0]).name == "flashmoe"
+    ]
+    return [name for name in named if re.fullmatch(r"[a-z][a-z-]*", name) and name not in known]
+
+
+@pytest.mark.parametrize("document", WRITTEN, ids=lambda path: path.name)
+def test_paths_named_exist(document: Path) -> None:
+    """Red when a file that README names is renamed, and for `expert_store/readr.py` in README."""
+    assert missing_paths(document.read_text()) == []
+
+
+@pytest.mark.parametrize("document", WRITTEN, ids=lambda path: path.name)
+def test_targets_named_exist(document: Path) -> None:
+    """Red for `make rnu` in README."""
+    assert missing_targets(document.read_text()) == []
+
+
+@pytest.mark.parametrize("document", WRITTEN, ids=lambda path: path.name)
+def test_verbs_named_exist(document: Path) -> None:
+    """Red for `flashmoe packs DIR` in README."""
+    assert missing_verbs(document.read_text()) == []
+
+
+def test_the_compose_files_instructions_name_what_exists() -> None:
+    """Red when the verb that writes the compose file's configuration is not in the command."""
+    lines = (ROOT / "deploy" / "docker-compose.yml").read_text().splitlines()
+    shown = "\n".join(line.removeprefix("#   ") for line in lines if line.startswith("#   "))
+    text = f"```\n{shown}\n```\n"
+    assert "flashmoe" in shown
+    assert missing_verbs(text) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "see `expert_store/readr.py`",
+        "see `expert_stor/reader.py`",
+        "see `nowhere.toml`",
+        "see [the log](tests/nowhere/LOG.md)",
+        "the folder `proto/v2/`",
+    ],
+)
+def test_a_path_that_does_not_exist_is_found(text: str) -> None:
+    """Red when is_repo_path or exists says yes to everything."""
+    assert len(missing_paths(text)) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`expert_store/reader.py`, `reader.py`, `cache/lru.py`, `proto/`, `Makefile`",
+        "`/dev/shm/x.toml`, `~/flashmoe.toml`, `cache/<policy>.py`, `tokens/s`, `1/2`",
+        "`gate_up_proj`, `transformers.integrations.moe`, [site](https://example.org/a.md)",
+        "```\ncat nowhere.toml\n```",
+    ],
+)
+def test_what_exists_or_is_no_path_of_ours_passes(text: str) -> None:
+    """Red when placeholders, absolute paths or fenced blocks are not left out."""
+    assert missing_paths(text) == []
+
+
+def test_targets_are_read_as_make_reads_them() -> None:
+    """Red when variables, comments or prose are taken for targets, or targets are not found."""
+    text = 'Do make sense.\n```sh\n$ make rnu PROMPT="a b" && make lint tset  # make believe\n```\n'
+    assert missing_targets(text + "`make check`, `make -j2 tets`") == ["rnu", "tset", "tets"]
+
+
+def test_verbs_are_read_as_a_shell_reads_them() -> None:
+    """Red when options or output are taken for verbs, or a path before the command hides one."""
+    text = "```\n.venv/bin/flashmoe srve --model x\nflashmoe: an error\nflashmoe --help\n```\n"
+    assert missing_verbs(text + "`flashmoe index A`, `flashmoe packs`") == ["srve", "packs"]

@@ -1,0 +1,178 @@
+"""A node that says whatever it is told to: the bare wire, for what the real client never sends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import queue
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from expert_store.slots import SlotPool
+from proto import errors, rpc
+from proto import expert_store_pb2 as pb
+from proto import expert_store_pb2_grpc as pb_grpc
+from proto.expert import ExpertKey
+
+DEADLINE_S = 20.0
+
+
+def until(condition: Callable[[], bool], what: str = "it") -> None:
+    """Wait for what another thread or process does."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {what} in vain"
+        time.sleep(0.005)
+
+
+class Lock:
+    """A held lock file of a node."""
+
+    def __init__(self, session_dir: Path, name: str) -> None:
+        session_dir.mkdir(parents=True, exist_ok=True)
+        self.path = session_dir / name
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def let_go(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.let_go()
+
+
+class RawSession:
+    """One stream, request by request and reply by reply."""
+
+    def __init__(self, stub: Any) -> None:
+        self._requests: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
+        self._call = stub.Session(iter(self._requests.get, None), timeout=DEADLINE_S)
+
+    def send(self, request: pb.SessionRequest) -> None:
+        self._requests.put(request)
+
+    def next(self) -> pb.SessionReply:
+        """Raises the typed error that ended the stream; EOFError when it ended well."""
+        try:
+            reply: pb.SessionReply = next(self._call)
+        except StopIteration:
+            raise EOFError("the store closed the session") from None
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error) from None
+        return reply
+
+    def finish(self) -> None:
+        """Say nothing more; what was asked is still answered."""
+        self._requests.put(None)
+
+    def close(self) -> None:
+        self._requests.put(None)
+        self._call.cancel()
+
+    def __enter__(self) -> RawSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def exchange(
+        self,
+        acquires: Iterable[ExpertKey] = (),
+        releases: Iterable[ExpertKey] = (),
+        prefetches: Iterable[ExpertKey] = (),
+        exchange_id: int = 1,
+    ) -> list[pb.Lease]:
+        """Leases of shared memory."""
+        self.send(exchange(acquires, releases, prefetches, exchange_id))
+        return list(self.next().exchanged.leases)
+
+
+def exchange(
+    acquires: Iterable[ExpertKey] = (),
+    releases: Iterable[ExpertKey] = (),
+    prefetches: Iterable[ExpertKey] = (),
+    exchange_id: int = 1,
+) -> pb.SessionRequest:
+    message = pb.Exchange(
+        exchange_id=exchange_id,
+        acquires=[key.to_pb() for key in acquires],
+        releases=[key.to_pb() for key in releases],
+        prefetches=[key.to_pb() for key in prefetches],
+    )
+    return pb.SessionRequest(exchange=message)
+
+
+class Wire:
+    """A channel to a running store, and what a healthy store says of itself."""
+
+    def __init__(self, address: str, run_dir: Path) -> None:
+        self._channel = rpc.connect(address)
+        self.stub = pb_grpc.ExpertStoreStub(self._channel)
+        self.session_dir = run_dir / "sessions"
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def describe(self) -> pb.DescribeReply:
+        return self.stub.Describe(pb.DescribeRequest(), timeout=DEADLINE_S)
+
+    def resident(self) -> set[ExpertKey]:
+        reply = self.stub.Resident(pb.ResidentRequest(), timeout=DEADLINE_S)
+        return {ExpertKey.from_pb(key) for key in reply.keys}
+
+    def stats(self) -> pb.StoreStatsReply:
+        return self.stub.Stats(pb.StoreStatsRequest(), timeout=DEADLINE_S)
+
+    def until_stats(self, condition: Callable[[pb.StoreStatsReply], bool]) -> pb.StoreStatsReply:
+        until(lambda: condition(self.stats()), "the store's counters")
+        return self.stats()
+
+    def until_idle(self) -> pb.StoreStatsReply:
+        """Nobody holds a session, and nothing is filling or leased."""
+        return self.until_stats(
+            lambda s: not (s.sessions or s.orphaned_sessions or s.slots_filling or s.slots_leased)
+        )
+
+    def opening(self, **changes: Any) -> pb.SessionRequest:
+        fields: dict[str, Any] = {
+            "protocol_version": rpc.PROTOCOL_VERSION,
+            "fingerprint": self.describe().model.fingerprint,
+            "node": "node",
+            "quota_slots": 2,
+            "transport": pb.TRANSPORT_CHUNKS,
+        }
+        return pb.SessionRequest(open=pb.Open(**(fields | changes)))
+
+    def open_chunks(self, quota_slots: int = 2) -> RawSession:
+        session = RawSession(self.stub)
+        session.send(self.opening(quota_slots=quota_slots))
+        assert session.next().WhichOneof("kind") == "opened"
+        return session
+
+    def open_shared(self, lock: Lock, quota_slots: int = 2) -> tuple[RawSession, pb.Opened]:
+        session = RawSession(self.stub)
+        session.send(
+            self.opening(
+                quota_slots=quota_slots,
+                transport=pb.TRANSPORT_SHARED_MEMORY,
+                lock_name=lock.path.name,
+            )
+        )
+        return session, session.next().opened
+
+
+def counts_add_up(slots: SlotPool, num_slots: int) -> bool:
+    counts = slots.counts()
+    return sum(counts.values()) == num_slots and counts["filling"] == counts["leased"] == 0
