@@ -53,9 +53,9 @@ def container_config(
 
     Example: flashmoe container-config ~/stores/olmoe --memory 4GiB --out ~/flashmoe
     """
-    settings = ServeSettings.load(config).with_flags(
-        model=store, memory=memory, experts_memory=experts_memory, source=source
-    )
+    given = {"memory": memory, "experts_memory": experts_memory, "source": source}
+    settings = ServeSettings.load(config).with_flags(model=store, **given)
+    settings = settings.model_copy(update={"redis": None})  # the compose file has its own Valkey
     manifest, plan = plan_containers(settings)
     root = manifest.root(store, settings.source)
     check_sources(manifest, root)
@@ -118,7 +118,7 @@ def container_tables(
     settings: ServeSettings, manifest: Manifest, plan: MemoryPlan
 ) -> dict[str, dict[str, Any]]:
     """The launcher's tables with the paths of the containers; those win over flashmoe.toml."""
-    inside = settings.model_copy(update={"redis": None, "source": None})
+    inside = settings.model_copy(update={"source": None})
     tables = compose(RUN, inside, STORE_DIR, manifest, plan)
     for name, table in tables.items():
         table["address"] = RUN.address(name)

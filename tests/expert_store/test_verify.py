@@ -1,0 +1,99 @@
+"""Verify names exactly what is damaged, and heals a store that was only touched.
+
+Planted faults seen red: dense weights not read, only the first extent of a record hashed, times
+recorded although something is damaged.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from expert_store.manifest import MANIFEST_NAME, Manifest, check_sources
+from expert_store.verify import verify
+from proto import errors
+from tests.expert_store.stores import FILE_NAME, KEYS, expert_range, flip
+
+
+def test_a_sound_store_has_no_damage_and_says_how_far_it_is(store_dir: Path) -> None:
+    manifest = Manifest.load(store_dir)
+    seen: list[tuple[int, int]] = []
+    before = (store_dir / MANIFEST_NAME).stat()
+    assert verify(store_dir, report=lambda done, total: seen.append((done, total))) == []
+    total = manifest.expert_bytes_total + manifest.spec.dense_bytes
+    assert seen[-1] == (total, total)
+    assert sorted(seen) == seen
+    assert (store_dir / MANIFEST_NAME).stat().st_ino == before.st_ino, "nothing to record"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_exactly_the_damaged_experts_are_named(seed: int, store_dir: Path) -> None:
+    dice = random.Random(seed)
+    victims = sorted(dice.sample(KEYS, 3))
+    for key in victims:
+        flip(store_dir / FILE_NAME, dice.choice(expert_range(key)))
+    found = verify(store_dir)
+    assert [damage.name for damage in found] == [str(key) for key in victims]
+    assert {damage.file for damage in found} == {str(store_dir / FILE_NAME)}
+    assert {damage.problem for damage in found} == {"its checksum differs"}
+
+
+def test_bytes_between_experts_matter_to_nobody(store_dir: Path) -> None:
+    flip(store_dir / FILE_NAME, expert_range(KEYS[0]).stop)
+    assert verify(store_dir) == []
+
+
+def test_every_extent_of_a_record_counts(checkpoint: Path, indexed: Path, tmp_path: Path) -> None:
+    """A checkpoint read in place keeps gate, up and down apart."""
+    root = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, root)
+    key, record = next(iter(Manifest.load(indexed).records.items()))
+    for extent in record.extents:
+        flip(root / "model.safetensors", extent.offset_bytes + extent.length_bytes - 1)
+        assert [damage.name for damage in verify(indexed, root)] == [str(key)]
+        flip(root / "model.safetensors", extent.offset_bytes + extent.length_bytes - 1)
+
+
+def test_a_damaged_dense_weight_is_named(store_dir: Path) -> None:
+    dense = Manifest.load(store_dir).spec.dense[0]
+    flip(store_dir / FILE_NAME, dense.offset_bytes + 3)
+    assert [damage.name for damage in verify(store_dir)] == ["norm"]
+
+
+def test_touched_files_are_healed_when_sound(store_dir: Path) -> None:
+    os.utime(store_dir / FILE_NAME, ns=(7, 7))
+    with pytest.raises(errors.SourceChanged):
+        check_sources(Manifest.load(store_dir), store_dir)
+    before = Manifest.load(store_dir)
+    assert verify(store_dir) == []
+    check_sources(Manifest.load(store_dir), store_dir)
+    assert Manifest.load(store_dir).spec == before.spec
+
+
+def test_touched_and_damaged_files_are_not(store_dir: Path) -> None:
+    """Red when times are recorded anyway: the daemon would then start on damaged weights."""
+    flip(store_dir / FILE_NAME, expert_range(KEYS[5])[0])
+    os.utime(store_dir / FILE_NAME, ns=(7, 7))
+    assert len(verify(store_dir)) == 1
+    with pytest.raises(errors.SourceChanged, match="touched"):
+        check_sources(Manifest.load(store_dir), store_dir)
+
+
+def test_another_size_or_no_file_is_refused(store_dir: Path) -> None:
+    os.truncate(store_dir / FILE_NAME, 1000)
+    with pytest.raises(errors.SourceChanged, match="1000 bytes"):
+        verify(store_dir)
+    (store_dir / FILE_NAME).unlink()
+    with pytest.raises(errors.SourceChanged, match="missing"):
+        verify(store_dir)
+
+
+def test_the_source_may_have_moved(store_dir: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (store_dir / FILE_NAME).rename(moved / FILE_NAME)
+    assert verify(store_dir, moved) == []

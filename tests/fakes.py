@@ -1,0 +1,75 @@
+"""One fake per boundary; tests/contract checks each against the real thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from compute_node.expert_memory import Borrowed
+from compute_node.store_client import Arrival, SessionLost
+from proto import errors
+from proto.expert import ExpertKey
+
+
+class FakeLender:
+    """A store client without a store. damaged: experts that cannot be lent."""
+
+    def __init__(self, quota_slots: int = 1 << 20, bytes_per_expert: int = 100) -> None:
+        self.held: dict[ExpertKey, Borrowed] = {}
+        self.in_memory: set[ExpertKey] = set()
+        self.damaged: set[ExpertKey] = set()
+        self.exchanges: list[tuple[list[ExpertKey], list[ExpertKey]]] = []
+        self.break_next = False
+        self.num_opened = 0
+        self._quota_slots = quota_slots
+        self._bytes = bytes_per_expert
+        self._open = False
+        self._generation = 0
+
+    @property
+    def is_open(self) -> bool:
+        return self._open
+
+    def open(self, check: Callable[[], None] = lambda: None) -> None:
+        check()
+        self.held.clear()
+        self._open = True
+        self.num_opened += 1
+
+    def exchange(
+        self,
+        releases: Sequence[ExpertKey],
+        acquires: Sequence[ExpertKey],
+        check: Callable[[], None] = lambda: None,
+    ) -> list[Arrival]:
+        check()
+        if self.break_next or not self._open:
+            self.break_next = False
+            self.abort()
+            raise SessionLost("broken on purpose")
+        self.exchanges.append((list(releases), list(acquires)))
+        for key in releases:
+            del self.held[key]
+        for key in acquires:
+            if key in self.damaged:
+                raise errors.ExpertDamaged(f"{key} is damaged")
+        assert not self.held.keys() & set(acquires), "asked for what it holds"
+        arrivals = [self._lend(key) for key in acquires]
+        assert len(self.held) <= self._quota_slots
+        return arrivals
+
+    def resident(self) -> list[ExpertKey]:
+        return list(self.in_memory)
+
+    def is_current(self, borrowed: Borrowed) -> bool:
+        return self.held.get(borrowed.key) is borrowed
+
+    def abort(self) -> None:
+        self._open = False
+        self.held.clear()
+
+    def _lend(self, key: ExpertKey) -> Arrival:
+        self._generation += 1
+        self.held[key] = Borrowed(key, 0, self._generation, {})
+        bytes_read = 0 if key in self.in_memory else self._bytes
+        self.in_memory.add(key)
+        return Arrival(self.held[key], bytes_read)
