@@ -50,10 +50,14 @@ class StoreDescription:
 
 @dataclass(frozen=True)
 class Arrival:
-    """An expert that came, with what it cost. bytes_read is 0 when another node's copy answered."""
+    """An expert that came, with what it cost. bytes_read is 0 when another node's copy answered.
+
+    read_s: what the store spent reading and verifying it, queueing excluded
+    """
 
     borrowed: Borrowed
     bytes_read: int
+    read_s: float = 0.0
 
 
 class StoreClient:
@@ -298,7 +302,8 @@ class _Session:
         if isinstance(memory, PrivateMemory):
             slot, generation = memory.slot_of(key), 0
         tensors = memory.tensors(slot, lease.tensor_offsets, self._layouts[key.layer])
-        return Arrival(Borrowed(key, slot, generation, tensors), lease.bytes_read)
+        borrowed = Borrowed(key, slot, generation, tensors)
+        return Arrival(borrowed, lease.bytes_read, lease.read_s)
 
     def _add_chunk(self, chunk: pb.Chunk) -> None:
         if not isinstance(self.memory, PrivateMemory):

@@ -53,9 +53,11 @@ class SourceFiles:
         """
         extent, descriptor = read.extent, self._descriptors[read.extent.file]
         needed, done = read.skip_bytes + extent.length_bytes, 0
-        landing = slot[read.landing_bytes : read.landing_bytes + read.aligned_length_bytes]
+        landing, end = read.landing_bytes, read.landing_bytes + read.aligned_length_bytes
         while done < needed:
-            got = os.preadv(descriptor, [landing[done:]], read.aligned_offset_bytes + done)
+            # Given back at once: a view kept by an error's traceback keeps the segment mapped.
+            with slot[landing + done : end] as rest:
+                got = os.preadv(descriptor, [rest], read.aligned_offset_bytes + done)
             if got == 0 or (got % 512 and done + got < needed):
                 raise EOFError(f"the file ends {needed - done - got} bytes early")
             done += got
@@ -75,7 +77,10 @@ class SourceFiles:
                     "direct I/O refused, reading through the page cache and dropping it",
                     extra={"file": str(path), "reason": error.strerror},
                 )
-        return os.open(path, flags)
+        descriptor = os.open(path, flags)
+        # Read-ahead would cache neighbours that nobody asked for and nobody drops.
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        return descriptor
 
 
 def read_record(files: SourceFiles, record: ExpertRecord, slot: memoryview) -> None:
@@ -92,7 +97,8 @@ def read_record(files: SourceFiles, record: ExpertRecord, slot: memoryview) -> N
             raise _damaged(files, record, extent.file, str(error)) from error
         if extent.place_bytes != read.arrived_bytes:
             _move(slot, extent.place_bytes, read.arrived_bytes, extent.length_bytes)
-        digest.update(slot[extent.place_bytes : extent.place_bytes + extent.length_bytes])
+        with slot[extent.place_bytes : extent.place_bytes + extent.length_bytes] as payload:
+            digest.update(payload)
     if digest.intdigest() != record.checksum:
         raise _damaged(files, record, record.extents[0].file, "its checksum differs")
 

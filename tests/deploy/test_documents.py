@@ -138,7 +138,7 @@ def test_a_path_that_does_not_exist_is_found(text: str) -> None:
         "`expert_store/reader.py`, `reader.py`, `cache/lru.py`, `proto/`, `Makefile`",
         "`/dev/shm/x.toml`, `~/flashmoe.toml`, `cache/<policy>.py`, `tokens/s`, `1/2`",
         "`gate_up_proj`, `transformers.integrations.moe`, [site](https://example.org/a.md)",
-        "```\ncat nowhere.toml\n```",
+        "```\necho `nowhere.toml`\n```",
     ],
 )
 def test_what_exists_or_is_no_path_of_ours_passes(text: str) -> None:

@@ -12,12 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from compute_node.client import NodeClient
 from expert_store.index import index
 from expert_store.manifest import Manifest
-from proto import errors
+from proto import errors, rpc
 from proto.expert import ExpertKey
+from proto.expert_store_pb2 import ResidentRequest
+from proto.expert_store_pb2_grpc import ExpertStoreStub
 from tests.checkpoints import make
 from tests.daemons import daemon, node_table, store_stats, store_table
 from tests.stack import MODEL, ROOT, flashmoe
@@ -28,6 +31,10 @@ PROMPT = "In the beginning God created"
 
 @pytest.fixture
 def copied(tmp_path: Path) -> tuple[Path, Path]:
+    return copy_of_shipped_model(tmp_path)
+
+
+def copy_of_shipped_model(tmp_path: Path) -> tuple[Path, Path]:
     """A private copy of the shipped model, and a store over it."""
     root, store_dir = tmp_path / "model", tmp_path / "store"
     shutil.copytree(MODEL, root)
@@ -57,10 +64,6 @@ def first_used_expert(store_dir: Path, run_dir: Path) -> ExpertKey:
     ):
         with NodeClient(node.address) as client:
             client.generate(PROMPT, max_tokens=1).run()
-        from proto import rpc
-        from proto.expert_store_pb2 import ResidentRequest
-        from proto.expert_store_pb2_grpc import ExpertStoreStub
-
         with rpc.connect(store.address) as channel:
             keys = ExpertStoreStub(channel).Resident(ResidentRequest()).keys
         return min(ExpertKey.from_pb(key) for key in keys)
@@ -98,8 +101,6 @@ def test_flipped_byte_is_data_loss_and_the_rest_goes_on(
 
 def start_store(store_dir: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
     """What a store says that must not come up."""
-    import tomli_w
-
     config = run_dir / "refused.toml"
     config.write_text(tomli_w.dumps({"expert_store": store_table(store_dir, run_dir, 100)}))
     command = [sys.executable, "-m", "expert_store", "--config", str(config)]

@@ -1,0 +1,221 @@
+"""Every RPC of a real node, good and bad input: typed errors, and the daemon stays healthy.
+
+Planted faults seen red: no length check in Forward (the daemon dies or answers INTERNAL), seeds
+that are ignored.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from compute_node.client import NodeClient
+from proto import compute_node_pb2 as pb
+from proto import errors, rpc
+from proto.compute_node_pb2_grpc import ComputeNodeStub
+from tests.contract.test_exactness import align
+from tests.daemons import DaemonProcess, daemon, node_table, store_table
+from tests.stack import MODEL
+
+pytestmark = pytest.mark.system
+TYPED = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+ANY_OUTPUT = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.fixture(scope="module")
+def node(tiny_store: Path) -> Iterator[DaemonProcess]:
+    with tempfile.TemporaryDirectory(prefix="fm-") as folder:
+        run = Path(folder)
+        with (
+            daemon("expert_store", run, store_table(tiny_store, run, 100)),
+            daemon("compute_node", run, node_table(run, "n", 96), "n") as started,
+        ):
+            yield started
+            with NodeClient(started.address) as client:
+                result = client.generate("In", max_tokens=2, ignore_eos=True).run()
+                assert len(result.token_ids) == 2, "the node did not survive the tests"
+
+
+@pytest.fixture
+def client(node: DaemonProcess) -> Iterator[NodeClient]:
+    with NodeClient(node.address) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def eager() -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).eval()
+    model.set_experts_implementation("eager")
+    align(model)
+    return model  # type: ignore[no-any-return]
+
+
+def test_streamed_text_is_the_decoded_tokens(client: NodeClient) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    generation = client.generate("Grüße und ", max_tokens=60, temperature=1.2, seed=5)
+    streamed = "".join(piece.text for piece in generation)
+    assert generation.result is not None
+    result = generation.result
+    whole = tokenizer.decode(result.prompt_token_ids + result.token_ids, skip_special_tokens=True)
+    prompt = tokenizer.decode(result.prompt_token_ids, skip_special_tokens=True)
+    assert streamed == result.text
+    assert whole.removeprefix(prompt).rstrip("\ufffd").startswith(streamed.rstrip("\ufffd"))
+
+
+def test_seed_decides_and_differs(client: NodeClient) -> None:
+    def tokens(seed: int) -> list[int]:
+        return client.generate("In the", max_tokens=24, temperature=1.0, seed=seed).run().token_ids
+
+    assert tokens(1) == tokens(1) != tokens(2)
+
+
+def test_stop_string_is_cut_and_nothing_after_it_goes_out(client: NodeClient) -> None:
+    free = client.generate("In the beginning God created", max_tokens=40).run().text
+    stop = free[10:14]
+    result = client.generate("In the beginning God created", max_tokens=40, stop=[stop]).run()
+    assert result.finish_reason == "stop"
+    assert result.text == free[: free.index(stop)]
+
+
+def test_stop_token_and_length(client: NodeClient) -> None:
+    free = client.generate("In the beginning", max_tokens=10, ignore_eos=True).run()
+    assert free.finish_reason == "length"
+    stopped = client.generate("In the beginning", stop_token_ids=[free.token_ids[4]]).run()
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[4]) + 1]
+
+
+def test_usage_adds_up(client: NodeClient) -> None:
+    result = client.generate([5, 6, 7], max_tokens=9, ignore_eos=True).run()
+    assert result.prompt_token_ids == [5, 6, 7]
+    assert (result.prefill.tokens, result.decode.tokens) == (3, 8)
+    assert result.decode.hits + result.decode.misses == 8 * 8 * 4
+    assert result.ttft_s >= result.prefill.stall_s > 0 or result.prefill.misses == 0
+
+
+def test_chat_without_a_template_is_refused(client: NodeClient) -> None:
+    with pytest.raises(errors.InvalidRequest, match="no chat template"):
+        client.generate([{"role": "user", "content": "hello"}]).run()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "give a prompt|empty"),
+        ("", {}, "empty"),
+        ([9000], {}, "beyond the vocabulary"),
+        ("In", {"max_tokens": 5000}, "max_context_tokens"),
+        ("In", {"temperature": -1.0}, "temperature"),
+        ("In", {"temperature": float("nan")}, "temperature"),
+        ("In", {"top_p": 1.5}, "top_p"),
+        ("In", {"stop": ["x"] * 20}, "stop strings"),
+    ],
+)
+def test_bad_requests_are_named(
+    client: NodeClient, prompt: object, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(errors.InvalidRequest, match=message):
+        client.generate(prompt, **options).run()  # type: ignore[arg-type]
+
+
+def test_forward_is_one_moe_layer(client: NodeClient, eager: torch.nn.Module) -> None:
+    """Bit-identical to the eager experts module of that layer."""
+    experts = eager.model.layers[3].mlp.experts  # type: ignore[union-attr, index]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 256, generator=generator).to(torch.bfloat16)
+    ids = torch.stack([torch.randperm(32, generator=generator)[:4] for _ in range(5)])
+    weights = torch.rand(5, 4, generator=generator)
+    request = pb.ForwardRequest(
+        layer=3,
+        num_tokens=5,
+        hidden_states=hidden.view(torch.uint8).numpy().tobytes(),
+        topk_ids=ids.int().numpy().tobytes(),
+        topk_weights=weights.numpy().tobytes(),
+    )
+    with torch.inference_mode():
+        expected = experts(hidden, ids, weights)  # type: ignore[operator]
+    answer = bytearray(client.forward(request))
+    assert torch.equal(torch.frombuffer(answer, dtype=torch.bfloat16).view(5, 256), expected)
+
+
+@ANY_OUTPUT
+@given(
+    layer=st.integers(0, 2**32 - 1),
+    num_tokens=st.one_of(st.integers(0, 4), st.integers(0, 2**32 - 1)),
+    hidden=st.binary(max_size=2100),
+    ids=st.one_of(
+        st.binary(max_size=64),
+        st.lists(st.integers(-1, 40), max_size=16).map(
+            lambda values: np.array(values, np.int32).tobytes()
+        ),
+    ),
+    weights=st.binary(max_size=64),
+)
+def test_any_forward_request_is_answered_or_typed(
+    node: DaemonProcess, layer: int, num_tokens: int, hidden: bytes, ids: bytes, weights: bytes
+) -> None:
+    request = pb.ForwardRequest(
+        layer=layer,
+        num_tokens=num_tokens,
+        hidden_states=hidden,
+        topk_ids=ids,
+        topk_weights=weights,
+    )
+    with rpc.connect(node.address) as channel:
+        try:
+            ComputeNodeStub(channel).Forward(request, timeout=20)
+        except grpc.RpcError as error:
+            assert error.code() in TYPED, error  # type: ignore[attr-defined]
+
+
+@ANY_OUTPUT
+@given(
+    token_ids=st.lists(st.integers(0, 2**32 - 1), max_size=8),
+    max_tokens=st.one_of(st.integers(0, 3), st.integers(0, 2**32 - 1)),
+    temperature=st.floats(),
+    top_k=st.integers(0, 2**32 - 1),
+    top_p=st.floats(),
+    penalty=st.floats(),
+    stop=st.lists(st.text(max_size=5), max_size=3),
+)
+def test_any_generate_request_is_answered_or_typed(
+    node: DaemonProcess,
+    token_ids: list[int],
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    penalty: float,
+    stop: list[str],
+) -> None:
+    sampling = pb.Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty, seed=1
+    )
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=token_ids),
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop=stop,
+    )
+    with rpc.connect(node.address) as channel:
+        try:
+            list(ComputeNodeStub(channel).Generate(request, timeout=20))
+        except grpc.RpcError as error:
+            assert error.code() in TYPED, error  # type: ignore[attr-defined]

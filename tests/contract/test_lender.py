@@ -1,0 +1,92 @@
+"""The fake lender behaves as a store client on a real store does.
+
+Planted fault seen red: a fake that forgets releases when an expert is damaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from compute_node.cache.expert_cache import Lender
+from compute_node.store_client import SessionLost, StoreClient
+from proto import errors
+from proto.expert import ExpertKey
+from tests.fakes import FakeLender
+from tests.local_store import local_store
+from tests.system.test_damage import copy_of_shipped_model, flip_expert
+
+KEYS = [ExpertKey(0, expert) for expert in range(8)]
+DAMAGED = ExpertKey(1, 3)
+Damage = Callable[[], None]
+
+
+@contextmanager
+def fake(tmp_path: Path) -> Iterator[tuple[Lender, Damage]]:
+    lender = FakeLender(4)
+    yield lender, lambda: lender.damaged.add(DAMAGED)
+
+
+@contextmanager
+def real(tmp_path: Path) -> Iterator[tuple[Lender, Damage]]:
+    root, store_dir = copy_of_shipped_model(tmp_path)
+    with local_store(store_dir, tmp_path, 8) as address:
+        client = StoreClient(address, "n", 4, tmp_path / "sessions", deadline_s=5)
+        try:
+            yield client, lambda: flip_expert(root, store_dir, DAMAGED)
+        finally:
+            client.close()
+
+
+@pytest.fixture(params=[fake, real], ids=["fake", "real"])
+def lender(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Lender, Damage]]:
+    with request.param(tmp_path) as made:
+        made[0].open()
+        yield made
+
+
+def test_lends_in_order_and_counts_only_what_was_read(lender: tuple[Lender, Damage]) -> None:
+    store, _ = lender
+    arrivals = store.exchange([], KEYS[:3])
+    assert [arrival.borrowed.key for arrival in arrivals] == KEYS[:3]
+    assert all(arrival.bytes_read > 0 for arrival in arrivals)
+    [again] = store.exchange([KEYS[0]], [KEYS[3]])
+    assert again.bytes_read > 0
+    [back] = store.exchange([KEYS[1]], [KEYS[0]])
+    assert back.bytes_read == 0, "it was in memory still"
+    assert set(KEYS[:4]) <= set(store.resident())
+
+
+def test_lease_is_current_until_the_session_ends(lender: tuple[Lender, Damage]) -> None:
+    store, _ = lender
+    [arrival] = store.exchange([], KEYS[:1])
+    assert store.is_current(arrival.borrowed)
+    store.abort()
+    assert not store.is_open and not store.is_current(arrival.borrowed)
+    with pytest.raises(SessionLost):
+        store.exchange([], KEYS[:1])
+    store.open()
+    assert store.exchange([], KEYS[:1])[0].bytes_read == 0
+
+
+def test_damaged_expert_raises_and_the_session_goes_on(lender: tuple[Lender, Damage]) -> None:
+    store, damage = lender
+    damage()
+    store.exchange([], KEYS[:2])
+    with pytest.raises(errors.ExpertDamaged):
+        store.exchange([KEYS[0]], [KEYS[4], DAMAGED])
+    assert store.is_open
+    assert len(store.exchange([KEYS[1]], KEYS[4:8])) == 4, "the quota must be whole again"
+
+
+def test_check_may_abandon_an_exchange(lender: tuple[Lender, Damage]) -> None:
+    store, _ = lender
+
+    def check() -> None:
+        raise errors.Cancelled("gone")
+
+    with pytest.raises(errors.Cancelled):
+        store.exchange([], KEYS[:1], check)

@@ -1,0 +1,181 @@
+"""Who may read a slot, and who may refill it.
+
+Planted faults seen red: a slot left filling after a failure, newest release first, generation kept
+on refill, an evicted expert still found, a slot reclaimable while one of two leases is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from expert_store import segment
+from expert_store.segment import Segment
+from expert_store.slots import Slot, SlotPool
+from proto import errors, shm
+from proto.expert import ExpertKey
+from tests.expert_store.raw_session import counts_add_up
+
+NUM_SLOTS = 4
+
+
+def key(number: int) -> ExpertKey:
+    return ExpertKey(0, number)
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[Segment]:
+    with segment.create(tmp_path / "segment", NUM_SLOTS, shm.PAGE_BYTES) as created:
+        yield created
+
+
+@pytest.fixture
+def slots(shared: Segment) -> SlotPool:
+    return SlotPool(shared)
+
+
+def fill(slots: SlotPool, *numbers: int) -> list[Slot]:
+    found = []
+    for number in numbers:
+        with slots.filling(key(number)) as slot:
+            found.append(slot)
+    return found
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, GeneratorExit])
+def test_a_failed_fill_frees_its_slot(slots: SlotPool, kind: type[BaseException]) -> None:
+    for _ in range(3 * NUM_SLOTS):
+        with pytest.raises(kind), slots.filling(key(1)):
+            assert slots.counts()["filling"] == 1
+            raise kind
+    assert slots.counts() == {"free": NUM_SLOTS, "filling": 0, "leased": 0, "reclaimable": 0}
+    assert slots.find(key(1)) is None
+    assert slots.resident() == []
+
+
+def test_an_expert_is_found_only_when_it_is_whole(slots: SlotPool) -> None:
+    with slots.filling(key(1)) as slot:
+        assert slots.find(key(1)) is None
+    assert slots.find(key(1)) is slot
+
+
+def test_the_oldest_release_goes_first(slots: SlotPool) -> None:
+    filled = fill(slots, 0, 1, 2, 3)
+    for slot in filled:
+        slots.lease(slot)
+    for number in (2, 0, 3, 1):
+        slots.release(filled[number])
+    for number, gone in enumerate((2, 0, 3), start=10):
+        fill(slots, number)
+        assert slots.find(key(gone)) is None
+    assert slots.resident() == [key(1), key(10), key(11), key(12)]
+
+
+def test_a_lease_renews_an_experts_stay(slots: SlotPool) -> None:
+    filled = fill(slots, 0, 1, 2, 3)
+    slots.lease(filled[0])
+    slots.release(filled[0])
+    fill(slots, 4)
+    assert slots.find(key(0)) is filled[0]
+    assert slots.find(key(1)) is None
+
+
+def test_a_leased_slot_is_not_refilled(slots: SlotPool) -> None:
+    for slot in fill(slots, 0, 1, 2, 3):
+        slots.lease(slot)
+        slots.lease(slot)
+    with pytest.raises(errors.SlotsExhausted), slots.filling(key(9)):
+        pass
+    leased = slots.find(key(2))
+    assert leased is not None
+    slots.release(leased)
+    with pytest.raises(errors.SlotsExhausted), slots.filling(key(9)):
+        pass
+    slots.release(leased)
+    assert fill(slots, 9) == [leased]
+
+
+def test_a_refill_changes_the_generation_before_the_bytes(
+    slots: SlotPool, shared: Segment, tmp_path: Path
+) -> None:
+    """As a node sees it, in the file: also when the fill then fails."""
+    first = fill(slots, 0, 1, 2, 3)[0]
+    before = first.generation
+    with pytest.raises(ValueError, match="damaged"), slots.filling(key(9)) as slot:
+        assert slot is first
+        data = memoryview((tmp_path / "segment").read_bytes())
+        assert shm.read_generation(data, slot.number) == slot.generation == before + 1
+        raise ValueError("damaged")
+
+
+class AnySequence(RuleBasedStateMachine):
+    """Fills, failures, leases and releases in any order, against a plain account of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = SlotPool(FakeSegment())  # type: ignore[arg-type]
+        self.leases: list[tuple[ExpertKey, Slot, int]] = []
+
+    @rule(number=st.integers(0, 9), fails=st.booleans())
+    def fill(self, number: int, fails: bool) -> None:
+        if self.slots.find(key(number)):
+            return
+        try:
+            with self.slots.filling(key(number)):
+                if fails:
+                    raise ValueError("damaged")
+        except ValueError:
+            assert self.slots.find(key(number)) is None
+        except errors.SlotsExhausted:
+            assert len({slot for _, slot, _ in self.leases}) == NUM_SLOTS
+
+    @rule(number=st.integers(0, 9))
+    def lease(self, number: int) -> None:
+        if slot := self.slots.find(key(number)):
+            self.slots.lease(slot)
+            self.leases.append((key(number), slot, slot.generation))
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.leases) - 1))
+        self.slots.release(self.leases.pop(index)[1])
+
+    @invariant()
+    def what_is_leased_stays(self) -> None:
+        for expert, slot, generation in self.leases:
+            assert (slot.key, slot.generation) == (expert, generation)
+            assert self.slots.find(expert) is slot
+
+    @invariant()
+    def counts(self) -> None:
+        counts = self.slots.counts()
+        assert sum(counts.values()) == NUM_SLOTS
+        assert counts["leased"] == len({slot for _, slot, _ in self.leases})
+        assert len(self.slots.resident()) == counts["leased"] + counts["reclaimable"]
+
+    def teardown(self) -> None:
+        for _, slot, _ in self.leases:
+            self.slots.release(slot)
+        assert counts_add_up(self.slots, NUM_SLOTS)
+
+
+class FakeSegment:
+    """Generations alone."""
+
+    def __init__(self) -> None:
+        self.layout = shm.SegmentLayout(NUM_SLOTS, shm.PAGE_BYTES)
+        self._generations = [0] * NUM_SLOTS
+
+    def bump_generation(self, slot: int) -> int:
+        self._generations[slot] += 1
+        return self._generations[slot]
+
+
+AnySequence.TestCase.settings = settings(deadline=None, max_examples=50, stateful_step_count=30)
+TestAnySequence = AnySequence.TestCase
