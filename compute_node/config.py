@@ -52,5 +52,9 @@ class ComputeNodeConfig(BaseModel):
         try:
             table = tomllib.loads(path.read_text())["compute_node"]
             return cls.model_validate(table)
-        except (OSError, KeyError, tomllib.TOMLDecodeError, ValidationError) as error:
-            raise errors.ConfigInvalid(f"{path}, table [compute_node]: {error}") from error
+        except KeyError as error:
+            raise errors.ConfigInvalid(f"{path} has no table [compute_node]: add one") from error
+        except ValidationError as error:
+            raise errors.ConfigInvalid.of(f"{path}, table [compute_node]", error) from error
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise errors.ConfigInvalid(f"cannot read {path}: {error}") from error

@@ -192,7 +192,7 @@ class Daemon:
     def last_words(self) -> str:
         """The last line of its log: a daemon that refuses to start says why in one sentence."""
         lines = self.run.log(self.name).read_text(errors="replace").strip().splitlines()
-        return lines[-1][-400:] if lines else "it said nothing"
+        return lines[-1][-600:] if lines else "it said nothing"
 
 
 def _die_with_parent() -> None:

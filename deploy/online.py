@@ -128,8 +128,7 @@ def generate(
     Example: flashmoe generate "Once upon a time" --max-tokens 64 --temperature 0.8 --seed 1
     """
     settings = ServeSettings.load(config).with_flags(run_dir=run_dir)
-    address = RunDir(settings.run_dir.resolve()).address("compute_node")
-    with NodeClient(address) as node:
+    with NodeClient(node_address(settings)) as node:
         generation = node.generate(
             prompt,
             max_tokens=max_tokens,
@@ -171,6 +170,17 @@ def status(
             console.out.print(console.table(name, rows))
     if any(facts["health"] != "SERVING" for facts in found.values() if "health" in facts):
         raise typer.Exit(console.UNAVAILABLE)
+
+
+def node_address(settings: ServeSettings) -> str:
+    """Of the stack in the run directory. Raises Unavailable when none runs there."""
+    run = RunDir(settings.run_dir.resolve())
+    if not run.socket("compute_node").exists():
+        raise errors.Unavailable(
+            f"no stack runs in {run.path}: start one with `flashmoe serve`, or name it with "
+            "--run-dir"
+        )
+    return run.address("compute_node")
 
 
 def prepare(settings: ServeSettings) -> tuple[Path, Manifest, MemoryPlan]:

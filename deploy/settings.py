@@ -44,8 +44,10 @@ class ServeSettings(BaseModel):
             document = tomllib.loads(path.read_text())
             serve = document.pop("serve", {})
             return cls.model_validate({**serve, **document})
-        except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
-            raise errors.ConfigInvalid(f"{path}: {error}") from error
+        except ValidationError as error:
+            raise errors.ConfigInvalid.of(str(path), error) from error
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise errors.ConfigInvalid(f"cannot read {path}: {error}") from error
 
     def with_flags(self, **flags: Any) -> Self:
         """These settings, with every flag that was given."""

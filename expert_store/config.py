@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from proto import errors
 from proto.rpc import Listen, TlsFiles
@@ -45,5 +45,9 @@ class ExpertStoreConfig(BaseModel):
         try:
             table = tomllib.loads(path.read_text())["expert_store"]
             return cls.model_validate(table)
-        except (OSError, KeyError, ValueError) as error:
-            raise errors.ConfigInvalid(f"{path}, table [expert_store]: {error}") from error
+        except KeyError as error:
+            raise errors.ConfigInvalid(f"{path} has no table [expert_store]: add one") from error
+        except ValidationError as error:
+            raise errors.ConfigInvalid.of(f"{path}, table [expert_store]", error) from error
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise errors.ConfigInvalid(f"cannot read {path}: {error}") from error

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import grpc
 import grpc.aio
+from pydantic import ValidationError
 
 KIND_METADATA_KEY = "flashmoe-error"
 _MAX_DETAILS_BYTES = 2048  # gRPC escapes and then drops trailers beyond 8 KiB, kind and all
@@ -37,6 +38,20 @@ class ConfigInvalid(FlashMoEError):
     """A setting is missing, mistyped or contradicts another."""
 
     status = grpc.StatusCode.FAILED_PRECONDITION
+
+    @classmethod
+    def of(cls, where: str, error: ValidationError) -> ConfigInvalid:
+        """One sentence that names each wrong key and what to do."""
+        return cls(f"{where}: " + "; ".join(_describe(fault) for fault in error.errors()))
+
+
+def _describe(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {key!r}: remove it, or see deploy/flashmoe.toml for its spelling"
+    if fault["type"] == "missing":
+        return f"key {key!r} is missing: add it"
+    return f"key {key!r} is {fault['input']!r} ({fault['msg']}): change it"
 
 
 class CheckpointUnsupported(FlashMoEError):

@@ -106,15 +106,4 @@ class SchedulerConfig(BaseModel):
         try:
             return cls.model_validate(table)
         except ValidationError as error:
-            faults = "; ".join(_describe(fault) for fault in error.errors())
-            raise errors.ConfigInvalid(f"{path}, table [scheduler]: {faults}") from error
-
-
-def _describe(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        known = ", ".join(SchedulerConfig.model_fields)
-        return f"unknown key {key!r}: remove it, or spell it as one of {known}"
-    if fault["type"] == "missing":
-        return f"key {key!r} is missing: add it"
-    return f"key {key!r} is {fault['input']!r}: {fault['msg']}; change it"
+            raise errors.ConfigInvalid.of(f"{path}, table [scheduler]", error) from error

@@ -98,7 +98,7 @@ def seconds(duration: str) -> int:
 
 
 def test_compose_reads_the_file_as_we_do(compose: list[str], rendered: Rendered) -> None:
-    """Red for `comand:`, for a missing variable, and when an anchor's keys do not arrive."""
+    """Red for `comand:`, a variable container-config does not write, and `service_started`."""
     services = merged(compose, rendered)["services"]
     assert set(services) == {"valkey", "expert_store", "compute_node", "scheduler"}
     for name, service in services.items():
@@ -111,8 +111,8 @@ def test_compose_reads_the_file_as_we_do(compose: list[str], rendered: Rendered)
 
 
 def test_containers_can_do_no_more_than_they_need(compose: list[str], rendered: Rendered) -> None:
-    """Red with a published port, `user: "0:0"`, `read_only: true` taken from the store's mount or
-    the node's segment.
+    """Red with a bridge network, a published port, `user: "0:0"`, `read_only: true` taken from the
+    store's mount or the node's segment, and the node without the segment.
     """
     services = merged(compose, rendered)["services"]
     for service in services.values():
@@ -268,9 +268,9 @@ def containers(rendered: Rendered, run_dir: Path) -> Iterator[LocalContainers]:
 def test_services_start_serve_and_stop(
     containers: LocalContainers, rendered: Rendered, tiny_store: Path
 ) -> None:
-    """Red for a health check of `true`, a misspelt socket in a health check or in flashmoe.toml,
-    the store without its mount of the source, the node without the segment's, `init` aside a
-    daemon that ignores SIGTERM, a store that leaves its segment.
+    """Red for a health check of `true`, a misspelt socket in flashmoe.toml, a misspelt flag of
+    Valkey, the store without its mount of the source, and SIGKILL, which leaves sockets and the
+    segment.
     """
     mounted_read_only = {path: path.stat().st_mtime_ns for path in (tiny_store, MODEL)}
     order = rendered.in_order()

@@ -92,7 +92,7 @@ def missing_verbs(text: str) -> list[str]:
 
 @pytest.mark.parametrize("document", WRITTEN, ids=lambda path: path.name)
 def test_paths_named_exist(document: Path) -> None:
-    """Red when a file that README names is renamed, and for `expert_store/readr.py` in README."""
+    """Red for `expert_store/readr.py` in README."""
     assert missing_paths(document.read_text()) == []
 
 
@@ -128,7 +128,7 @@ def test_the_compose_files_instructions_name_what_exists() -> None:
     ],
 )
 def test_a_path_that_does_not_exist_is_found(text: str) -> None:
-    """Red when is_repo_path or exists says yes to everything."""
+    """Red when `exists` says yes to everything."""
     assert len(missing_paths(text)) == 1
 
 
@@ -147,12 +147,12 @@ def test_what_exists_or_is_no_path_of_ours_passes(text: str) -> None:
 
 
 def test_targets_are_read_as_make_reads_them() -> None:
-    """Red when variables, comments or prose are taken for targets, or targets are not found."""
+    """Red when a comment is read as targets."""
     text = 'Do make sense.\n```sh\n$ make rnu PROMPT="a b" && make lint tset  # make believe\n```\n'
     assert missing_targets(text + "`make check`, `make -j2 tets`") == ["rnu", "tset", "tets"]
 
 
 def test_verbs_are_read_as_a_shell_reads_them() -> None:
-    """Red when options or output are taken for verbs, or a path before the command hides one."""
+    """Red when a path before the command hides it."""
     text = "```\n.venv/bin/flashmoe srve --model x\nflashmoe: an error\nflashmoe --help\n```\n"
     assert missing_verbs(text + "`flashmoe index A`, `flashmoe packs`") == ["srve", "packs"]

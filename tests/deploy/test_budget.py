@@ -1,0 +1,86 @@
+"""The memory plan. Faults seen red: read slots left out of the sum, a percentage of slots
+instead of experts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deploy.budget import plan_memory
+from deploy.settings import ServeSettings, parse_bytes, parse_experts_memory
+from expert_store.manifest import Manifest
+from proto import errors
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture(scope="module")
+def manifest(tiny_store: Path) -> Manifest:
+    return Manifest.load(tiny_store)
+
+
+def plan(manifest: Manifest, memory_bytes: int | None, experts: str | None):  # type: ignore[no-untyped-def]
+    return plan_memory(
+        manifest,
+        memory_bytes,
+        experts,
+        context_tokens=2048,
+        chunk_tokens=256,
+        read_depth=4,
+    )
+
+
+def test_parts_sum_to_the_total_and_stay_below(manifest: Manifest) -> None:
+    found = plan(manifest, 1024 * MIB, None)
+    assert found.total_bytes == sum(found.parts.values()) <= 1024 * MIB
+    assert found.parts["experts"] == found.slots * manifest.slot_bytes
+    assert found.parts["kv_cache"] == 2048 * manifest.sizing.cache_bytes_per_token
+    assert found.parts["read_slots"] >= 4 * manifest.slot_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "slots"), [("96", 96), ("37.5%", 96), ("100%", 256), ("10MiB", 69), ("999", 256)]
+)
+def test_experts_memory_in_three_spellings(manifest: Manifest, text: str, slots: int) -> None:
+    assert plan(manifest, None, text).slots == slots
+
+
+@pytest.mark.parametrize("text", ["0%", "120%", "x%", "many", "-3"])
+def test_nonsense_is_refused(text: str) -> None:
+    with pytest.raises(errors.ConfigInvalid, match="experts memory"):
+        parse_experts_memory(text, 256, 4096)
+
+
+def test_the_smallest_ceiling_named_is_enough(manifest: Manifest) -> None:
+    with pytest.raises(errors.MemoryExceeded, match="smallest that works is") as raised:
+        plan(manifest, 100 * MIB, None)
+    smallest = int(str(raised.value).rsplit(" is ", 1)[1].split()[0].replace(",", ""))
+    assert plan(manifest, smallest * MIB, None).slots >= 32
+    with pytest.raises(errors.MemoryExceeded):
+        plan(manifest, (smallest - 2) * MIB, None)
+
+
+def test_experts_that_do_not_fit_the_ceiling(manifest: Manifest) -> None:
+    with pytest.raises(errors.MemoryExceeded, match="fewer experts memory or a higher ceiling"):
+        plan(manifest, 500 * MIB, "100%")
+
+
+def test_neither_memory_nor_experts(manifest: Manifest) -> None:
+    with pytest.raises(errors.ConfigInvalid, match="--memory"):
+        plan(manifest, None, None)
+
+
+def test_settings_flag_over_file_over_default(tmp_path: Path) -> None:
+    path = tmp_path / "flashmoe.toml"
+    path.write_text('[serve]\nmemory = "2GiB"\nredis = "redis://x"\n[compute_node]\nthreads = 2\n')
+    settings = ServeSettings.load(path).with_flags(memory="3GiB", redis=None)
+    assert (settings.memory, settings.redis, settings.experts_memory) == ("3GiB", "redis://x", None)
+    assert settings.compute_node == {"threads": 2}
+
+
+def test_sizes() -> None:
+    assert parse_bytes("2GiB", "x") == 2 << 30
+    with pytest.raises(errors.ConfigInvalid, match="write for example 2GiB"):
+        parse_bytes("2 apples", "--memory")
