@@ -13,9 +13,12 @@ PROMPT ?= In the beginning
 MEMORY ?= 1GiB
 EXPERTS_MEMORY ?= 37.5%
 MAX_TOKENS ?= 96
+COMPOSE ?= docker-compose
+CONTAINER := .flashmoe/container
+COMPOSED := $(COMPOSE) --env-file $(CURDIR)/$(CONTAINER)/compose.env -f deploy/docker-compose.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto run serve test system lint format check bench lock clean
+.PHONY: help setup proto run serve test system lint format check bench up down logs lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -68,6 +71,16 @@ check: lint test  ## what passes before a commit
 
 bench: $(STUBS)  ## measure, and print the tables of README
 	$(PY) -m tests.bench
+
+up: $(STORE)/manifest.json  ## the shipped model in containers
+	@$(BIN)/flashmoe container-config $(STORE) --memory $(MEMORY) --out $(CONTAINER)
+	$(COMPOSED) up --build --detach
+
+down:  ## stop the containers, free their shared memory
+	$(COMPOSED) down --volumes
+
+logs:  ## follow the containers' logs
+	$(COMPOSED) logs --follow
 
 lock:  ## remake requirements.lock from the environment as it is
 	@{ echo "# Exact versions that the Makefile installs; ranges are in pyproject.toml. Remake: make lock"; \

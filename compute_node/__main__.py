@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import logging.config
+import logging
 import os
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 import redis
 import torch
-from prometheus_client import REGISTRY, start_http_server
 from transformers.utils import logging as transformers_logging
 
 from compute_node.access_log import AccessLog
@@ -27,7 +23,7 @@ from compute_node.metrics import NodeCollector
 from compute_node.model import load_model
 from compute_node.service import SERVICE_NAME, ComputeNodeService
 from compute_node.store_client import StoreClient
-from proto import errors, rpc
+from proto import daemon, rpc
 from proto.compute_node_pb2_grpc import add_ComputeNodeServicer_to_server
 
 logger = logging.getLogger("compute_node")
@@ -78,9 +74,10 @@ async def run(config: ComputeNodeConfig) -> None:
             ComputeThread(config.max_queued_requests, cache.let_go_if_lost)
         )
         service = ComputeNodeService(engine, compute, store, access_log, advice)
-        if config.metrics_port is not None:
-            REGISTRY.register(NodeCollector(engine, compute, access_log, advice))
-            start_metrics(config.metrics_port, config.metrics_port_file)
+        metrics = NodeCollector(engine, compute, access_log, advice)
+        stack.enter_context(
+            daemon.serving_metrics(metrics, config.metrics_port, config.metrics_port_file)
+        )
         async with rpc.serving(
             config.listen,
             lambda server: add_ComputeNodeServicer_to_server(service, server),
@@ -104,41 +101,8 @@ def connect_store(config: ComputeNodeConfig) -> StoreClient:
     )
 
 
-def start_metrics(port: int, port_file: Path | None) -> None:
-    server, _ = start_http_server(port, addr="127.0.0.1")
-    if port_file:
-        port_file.write_text(f"{server.server_port}\n")
-
-
-def configure_logging(level: str) -> None:
-    logging.config.dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "formatters": {
-                "json": {
-                    "()": "pythonjsonlogger.json.JsonFormatter",
-                    "format": "%(asctime)s %(levelname)s %(name)s %(message)s",
-                }
-            },
-            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
-            "root": {"level": level, "handlers": ["stderr"]},
-        }
-    )
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Runs a model on borrowed experts.")
-    parser.add_argument("--config", type=Path, required=True, help="flashmoe.toml")
-    arguments = parser.parse_args()
-    try:
-        config = ComputeNodeConfig.load(arguments.config)
-        configure_logging(config.log_level)
-        asyncio.run(run(config))
-    except errors.FlashMoEError as error:
-        sys.stderr.write(f"compute_node: {error}\n")
-        return 2
-    return 0
+    return daemon.main("compute_node", __doc__ or "", ComputeNodeConfig.load, run)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from proto import errors
+from proto import daemon
 from proto.rpc import Listen, TlsFiles
 
 
@@ -49,12 +48,4 @@ class ComputeNodeConfig(BaseModel):
     @classmethod
     def load(cls, path: Path) -> Self:
         """Raises ConfigInvalid naming the file, the key and what is wrong with it."""
-        try:
-            table = tomllib.loads(path.read_text())["compute_node"]
-            return cls.model_validate(table)
-        except KeyError as error:
-            raise errors.ConfigInvalid(f"{path} has no table [compute_node]: add one") from error
-        except ValidationError as error:
-            raise errors.ConfigInvalid.of(f"{path}, table [compute_node]", error) from error
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise errors.ConfigInvalid(f"cannot read {path}: {error}") from error
+        return daemon.load_table(path, "compute_node", cls)

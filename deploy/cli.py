@@ -10,7 +10,7 @@ from typing import Annotated
 import click
 import typer
 
-from deploy import console, doctor, offline, online
+from deploy import console, container, doctor, offline, online
 from deploy.status import check_health
 from proto import errors
 
@@ -31,6 +31,7 @@ for verb in (
     online.run,
     online.generate,
     online.status,
+    container.container_config,
     doctor.doctor,
 ):
     app.command(epilog=console.EXIT_CODES)(verb)

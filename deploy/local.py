@@ -27,6 +27,7 @@ from deploy.memory import FILE_NAME, MemorySampler
 from deploy.settings import ServeSettings
 from expert_store.manifest import Manifest
 from proto import errors, redis_schema
+from proto.daemon import START_ERROR
 from proto.shm import SegmentLayout
 
 CONFIG_NAME = "flashmoe.toml"
@@ -35,7 +36,6 @@ _RESTARTS_ALLOWED = 5
 _RESTART_WINDOW_S = 60.0
 _READY_S = 120.0
 _GRACE_S = 25.0
-_START_ERROR = 2  # a daemon that says what is wrong with its configuration and would say it again
 _MAX_SOCKET_PATH = 100
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
@@ -263,7 +263,7 @@ class Stack:
             return
         if process.poll() is None:
             return
-        if process.returncode == _START_ERROR:
+        if process.returncode == START_ERROR:
             raise errors.Unavailable(daemon.last_words())
         daemon.restarts.append(now)
         while daemon.restarts[0] < now - _RESTART_WINDOW_S:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import logging.config
+import logging
 import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
-
-from prometheus_client import REGISTRY, start_http_server
 
 from expert_store import segment
 from expert_store.config import ExpertStoreConfig
@@ -20,7 +15,7 @@ from expert_store.service import SERVICE_NAME, ExpertStoreService
 from expert_store.sessions import SessionTable, await_free_locks
 from expert_store.slots import SlotPool
 from expert_store.store import ExpertStore
-from proto import errors, rpc
+from proto import daemon, rpc
 from proto.expert_store_pb2_grpc import add_ExpertStoreServicer_to_server
 
 logger = logging.getLogger("expert_store")
@@ -45,7 +40,20 @@ async def run(
         queue = ReadQueue(config.read_depth, config.max_queued_reads)
         store = ExpertStore(manifest, shared, slots, sessions, queue, files)
         service = ExpertStoreService(store, str(root), config.read_depth)
-        _start_metrics(config, store)
+        await _serve(config, store, service, until_stopped)
+        await store.drain()
+        sessions.stop()
+        queue.close()
+
+
+async def _serve(
+    config: ExpertStoreConfig,
+    store: ExpertStore,
+    service: ExpertStoreService,
+    until_stopped: Callable[[], Awaitable[None]],
+) -> None:
+    metrics = StoreCollector(store)
+    with daemon.serving_metrics(metrics, config.metrics_port, config.metrics_port_file):
         async with rpc.serving(
             config.listen,
             lambda server: add_ExpertStoreServicer_to_server(service, server),
@@ -53,59 +61,18 @@ async def run(
             config.stop_grace_s,
             service.drain,
         ):
-            logger.info(
-                "ready",
-                extra={
-                    "address": config.address,
-                    "experts": len(manifest.records),
-                    "slots": config.num_slots,
-                    "segment_bytes": shared.layout.segment_bytes,
-                },
-            )
+            facts = {
+                "address": config.address,
+                "experts": len(store.manifest.records),
+                "slots": config.num_slots,
+                "segment_bytes": store.segment.layout.segment_bytes,
+            }
+            logger.info("ready", extra=facts)
             await until_stopped()
-        await store.drain()
-        sessions.stop()
-        queue.close()
-
-
-def _start_metrics(config: ExpertStoreConfig, store: ExpertStore) -> None:
-    if config.metrics_port is None:
-        return
-    REGISTRY.register(StoreCollector(store))
-    server, _ = start_http_server(config.metrics_port, addr="127.0.0.1")
-    if config.metrics_port_file:
-        config.metrics_port_file.write_text(f"{server.server_port}\n")
-
-
-def configure_logging(level: str) -> None:
-    logging.config.dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "formatters": {
-                "json": {
-                    "()": "pythonjsonlogger.json.JsonFormatter",
-                    "format": "%(asctime)s %(levelname)s %(name)s %(message)s",
-                }
-            },
-            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
-            "root": {"level": level, "handlers": ["stderr"]},
-        }
-    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Owns the SSD: lends experts by shared memory.")
-    parser.add_argument("--config", type=Path, required=True, help="flashmoe.toml")
-    arguments = parser.parse_args()
-    try:
-        config = ExpertStoreConfig.load(arguments.config)
-        configure_logging(config.log_level)
-        asyncio.run(run(config))
-    except errors.FlashMoEError as error:
-        sys.stderr.write(f"expert_store: {error}\n")
-        return 2
-    return 0
+    return daemon.main("expert_store", __doc__ or "", ExpertStoreConfig.load, run)
 
 
 if __name__ == "__main__":

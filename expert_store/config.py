@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from proto import errors
+from proto import daemon
 from proto.rpc import Listen, TlsFiles
 
 
@@ -35,6 +34,12 @@ class ExpertStoreConfig(BaseModel):
     metrics_port_file: Path | None = None
     log_level: str = "INFO"
 
+    @model_validator(mode="after")
+    def _leave_slots_to_lend(self) -> Self:
+        if self.num_slots <= self.read_depth:
+            raise ValueError(f"num_slots must exceed read_depth ({self.read_depth})")
+        return self
+
     @property
     def listen(self) -> Listen:
         return Listen(self.address, self.tls, self.insecure)
@@ -42,12 +47,4 @@ class ExpertStoreConfig(BaseModel):
     @classmethod
     def load(cls, path: Path) -> Self:
         """Raises ConfigInvalid naming the file, the key and what is wrong with it."""
-        try:
-            table = tomllib.loads(path.read_text())["expert_store"]
-            return cls.model_validate(table)
-        except KeyError as error:
-            raise errors.ConfigInvalid(f"{path} has no table [expert_store]: add one") from error
-        except ValidationError as error:
-            raise errors.ConfigInvalid.of(f"{path}, table [expert_store]", error) from error
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise errors.ConfigInvalid(f"cannot read {path}: {error}") from error
+        return daemon.load_table(path, "expert_store", cls)

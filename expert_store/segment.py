@@ -100,7 +100,7 @@ def _allocate(descriptor: int, path: Path, layout: shm.SegmentLayout) -> None:
         raise errors.MemoryExceeded(
             f"{path.parent} has no room for a segment of {layout.segment_bytes:,} bytes "
             f"({error.strerror}): "
-            "give fewer experts memory, or more shared memory (shm_size in compose)"
+            "give fewer experts memory, or run container-config again with a larger --memory"
         ) from error
 
 

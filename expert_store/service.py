@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import xxhash
+from google.protobuf.message import DecodeError
 
 from expert_store import sessions
 from expert_store.store import ExpertStore, Lent
@@ -71,14 +72,15 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
     ) -> AsyncIterator[pb.SessionReply]:
         if self._draining.is_set():
             raise errors.Unavailable("the store is stopping: retry")
-        first = await anext(aiter(request_iterator), None)
+        requests = _decoded(request_iterator)
+        first = await anext(requests, None)
         if first is None or first.WhichOneof("kind") != "open":
             raise errors.InvalidRequest("a session starts with an open message")
         session = self._open(first.open)
         try:
             yield pb.SessionReply(opened=self._opened(session))
             stream = _SessionStream(self._store, session, self._draining)
-            async for reply in stream.replies(request_iterator):
+            async for reply in stream.replies(requests):
                 yield reply
         finally:
             self._store.sessions.close(session)
@@ -111,6 +113,17 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
             slot_bytes=segment.layout.slot_bytes,
             num_slots=segment.layout.num_slots,
         )
+
+
+async def _decoded(
+    requests: AsyncIterator[pb.SessionRequest],
+) -> AsyncIterator[pb.SessionRequest]:
+    """Raises InvalidRequest for bytes that are no message, which gRPC would report as UNKNOWN."""
+    try:
+        async for request in requests:
+            yield request
+    except DecodeError as error:
+        raise errors.InvalidRequest(f"not a message of a session: {error}") from error
 
 
 class _SessionStream:
@@ -146,12 +159,12 @@ class _SessionStream:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self, requests: AsyncIterator[pb.SessionRequest]) -> None:
-        async for request in requests:
-            try:
+        try:
+            async for request in requests:
                 self._start(request)
-            except errors.FlashMoEError as error:
-                await self._replies.put(error)
-                return
+        except errors.FlashMoEError as error:
+            await self._replies.put(error)
+            return
         await self._finish_answers()
         await self._replies.put(None)
 

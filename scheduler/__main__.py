@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import logging.config
 import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from proto import errors, rpc
+from proto import daemon, rpc
 from scheduler import service
 from scheduler.access_stream import AccessStream
 from scheduler.config import SchedulerConfig
@@ -24,13 +21,14 @@ from scheduler.publisher import Publisher
 from scheduler.scorer import Scorer
 from scheduler.service import SchedulerService
 from scheduler.snapshot import SnapshotFile
-from scheduler.stats import serving_metrics
+from scheduler.stats import StatsCollector
 
 REDIS_TIMEOUT_S = 2.0
 
 
 async def run(config: SchedulerConfig) -> None:
     """The order of lines is the order of start, reversed for stop."""
+    os.nice(config.niceness)
     scorer = Scorer(config)
     snapshot = SnapshotFile(config.snapshot_path, config.fingerprint, config.snapshot_interval_s)
     snapshot.restore(scorer.model)
@@ -46,7 +44,8 @@ async def run(config: SchedulerConfig) -> None:
         publisher = Publisher(redis, config.fingerprint, config.advice_lifetime_s)
         loop = SchedulerLoop(config, stream, scorer, publisher, snapshot)
         servicer = SchedulerService(scorer, loop.stats, config.horizon_steps)
-        with serving_metrics(config.metrics_port, config.metrics_port_file, loop.stats):
+        metrics = StatsCollector(loop.stats)
+        with daemon.serving_metrics(metrics, config.metrics_port, config.metrics_port_file):
             await serve(config, servicer, loop)
 
 
@@ -80,36 +79,8 @@ async def connected(config: SchedulerConfig) -> AsyncIterator[Redis]:
         await redis.aclose()
 
 
-def configure_logging(level: str) -> None:
-    logging.config.dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "formatters": {
-                "json": {
-                    "()": "pythonjsonlogger.json.JsonFormatter",
-                    "format": "%(asctime)s %(levelname)s %(name)s %(message)s",
-                }
-            },
-            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
-            "root": {"level": level, "handlers": ["stderr"]},
-        }
-    )
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scheduler", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="TOML file with [scheduler]")
-    arguments = parser.parse_args()
-    try:
-        config = SchedulerConfig.load(arguments.config)
-        configure_logging(config.log_level)
-        os.nice(config.niceness)
-        asyncio.run(run(config))
-    except errors.FlashMoEError as error:
-        sys.stderr.write(f"scheduler: {error}\n")
-        return 2
-    return 0
+    return daemon.main("scheduler", __doc__ or "", SchedulerConfig.load, run)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -14,11 +13,10 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     field_validator,
 )
 
-from proto import errors
+from proto import daemon
 from proto.rpc import Listen, TlsFiles
 
 HalfLives = Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=16)]
@@ -92,18 +90,4 @@ class SchedulerConfig(BaseModel):
     @classmethod
     def load(cls, path: Path) -> Self:
         """Raises ConfigInvalid naming the file, the key, what is wrong with it and the remedy."""
-        try:
-            document = tomllib.loads(path.read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise errors.ConfigInvalid(f"cannot read {path}: {error}") from error
-        table = document.get("scheduler")
-        if not isinstance(table, dict):
-            raise errors.ConfigInvalid(f"{path} has no table [scheduler]: add one")
-        return cls._from_table(path, table)
-
-    @classmethod
-    def _from_table(cls, path: Path, table: dict[str, Any]) -> Self:
-        try:
-            return cls.model_validate(table)
-        except ValidationError as error:
-            raise errors.ConfigInvalid.of(f"{path}, table [scheduler]", error) from error
+        return daemon.load_table(path, "scheduler", cls)

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-
-from proto import errors
 
 LOOPBACK = "127.0.0.1"
 
@@ -83,30 +78,3 @@ class StatsCollector(Collector):
             value = getattr(stats, name)
             if value is not None:
                 yield GaugeMetricFamily(f"flashmoe_scheduler_{name}", meaning, value=float(value))
-
-
-@contextmanager
-def serving_metrics(
-    port: int | None, port_file: Path | None, stats: Callable[[], SchedulerStats]
-) -> Iterator[int | None]:
-    """Answer scrapes on loopback until the block ends; yields the port, None when off.
-
-    Raises ConfigInvalid when the port is not to be had.
-    """
-    if port is None:
-        yield None
-        return
-    registry = CollectorRegistry()
-    registry.register(StatsCollector(stats))
-    try:
-        server, thread = start_http_server(port, addr=LOOPBACK, registry=registry)
-    except OSError as error:
-        raise errors.ConfigInvalid(f"metrics_port {port} is not to be had: {error}") from error
-    try:
-        if port_file:
-            port_file.write_text(f"{server.server_port}\n")
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
