@@ -4,19 +4,11 @@ thread.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import hashlib
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,55 +16,12 @@ import tomli_w
 
 from deploy.budget import MemoryPlan
 from deploy.memory import FILE_NAME, MemorySampler
+from deploy.run_dir import RunDir
 from deploy.settings import ServeSettings
+from deploy.supervisor import Stack
 from expert_store.manifest import Manifest
 from proto import errors, redis_schema
-from proto.daemon import START_ERROR
 from proto.shm import SegmentLayout
-
-CONFIG_NAME = "flashmoe.toml"
-_POLL_S = 0.05
-_RESTARTS_ALLOWED = 5
-_RESTART_WINDOW_S = 60.0
-_READY_S = 120.0
-_GRACE_S = 25.0
-_MAX_SOCKET_PATH = 100
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
-
-
-@dataclass(frozen=True)
-class RunDir:
-    """Where one stack keeps its sockets and state."""
-
-    path: Path
-
-    def socket(self, name: str) -> Path:
-        return self.path / f"{name}.sock"
-
-    def address(self, name: str) -> str:
-        return f"unix:{self.socket(name)}"
-
-    def log(self, name: str) -> Path:
-        return self.path / f"{name}.log"
-
-    @property
-    def config(self) -> Path:
-        return self.path / CONFIG_NAME
-
-    @property
-    def segment(self) -> Path:
-        digest = hashlib.sha256(str(self.path).encode()).hexdigest()[:12]
-        return Path(f"/dev/shm/flashmoe-{digest}")
-
-    def prepare(self) -> None:
-        """Raises ConfigInvalid when sockets there would have too long a path."""
-        longest = len(str(self.socket("compute_node")))
-        if longest > _MAX_SOCKET_PATH:
-            raise errors.ConfigInvalid(
-                f"--run-dir {self.path} is too long for a Unix socket: give a shorter one"
-            )
-        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
 def compose(
@@ -148,136 +97,6 @@ def valkey_command(run: RunDir) -> list[str]:
     return [str(get_binary_path()), *(word for pair in arguments.items() for word in pair)]
 
 
-@dataclass
-class Daemon:
-    """One supervised process. restarts: when it was started again."""
-
-    name: str
-    command: list[str]
-    run: RunDir
-    process: subprocess.Popen[bytes] | None = None
-    restarts: deque[float] = field(default_factory=deque)
-    restart_at_s: float = 0.0
-    num_restarts: int = 0
-
-    @property
-    def pid(self) -> int | None:
-        return self.process.pid if self.process and self.process.returncode is None else None
-
-    def start(self) -> None:
-        # valkey leaves its socket when it is killed; ours clear theirs themselves
-        with self.run.log(self.name).open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                preexec_fn=_die_with_parent,
-            )
-
-    def signal(self, number: int) -> None:
-        if self.pid is not None:
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, number)
-
-    def is_ready(self) -> bool:
-        """Whether its socket accepts."""
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(str(self.run.socket(self.name)))
-            except (FileNotFoundError, ConnectionRefusedError):
-                return False
-        return True
-
-    def last_words(self) -> str:
-        """The last line of its log: a daemon that refuses to start says why in one sentence."""
-        lines = self.run.log(self.name).read_text(errors="replace").strip().splitlines()
-        return lines[-1][-600:] if lines else "it said nothing"
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-class Stack:
-    """The daemons of one run directory."""
-
-    def __init__(self, run: RunDir, settings: ServeSettings, sampler: MemorySampler) -> None:
-        self._sampler = sampler
-        self._daemons = [
-            Daemon(name, command, run) for name, command in commands(run, settings).items()
-        ]
-
-    def start(self) -> None:
-        """Start everything and wait until it serves.
-
-        Raises Unavailable naming the daemon that did not come up, and what it said.
-        """
-        for daemon in self._daemons:
-            daemon.start()
-        waiting = list(self._daemons)
-        deadline = time.monotonic() + _READY_S
-        while waiting:
-            self.tick()
-            waiting = [daemon for daemon in waiting if not daemon.is_ready()]
-            if waiting and time.monotonic() > deadline:
-                raise errors.Unavailable(
-                    f"{waiting[0].name} did not come up in {_READY_S:g} s: "
-                    f"{waiting[0].last_words()}"
-                )
-            time.sleep(_POLL_S)
-
-    def watch(self, until: Callable[[], bool]) -> None:
-        """Keep the daemons alive until told otherwise. Raises Unavailable when one keeps dying."""
-        while not until():
-            self.tick()
-            time.sleep(_POLL_S)
-
-    def tick(self) -> None:
-        """Restart what died, sample memory once."""
-        for daemon in self._daemons:
-            self._revive(daemon)
-        pids = {d.name: d.pid for d in self._daemons if d.pid is not None}
-        self._sampler.sample({**pids, "launcher": os.getpid()})
-
-    def write_memory(self) -> None:
-        """Make the latest memory report readable now."""
-        self._sampler.write()
-
-    def stop(self) -> None:
-        """SIGTERM in reverse order of start, each with time to finish its work."""
-        for daemon in reversed(self._daemons):
-            daemon.signal(signal.SIGTERM)
-            if daemon.process is not None:
-                try:
-                    daemon.process.wait(_GRACE_S)
-                except subprocess.TimeoutExpired:
-                    daemon.signal(signal.SIGKILL)
-                    daemon.process.wait()
-
-    def _revive(self, daemon: Daemon) -> None:
-        process, now = daemon.process, time.monotonic()
-        if process is None:
-            if now >= daemon.restart_at_s:
-                daemon.start()
-            return
-        if process.poll() is None:
-            return
-        if process.returncode == START_ERROR:
-            raise errors.Unavailable(daemon.last_words())
-        daemon.restarts.append(now)
-        while daemon.restarts[0] < now - _RESTART_WINDOW_S:
-            daemon.restarts.popleft()
-        if len(daemon.restarts) > _RESTARTS_ALLOWED:
-            raise errors.Unavailable(
-                f"{daemon.name} died {len(daemon.restarts)} times in a minute, the last time with "
-                f"status {process.returncode}: see {daemon.run.log(daemon.name)}"
-            )
-        daemon.num_restarts += 1
-        daemon.process = None
-        daemon.restart_at_s = now + 0.1 * 2 ** (len(daemon.restarts) - 1)
-
-
 @contextmanager
 def serving(
     settings: ServeSettings, store_dir: Path, manifest: Manifest, plan: MemoryPlan
@@ -297,7 +116,7 @@ def serving(
         segment = SegmentLayout(tables["expert_store"]["num_slots"], plan.slot_bytes)
         dense_bytes = manifest.sizing.dense_bytes
         sampler = MemorySampler(run.path, plan.ceiling_bytes, segment.segment_bytes, dense_bytes)
-        stack = Stack(run, settings, sampler)
+        stack = Stack(run, commands(run, settings), sampler)
         try:
             stack.start()
             yield stack

@@ -13,9 +13,9 @@ import typer
 from compute_node.client import NodeClient, Phase, Result
 from deploy import console, local
 from deploy.budget import MemoryPlan, plan_memory
-from deploy.local import RunDir
 from deploy.memory import MemoryReport
 from deploy.offline import load_store
+from deploy.run_dir import RunDir
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.status import collect_status
 from expert_store.manifest import Manifest

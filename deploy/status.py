@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deploy.local import RunDir
 from deploy.memory import MemoryReport
+from deploy.run_dir import RunDir
 from proto import compute_node_pb2, expert_store_pb2, rpc, scheduler_pb2
 from proto.compute_node_pb2_grpc import ComputeNodeStub
 from proto.expert_store_pb2_grpc import ExpertStoreStub

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from compute_node.expert_memory import Borrowed
-from compute_node.store_client import Arrival, SessionLost
+from compute_node.store_session import Arrival, SessionLost
 from proto import errors
 from proto.expert import ExpertKey
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from compute_node.cache.charge import Charge
 from compute_node.cache.policy import victims
 from compute_node.expert_memory import Borrowed
-from compute_node.store_client import Arrival, SessionLost
+from compute_node.store_session import Arrival, SessionLost
 from proto import errors
 from proto.expert import ExpertKey
 

@@ -143,7 +143,6 @@ def test_any_messages_in_any_order(data: st.DataObject, wire: Wire, folder: Path
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_any_exchanges_of_an_open_session(data: st.DataObject, wire: Wire, folder: Path) -> None:
-    """Half of them sensible: a lease is given back or not, and asked for again."""
     with Lock(wire.session_dir, f"held-{next(_numbers)}") as lock:
         session, _ = wire.open_shared(lock, quota_slots=4)
         for _ in range(data.draw(st.integers(1, 6))):
@@ -182,15 +181,11 @@ def test_bytes_that_are_no_message(
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
-        ({"protocol_version": 0}, errors.VersionMismatch),
         ({"protocol_version": 99}, errors.VersionMismatch),
         ({"fingerprint": "another"}, errors.VersionMismatch),
         ({"quota_slots": 0}, errors.InvalidRequest),
-        ({"quota_slots": 7}, errors.SlotsExhausted),
         ({"quota_slots": (1 << 64) - 1}, errors.SlotsExhausted),
-        ({"transport": 0}, errors.InvalidRequest),
         ({"transport": 99}, errors.InvalidRequest),
-        ({"transport": 1, "lock_name": ""}, errors.InvalidRequest),
         ({"transport": 1, "lock_name": "../sessions/held"}, errors.InvalidRequest),
         ({"transport": 1, "lock_name": "a\0b"}, errors.InvalidRequest),
         ({"transport": 1, "lock_name": "x" * 300}, errors.InvalidRequest),
@@ -227,12 +222,15 @@ def test_an_exchange_is_refused_by_kind(
             session.next()
 
 
-def test_a_session_starts_with_its_opening_and_opens_once(wire: Wire) -> None:
-    for first in (exchange([KEYS[0]]), pb.SessionRequest()):
-        with RawSession(wire.stub) as session:
-            session.send(first)
-            with pytest.raises(errors.InvalidRequest, match="starts with an open"):
-                session.next()
+@pytest.mark.parametrize("first", [exchange([KEYS[0]]), pb.SessionRequest()])
+def test_a_session_starts_with_its_opening(first: pb.SessionRequest, wire: Wire) -> None:
+    with RawSession(wire.stub) as session:
+        session.send(first)
+        with pytest.raises(errors.InvalidRequest, match="starts with an open"):
+            session.next()
+
+
+def test_a_session_opens_once(wire: Wire) -> None:
     with wire.open_chunks() as session:
         session.send(wire.opening())
         with pytest.raises(errors.InvalidRequest, match="carries exchanges"):
@@ -240,7 +238,6 @@ def test_a_session_starts_with_its_opening_and_opens_once(wire: Wire) -> None:
 
 
 def test_leases_point_at_the_bytes_and_are_given_back_first(wire: Wire, folder: Path) -> None:
-    """With a quota of two, two others in one message need the releases to act first."""
     with Lock(wire.session_dir, "shared") as lock:
         session, opened = wire.open_shared(lock, quota_slots=2)
         with session:

@@ -34,7 +34,7 @@ def test_a_scrape_tells_every_stat(tmp_path: Path) -> None:
         samples = scrape(port)
         assert port_file.read_text() == f"{port}\n"
     ours = [name for name in samples if name.startswith("flashmoe_scheduler_")]
-        assert len(ours) == len(fields(SchedulerStats))
+    assert len(ours) == len(fields(SchedulerStats))
     assert samples["flashmoe_scheduler_events_seen_total"] == STATS.events_seen
     assert samples["flashmoe_scheduler_advice_age_s"] == STATS.advice_age_s
     assert samples["flashmoe_scheduler_redis_connected"] == 1
