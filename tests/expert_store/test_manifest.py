@@ -1,12 +1,12 @@
 """A manifest is whole and means what it says, or it is refused with one error.
 
-Planted faults seen red: no digest, no check that tensors lie in what is read, `_count` accepting
-floats, dense weights not compared with their file, resolve_inside before links are resolved.
+Planted faults seen red: RecursionError not expected of a parser, the file itself opened for
+writing, resolve_inside before links are resolved, sizes not compared. What is changed inside a
+document is in test_manifest_mutations.py.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from dataclasses import replace
@@ -17,14 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_store import manifest as module
 from expert_store.manifest import (
     MANIFEST_NAME,
     Manifest,
     check_sources,
-    plan_reads,
     resolve_inside,
-    signed,
 )
 from proto import errors
 from tests.expert_store.stores import FILE_NAME, KEYS, PAYLOAD_BYTES, write_store
@@ -46,106 +43,6 @@ def manifest(folder: Path) -> Manifest:
 def document(folder: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text())
     return loaded
-
-
-wrong = (
-    st.sampled_from(
-        [None, True, -1, 0, 1, 0.5, 1.0, float("nan"), float("inf"), 1 << 40, 1 << 63, 1 << 70]
-    )
-    | st.sampled_from(["", "..", "/etc/passwd", "../../x", "a\0b", "\ud800", "F32", "ff", "-1"])
-    | st.sampled_from([[], {}, [[]], [1, 2], {"1": []}, [None] * 5])
-    | st.integers()
-    | st.text(max_size=10)
-)
-
-
-@st.composite
-def mutations(draw: st.DrawFn, document: dict[str, Any]) -> dict[str, Any]:
-    """The document with a few values somewhere inside it changed, removed or doubled."""
-    mutated = copy.deepcopy(document)
-    for _ in range(draw(st.integers(1, 3))):
-        parent, name = _somewhere(draw, mutated)
-        if parent is None:
-            continue
-        action = draw(st.sampled_from(["change", "change", "remove", "double"]))
-        if action == "change":
-            parent[name] = copy.deepcopy(draw(wrong))  # later steps change it in place
-        elif action == "remove":
-            del parent[name]
-        elif isinstance(parent, list):
-            parent.append(parent[name])
-    return mutated
-
-
-def _somewhere(draw: st.DrawFn, value: Any) -> tuple[Any, Any]:
-    parent, name = None, None
-    while isinstance(value, (dict, list)) and value and (parent is None or draw(st.booleans())):
-        parent = value
-        names = sorted(value) if isinstance(value, dict) else range(len(value))
-        name = draw(st.sampled_from(names))
-        value = value[name]
-    return parent, name
-
-
-@settings(deadline=None, max_examples=300)
-@given(data=st.data())
-def test_a_changed_manifest_is_refused(
-    data: st.DataObject, document: dict[str, Any], manifest: Manifest
-) -> None:
-    """Red without the digest: swapped offsets of equal tensors would load, and compute nonsense."""
-    mutated = data.draw(mutations(document))
-    try:
-        found = Manifest.parse(mutated, "it")
-    except errors.ManifestInvalid as error:
-        assert str(error).startswith("it")
-        return
-    assert found == manifest
-
-
-@settings(deadline=None, max_examples=500)
-@given(data=st.data())
-def test_a_wrong_but_signed_manifest_adds_up_or_is_refused(
-    data: st.DataObject, document: dict[str, Any], folder: Path
-) -> None:
-    """What a broken writer would sign: whatever passes can be read without leaving slot or file."""
-    try:
-        found = Manifest.parse(signed(data.draw(mutations(document))), "it")
-    except errors.ManifestInvalid:
-        return
-    assert set(found.records) == {
-        key
-        for key in found.records
-        if key.layer in found.spec.moe_layers and key.expert < found.spec.num_experts
-    }
-    assert len(found.records) == found.spec.num_experts_total
-    for record in found.records.values():
-        check_record_fits(found, record)
-    check_files_stay_inside(found, folder)
-
-
-def check_record_fits(manifest: Manifest, record: module.ExpertRecord) -> None:
-    layout = manifest.spec.layouts[record.key.layer]
-    covered: set[int] = set()
-    for read in plan_reads(record.extents):
-        extent = read.extent
-        end_bytes = extent.offset_bytes + extent.length_bytes
-        assert end_bytes <= manifest.files[extent.file].size_bytes
-        assert read.landing_bytes + read.aligned_length_bytes <= manifest.slot_bytes
-        covered.update(range(extent.place_bytes, extent.place_bytes + extent.length_bytes))
-    for offset, tensor in zip(record.tensor_offsets, layout, strict=True):
-        assert offset % 64 == 0
-        wanted = set(range(offset, offset + tensor.length_bytes))
-        assert wanted <= covered, "a tensor lies where nothing is read, or over another one"
-        covered -= wanted
-    assert not covered
-
-
-def check_files_stay_inside(manifest: Manifest, folder: Path) -> None:
-    try:
-        check_sources(manifest, folder)
-    except errors.ManifestInvalid:
-        return
-    assert all(resolve_inside(folder, file.path).is_file() for file in manifest.files)
 
 
 @given(data=st.binary(max_size=200))

@@ -174,9 +174,15 @@ def test_memory_is_bounded_by_a_chunk(
     """Nothing larger than a chunk (or a page of padding) is read or written at once."""
     assert checkpoint_module._CHUNK_BYTES <= 4 * 1024 * 1024
     monkeypatch.setattr(checkpoint_module, "_CHUNK_BYTES", 1000)
-    written = record_writes(monkeypatch)
+    read, real, written = [], os.pread, record_writes(monkeypatch)
+
+    def pread(descriptor: int, length: int, offset: int) -> bytes:
+        read.append(length)
+        return real(descriptor, length, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
     pack(checkpoint, tmp_path / "store")
-    assert max(written) <= 4096
+    assert (max(read), max(written)) <= (1000, 4096)
     check_same_store(tmp_path / "store", packed)
 
 

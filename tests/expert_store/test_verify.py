@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 from pathlib import Path
 
 import pytest
 
+from expert_store.index import index
 from expert_store.manifest import MANIFEST_NAME, Manifest, check_sources
 from expert_store.verify import verify
 from proto import errors
+from tests.checkpoints import make
 from tests.expert_store.stores import FILE_NAME, KEYS, expert_range, flip
 
 
@@ -47,15 +48,17 @@ def test_bytes_between_experts_matter_to_nobody(store_dir: Path) -> None:
     assert verify(store_dir) == []
 
 
-def test_every_extent_of_a_record_counts(checkpoint: Path, indexed: Path, tmp_path: Path) -> None:
-    """A checkpoint read in place keeps gate, up and down apart."""
-    root = tmp_path / "checkpoint"
-    shutil.copytree(checkpoint, root)
-    key, record = next(iter(Manifest.load(indexed).records.items()))
+def test_every_extent_of_a_record_counts(tmp_path: Path) -> None:
+    """A checkpoint that keeps an expert's weights and biases apart, fused over its experts."""
+    root = make("gpt_oss", tmp_path / "checkpoint")
+    index(root, tmp_path / "store")
+    key, record = next(iter(Manifest.load(tmp_path / "store").records.items()))
+    assert len(record.extents) > 1
     for extent in record.extents:
-        flip(root / "model.safetensors", extent.offset_bytes + extent.length_bytes - 1)
-        assert [damage.name for damage in verify(indexed, root)] == [str(key)]
-        flip(root / "model.safetensors", extent.offset_bytes + extent.length_bytes - 1)
+        last = extent.offset_bytes + extent.length_bytes - 1
+        flip(root / "model.safetensors", last)
+        assert [damage.name for damage in verify(tmp_path / "store")] == [str(key)]
+        flip(root / "model.safetensors", last)
 
 
 def test_a_damaged_dense_weight_is_named(store_dir: Path) -> None:

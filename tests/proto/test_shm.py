@@ -49,6 +49,9 @@ def test_bytes_at_random_are_refused(data: bytes, file_bytes: int) -> None:
 
 
 @settings(max_examples=300)
+@example(b"FLASHMOE", 1, PAGE_BYTES, 1 << 24, 1 << 40)
+@example(b"FLASHMOE", 1, PAGE_BYTES, (1 << 24) + 1, 1 << 40)
+@example(b"FLASHMOE", 1, 0, 1, 1 << 40)
 @given(
     magic=st.sampled_from([b"FLASHMOE", b"FLASHMOF"]),
     version=st.sampled_from([0, 1, 2]),
