@@ -9,7 +9,7 @@ STUBS := proto/.generated
 READY := .venv/.ready
 MODEL := deploy/models/tiny-moe
 STORE := .flashmoe/tiny-moe
-PROMPT ?= In the beginning
+export PROMPT ?= In the beginning
 MEMORY ?= 1GiB
 EXPERTS_MEMORY ?= 37.5%
 MAX_TOKENS ?= 96
@@ -28,7 +28,8 @@ $(READY): requirements.lock pyproject.toml
 	    { echo "FlashMoE needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@echo "installing dependencies (once, a few minutes) ..."
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(PY) -m pip install --quiet --disable-pip-version-check \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.lock
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -43,9 +44,10 @@ proto: $(STUBS)  ## generate stubs when a .proto changed
 
 $(STORE)/manifest.json: $(STUBS) $(wildcard $(MODEL)/*)
 	@$(BIN)/flashmoe index $(MODEL) --out $(STORE)
+	@touch $@
 
 run: $(STORE)/manifest.json  ## generate once from the shipped model (PROMPT="...")
-	@$(BIN)/flashmoe run "$(PROMPT)" --model $(STORE) --memory $(MEMORY) \
+	@$(BIN)/flashmoe run "$$PROMPT" --model $(STORE) --memory $(MEMORY) \
 	    --experts-memory $(EXPERTS_MEMORY) --max-tokens $(MAX_TOKENS) --temperature 0.8 --seed 7
 
 serve: $(STORE)/manifest.json  ## keep the shipped model up for clients (flashmoe generate "...")

@@ -22,6 +22,8 @@ from compute_node.sampling import Sampler, SamplingOptions
 from compute_node.text import Detokenizer, StopStrings
 from proto import errors
 
+_MAX_CHARACTERS_A_TOKEN = 64
+
 
 @dataclass(frozen=True)
 class Request:
@@ -130,6 +132,24 @@ class Engine:
                 f"token id {max(request.token_ids)} is beyond the vocabulary of {self._vocab_size}"
             )
 
+    def check_length(self, num_characters: int) -> None:
+        """Before tokenising. Raises InvalidRequest for text that no tokenizer makes short
+        enough.
+        """
+        if num_characters > _MAX_CHARACTERS_A_TOKEN * self._max_context_tokens:
+            raise errors.InvalidRequest(
+                f"{num_characters} characters cannot fit max_context_tokens = "
+                f"{self._max_context_tokens}: shorten the prompt"
+            )
+
+    def check_forward(self, num_tokens: int) -> None:
+        """Raises InvalidRequest for more tokens than memory was planned for."""
+        if not 0 < num_tokens <= self._chunk_tokens:
+            raise errors.InvalidRequest(
+                f"num_tokens is {num_tokens}, not within 1 and prefill_chunk_tokens = "
+                f"{self._chunk_tokens}: send fewer at once"
+            )
+
     def generate(
         self, request: Request, check: Callable[[], None] = lambda: None
     ) -> Iterator[Token | Finished]:
@@ -202,6 +222,9 @@ class Engine:
             )
         if not ((topk_ids >= 0) & (topk_ids < self.loaded.spec.num_experts)).all():
             raise errors.InvalidRequest("topk_ids name experts the model does not have")
+        ordered = topk_ids.sort(dim=1).values
+        if (ordered[:, 1:] == ordered[:, :-1]).any():
+            raise errors.InvalidRequest("topk_ids name an expert twice for one token")
         self.cache.check = check
         output: Tensor = module(hidden, topk_ids, topk_weights)
         return output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proto import errors
+
+logger = logging.getLogger(__name__)
 
 _IDLE_S = 0.2
 
@@ -61,9 +64,10 @@ class ComputeThread:
 
     def __init__(self, max_queued: int, idle: Callable[[], None] = lambda: None) -> None:
         self._idle = idle
-        self._jobs: queue.Queue[Job | None] = queue.Queue(max_queued)
+        self._jobs: queue.Queue[Job] = queue.Queue(max_queued)
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._draining = False
+        self._stopping = threading.Event()
         self._current: Job | None = None
 
     def __enter__(self) -> ComputeThread:
@@ -72,9 +76,9 @@ class ComputeThread:
 
     def __exit__(self, *_: object) -> None:
         self._draining = True
+        self._stopping.set()
         if self._current is not None:
             self._current.cancel()
-        self._jobs.put(None)
         self._thread.join()
 
     @property
@@ -118,10 +122,18 @@ class ComputeThread:
             try:
                 job = self._jobs.get(timeout=_IDLE_S)
             except queue.Empty:
-                self._idle()
+                if self._stopping.is_set():
+                    return
+                self._run_idle()
                 continue
-            if job is None:
-                return
+            if self._stopping.is_set():
+                job.cancel()
             self._current = job
             job.run()
             self._current = None
+
+    def _run_idle(self) -> None:
+        try:
+            self._idle()
+        except (OSError, errors.FlashMoEError):
+            logger.exception("idle work failed")  # the thread must outlive it

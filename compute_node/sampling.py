@@ -32,13 +32,15 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest naming the option."""
-        if not 0.0 <= self.temperature <= 100.0:
-            raise errors.InvalidRequest(f"temperature {self.temperature} is not within 0 and 100")
+        if self.temperature != 0.0 and not 0.001 <= self.temperature <= 100.0:
+            raise errors.InvalidRequest(
+                f"temperature {self.temperature} is neither 0 nor within 0.001 and 100"
+            )
         if not 0.0 <= self.top_p <= 1.0:
             raise errors.InvalidRequest(f"top_p {self.top_p} is not within 0 and 1")
-        if not 0.0 <= self.repetition_penalty <= 100.0:
+        if self.repetition_penalty != 0.0 and not 0.01 <= self.repetition_penalty <= 100.0:
             raise errors.InvalidRequest(
-                f"repetition_penalty {self.repetition_penalty} is not within 0 and 100"
+                f"repetition_penalty {self.repetition_penalty} is neither 0 nor within 0.01 and 100"
             )
 
 

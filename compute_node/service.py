@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -45,7 +46,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: Any
     ) -> AsyncIterator[pb.GenerateReply]:
-        wanted = self._translate(request)
+        wanted = await self._translate(request)
         self._engine.check_request(wanted)
         self._num_requests += 1
 
@@ -106,12 +107,13 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
                 reply.advice_age_s = self._advice.age_s
         return reply
 
-    def _translate(self, request: pb.GenerateRequest) -> core.Request:
+    async def _translate(self, request: pb.GenerateRequest) -> core.Request:
         if len(request.stop) > _MAX_STOPS:
             raise errors.InvalidRequest(f"{len(request.stop)} stop strings, at most {_MAX_STOPS}")
         sampling = request.sampling
         return core.Request(
-            token_ids=tuple(self._prompt_ids(request)),
+            # Tokenising megabytes takes seconds: not on the event loop.
+            token_ids=tuple(await asyncio.to_thread(self._prompt_ids, request)),
             max_tokens=request.max_tokens or _DEFAULT_MAX_TOKENS,
             sampling=SamplingOptions(
                 sampling.temperature,
@@ -129,10 +131,12 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         tokenizer = self._engine.loaded.tokenizer
         match request.WhichOneof("input"):
             case "prompt":
+                self._engine.check_length(len(request.prompt))
                 return encode_prompt(tokenizer, request.prompt)
             case "token_ids":
                 return list(request.token_ids.ids)
             case "chat":
+                self._engine.check_length(sum(len(m.content) for m in request.chat.messages))
                 messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
                 return encode_chat(tokenizer, messages)
         raise errors.InvalidRequest("give a prompt, token_ids or chat messages")
@@ -143,6 +147,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         """hidden [T, D], ids [T, K], weights [T, K]. Raises InvalidRequest for wrong sizes."""
         loaded = self._engine.loaded
         num_tokens, top_k = request.num_tokens, loaded.spec.top_k
+        self._engine.check_forward(num_tokens)
         want = {
             "hidden_states": num_tokens * loaded.hidden_size * loaded.dtype.itemsize,
             "topk_ids": num_tokens * top_k * 4,

@@ -139,6 +139,12 @@ class StoreClient:
             self._stub, self._node, quota_slots, self._session_dir, description
         )
 
+    def _may_pass(self, problem: errors.FlashMoEError) -> bool:
+        """Whether waiting helps: the store comes back, or notices that our old session ended."""
+        if isinstance(problem, errors.SlotsExhausted):
+            return self.num_opened > 0
+        return isinstance(problem, (errors.Unavailable, errors.SegmentInvalid))
+
     def _until_deadline(
         self, call: Callable[[], Any], check: Callable[[], None] = lambda: None
     ) -> Any:
@@ -150,9 +156,9 @@ class StoreClient:
                 return call()
             except grpc.RpcError as error:
                 problem = errors.from_rpc(error)
-            except (errors.Unavailable, errors.SegmentInvalid) as error:
+            except (errors.Unavailable, errors.SegmentInvalid, errors.SlotsExhausted) as error:
                 problem = error
-            if not isinstance(problem, (errors.Unavailable, errors.SegmentInvalid)):
+            if not self._may_pass(problem):
                 raise problem
             if time.monotonic() > deadline:
                 raise errors.StoreUnavailable(

@@ -4,8 +4,11 @@ is enough.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from deploy.settings import parse_experts_memory
 from expert_store.manifest import Manifest
@@ -44,13 +47,14 @@ class MemoryPlan:
 def cgroup_limit_bytes() -> int | None:
     """The memory limit this process runs under, v1 or v2; None without one."""
     own = Path("/proc/self/cgroup").read_text().splitlines()
-    candidates = [Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    candidates = []
     for line in own:
         _, controllers, path = line.split(":", 2)
-        if controllers == "memory":
-            candidates.append(Path(f"/sys/fs/cgroup/memory{path}/memory.limit_in_bytes"))
-        elif controllers == "":
-            candidates.append(Path(f"/sys/fs/cgroup{path}/memory.max"))
+        for group in (Path(path), *Path(path).parents):
+            if controllers == "memory":
+                candidates.append(Path(f"/sys/fs/cgroup/memory{group}/memory.limit_in_bytes"))
+            elif controllers == "":
+                candidates.append(Path(f"/sys/fs/cgroup{group}/memory.max"))
     limits = []
     for file in candidates:
         text = file.read_text().strip() if file.exists() else "max"
@@ -100,13 +104,34 @@ def plan_memory(
             f"{slots} expert slots need {_mib(plan.total_bytes)} in all, --memory is "
             f"{_mib(plan.ceiling_bytes)}: give fewer experts memory or a higher ceiling"
         )
-    limit = cgroup_limit_bytes()
-    if limit is not None and plan.ceiling_bytes > limit:
+    _check_machine(plan.ceiling_bytes)
+    return plan
+
+
+def _check_machine(ceiling_bytes: int) -> None:
+    """Raises MemoryExceeded when this machine or cgroup does not have so much."""
+    total = psutil.virtual_memory().total
+    if ceiling_bytes > total:
         raise errors.MemoryExceeded(
-            f"--memory {_mib(plan.ceiling_bytes)} is above this cgroup's limit of {_mib(limit)}: "
+            f"--memory {_mib(ceiling_bytes)} is more than this machine's {_mib(total)}: lower it"
+        )
+    limit = cgroup_limit_bytes()
+    if limit is not None and ceiling_bytes > limit:
+        raise errors.MemoryExceeded(
+            f"--memory {_mib(ceiling_bytes)} is above this cgroup's limit of {_mib(limit)}: "
             "lower it, or raise the limit"
         )
-    return plan
+
+
+def check_shared_memory(plan: MemoryPlan) -> None:
+    """Raises MemoryExceeded when /dev/shm has no room for the segment."""
+    needed = plan.parts["experts"] + plan.parts["read_slots"]
+    free = shutil.disk_usage("/dev/shm").free
+    if needed > free:
+        raise errors.MemoryExceeded(
+            f"expert slots need {_mib(needed)} of /dev/shm, which has {_mib(free)} free: mount it "
+            "larger (mount -o remount,size=...), or give fewer experts memory"
+        )
 
 
 def _fixed_parts(
@@ -130,10 +155,12 @@ def _fixed_parts(
     return {
         "dense_weights": sizing.dense_bytes,
         "kv_cache": sizing.cache_bytes_fixed + sizing.cache_bytes_per_token * context_tokens,
-        # [T, K, D] outputs, a dozen [T, D] activations, one expert's inner activations, logits
+        # [T, K, D] outputs, a dozen [T, D] activations, one expert's inner activations, logits,
+        # and where attention is eager its scores, their softmax and a copy
         "prefill_buffers": itemsize * chunk_tokens * sizing.hidden_size * (spec.top_k + 12)
         + itemsize * chunk_tokens * widest * 6
-        + itemsize * 4 * sizing.vocab_size,
+        + itemsize * 4 * sizing.vocab_size
+        + itemsize * 3 * sizing.eager_attention_heads * chunk_tokens * context_tokens,
         "read_slots": read_depth * manifest.slot_bytes
         + SegmentLayout(spec.num_experts_total, manifest.slot_bytes).header_bytes,
         **overheads,

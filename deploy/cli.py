@@ -61,11 +61,14 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        code = 130
     except BrokenPipeError:
         sys.stderr.close()
         code = 0
+    except OSError as error:
+        console.err.print(f"flashmoe: {error}", markup=False)
+        code = console.BAD_INPUT
+    except (KeyboardInterrupt, click.Abort):
+        code = 130
     sys.exit(code or 0)
 
 

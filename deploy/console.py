@@ -75,6 +75,12 @@ def table(title: str, rows: Mapping[str, str]) -> Table:
     return grid
 
 
+def write(text: str) -> None:
+    """A model's text, as it is: no markup, no wrapping, tabs stay tabs."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
 

@@ -7,21 +7,25 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from pydantic import BaseModel, ValidationError
 
+from compute_node.config import ComputeNodeConfig
 from deploy.budget import MemoryPlan
 from deploy.memory import FILE_NAME, MemorySampler
 from deploy.run_dir import RunDir
 from deploy.settings import ServeSettings
 from deploy.supervisor import Stack
+from expert_store.config import ExpertStoreConfig
 from expert_store.manifest import Manifest
 from proto import errors, redis_schema
 from proto.shm import SegmentLayout
+from scheduler.config import SchedulerConfig
 
 
 def compose(
@@ -30,7 +34,7 @@ def compose(
     """The tables every daemon is started with; what flashmoe.toml says of a daemon wins."""
     spec = manifest.spec
     redis_url = settings.redis or f"unix://{run.socket('valkey')}"
-    read_depth = settings.expert_store.get("read_depth", 4)
+    read_depth = settings.read_depth
     tables: dict[str, dict[str, Any]] = {
         "expert_store": {
             "address": run.address("expert_store"),
@@ -62,11 +66,38 @@ def compose(
             "metrics_port_file": str(run.path / "scheduler.metrics"),
         },
     }
+    _check_overrides(settings, tables)
     if settings.source:
         tables["expert_store"]["source_root"] = str(settings.source.resolve())
     for name, table in tables.items():
         table.update(getattr(settings, name))
+        try:
+            _CONFIGS[name].model_validate(table)
+        except ValidationError as error:
+            raise errors.ConfigInvalid.of(f"table [{name}]", error) from error
     return tables
+
+
+_CONFIGS: dict[str, type[BaseModel]] = {
+    "expert_store": ExpertStoreConfig,
+    "compute_node": ComputeNodeConfig,
+    "scheduler": SchedulerConfig,
+}
+_OVERRIDABLE = {"read_depth", "redis_url", "snapshot_path", "metrics_port", "metrics_port_file"}
+
+
+def _check_overrides(settings: ServeSettings, tables: dict[str, dict[str, Any]]) -> None:
+    """Raises ConfigInvalid naming a key that the launcher derives from the plan and the run
+    directory.
+    """
+    for name, table in tables.items():
+        derived = (table.keys() - _OVERRIDABLE) & getattr(settings, name).keys()
+        if derived:
+            raise errors.ConfigInvalid(
+                f"table [{name}] sets {sorted(derived)[0]!r}, which the launcher derives: "
+                "remove it, "
+                "and use --experts-memory, --run-dir or --redis"
+            )
 
 
 def commands(run: RunDir, settings: ServeSettings) -> dict[str, list[str]]:
@@ -99,9 +130,14 @@ def valkey_command(run: RunDir) -> list[str]:
 
 @contextmanager
 def serving(
-    settings: ServeSettings, store_dir: Path, manifest: Manifest, plan: MemoryPlan
+    settings: ServeSettings,
+    store_dir: Path,
+    manifest: Manifest,
+    plan: MemoryPlan,
+    until: Callable[[], bool] = lambda: False,
 ) -> Iterator[Stack]:
-    """A running stack for the block.
+    """A running stack for the block; when `until` turns true before it serves, the block runs
+    early.
 
     Raises AlreadyRunning when another stack holds the run directory, Unavailable, ConfigInvalid.
     """
@@ -118,7 +154,7 @@ def serving(
         sampler = MemorySampler(run.path, plan.ceiling_bytes, segment.segment_bytes, dense_bytes)
         stack = Stack(run, commands(run, settings), sampler)
         try:
-            stack.start()
+            stack.start(until)
             yield stack
         finally:
             stack.stop()

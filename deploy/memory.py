@@ -15,7 +15,7 @@ from pathlib import Path
 
 FILE_NAME = "memory.json"
 _WALK_INTERVAL_S = 2.0
-_WRITE_INTERVAL_S = 0.2
+_WRITE_INTERVAL_S = 0.5
 
 
 @dataclass
@@ -27,6 +27,7 @@ class MemoryReport:
     current_bytes: int = 0
     by_part: dict[str, int] = field(default_factory=dict)
     cgroup_peak_bytes: int | None = None
+    write_failures: int = 0
 
     @classmethod
     def read(cls, run_dir: Path) -> MemoryReport | None:
@@ -77,8 +78,11 @@ class MemorySampler:
     def write(self) -> None:
         self.report.cgroup_peak_bytes = cgroup_peak_bytes()
         partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self.report)))
-        partial.replace(self._path)
+        try:
+            partial.write_text(json.dumps(asdict(self.report)))
+            partial.replace(self._path)
+        except OSError:
+            self.report.write_failures += 1  # a full disk must not end the stack
 
     def _record(self, parts: dict[str, int]) -> None:
         self.report.current_bytes = sum(parts.values())

@@ -99,14 +99,13 @@ def plan(
         manifest = Manifest.load(store_dir)
         root = manifest.root(store_dir)
         check_sources(manifest, root, times=False)
-        node = settings.compute_node
         planned = plan_memory(
             manifest,
             ceiling_bytes,
             experts_memory,
-            context_tokens=node.get("max_context_tokens", 2048),
-            chunk_tokens=node.get("prefill_chunk_tokens", 256),
-            read_depth=settings.expert_store.get("read_depth", 4),
+            context_tokens=settings.context_tokens,
+            chunk_tokens=settings.chunk_tokens,
+            read_depth=settings.read_depth,
             embedded_valkey=settings.redis is None,
         )
         disk = measure_disk(manifest, root)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import signal
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from compute_node.client import NodeClient, Phase, Result
+from compute_node.client import Generation, NodeClient, Phase, Result
 from deploy import console, local
-from deploy.budget import MemoryPlan, plan_memory
+from deploy.budget import MemoryPlan, check_shared_memory, plan_memory
 from deploy.memory import MemoryReport
 from deploy.offline import load_store
 from deploy.run_dir import RunDir
@@ -57,13 +58,15 @@ def serve(
         source=source,
     )
     store_dir, manifest, plan = prepare(settings)
+    check_shared_memory(plan)
     stopped = stop_flag()
-    with local.serving(settings, store_dir, manifest, plan) as stack:
-        console.out.print(
-            f"ready: {manifest.spec.model_type}, {plan.slots} of {plan.num_experts} experts in "
-            "memory, "
-            f"ceiling {console.size(plan.ceiling_bytes)}, run dir {settings.run_dir}"
-        )
+    with local.serving(settings, store_dir, manifest, plan, stopped) as stack:
+        if not stopped():
+            console.out.print(
+                f"ready: {manifest.spec.model_type}, {plan.slots} of {plan.num_experts} experts in "
+                "memory, "
+                f"ceiling {console.size(plan.ceiling_bytes)}, run dir {settings.run_dir}"
+            )
         stack.watch(stopped)
     console.err.print("stopped")
 
@@ -88,9 +91,12 @@ def run(
             model=model, memory=memory, experts_memory=experts_memory, run_dir=Path(scratch)
         )
         store_dir, manifest, plan = prepare(settings)
+        check_shared_memory(plan)
         console.err.print(f"starting {manifest.spec.model_type} ...")
-        with local.serving(settings, store_dir, manifest, plan) as stack:
-            with NodeClient(RunDir(settings.run_dir.resolve()).address("compute_node")) as node:
+        stopped = stop_flag()
+        with local.serving(settings, store_dir, manifest, plan, stopped) as stack:
+            address = RunDir(settings.run_dir.resolve()).address("compute_node")
+            with NodeClient(address) as node, ThreadPoolExecutor(1) as threads:
                 generation = node.generate(
                     prompt,
                     max_tokens=max_tokens,
@@ -98,16 +104,21 @@ def run(
                     seed=seed,
                     ignore_eos=ignore_eos,
                 )
-                console.out.print(prompt, end="", markup=False)
-                for piece in generation:
-                    console.out.print(piece.text, end="", markup=False)
-                    stack.tick()
-                console.out.print()
-                result = generation.run()
-            stack.tick()
+                writing = threads.submit(_write_all, prompt, generation)
+                stack.watch(lambda: writing.done() or stopped())
+                generation.cancel()  # does nothing to one that is through
+                result = writing.result()
             stack.write_memory()
             report = MemoryReport.read(settings.run_dir)
         print_summary(result, report)
+
+
+def _write_all(prompt: str, generation: Generation) -> Result:
+    console.write(prompt)
+    for piece in generation:
+        console.write(piece.text)
+    console.write("\n")
+    return generation.run()
 
 
 def generate(
@@ -141,13 +152,13 @@ def generate(
         )
         for piece in generation:
             if not as_json:
-                console.out.print(piece.text, end="", markup=False)
+                console.write(piece.text)
     result = generation.run()
     report = MemoryReport.read(settings.run_dir)
     if as_json:
         console.print_json(result_document(result, report))
     else:
-        console.out.print()
+        console.write("\n")
         print_summary(result, report)
 
 
@@ -188,23 +199,22 @@ def prepare(settings: ServeSettings) -> tuple[Path, Manifest, MemoryPlan]:
     if settings.model is None:
         raise errors.ConfigInvalid("give --model STORE, or model in the [serve] table")
     manifest = load_store(settings.model)
-    node = settings.compute_node
     plan = plan_memory(
         manifest,
         parse_bytes(settings.memory, "--memory") if settings.memory else None,
         settings.experts_memory,
-        context_tokens=node.get("max_context_tokens", 2048),
-        chunk_tokens=node.get("prefill_chunk_tokens", 256),
-        read_depth=settings.expert_store.get("read_depth", 4),
+        context_tokens=settings.context_tokens,
+        chunk_tokens=settings.chunk_tokens,
+        read_depth=settings.read_depth,
         embedded_valkey=settings.redis is None,
     )
     return settings.model, manifest, plan
 
 
 def stop_flag() -> Callable[[], bool]:
-    """True once SIGTERM or SIGINT came."""
+    """True once SIGTERM, SIGINT or SIGHUP came."""
     received: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: received.append(number))
     return lambda: bool(received)
 

@@ -43,4 +43,9 @@ class RunDir:
             raise errors.ConfigInvalid(
                 f"--run-dir {self.path} is too long for a Unix socket: give a shorter one"
             )
-        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise errors.ConfigInvalid(
+                f"--run-dir {self.path} cannot be made ({error.strerror}): give another"
+            ) from error

@@ -49,6 +49,25 @@ class ServeSettings(BaseModel):
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise errors.ConfigInvalid(f"cannot read {path}: {error}") from error
 
+    @property
+    def read_depth(self) -> int:
+        return self._count("expert_store", "read_depth", 4)
+
+    @property
+    def context_tokens(self) -> int:
+        return self._count("compute_node", "max_context_tokens", 2048)
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self._count("compute_node", "prefill_chunk_tokens", 256)
+
+    def _count(self, table: str, key: str, default: int) -> int:
+        """What the memory plan needs of a daemon's table. Raises ConfigInvalid."""
+        value = getattr(self, table).get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise errors.ConfigInvalid(f"table [{table}]: {key} is {value!r}: write a count")
+        return value
+
     def with_flags(self, **flags: Any) -> Self:
         """These settings, with every flag that was given."""
         given = {name: value for name, value in flags.items() if value is not None}

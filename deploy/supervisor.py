@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from deploy.memory import MemorySampler
 from deploy.run_dir import RunDir
 from proto import errors
-from proto.daemon import START_ERROR
+from proto.daemon import START_ERROR, refusal
 
 _POLL_S = 0.05
 _RESTARTS_ALLOWED = 5
 _RESTART_WINDOW_S = 60.0
-_READY_S = 120.0
 _GRACE_S = 25.0
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
@@ -44,13 +43,13 @@ class Daemon:
         return self.process.pid if self.process and self.process.returncode is None else None
 
     def start(self) -> None:
-        # valkey leaves its socket when it is killed; ours clear theirs themselves
         with self.run.log(self.name).open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is the launcher's: it stops them in order
                 preexec_fn=_die_with_parent,
             )
 
@@ -88,23 +87,17 @@ class Stack:
         self._sampler = sampler
         self._daemons = [Daemon(name, command, run) for name, command in commands.items()]
 
-    def start(self) -> None:
-        """Start everything and wait until it serves.
+    def start(self, until: Callable[[], bool]) -> None:
+        """Start everything and wait until it serves, or until told to stop.
 
-        Raises Unavailable naming the daemon that did not come up, and what it said.
+        Raises what a daemon says that refuses to start, Unavailable when one keeps dying.
         """
         for daemon in self._daemons:
             daemon.start()
         waiting = list(self._daemons)
-        deadline = time.monotonic() + _READY_S
-        while waiting:
+        while waiting and not until():
             self.tick()
             waiting = [daemon for daemon in waiting if not daemon.is_ready()]
-            if waiting and time.monotonic() > deadline:
-                raise errors.Unavailable(
-                    f"{waiting[0].name} did not come up in {_READY_S:g} s: "
-                    f"{waiting[0].last_words()}"
-                )
             time.sleep(_POLL_S)
 
     def watch(self, until: Callable[[], bool]) -> None:
@@ -144,7 +137,7 @@ class Stack:
         if process.poll() is None:
             return
         if process.returncode == START_ERROR:
-            raise errors.Unavailable(daemon.last_words())
+            raise refusal(daemon.last_words())
         daemon.restarts.append(now)
         while daemon.restarts[0] < now - _RESTART_WINDOW_S:
             daemon.restarts.popleft()

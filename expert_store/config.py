@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -32,7 +32,7 @@ class ExpertStoreConfig(BaseModel):
     insecure: bool = False
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     metrics_port_file: Path | None = None
-    log_level: str = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @model_validator(mode="after")
     def _leave_slots_to_lend(self) -> Self:

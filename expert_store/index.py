@@ -144,7 +144,10 @@ def is_indexed(root: Path, store_dir: Path) -> bool:
     """Whether `store_dir` holds an up-to-date in-place manifest of the checkpoint in `root`."""
     if not (store_dir / MANIFEST_NAME).exists():
         return False
-    manifest = Manifest.load(store_dir)
+    try:
+        manifest = Manifest.load(store_dir)
+    except errors.ManifestInvalid:
+        return False  # damaged, or of an older version: index anew
     same_root = manifest.root(store_dir) == root.resolve()
     return same_root and manifest.files == Checkpoint.open(root.resolve()).files
 
@@ -178,6 +181,7 @@ def measure(architecture: Architecture) -> Sizing:
     dense_bytes = sum(tensor.length_bytes for tensor in architecture.dense)
     embedding = architecture.model.get_input_embeddings().weight
     tied = bool(getattr(config, "tie_word_embeddings", False))
+    eager = architecture.model.config._attn_implementation == "eager"
     looked_up = 0 if tied else embedding.numel() * embedding.element_size()
     return Sizing(
         dense_bytes=dense_bytes,
@@ -187,6 +191,7 @@ def measure(architecture: Architecture) -> Sizing:
         vocab_size=config.vocab_size,
         max_position_embeddings=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
         activated_dense_bytes=dense_bytes - looked_up,
+        eager_attention_heads=config.num_attention_heads if eager else 0,
     )
 
 

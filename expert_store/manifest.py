@@ -114,6 +114,7 @@ class Sizing:
     vocab_size: int
     max_position_embeddings: int
     activated_dense_bytes: int
+    eager_attention_heads: int  # 0 where attention never holds a score per pair of positions
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from expert_store.architecture import Architecture, Part, read_architecture
 from expert_store.checkpoint import Checkpoint, CheckpointTensor, read_chunks, read_header
 from expert_store.index import expert_keys, expert_parts, make_spec, measure
 from expert_store.manifest import (
+    MANIFEST_NAME,
     ExpertRecord,
     Extent,
     Manifest,
@@ -55,7 +56,7 @@ def pack(
     architecture = read_architecture(root, checkpoint.tensors)
     partial = store_dir.with_name(store_dir.name + ".partial")
     with _disk_full_explained(partial):
-        _check_target(store_dir, overwrite)
+        _check_target(root, store_dir, overwrite)
         _check_space(architecture, checkpoint, partial, store_dir)
         partial.mkdir(parents=True, exist_ok=True)
         manifest = _write_store(root, partial, checkpoint, architecture, report)
@@ -242,8 +243,15 @@ def _source_file(folder: Path, name: str) -> SourceFile:
     return SourceFile(name, stat.st_size, stat.st_mtime_ns, digest)
 
 
-def _check_target(store_dir: Path, overwrite: bool) -> None:
-    if store_dir.exists() and any(store_dir.iterdir()) and not overwrite:
+def _check_target(root: Path, store_dir: Path, overwrite: bool) -> None:
+    """Raises ManifestInvalid for a folder that must not be replaced."""
+    if root.is_relative_to(store_dir.resolve()):
+        raise errors.ManifestInvalid(f"{store_dir} holds the checkpoint itself: give another --out")
+    if not store_dir.exists() or not any(store_dir.iterdir()):
+        return
+    if not (store_dir / MANIFEST_NAME).exists():
+        raise errors.ManifestInvalid(f"{store_dir} holds other files: give another --out")
+    if not overwrite:
         raise errors.ManifestInvalid(f"{store_dir} exists: give another --out, or --overwrite")
 
 

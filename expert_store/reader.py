@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
+from mmap import mmap
 from pathlib import Path
 
 import xxhash
@@ -23,7 +24,7 @@ import xxhash
 from expert_store.manifest import ExpertRecord, Manifest, Read, plan_reads, resolve_inside
 from proto import errors
 from proto.expert import ExpertKey
-from proto.shm import align_up
+from proto.shm import PAGE_BYTES, align_up
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class SourceFiles:
         flags = os.O_RDONLY | os.O_CLOEXEC
         if self.direct:
             try:
-                return os.open(path, flags | os.O_DIRECT)
+                return _open_direct(path, flags)
             except OSError as error:
                 self.direct = False
                 logger.warning(
@@ -81,6 +82,18 @@ class SourceFiles:
         # Read-ahead would cache neighbours that nobody asked for and nobody drops.
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         return descriptor
+
+
+def _open_direct(path: Path, flags: int) -> int:
+    """Raises OSError where direct reads are refused, at open or at the first read."""
+    descriptor = os.open(path, flags | os.O_DIRECT)
+    try:
+        with mmap(-1, PAGE_BYTES) as page:
+            os.preadv(descriptor, [page], 0)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def read_record(files: SourceFiles, record: ExpertRecord, slot: memoryview) -> None:
@@ -114,7 +127,7 @@ def _damaged(
 ) -> errors.ExpertDamaged:
     return errors.ExpertDamaged(
         f"expert {record.key} in {files.paths[file]} is damaged ({problem}): "
-        "run `flashmoe verify` on the store and restore the file"
+        "run `flashmoe verify` on the store, restore the file, restart expert_store"
     )
 
 

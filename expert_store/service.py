@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from proto import errors, expert_pb2, rpc
 from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
 from proto.expert import ExpertKey
+
+logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "flashmoe.v1.ExpertStore"
 _MAX_UNANSWERED = 64
@@ -199,6 +202,10 @@ class _SessionStream:
                 await self._send_chunks(exchange.exchange_id, lent)
         except errors.FlashMoEError as error:
             await self._replies.put(error)
+            return
+        except Exception as error:
+            logger.exception("exchange failed")
+            await self._replies.put(errors.FlashMoEError(f"the store failed: {error!r}"))
             return
         leases = [_lease(item) for item in lent]
         exchanged = pb.Exchanged(exchange_id=exchange.exchange_id, leases=leases)

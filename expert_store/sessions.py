@@ -151,8 +151,8 @@ class SessionTable:
         logger.info("session ended", extra={"node": session.node})
 
     def _lock_path(self, name: str) -> Path:
-        if not name or Path(name).name != name or name.startswith("."):
-            raise errors.InvalidRequest(f"lock name {name!r} is not a plain file name")
+        if Path(name).name != name or name.startswith(".") or not name.endswith(".lock"):
+            raise errors.InvalidRequest(f"lock name {name!r} is not a plain *.lock file name")
         path = self._session_dir / name
         try:
             free = lock_is_free(path)
@@ -196,4 +196,4 @@ async def await_free_locks(session_dir: Path, poll_s: float, wait_s: float) -> N
 
 def _lock_files(session_dir: Path) -> list[Path]:
     session_dir.mkdir(parents=True, exist_ok=True)
-    return sorted(session_dir.iterdir())
+    return sorted(session_dir.glob("*.lock"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging.config
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Coroutine, Iterator
@@ -25,7 +26,8 @@ from pydantic import BaseModel, ValidationError
 
 from proto import errors
 
-START_ERROR = 2
+FAILURE, START_ERROR = 1, 2
+_REFUSAL = re.compile(r"\w+: (.*) \[(\w+)\]", re.DOTALL)
 
 
 class DaemonConfig(Protocol):
@@ -71,9 +73,20 @@ def main(
         configure_logging(config.log_level)
         asyncio.run(run(config))
     except errors.FlashMoEError as error:
-        sys.stderr.write(f"{name}: {error}\n")
-        return START_ERROR
+        sys.stderr.write(f"{name}: {error} [{type(error).__name__}]\n")
+        return FAILURE if error.retryable else START_ERROR
+    except OSError as error:
+        sys.stderr.write(f"{name}: {error} [OSError]\n")
+        return FAILURE
     return 0
+
+
+def refusal(last_line: str) -> errors.FlashMoEError:
+    """The error behind the last line of a daemon that would not start."""
+    match = _REFUSAL.fullmatch(last_line)
+    if match is None:
+        return errors.Unavailable(last_line)
+    return errors.from_kind(match[2], match[1])
 
 
 def configure_logging(level: str) -> None:

@@ -170,6 +170,8 @@ class ExpertCache:
     def _check_current(self, wave: list[Borrowed]) -> None:
         for borrowed in wave:
             if not self.lender.is_current(borrowed):
+                self.lender.abort()
+                self._resident.clear()
                 raise errors.StaleLease(f"{borrowed.key} was refilled while it was used: retry")
 
     def _ensure(self, keys: list[ExpertKey]) -> None:

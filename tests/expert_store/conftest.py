@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from expert_store.index import index
 from expert_store.pack import pack
 from tests.checkpoints import make
-from tests.expert_store.stores import write_store
+from tests.expert_store.raw_session import Wire, exchange, receive
+from tests.expert_store.stores import (
+    FILE_NAME,
+    KEYS,
+    expert_bytes,
+    expert_range,
+    flip,
+    write_store,
+)
+from tests.local_store import local_store
+
+NUM_SLOTS, READ_DEPTH = 8, 2
+_numbers = itertools.count()
 
 
 def short_folder() -> Iterator[Path]:
@@ -80,3 +94,33 @@ def packed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed") / "store"
     pack(checkpoint, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(module_run_dir: Path) -> Path:
+    """The last expert is damaged."""
+    write_store(module_run_dir / "store")
+    flip(module_run_dir / "store" / FILE_NAME, expert_range(KEYS[-1])[77])
+    return module_run_dir / "store"
+
+
+@pytest.fixture(scope="module")
+def wire(folder: Path, module_run_dir: Path) -> Iterator[Wire]:
+    settings: dict[str, Any] = {"read_depth": READ_DEPTH, "lock_poll_s": 0.01}
+    with (
+        local_store(folder, module_run_dir, NUM_SLOTS, **settings) as address,
+        Wire(address, module_run_dir) as wire,
+    ):
+        yield wire
+
+
+def check_healthy(wire: Wire, folder: Path) -> None:
+    """Idle, all slots accounted for, and a fresh session for all of the quota gets its bytes."""
+    stats = wire.until_idle()
+    assert stats.slots_free + stats.slots_reclaimable == NUM_SLOTS
+    with wire.open_chunks(quota_slots=NUM_SLOTS - READ_DEPTH) as session:
+        key = KEYS[next(_numbers) % (len(KEYS) - 1)]
+        session.send(exchange([key], exchange_id=9))
+        (found,), exchanged = receive(session)
+        assert (found, exchanged.exchange_id) == (expert_bytes(folder, key), 9)
+    wire.until_idle()

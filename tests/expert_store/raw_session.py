@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import xxhash
 
 from expert_store.slots import SlotPool
 from proto import errors, rpc
@@ -176,3 +177,29 @@ class Wire:
 def counts_add_up(slots: SlotPool, num_slots: int) -> bool:
     counts = slots.counts()
     return sum(counts.values()) == num_slots and counts["filling"] == counts["leased"] == 0
+
+
+def receive(session: RawSession) -> tuple[list[bytes], pb.Exchanged]:
+    """Records put together from chunks, each compared with its checksum."""
+    records, data = [], bytearray()
+    while (reply := session.next()).WhichOneof("kind") == "chunk":
+        chunk = reply.chunk
+        assert len(chunk.data) <= rpc.CHUNK_BYTES
+        data += chunk.data
+        if chunk.last:
+            assert xxhash.xxh3_64_intdigest(data) == chunk.checksum
+            records.append(bytes(data))
+            data.clear()
+    assert not data
+    return records, reply.exchanged
+
+
+def outcome(session: RawSession) -> type[Exception] | None:
+    """How the stream ended, after all its replies: None when it ended well."""
+    try:
+        while True:
+            session.next()
+    except EOFError:
+        return None
+    except errors.FlashMoEError as error:
+        return type(error)

@@ -33,6 +33,7 @@ SIZING = Sizing(
     vocab_size=128,
     max_position_embeddings=256,
     activated_dense_bytes=_DENSE_BYTES,
+    eager_attention_heads=0,
 )
 
 

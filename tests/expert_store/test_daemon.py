@@ -45,7 +45,7 @@ def test_an_open_session_is_told_that_the_store_stops(store_dir: Path, run_dir: 
     with Wire(f"unix:{run_dir}/store.sock", run_dir) as wire:
         with local_store(store_dir, run_dir, 8, **SETTINGS):
             session = wire.open_chunks()
-            lock = Lock(wire.session_dir, "held")
+            lock = Lock(wire.session_dir, "held.lock")
             shared, _ = wire.open_shared(lock)
             shared.exchange([KEYS[0]])
         for stream in (session, shared):
@@ -57,13 +57,13 @@ def test_an_open_session_is_told_that_the_store_stops(store_dir: Path, run_dir: 
 
 @pytest.mark.parametrize("damage", ["checksum", "truncated"])
 def test_it_stops_cleanly_after_damage(damage: str, store_dir: Path, run_dir: Path) -> None:
-    """Red when an error keeps a view into the segment, which then cannot be unmapped."""
+    """An error must not keep a view into the segment, which then could not be unmapped."""
     with local_store(store_dir, run_dir, 8, **SETTINGS) as address, Wire(address, run_dir) as wire:
         if damage == "checksum":
             flip(store_dir / FILE_NAME, expert_range(KEYS[-1])[0])
         else:
             os.truncate(store_dir / FILE_NAME, expert_range(KEYS[-1]).start + 100)
-        with Lock(wire.session_dir, "held") as lock:
+        with Lock(wire.session_dir, "held.lock") as lock:
             session, _ = wire.open_shared(lock)
             good, bad = session.exchange([KEYS[0], KEYS[-1]])
             assert (good.HasField("error"), bad.HasField("error")) == (False, True)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from expert_store import checkpoint as checkpoint_module
 from expert_store import pack as module
 from expert_store.index import index
-from expert_store.manifest import Manifest, check_sources
+from expert_store.manifest import MANIFEST_NAME, Manifest, check_sources
 from expert_store.pack import DENSE_NAME, JOURNAL_NAME, RECORDS_NAME, pack
 from expert_store.reader import SourceFiles, read_record
 from expert_store.verify import verify
@@ -76,7 +76,7 @@ def test_it_stands_alone(checkpoint: Path, packed: Path, tmp_path: Path) -> None
     assert set(dense) == {tensor.name for tensor in manifest.spec.dense}
     assert all(dense[name].equal(original[name]) for name in dense)
     assert (moved / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
-    assert {path.name for path in moved.iterdir()} >= {RECORDS_NAME, DENSE_NAME, "manifest.json"}
+    assert {path.name for path in moved.iterdir()} >= {RECORDS_NAME, DENSE_NAME, MANIFEST_NAME}
     assert not (moved / JOURNAL_NAME).exists()
 
 
@@ -112,7 +112,7 @@ def check_same_store(target: Path, packed: Path) -> None:
     assert Manifest.load(target).spec == Manifest.load(packed).spec
     ours, theirs = content(target), content(packed)
     assert set(ours) == set(theirs)
-    assert all(ours[name] == theirs[name] for name in ours if name != "manifest.json")
+    assert all(ours[name] == theirs[name] for name in ours if name != MANIFEST_NAME)
 
 
 def record_writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -188,20 +188,34 @@ def test_memory_is_bounded_by_a_chunk(
 
 def test_an_existing_store_is_kept_unless_told(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "mine").write_text("precious")
+    (tmp_path / "store" / MANIFEST_NAME).write_text("old")
     with pytest.raises(errors.ManifestInvalid, match="--overwrite"):
         pack(checkpoint, tmp_path / "store")
-    assert content(tmp_path / "store") == {"mine": b"precious"}
+    assert content(tmp_path / "store") == {MANIFEST_NAME: b"old"}
     pack(checkpoint, tmp_path / "store", overwrite=True)
     assert verify(tmp_path / "store") == []
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_no_store_is_never_replaced(
+    overwrite: bool, checkpoint: Path, tmp_path: Path
+) -> None:
+    """A folder of other things, or the checkpoint itself."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mine").write_text("precious")
+    for target in (tmp_path / "home", checkpoint, checkpoint.parent):
+        before = sorted(target.iterdir())
+        with pytest.raises(errors.ManifestInvalid, match="give another --out"):
+            pack(checkpoint, target, overwrite=overwrite)
+        assert sorted(target.iterdir()) == before
 
 
 def test_what_a_killed_overwrite_left_is_no_obstacle(checkpoint: Path, tmp_path: Path) -> None:
     """Red without removing it: the rename onto a folder that is not empty fails, with OSError."""
     for name in ("store", "store.replaced"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "old").write_text("old")
+        (tmp_path / name / MANIFEST_NAME).write_text("old")
     pack(checkpoint, tmp_path / "store", overwrite=True)
     assert verify(tmp_path / "store") == []
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
@@ -219,10 +233,10 @@ def test_a_full_disk_leaves_the_target_as_it_was(
 ) -> None:
     """Foreseen, or when another program takes the space meanwhile; with space it goes on."""
     target = small_disk.path / "store"
-    before = {"mine": b"precious" * 100}
+    before = {MANIFEST_NAME: b"precious" * 100}
     if existing:
         target.mkdir()
-        (target / "mine").write_bytes(before["mine"])
+        (target / MANIFEST_NAME).write_bytes(before[MANIFEST_NAME])
     small_disk.resize(300_000)
     with monkeypatch.context() as patched:
         if not foreseen:

@@ -259,11 +259,10 @@ async def test_waiters_that_leave_take_no_turn(readers: Readers) -> None:
 
 async def test_a_turn_that_came_too_late_is_passed_on(readers: Readers) -> None:
     """Red without it: each waiter cancelled just as its turn comes costs a turn for good."""
-    tasks = [readers.start(expert(n), Priority.DEMAND) for n in range(3)]
-    await settle()
-    readers.running[expert(0)].set()
-    await tasks[0]
-    tasks[2].cancel()
+    async with readers.queue.turn(expert(0), Priority.DEMAND):
+        tasks = [readers.start(expert(n), Priority.DEMAND) for n in (1, 2)]
+        await settle()
+    tasks[1].cancel()  # its turn has come, and it has not run since
     await settle()
     tasks += [readers.start(expert(n), Priority.DEMAND) for n in (7, 8)]
     await settle()

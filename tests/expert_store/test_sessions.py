@@ -187,21 +187,36 @@ async def test_a_session_that_ended_leases_no_more(
 @example(name="..")
 @example(name="../x")
 @example(name="/etc/passwd")
-@example(name="a\0b")
-@example(name="x" * 300)
-@example(name="folder")
-@example(name="link")
-@example(name="\ud800")
+@example(name="a\0b.lock")
+@example(name="x" * 300 + ".lock")
+@example(name="folder.lock")
+@example(name="link.lock")
+@example(name="\ud800.lock")
 def test_a_lock_name_that_is_no_held_lock_is_refused(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("locks")
-    (folder / "folder").mkdir()
-    (folder / "link").symlink_to("/etc/passwd")
+    (folder / "folder.lock").mkdir()
+    (folder / "link.lock").symlink_to("/etc/passwd")
     table = SessionTable(SlotPool.__new__(SlotPool), MAX_LEASED, folder, 0.1)
     with pytest.raises(errors.InvalidRequest, match="lock"):
         table.open("a", 1, name)
     assert table.num_open == 0
+
+
+async def test_a_held_lock_elsewhere_is_not_taken(
+    table: SessionTable, session_dir: Path, tmp_path: Path
+) -> None:
+    """Red when names are joined as they come: the store would remove a file that is not its own."""
+    with Lock(tmp_path, "outside.lock") as outside, Lock(session_dir, ".hidden.lock"):
+        for name in (
+            "../outside.lock",
+            str(outside.path),
+            ".hidden.lock",
+            "../sessions/.hidden.lock",
+        ):
+            with pytest.raises(errors.InvalidRequest, match="not a plain"):
+                table.open("a", 1, name)
 
 
 HOLDER = """
@@ -227,7 +242,7 @@ def test_a_lock_is_held_as_long_as_its_process_lives(tmp_path: Path) -> None:
 
 
 async def test_a_new_store_waits_for_the_nodes_of_the_last_one(session_dir: Path) -> None:
-    (session_dir / "left-by-the-dead").write_text("")
+    (session_dir / "left-by-the-dead.lock").write_text("")
     lock = Lock(session_dir, "node.lock")
     waiting = asyncio.create_task(await_free_locks(session_dir, 0.002, DEADLINE_S))
     await until(lambda: names(session_dir) == ["node.lock"])
