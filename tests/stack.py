@@ -49,6 +49,12 @@ class ServedStack:
         self.run = run
 
     @property
+    def launcher(self) -> psutil.Process:
+        """The flashmoe process itself, also behind a wrapper."""
+        process = psutil.Process(self.process.pid)
+        return process.children()[0] if process.name() == "setsid" else process
+
+    @property
     def address(self) -> str:
         return self.run.address("compute_node")
 
