@@ -173,19 +173,22 @@ def test_stop_grace_is_longer_than_the_daemons(rendered: Rendered) -> None:
 
 
 def test_paths_of_a_box_do_not_reach_the_containers(tiny_store: Path, run_dir: Path) -> None:
-    """Red when flashmoe.toml's own address or redis win over the containers', or its other
-    settings do not arrive.
+    """Red when flashmoe.toml's own redis wins over the containers', its other settings do not
+    arrive, or an address, which the launcher derives, is taken without a word.
     """
     settings = run_dir / "flashmoe.toml"
     settings.write_text(
         '[serve]\nmemory = "1GiB"\nredis = "redis://elsewhere"\n[compute_node]\n'
-        'address = "0.0.0.0:1"\nredis_url = "redis://elsewhere"\nthreads = 3\n'
+        'redis_url = "redis://elsewhere"\nthreads = 3\n'
     )
     container_config(tiny_store, run_dir / "out", config=settings)
     node = tomllib.loads((run_dir / "out/flashmoe.toml").read_text())["compute_node"]
     assert node["address"] == "unix:/run/flashmoe/compute_node.sock"
     assert node["redis_url"] == "unix:///run/flashmoe/valkey.sock"
     assert node["threads"] == 3
+    settings.write_text('[serve]\nmemory = "1GiB"\n[compute_node]\naddress = "0.0.0.0:1"\n')
+    with pytest.raises(errors.ConfigInvalid, match="'address', which the launcher derives"):
+        container_config(tiny_store, run_dir / "other", config=settings)
 
 
 def test_a_ceiling_that_cannot_hold_is_refused(tiny_store: Path, run_dir: Path) -> None:
