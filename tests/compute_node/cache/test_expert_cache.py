@@ -7,12 +7,14 @@ leases of a broken session.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
 from proto import errors
 from proto.expert import ExpertKey
+from proto.redis_schema import Advice
 from tests.fakes import FakeLender
 
 LAYERS = (1, 3)
@@ -58,6 +60,18 @@ def test_prefill_reads_each_expert_once_even_when_it_does_not_fit(pooled: bool) 
     acquired = [key.expert for _, acquires in lender.exchanges for key in acquires]
     assert sorted(acquired) == list(range(14))
     assert len(cache) <= 8 and len(lender.held) == len(cache)
+
+
+def test_what_the_step_needs_is_never_evicted_however_low_it_scores() -> None:
+    scores = np.ones((2, 16), dtype=np.float32)
+    scores[:, 0] = 0.0
+    advice = Advice("scored", 1, 0, 1.0, scores)
+    budget, lender = Budget(8, LAYERS, 2, pooled=False), FakeLender(8)
+    cache = ExpertCache(lender, budget, Charge("auto", 16.0, LAYERS, 16, lambda: advice))
+    cache.open()
+    step(cache, 1, 0, 1, 2, 3)
+    assert step(cache, 1, 0, 4) == [[0, 4]]
+    assert ExpertKey(1, 0) in cache and len(cache) == 4
 
 
 def test_layers_keep_to_their_share_and_a_pool_does_not() -> None:
