@@ -1,7 +1,6 @@
 """Evidence and advice through a real Valkey: nobody waits for Redis, and what is lost is counted.
 
-Planted faults seen red: an append that blocks when the queue is full, stale advice that stays
-fresh.
+Planted fault seen red: stale advice that stays fresh.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Every RPC of a real node, good and bad input: typed errors, and the daemon stays healthy.
 
-Planted faults seen red: no length check in Forward (the daemon dies or answers INTERNAL), seeds
-that are ignored.
+Planted faults seen red: no length check in Forward, seeds that are ignored.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every promised architecture, through a real store: bit-identical to transformers' eager experts.
 
-Planted faults seen red: summing experts in arrival order (bf16), dropping one wave, swapping gate
-and up at index.
+Planted faults seen red: summing experts in descending order, dropping the wave of resident experts,
+swapping gate and up at index.
 """
 
 from __future__ import annotations

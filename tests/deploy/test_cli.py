@@ -1,7 +1,6 @@
 """The flashmoe command as a user meets it.
 
-Planted faults seen red: a traceback instead of a sentence, a file that wins over its flag, a verb
-without example.
+Faults seen red: a pydantic dump instead of a sentence for a mistyped setting.
 """
 
 from __future__ import annotations

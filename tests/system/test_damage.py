@@ -1,6 +1,6 @@
 """Damaged, missing and changed sources: a typed error that names them, and everything else goes on.
 
-Planted faults seen red: a reader that skips its checksum, a quarantine that refuses every expert.
+Planted fault seen red: a reader that skips its checksum.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Every daemon may die alone: tokens equal an undisturbed run, nothing leaks.
 
-Planted faults seen red: a cache that keeps its leases after its session broke, a client that does
-not
-reopen, a scheduler that needs Redis to start.
+Faults seen red: a cache that keeps its leases after its session broke, so that the store waits for
+the node's lock for ever.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The ceiling holds under a real memory cgroup, and reads leave no page cache behind.
 
-Planted faults seen red: a ceiling of half the plan (the kernel kills), buffered reads without
-DONTNEED.
+Fault seen red: buffered reads whose read-ahead stays in the page cache.
 """
 
 from __future__ import annotations

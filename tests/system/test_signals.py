@@ -1,7 +1,6 @@
 """Ctrl-C and a closed terminal, as a shell delivers them: to the whole process group.
 
-Planted fault seen red: daemons in the launcher's process group (all stop at once, the request
-fails).
+Fault: daemons in the launcher's process group all stop at once, and the request fails.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The whole stack through the command a newcomer uses.
 
-Planted faults seen red: a launcher that forgets the segment, a node that keeps its lock file,
-generate without usage.
+Each test names the fault it is there for.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Two nodes on one store: one copy of an expert, one read of it, and no slot lost or torn.
 
-Planted faults seen red: a store that gives leases back when the stream breaks (without asking the
-lock), a
-read for each waiter, a warm start that reads.
+Planted fault seen red: a store that gives leases back when the stream breaks, without asking the
+lock.
 """
 
 from __future__ import annotations

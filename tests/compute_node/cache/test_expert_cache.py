@@ -1,8 +1,7 @@
 """Budget, pins, waves, lost sessions.
 
-Planted faults seen red: evicting what the wave needs, reading a resident expert again in prefill,
-keeping
-leases of a broken session.
+Planted faults seen red: reading a resident expert again in prefill, keeping leases of a broken
+session.
 """
 
 from __future__ import annotations
@@ -72,6 +71,7 @@ def test_what_the_step_needs_is_never_evicted_however_low_it_scores() -> None:
     step(cache, 1, 0, 1, 2, 3)
     assert step(cache, 1, 0, 4) == [[0, 4]]
     assert ExpertKey(1, 0) in cache and len(cache) == 4
+    assert len(lender.exchanges) == 2, "it went and came back"
 
 
 def test_layers_keep_to_their_share_and_a_pool_does_not() -> None:

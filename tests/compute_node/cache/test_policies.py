@@ -1,7 +1,6 @@
 """Golden miss counts of every local policy on a recorded trace, event-atomic, per layer and pooled.
 
-Planted faults seen red: counting a step's experts one by one, losing LFU counts at eviction, age
-off by one.
+Planted faults seen red: a decayed count that forgets its past, age off by one in LFRU.
 """
 
 from __future__ import annotations
