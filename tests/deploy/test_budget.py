@@ -1,6 +1,4 @@
-"""The memory plan. Faults seen red: read slots left out of the sum, a percentage of slots
-instead of experts.
-"""
+"""The memory plan: what it adds up, and what it refuses."""
 
 from __future__ import annotations
 
