@@ -31,7 +31,6 @@ class Estimate:
     high_tokens_per_s: float
     likely_hit_ratio: float
     bytes_per_token: float
-    memory_bytes_per_s: float
 
 
 def estimate(manifest: Manifest, plan: MemoryPlan, disk: DiskSpeed) -> Estimate:
@@ -55,7 +54,6 @@ def estimate(manifest: Manifest, plan: MemoryPlan, disk: DiskSpeed) -> Estimate:
         high_tokens_per_s=tokens_per_s(local, disk.p10_s / disk.median_s),
         likely_hit_ratio=(share + local) / 2,
         bytes_per_token=accesses * (1 - (share + local) / 2) * expert_bytes,
-        memory_bytes_per_s=bandwidth,
     )
 
 

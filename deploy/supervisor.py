@@ -36,7 +36,6 @@ class Daemon:
     process: subprocess.Popen[bytes] | None = None
     restarts: deque[float] = field(default_factory=deque)
     restart_at_s: float = 0.0
-    num_restarts: int = 0
 
     @property
     def pid(self) -> int | None:
@@ -146,6 +145,5 @@ class Stack:
                 f"{daemon.name} died {len(daemon.restarts)} times in a minute, the last time with "
                 f"status {process.returncode}: see {daemon.run.log(daemon.name)}"
             )
-        daemon.num_restarts += 1
         daemon.process = None
         daemon.restart_at_s = now + 0.1 * 2 ** (len(daemon.restarts) - 1)
