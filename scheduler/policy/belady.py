@@ -16,7 +16,7 @@ class Belady:
     """
 
     def __init__(self, topk_ids: NDArray[np.uint16], num_experts: int) -> None:
-        num_steps, num_layers, _ = topk_ids.shape
+        num_layers = topk_ids.shape[1]
         self._layers = np.arange(num_layers, dtype=np.float64)[:, None]
         self._next_steps, first = _next_steps(topk_ids, num_experts)
         self._next_event = first * num_layers + self._layers
@@ -28,7 +28,8 @@ class Belady:
         self._num_steps += 1
 
     def ranks(self) -> Ranks:
-        return -self._next_event
+        ranks: Ranks = -self._next_event
+        return ranks
 
 
 def _next_steps(topk_ids: NDArray[np.uint16], num_experts: int) -> tuple[Ranks, Ranks]:
