@@ -18,6 +18,7 @@ from pydantic import (
 
 from proto import daemon
 from proto.rpc import Listen, TlsFiles
+from scheduler.policy.river import RiverSettings
 
 HalfLives = Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=16)]
 MoeLayers = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, max_length=4096)]
@@ -39,9 +40,10 @@ class SchedulerConfig(BaseModel):
     moe_layers: MoeLayers
     num_experts: Annotated[int, Field(ge=1, le=65_536)]
 
-    horizon_steps: Annotated[int, Field(ge=1, le=256)] = 16
+    horizon_steps: Annotated[int, Field(ge=1, le=256)] = 8
     half_lives_tokens: HalfLives = (2.0, 8.0, 16.0, 64.0)
     learn_rows_per_step: Annotated[int, Field(ge=1, le=4096)] = 64
+    recall_steps: Annotated[int, Field(ge=64, le=65_536)] = 8192
     min_labels: NonNegativeInt = 2000
     max_nodes: PositiveInt = 8
 
@@ -82,6 +84,15 @@ class SchedulerConfig(BaseModel):
     @property
     def listen(self) -> Listen:
         return Listen(self.address, self.tls, self.insecure)
+
+    @property
+    def river(self) -> RiverSettings:
+        return RiverSettings(
+            self.horizon_steps,
+            self.half_lives_tokens,
+            self.learn_rows_per_step,
+            self.recall_steps,
+        )
 
     @property
     def num_layers(self) -> int:

@@ -1,5 +1,5 @@
-"""What one node's evidence says of every expert: recency, frequencies, gaps, gate weight, and
-whether it tends to follow the experts of the last step.
+"""What one node's evidence says of every expert: recency, frequencies, gaps, gate weight, whether
+it tends to follow the experts of the last step, and whether it came after past steps like this one.
 
 Time is the node's own count of decode steps, never a clock.
 """
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from proto.redis_schema import DecodeAccess, PrefillAccess
 from scheduler.followers import Followers
+from scheduler.recall import Recall
 
 Array = NDArray[np.float64]
 
@@ -21,6 +22,7 @@ MAX_AGE_STEPS = 1024  # older uses look alike
 GAP_DECAY = 0.2  # weight of the newest gap
 GATE_DECAY = 0.2  # weight of the newest gate weight
 RARE = 1 / 1024  # a frequency below this looks like never
+UNHEARD = 1 / 100  # a recalled share below this too: it is of some thirty steps
 
 
 def feature_names(half_lives_tokens: Sequence[float]) -> tuple[str, ...]:
@@ -33,21 +35,28 @@ def feature_names(half_lives_tokens: Sequence[float]) -> tuple[str, ...]:
         "age_over_gap",
         "gate_weight",
         "log_follows",
+        "log_recalled_next",
+        "log_recalled_soon",
     )
 
 
 class Features:
-    """State of all experts, [L, E]. `update` and `update_prefill` change it, the others ask."""
+    """State of all experts, [L, E]. `update` and `update_prefill` change it, the others ask.
+
+    recall: memories of past steps; the last one is written to
+    """
 
     def __init__(
         self,
-        num_layers: int,
-        num_experts: int,
+        shape: tuple[int, int],
         half_lives_tokens: Sequence[float],
         followers: Followers,
+        recall: Recall,
     ) -> None:
-        shape = (num_layers, num_experts)
+        self.shape = shape
         self._followers = followers
+        self._recall = recall
+        self._newest: DecodeAccess | None = None
         self.num_steps = 0
         self._keep = 0.5 ** (1 / np.asarray(half_lives_tokens, np.float64))  # [H]
         self._frequencies = np.zeros((len(self._keep), *shape))
@@ -56,8 +65,9 @@ class Features:
         self._gap_variance = np.zeros(shape)
         self._gate_weight = np.zeros(shape)
         self._sequence = ""
-        self._chosen = np.zeros((num_layers, 0), np.intp)  # [L, K], of the last step
+        self._chosen = np.zeros((shape[0], 0), np.intp)  # [L, K], of the last step
         self._follows = np.zeros(shape, np.float32)
+        self._recalled = np.zeros((2, *shape))
 
     def used(self, event: DecodeAccess) -> NDArray[np.bool_]:
         """[L, E], which experts this step chose."""
@@ -66,13 +76,18 @@ class Features:
         return used
 
     def update(self, event: DecodeAccess) -> None:
-        """One more decode step."""
+        """One more decode step. Policies share this state: the same event again changes nothing."""
+        if event is self._newest:
+            return
+        self._newest = event
         self.num_steps += 1
         at = np.nonzero(self.used(event))
         self._update_frequencies(at)
         self._update_gaps(at)
         self._update_gate_weights(event)
         self._update_followers(event)
+        self._recall.learn(self._chosen)
+        self._recalled = self._recall.shares(self._chosen)
         self._last_step[at] = self.num_steps
 
     def update_prefill(self, event: PrefillAccess) -> None:
@@ -126,5 +141,6 @@ class Features:
                 np.minimum(age / (1 + gap_mean), 4.0),
                 self._gate_weight[at],
                 np.log(self._follows[at] + np.float64(RARE)),
+                *(np.log(recalled[at] + UNHEARD) for recalled in self._recalled),
             ]
         )

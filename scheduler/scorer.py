@@ -12,10 +12,9 @@ from proto import errors
 from proto.expert import ExpertKey
 from proto.redis_schema import DecodeAccess, PrefillAccess
 from scheduler.config import SchedulerConfig
-from scheduler.features import Features, feature_names
 from scheduler.followers import Followers
-from scheduler.labels import DelayedLabels, Questions
-from scheduler.model import Contribution, ReuseModel
+from scheduler.model import Contribution
+from scheduler.policy.river import River
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,7 @@ class Explanation:
 
 @dataclass
 class _Node:
-    features: Features
-    labels: DelayedLabels
+    river: River
     sequence: str = field(default="")
     step: int = field(default=0)
 
@@ -42,9 +40,11 @@ class Scorer:
         self._config = config
         self._layer_index = {layer: index for index, layer in enumerate(config.moe_layers)}
         self._nodes: OrderedDict[str, _Node] = OrderedDict()  # least recently heard first
+        self._shape = (config.num_layers, config.num_experts)
+        self._settings = config.river
         self._followers = Followers(config.num_layers, config.num_experts)
-        self._random = np.random.default_rng(seed)
-        self.model = ReuseModel(feature_names(config.half_lives_tokens))
+        self._seed = seed
+        self.model = self._settings.new_model()
         self.events_seen = 0
         self.steps_missed = 0
         self.lessons_skipped = 0
@@ -70,23 +70,18 @@ class Scorer:
         self.events_seen += 1
         node = self._node(event.node)
         if isinstance(event, PrefillAccess):
-            node.features.update_prefill(event)
+            node.river.observe_prefill(event)
             return
         self._count_missed(node, event)
-        answers = node.labels.answer(node.features.used(event))
-        node.features.update(event)
+        node.river.observe(event, learn=learn)
         if not learn:
             self.lessons_skipped += 1
-            return
-        self.model.learn(answers)
-        self._ask(node)
 
     def scores(self, node: str) -> NDArray[np.float32] | None:
         """[L, E], P(used within the horizon); None while a local policy does better."""
         if not self.is_trusted:
             return None
-        table = self._nodes[node].features.table()
-        return self.model.predict(table).astype(np.float32)
+        return self._nodes[node].river.ranks().astype(np.float32)
 
     def explain(self, key: ExpertKey) -> Explanation:
         """As the node heard last sees it. Raises UnknownExpert; NotReady before any evidence."""
@@ -95,7 +90,7 @@ class Scorer:
             raise errors.UnknownExpert(f"{key} is not an expert of this model")
         if not self._nodes:
             raise errors.NotReady("no evidence yet: generate a few tokens first")
-        features = next(reversed(self._nodes.values())).features
+        features = next(reversed(self._nodes.values())).river.features
         rows = features.rows(np.array([layer]), np.array([key.expert]))
         return Explanation(
             score=float(self.model.predict(rows.T)[0]),
@@ -121,24 +116,11 @@ class Scorer:
         return self._nodes[name]
 
     def _new_node(self) -> _Node:
-        config = self._config
-        return _Node(
-            Features(
-                config.num_layers, config.num_experts, config.half_lives_tokens, self._followers
-            ),
-            DelayedLabels(config.horizon_steps, config.learn_rows_per_step, len(self.model.names)),
-        )
+        features = self._settings.new_features(self._shape, self._followers)
+        seed = self._seed + len(self._nodes)
+        return _Node(River(self._settings, self.model, features, seed))
 
     def _count_missed(self, node: _Node, event: DecodeAccess) -> None:
         if event.sequence == node.sequence:
             self.steps_missed += max(0, event.step - node.step - 1)
         node.sequence, node.step = event.sequence, event.step
-
-    def _ask(self, node: _Node) -> None:
-        """Ask of experts drawn at random, and note what model and baseline say now."""
-        size = self._config.learn_rows_per_step
-        layers = self._random.integers(self._config.num_layers, size=size)
-        experts = self._random.integers(self._config.num_experts, size=size)
-        rows = node.features.rows(layers, experts)
-        predicted = self.model.predict(rows.T)
-        node.labels.ask(Questions(layers, experts, rows, predicted, self.model.base_rate))

@@ -11,6 +11,7 @@ from scheduler.features import (
     feature_names,
 )
 from scheduler.followers import PRIOR, Followers
+from scheduler.recall import Recall, StepMemory
 from tests.scheduler.traces import decode_step, prefill
 
 HALF_LIVES = (1.0, 2.0)
@@ -18,7 +19,9 @@ NAMES = feature_names(HALF_LIVES)
 
 
 def features_of(num_layers: int, num_experts: int) -> Features:
-    return Features(num_layers, num_experts, HALF_LIVES, Followers(num_layers, num_experts))
+    shape = (num_layers, num_experts)
+    recall = Recall(shape, StepMemory(shape, 64))
+    return Features(shape, HALF_LIVES, Followers(*shape), recall)
 
 
 def row(features: Features, layer: int, expert: int) -> dict[str, float]:

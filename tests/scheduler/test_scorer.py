@@ -69,7 +69,7 @@ def test_questions_carry_the_features_of_their_own_step() -> None:
     for event in trace[:30]:
         for scorer in scorers:
             scorer.observe(event)
-    labels = [scorer._nodes["node-a"].labels for scorer in scorers]
+    labels = [scorer._nodes["node-a"].river._labels for scorer in scorers]
     np.testing.assert_array_equal(labels[0]._rows, labels[1]._rows)
     scorers[0].observe(trace[30])
     scorers[1].observe(decode_step([[6, 7], [6, 7]], step=30))
@@ -84,8 +84,8 @@ def test_without_lessons_the_state_still_follows() -> None:
     scorer = Scorer(small_config())
     scorer.observe(decode_step([[0, 1], [2, 3]]), learn=False)
     assert (scorer.lessons_skipped, scorer.model.labels_learned) == (1, 0)
-    assert scorer._nodes["node-a"].features.num_steps == 1
-    assert scorer._nodes["node-a"].labels.num_open == 0
+    assert scorer._nodes["node-a"].river.features.num_steps == 1
+    assert scorer._nodes["node-a"].river._labels.num_open == 0
 
 
 def test_nodes_are_apart_bounded_and_the_oldest_goes() -> None:

@@ -1,0 +1,146 @@
+"""What came after the past steps that were most like the present one.
+
+Nearest neighbours over the experts of all layers, after kNN-LM (Khandelwal et al. 2020): the
+experts a token uses say much about the token and its context, so steps alike go on alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUM_NEIGHBOURS = 32  # about so many; ties may add some
+TEMPERATURE = 3.0  # experts in common that make a neighbour e times as heavy
+NUM_AHEAD = 8  # steps after a neighbour that count ...
+AHEAD_DECAY = 0.8  # ... each this much of the one before
+WORD_BITS = 64
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Past steps alike. common: experts shared with the present step; places: [M, A, L * K],
+    where in an [L, E] table the experts of the A steps after each stand; known: [M, A], whether
+    that step has come yet.
+    """
+
+    common: NDArray[np.uint16]
+    places: NDArray[np.int32]
+    known: NDArray[np.bool_]
+
+
+class StepMemory:
+    """The last `capacity_steps` steps: which experts each used, and in what order they came.
+
+    `append` changes it, `neighbours` asks. Needs capacity * (3 * L * E / 8 + 4 * L * K) bytes.
+    """
+
+    def __init__(self, shape: tuple[int, int], capacity_steps: int) -> None:
+        num_layers, self._num_experts = shape
+        self._first = (np.arange(num_layers) * self._num_experts)[:, None]
+        num_words = -(-num_layers * self._num_experts // WORD_BITS)
+        self._capacity = capacity_steps
+        self._bits = np.zeros((num_words, capacity_steps), np.uint64)
+        self._places = np.zeros(
+            (capacity_steps, 0), np.int32
+        )  # [steps, L * K], K as the first step has it
+        self._shared = np.empty_like(self._bits)
+        self._counts = np.empty(self._bits.shape, np.uint8)
+        self.num_steps = 0
+
+    def __len__(self) -> int:
+        return min(self.num_steps, self._capacity)
+
+    def append(self, chosen: NDArray[np.intp]) -> None:
+        """One more step, [L, K] its experts; takes the place of the oldest when full."""
+        if not self.num_steps:
+            self._places = np.zeros((self._capacity, chosen.size), np.int32)
+        at = self.num_steps % self._capacity
+        self._places[at] = (self._first + chosen).ravel()
+        self._bits[:, at] = self._pack(self._places[at])
+        self.num_steps += 1
+
+    def neighbours(self, chosen: NDArray[np.intp], hidden: slice = slice(0, 0)) -> Neighbours:
+        """Past steps most like one that used `chosen`, [L, K], and that something came after.
+
+        hidden: places of the memory that must not be looked at
+        """
+        common = self._common(self._pack((self._first + chosen).ravel()))
+        common[hidden] = 0
+        if self.num_steps:
+            common[(self.num_steps - 1) % self._capacity] = 0  # nothing came after the newest
+        found = np.flatnonzero(common >= _threshold(common))
+        ahead = np.arange(1, NUM_AHEAD + 1)
+        age = (self.num_steps - 1 - found) % self._capacity
+        after = (found[:, None] + ahead) % self._capacity
+        known = (ahead <= age[:, None]) & ~_within(after, hidden)
+        return Neighbours(common[found], self._places[after], known)
+
+    def _common(self, bits: NDArray[np.uint64]) -> NDArray[np.uint16]:
+        """[steps], how many experts each step shares with these."""
+        size = len(self)
+        shared, counts = self._shared[:, :size], self._counts[:, :size]
+        np.bitwise_and(self._bits[:, :size], bits[:, None], out=shared)
+        np.bitwise_count(shared, out=counts)
+        return np.asarray(np.add.reduce(counts, axis=0, dtype=np.uint16))
+
+    def _pack(self, places: NDArray[np.intp] | NDArray[np.int32]) -> NDArray[np.uint64]:
+        """[words], one bit an expert."""
+        used = np.zeros(len(self._bits) * WORD_BITS, np.bool_)
+        used[places] = True
+        return np.packbits(used).view(np.uint64)
+
+
+class Recall:
+    """Shares of the experts among what followed steps alike, from one or more memories.
+
+    `learn` changes the last memory, `shares` asks.
+    """
+
+    def __init__(self, shape: tuple[int, int], *memories: StepMemory) -> None:
+        self._shape = shape
+        self._memories = memories
+
+    def learn(self, chosen: NDArray[np.intp]) -> None:
+        """One more step of the sequence at hand, [L, K]."""
+        self._memories[-1].append(chosen)
+
+    def shares(self, chosen: NDArray[np.intp], hidden: slice = slice(0, 0)) -> Array:
+        """[2, L, E]: how often each expert came in the next step after steps like this one, and
+        how often in the next few, nearer ones first; zero when nothing is remembered.
+
+        hidden: places of the first memory that must not be looked at
+        """
+        found = [self._memories[0].neighbours(chosen, hidden)]
+        found += [memory.neighbours(chosen) for memory in self._memories[1:]]
+        common = np.concatenate([one.common for one in found]).astype(np.float64)
+        if not common.size or common.max() <= 0:
+            return np.zeros((2, *self._shape))
+        alike = np.exp((common - common.max()) / TEMPERATURE)
+        places = np.concatenate([one.places for one in found])
+        known = np.concatenate([one.known for one in found])
+        weights = alike[:, None] * known * AHEAD_DECAY ** np.arange(NUM_AHEAD)
+        return np.stack([self._share(places[:, :1], weights[:, :1]), self._share(places, weights)])
+
+    def _share(self, places: NDArray[np.int32], weights: Array) -> Array:
+        total = weights.sum()
+        if not total:
+            return np.zeros(self._shape)
+        each = np.repeat((weights / total).ravel(), places.shape[2])
+        size = self._shape[0] * self._shape[1]
+        return np.bincount(places.ravel(), each, size).astype(np.float64).reshape(self._shape)
+
+
+def _threshold(common: NDArray[np.uint16]) -> int:
+    """The least number in common that leaves about NUM_NEIGHBOURS steps, at least 1."""
+    at_least = np.bincount(common)[::-1].cumsum()
+    missing = int(np.searchsorted(at_least, NUM_NEIGHBOURS))
+    return max(1, len(at_least) - 1 - missing)
+
+
+def _within(places: NDArray[np.intp], hidden: slice) -> NDArray[np.bool_]:
+    inside: NDArray[np.bool_] = (places >= hidden.start) & (places < hidden.stop)
+    return inside
