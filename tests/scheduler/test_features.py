@@ -7,11 +7,12 @@ from scheduler.features import (
     GATE_DECAY,
     MAX_AGE_STEPS,
     RARE,
+    UNHEARD,
     Features,
     feature_names,
 )
 from scheduler.followers import PRIOR, Followers
-from scheduler.recall import Recall, StepMemory
+from scheduler.recall import AHEAD_DECAY, TEMPERATURE, Recall, StepMemory
 from tests.scheduler.traces import decode_step, prefill
 
 HALF_LIVES = (1.0, 2.0)
@@ -51,6 +52,11 @@ def test_golden_on_a_trace_by_hand() -> None:
     after_1 = 2 / (3 + PRIOR)  # in two of the three steps that came after expert 1
     after_2 = 1 / (2 + PRIOR)
     follows = (after_1 + after_2) / 2  # the last step chose experts 1 and 2
+    less = np.exp(-1 / TEMPERATURE)  # step 3 has both of them, the other three have one
+    recalled_next = (less + 1) / (3 * less + 1)
+    first, second, third = 1.0, AHEAD_DECAY, AHEAD_DECAY**2
+    come = less * (first + third) + less * second + first
+    all_come = 3 * less + 1 + (2 * less + 1) * second + 2 * less * third + less * AHEAD_DECAY**3
     assert got == pytest.approx(
         {
             "log_age": np.log(2),
@@ -61,6 +67,8 @@ def test_golden_on_a_trace_by_hand() -> None:
             "age_over_gap": 1 / (1 + gap_mean),
             "gate_weight": 0.5 * (1 - (1 - GATE_DECAY) ** 3),
             "log_follows": np.log(follows + RARE),
+            "log_recalled_next": np.log(recalled_next + UNHEARD),
+            "log_recalled_soon": np.log(come / all_come + UNHEARD),
         }
     )
 

@@ -62,12 +62,14 @@ def test_looks_into_every_memory_but_not_at_what_is_hidden() -> None:
     recall = Recall(SHAPE, known, StepMemory(SHAPE, 8))
     recall.learn(step(0, 1))
     assert recall.shares(step(0, 1))[0, 0, 2] == 1.0
-    assert not recall.shares(step(0, 1), hidden=slice(0, 2)).any()
+    for hidden in (slice(0, 1), slice(1, 2)):
+        assert not recall.shares(step(0, 1), hidden=hidden).any()
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.integers(2, 90), st.sampled_from([5, 16, 64]))
+@given(st.integers(0, 10_000), st.integers(2, 90), st.sampled_from([5, 40, 64]))
 def test_equals_a_search_step_by_step(seed: int, num_steps: int, capacity: int) -> None:
+    """Steps share at most one expert a layer, so ties are few and the cut at the last is seen."""
     random = np.random.default_rng(seed)
     steps = np.argsort(random.random((num_steps, *SHAPE)), axis=2)[..., :2]
     got = recall_of(*steps, capacity=capacity).shares(steps[-1])

@@ -95,7 +95,7 @@ def test_nodes_are_apart_bounded_and_the_oldest_goes() -> None:
         scorer.observe(decode_step([[0, 1], [2, 3]], node=node))
     assert scorer.nodes == ["a", "c"]
     assert scorer.nodes_dropped == 1
-    assert [scorer._nodes[n].features.num_steps for n in ("a", "c")] == [2, 1]
+    assert [scorer._nodes[n].river.features.num_steps for n in ("a", "c")] == [2, 1]
 
 
 def test_missing_steps_are_counted() -> None:

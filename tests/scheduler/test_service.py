@@ -51,7 +51,7 @@ async def test_explain_says_why(stub: SchedulerAsyncStub, scorer: Scorer) -> Non
     assert [(term.name, term.value, term.weight, term.contribution) for term in reply.features] == [
         (t.name, t.value, t.weight, t.contribution) for t in want.contributions
     ]
-    assert len({term.name for term in reply.features}) == 10
+    assert len({term.name for term in reply.features}) == 12
 
 
 async def test_explain_ends_with_the_statuses_of_its_contract(
