@@ -5,6 +5,8 @@ One (step, layer) is one event: its experts are pinned while room is made for th
 
 from __future__ import annotations
 
+import heapq
+import math
 from typing import Protocol
 
 import grpc
@@ -15,6 +17,9 @@ from proto import errors
 from scheduler.policy.ranking import Ranks
 
 Hits = NDArray[np.bool_]
+Entry = tuple[float, int]  # rank, place in the flat pool
+
+NOBODY: Entry = (math.inf, -1)
 
 
 class SlotsTooFew(errors.MemoryExceeded):
@@ -81,43 +86,114 @@ class LayerSlots:
 
 
 class PoolSlots:
-    """One pool for the experts of all layers."""
+    """One pool for the experts of all layers. An expert's place is its index in the flat pool."""
 
     def __init__(self, shape: tuple[int, int], capacity: int) -> None:
         self._free = capacity
+        self._num_experts = shape[1]
         self._resident = np.zeros(shape, np.bool_)
-        self._rows = np.arange(shape[0])[:, None]
+        self._first = (np.arange(shape[0]) * shape[1])[:, None]
 
     def step(self, topk_ids: NDArray[np.uint16], before: Ranks, after: Ranks) -> Hits:
-        ids = topk_ids.astype(np.intp)
-        hits: Hits = self._resident[self._rows, ids]
-        gone: set[tuple[int, int]] = set()  # evicted in this step, so perhaps before their turn
-        order = np.where(self._resident, before, np.inf)
-        known = 0  # layers whose ranks in `order` are those after their event
-        for layer in range(len(ids)):
-            if gone:
-                hits[layer] = self._resident[layer, ids[layer]]
-            misses = int((~hits[layer]).sum())
-            if not misses:
-                continue
-            self._resident[layer, ids[layer]] = True
-            self._free -= misses
-            if self._free < 0:
-                heard = slice(known, layer + 1)
-                order[heard] = np.where(self._resident[heard], after[heard], np.inf)
-                known = layer + 1
-                self._evict(order, layer, ids[layer], gone)
+        places = self._first + topk_ids  # [L, K]
+        resident = self._resident.ravel()  # a view
+        hits: Hits = resident[places]
+        num_misses = int(np.count_nonzero(~hits))
+        if num_misses <= self._free:
+            resident[places] = True
+            self._free -= num_misses
+            return hits
+        waiting = _Waiting(_by_rank(self._resident, before), self._num_experts)
+        resident[places] = True
+        heard = _Heard(_by_rank(self._resident, after), self._num_experts, len(places))
+        resident[self._evict(places.tolist(), hits, waiting, heard)] = False
         return hits
 
     def _evict(
-        self, order: Ranks, layer: int, pinned: NDArray[np.intp], gone: set[tuple[int, int]]
-    ) -> None:
-        held = order[layer, pinned]
-        order[layer, pinned] = np.inf
-        while self._free < 0:
-            at = divmod(int(order.argmin()), order.shape[1])
-            self._resident[at] = False
-            order[at] = np.inf
-            gone.add(at)
-            self._free += 1
-        order[layer, pinned] = held
+        self, places: list[list[int]], hits: Hits, waiting: _Waiting, heard: _Heard
+    ) -> list[int]:
+        """Make room layer after layer. Whoever goes before its own layer's turn is a miss then, in
+        `hits` too. Returns the places that are empty at the end.
+        """
+        gone: set[int] = set()
+        misses = np.count_nonzero(~hits, axis=1).tolist()
+        for layer, pinned in enumerate(places):
+            for back in gone.intersection(pinned):
+                hits[layer, pinned.index(back)] = False
+                misses[layer] += 1
+                gone.remove(back)
+            waiting.turn(layer)
+            heard.turn(layer, gone, pinned)
+            self._free -= misses[layer]
+            while self._free < 0:
+                gone.add(waiting.pop() if waiting.first() < heard.first() else heard.pop())
+                self._free += 1
+        return list(gone)
+
+
+def _by_rank(resident: NDArray[np.bool_], ranks: Ranks) -> list[Entry]:
+    """Every resident; the last goes first."""
+    places = np.flatnonzero(resident)
+    values = ranks.ravel()[places]
+    order = values.argsort(kind="stable")[::-1]
+    return list(zip(values[order].tolist(), places[order].tolist(), strict=True))
+
+
+class _Waiting:
+    """Residents of layers whose event of this step is still to come."""
+
+    def __init__(self, by_rank: list[Entry], num_experts: int) -> None:
+        self._queue = by_rank
+        self._num_experts = num_experts
+        self._turn = 0  # places below it have had their event
+
+    def turn(self, layer: int) -> None:
+        self._turn = (layer + 1) * self._num_experts
+
+    def first(self) -> Entry:
+        while self._queue and self._queue[-1][1] < self._turn:
+            self._queue.pop()
+        return self._queue[-1] if self._queue else NOBODY
+
+    def pop(self) -> int:
+        """After `first`."""
+        return self._queue.pop()[1]
+
+
+class _Heard:
+    """Residents of layers whose event has come, but for those of the layer at hand."""
+
+    def __init__(self, by_rank: list[Entry], num_experts: int, num_layers: int) -> None:
+        self._num_experts = num_experts
+        self._queues: list[list[Entry]] = [[] for _ in range(num_layers)]
+        for entry in by_rank:
+            self._queues[entry[1] // num_experts].append(entry)
+        self._heads: list[Entry] = []  # a heap with the first of every queue that was heard
+        self._pinned: list[int] = []
+        self._aside: list[Entry] = []  # pinned ones that were met
+
+    def turn(self, layer: int, gone: set[int], pinned: list[int]) -> None:
+        """gone: those that went while they waited."""
+        for entry in self._aside:
+            heapq.heappush(self._heads, entry)
+        self._aside.clear()
+        self._pinned = pinned
+        if gone:
+            self._queues[layer] = [entry for entry in self._queues[layer] if entry[1] not in gone]
+        self._advance(layer)
+
+    def first(self) -> Entry:
+        while self._heads and self._heads[0][1] in self._pinned:
+            self._aside.append(self._heads[0])
+            self.pop()
+        return self._heads[0] if self._heads else NOBODY
+
+    def pop(self) -> int:
+        """After `first`."""
+        _, place = heapq.heappop(self._heads)
+        self._advance(place // self._num_experts)
+        return place
+
+    def _advance(self, layer: int) -> None:
+        if self._queues[layer]:
+            heapq.heappush(self._heads, self._queues[layer].pop())
