@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 from scheduler.policy.belady import Belady
 from scheduler.policy.decayed import Decayed
@@ -14,11 +15,26 @@ from scheduler.replay import ReplayCache, Setting, ranked
 from scheduler.trace import AccessTrace
 
 
+Learned = TypeVar("Learned")
+
+
 @dataclass(frozen=True)
 class Background:
-    """What a learned policy may know before the replay. train: None, nothing."""
+    """What a learned policy may know before the replay. train: None, nothing.
+
+    One background serves replays of many cache sizes: what was learned once is kept.
+    """
 
     train: AccessTrace | None = None
+    _learned: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def learned(self, learn: Callable[[AccessTrace], Learned]) -> Learned | None:
+        """What `learn` makes of the training trace; None without one."""
+        if self.train is None:
+            return None
+        if learn not in self._learned:
+            self._learned[learn] = learn(self.train)
+        return cast(Learned, self._learned[learn])
 
 
 Maker = Callable[[Setting, Background], ReplayCache]
