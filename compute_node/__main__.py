@@ -61,7 +61,9 @@ async def run(config: ComputeNodeConfig) -> None:
         cache.open()
         evidence = None
         if access_log:
-            evidence = Evidence(access_log, spec, config.node, slots, lambda: charge.name)
+            evidence = Evidence(
+                access_log, spec, config.node, slots, config.scope, lambda: charge.name
+            )
         engine = Engine(
             loaded,
             cache,

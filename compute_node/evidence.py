@@ -19,12 +19,19 @@ class Evidence:
     """Packs step records. policy: names the policy in charge."""
 
     def __init__(
-        self, log: AccessLog, spec: ModelSpec, node: str, slots: int, policy: Callable[[], str]
+        self,
+        log: AccessLog,
+        spec: ModelSpec,
+        node: str,
+        slots: int,
+        scope: str,
+        policy: Callable[[], str],
     ) -> None:
         self._log = log
         self._spec = spec
         self._node = node
         self._slots = slots
+        self._scope = scope
         self._policy = policy
 
     def decode(self, sequence: str, step: int, record: StepRecord) -> None:
@@ -37,6 +44,7 @@ class Evidence:
                 step=step,
                 num_experts=self._spec.num_experts,
                 slots=self._slots,
+                scope=self._scope,
                 policy=self._policy(),
                 time_ns=time.time_ns(),
                 topk_ids=ids.astype(np.uint16),

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from proto import errors
 
-VERSION = 1
+VERSION = 2
+LAYER, POOL = "layer", "pool"  # scopes: slots divided by layer, or shared by all layers
 SCHEDULER_GROUP = "scheduler"
 ACCESS_STREAM_BYTES = 16 * 1024 * 1024
 VALKEY_MAX_MEMORY = "64mb"
@@ -47,6 +48,9 @@ def access_stream_maxlen(entry_bytes: int) -> int:
 class DecodeAccess:
     """One decode step of one sequence.
 
+    slots:        how many experts the node may hold, all layers together
+    scope:        LAYER or POOL
+    policy:       that chose the last victim
     topk_ids:     [L, K] uint16
     topk_weights: [L, K] float16, gate weights; they need not sum to 1
     hits:         [L, K] bool, found in the node's cache
@@ -57,6 +61,7 @@ class DecodeAccess:
     step: int
     num_experts: int
     slots: int
+    scope: str
     policy: str
     time_ns: int
     topk_ids: NDArray[np.uint16]
@@ -73,6 +78,7 @@ class DecodeAccess:
             "step": self.step,
             "experts": self.num_experts,
             "slots": self.slots,
+            "scope": self.scope,
             "policy": self.policy,
             "time_ns": self.time_ns,
             "layers": num_layers,
@@ -141,6 +147,7 @@ def _decode_step(fields: Mapping[bytes, bytes]) -> DecodeAccess:
         step=_number(fields, "step"),
         num_experts=num_experts,
         slots=_number(fields, "slots"),
+        scope=_scope(fields),
         policy=_text(fields, "policy"),
         time_ns=_number(fields, "time_ns"),
         topk_ids=topk_ids,
@@ -227,6 +234,13 @@ def _text(fields: Mapping[bytes, bytes], name: str) -> str:
     if len(data) > _MAX_NAME:
         raise errors.MessageInvalid(f"field {name!r} has {len(data)} bytes")
     return _utf8(data, name)
+
+
+def _scope(fields: Mapping[bytes, bytes]) -> str:
+    scope = _text(fields, "scope")
+    if scope not in (LAYER, POOL):
+        raise errors.MessageInvalid(f"evidence of unknown scope {scope!r}")
+    return scope
 
 
 def _number(fields: Mapping[bytes, bytes], name: str, limit: int = 1 << 63) -> int:

@@ -9,12 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
-from proto.redis_schema import DecodeAccess
+from proto.redis_schema import LAYER, POOL, DecodeAccess
 from scheduler.policy.ranking import RankingPolicy
 from scheduler.slots import Hits, Slots, make_slots
 from scheduler.trace import AccessTrace, TraceInvalid
-
-LAYER, POOL = "layer", "pool"
 
 
 @dataclass(frozen=True)

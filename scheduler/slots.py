@@ -52,9 +52,9 @@ def make_slots(shape: tuple[int, int], top_k: int, slots: int, *, pooled: bool) 
 
 
 class LayerSlots:
-    """So many slots for each layer."""
+    """So many slots for each layer: one number, or [L] where layers have different shares."""
 
-    def __init__(self, shape: tuple[int, int], slots: int) -> None:
+    def __init__(self, shape: tuple[int, int], slots: int | NDArray[np.intp]) -> None:
         self._slots = slots
         self._resident = np.zeros(shape, np.bool_)
         self._rows = np.arange(shape[0])[:, None]
@@ -78,11 +78,16 @@ class LayerSlots:
         pinned: NDArray[np.intp],
         ranks: Ranks,
     ) -> None:
-        order = np.where(self._resident[full], ranks[full], np.inf)
-        order[np.arange(len(full))[:, None], pinned] = np.inf
-        first = order.argsort(axis=1, kind="stable")
-        row, place = np.nonzero(np.arange(first.shape[1]) < excess[:, None])
-        self._resident[full[row], first[row, place]] = False
+        by_excess = (-excess).argsort()  # so that layers with room enough drop off at the end
+        layers, excess = full[by_excess], excess[by_excess]
+        order = np.where(self._resident[layers], ranks[layers], np.inf)
+        rows = np.arange(len(layers))
+        order[rows[:, None], pinned[by_excess]] = np.inf
+        for evicted in range(excess[0]):
+            rows = rows[: np.count_nonzero(excess > evicted)]
+            first = order[: len(rows)].argmin(axis=1)
+            order[rows, first] = np.inf
+            self._resident[layers[: len(rows)], first] = False
 
 
 class PoolSlots:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proto import errors
-from proto.redis_schema import DecodeAccess
+from proto.redis_schema import LAYER, DecodeAccess
 
 REQUIRED = ("topk_ids", "seq_offsets", "num_experts")
 OPTIONAL = ("topk_weights", "seq_names", "router_scores", "sampling")
@@ -81,6 +81,7 @@ class AccessTrace:
                     step=at - int(start),
                     num_experts=self.num_experts,
                     slots=0,
+                    scope=LAYER,
                     policy="",
                     time_ns=0,
                     topk_ids=self.topk_ids[at],

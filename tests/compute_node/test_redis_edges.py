@@ -38,7 +38,7 @@ def client(valkey: ValkeyServer, run_dir: Path) -> Iterator[redis.Redis]:
 def event(step: int) -> DecodeAccess:
     ids = np.arange(8, dtype=np.uint16).reshape(2, 4)
     weights = np.full((2, 4), 0.25, np.float16)
-    return DecodeAccess("n", "s1", step, 16, 8, "lru", 1, ids, weights, ids % 2 == 0)
+    return DecodeAccess("n", "s1", step, 16, 8, "layer", "lru", 1, ids, weights, ids % 2 == 0)
 
 
 def entries(client: redis.Redis) -> list[DecodeAccess]:

@@ -32,6 +32,7 @@ def decode_accesses(draw: st.DrawFn) -> DecodeAccess:
         step=draw(u63),
         num_experts=num_experts,
         slots=draw(u63),
+        scope=draw(st.sampled_from(["layer", "pool"])),
         policy=draw(names),
         time_ns=draw(u63),
         topk_ids=random.integers(0, num_experts, shape).astype(np.uint16),
@@ -166,15 +167,23 @@ def test_weights_must_be_finite(weight: float) -> None:
     ids = np.zeros((1, 1), np.uint16)
     hits = np.zeros((1, 1), bool)
     access = DecodeAccess(
-        "n", "s", 0, 1, 1, "lru", 0, ids, np.full((1, 1), weight, np.float16), hits
+        "n", "s", 0, 1, 1, "layer", "lru", 0, ids, np.full((1, 1), weight, np.float16), hits
     )
     with pytest.raises(errors.MessageInvalid, match="finite"):
         decode_access(over_the_wire(access.encode()))
 
 
+def test_an_unknown_scope_is_refused() -> None:
+    """Red when the scope is taken as it comes: shadows would count under another budget."""
+    ids, weights = np.zeros((1, 1), np.uint16), np.ones((1, 1), np.float16)
+    access = DecodeAccess("n", "s", 0, 4, 1, "both", "lru", 0, ids, weights, np.ones((1, 1), bool))
+    with pytest.raises(errors.MessageInvalid, match="scope 'both'"):
+        decode_access(over_the_wire(access.encode()))
+
+
 def test_experts_beyond_the_model_are_refused() -> None:
     ids, weights = np.full((1, 1), 4, np.uint16), np.ones((1, 1), np.float16)
-    access = DecodeAccess("n", "s", 0, 4, 1, "lru", 0, ids, weights, np.ones((1, 1), bool))
+    access = DecodeAccess("n", "s", 0, 4, 1, "layer", "lru", 0, ids, weights, np.ones((1, 1), bool))
     with pytest.raises(errors.MessageInvalid, match="does not have"):
         decode_access(over_the_wire(access.encode()))
 

@@ -37,6 +37,8 @@ def decode_step(
     weights: float = 0.5,
     num_experts: int = 8,
     sequence: str = "s",
+    slots: int = 4,
+    scope: str = "layer",
 ) -> DecodeAccess:
     topk_ids = np.asarray(ids, np.uint16)
     return DecodeAccess(
@@ -44,7 +46,8 @@ def decode_step(
         sequence=sequence,
         step=step,
         num_experts=num_experts,
-        slots=4,
+        slots=slots,
+        scope=scope,
         policy="lru",
         time_ns=1,
         topk_ids=topk_ids,
