@@ -10,11 +10,13 @@ with NodeClient("unix:/path/to/run-dir/compute_node.sock") as node:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
+import numpy as np
+from numpy.typing import NDArray
 
 from proto import compute_node_pb2 as pb
 from proto import compute_node_pb2_grpc as pb_grpc
@@ -48,8 +50,40 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class RecordedStep:
+    """What one decode step asked of the experts. L MoE layers, K experts a token, E experts a
+    layer.
+
+    topk_ids:      [L, K], in the router's order
+    topk_weights:  [L, K], their gate weights
+    router_scores: [L, E], as the router gave them; None when not asked for
+    """
+
+    num_experts: int
+    topk_ids: NDArray[np.uint16]
+    topk_weights: NDArray[np.float16]
+    router_scores: NDArray[np.float16] | None
+
+    @classmethod
+    def from_pb(cls, message: pb.StepAccess) -> Self:
+        """Raises MessageInvalid when the arrays have not the shape they are said to have."""
+        chosen = message.num_layers, message.top_k
+        scored = message.num_layers, message.num_experts
+        has_scores = message.HasField("router_scores")
+        try:
+            return cls(
+                message.num_experts,
+                np.frombuffer(message.topk_ids, "<u2").reshape(chosen),
+                np.frombuffer(message.topk_weights, "<f2").reshape(chosen),
+                np.frombuffer(message.router_scores, "<f2").reshape(scored) if has_scores else None,
+            )
+        except ValueError as error:
+            raise errors.MessageInvalid(f"a step that does not decode ({error})") from error
+
+
+@dataclass(frozen=True)
 class Result:
-    """A finished generation."""
+    """A finished generation. steps: one for each decode step, when recorded."""
 
     text: str
     token_ids: list[int]
@@ -60,6 +94,7 @@ class Result:
     queued_s: float
     prefill: Phase
     decode: Phase
+    steps: list[RecordedStep] = field(default_factory=list, repr=False)
 
 
 class Generation:
@@ -72,6 +107,7 @@ class Generation:
         self._prompt_token_ids: list[int] = []
         self._token_ids: list[int] = []
         self._text: list[str] = []
+        self._steps: list[RecordedStep] = []
         self.result: Result | None = None
 
     def __iter__(self) -> Iterator[Piece]:
@@ -104,6 +140,8 @@ class Generation:
                 self._token_ids.append(reply.token.id)
                 self._text.append(reply.token.text)
                 return Piece(reply.token.id, reply.token.text)
+            case "step_access":
+                self._steps.append(RecordedStep.from_pb(reply.step_access))
             case "finished":
                 return self._finish(reply.finished)
         return None
@@ -120,6 +158,7 @@ class Generation:
             queued_s=finished.queued_s,
             prefill=_phase(finished.prefill),
             decode=_phase(finished.decode),
+            steps=self._steps,
         )
         # What was held back belongs to the last token.
         return Piece(self._token_ids[-1], finished.text) if finished.text else None
@@ -159,12 +198,18 @@ class NodeClient:
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
+        max_prompt_tokens: int = 0,
+        record: bool = False,
+        router_scores: bool = False,
         timeout_s: float | None = None,
     ) -> Generation:
         """Start generating.
 
         prompt: text, token ids, or chat messages ({"role": ..., "content": ...})
         temperature: 0 is greedy, and exact
+        max_prompt_tokens: a longer prompt is cut to its first so many tokens; 0: never
+        record: keep what each decode step asked of the experts, in `Result.steps`
+        router_scores: record the router's scores of all experts, too
         """
         request = pb.GenerateRequest(
             max_tokens=max_tokens,
@@ -178,6 +223,8 @@ class NodeClient:
             stop=stop,
             stop_token_ids=stop_token_ids,
             ignore_eos=ignore_eos,
+            max_prompt_tokens=max_prompt_tokens,
+            recording=pb.Recording(router_scores=router_scores) if record else None,
         )
         _set_input(request, prompt)
         return Generation(self._stub.Generate(request, timeout=timeout_s))

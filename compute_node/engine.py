@@ -19,7 +19,9 @@ from compute_node.cache.expert_cache import ExpertCache
 from compute_node.evidence import Evidence
 from compute_node.model import LoadedModel
 from compute_node.sampling import Sampler, SamplingOptions
+from compute_node.step_access import Recording, StepAccess
 from compute_node.text import Detokenizer, StopStrings
+from compute_node.usage import Measure, Usage
 from proto import errors
 
 _MAX_CHARACTERS_A_TOKEN = 64
@@ -27,7 +29,11 @@ _MAX_CHARACTERS_A_TOKEN = 64
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate from. token_ids: the prompt, never empty."""
+    """What to generate from.
+
+    token_ids: the prompt, never empty
+    recording: what to tell of every decode step; None: nothing
+    """
 
     token_ids: tuple[int, ...]
     max_tokens: int = 128
@@ -35,18 +41,7 @@ class Request:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
-
-
-@dataclass
-class Usage:
-    """Of one phase of one request."""
-
-    tokens: int = 0
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    stall_s: float = 0.0
-    wall_s: float = 0.0
+    recording: Recording | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +65,9 @@ class Finished:
     @property
     def tokens_per_s(self) -> float:
         return self.decode.tokens / self.decode.wall_s if self.decode.wall_s else 0.0
+
+
+Event = Token | StepAccess | Finished
 
 
 @dataclass
@@ -152,9 +150,9 @@ class Engine:
 
     def generate(
         self, request: Request, check: Callable[[], None] = lambda: None
-    ) -> Iterator[Token | Finished]:
-        """Tokens as they come, then how it ended. `check` may raise between layers to abandon the
-        request.
+    ) -> Iterator[Event]:
+        """Tokens as they come, each decode step's accesses if they are recorded, then how it ended.
+        `check` may raise between layers to abandon the request.
 
         Raises InvalidRequest, StoreUnavailable, WeightsDamaged, StaleLease, and what `check`
         raises.
@@ -165,7 +163,7 @@ class Engine:
         sequence = SequenceState(f"s{self._num_sequences}", list(request.token_ids))
         prefill, decode = Usage(), Usage()
         start_s = time.perf_counter()
-        with self._measure(prefill, len(request.token_ids)):
+        with Measure(self.cache, prefill, len(request.token_ids)):
             logits = self.prefill(sequence)
         writer = _Writer(request, self.loaded.tokenizer, self._eos_ids)
         ttft_s = time.perf_counter() - start_s
@@ -174,8 +172,10 @@ class Engine:
             yield token
             if writer.finish_reason:
                 break
-            with self._measure(decode, 1):
+            with Measure(self.cache, decode, 1):
                 logits = self.decode([sequence])[0]
+            if request.recording:
+                yield self._step_access(request.recording)
         yield Finished(writer.finish_reason, writer.flush(), ttft_s, prefill, decode)
 
     @torch.inference_mode()
@@ -242,37 +242,11 @@ class Engine:
         logits: Tensor = output.logits[:, -1, :]
         return logits
 
-    def _measure(self, usage: Usage, tokens: int) -> _Measure:
-        return _Measure(self.cache, usage, tokens)
-
-
-class _Measure:
-    """Adds what a block cost to a usage, also when it raises."""
-
-    def __init__(self, cache: ExpertCache, usage: Usage, tokens: int) -> None:
-        self._cache, self._usage, self._tokens = cache, usage, tokens
-
-    def __enter__(self) -> None:
-        self._before = self._totals()
-        self._start_s = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        usage, after = self._usage, self._totals()
-        usage.wall_s += time.perf_counter() - self._start_s
-        usage.tokens += self._tokens
-        usage.hits += after[0] - self._before[0]
-        usage.misses += after[1] - self._before[1]
-        usage.bytes_read += after[2] - self._before[2]
-        usage.stall_s += after[3] - self._before[3]
-
-    def _totals(self) -> tuple[int, int, int, float]:
-        counters = self._cache.counters.values()
-        return (
-            sum(c.hits for c in counters),
-            sum(c.misses for c in counters),
-            sum(c.bytes_read for c in counters),
-            sum(c.stall_s for c in counters),
-        )
+    def _step_access(self, recording: Recording) -> StepAccess:
+        """Of the latest decode step."""
+        loaded = self.loaded
+        scores = loaded.scores if recording.router_scores else None
+        return StepAccess.of(loaded.spec, loaded.record, scores)
 
 
 class _Writer:

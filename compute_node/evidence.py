@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from compute_node.access_log import AccessLog
 from compute_node.experts import LayerAccess, StepRecord
+from compute_node.step_access import StepAccess, layers_of
 from proto.expert import ModelSpec
 from proto.redis_schema import DecodeAccess, PrefillAccess
 
@@ -35,8 +36,7 @@ class Evidence:
         self._policy = policy
 
     def decode(self, sequence: str, step: int, record: StepRecord) -> None:
-        layers = self._layers(record)
-        ids = torch.stack([access.ids[0] for access in layers]).numpy()  # [L, K]
+        access = StepAccess.of(self._spec, record)
         self._log.append(
             DecodeAccess(
                 node=self._node,
@@ -47,16 +47,16 @@ class Evidence:
                 scope=self._scope,
                 policy=self._policy(),
                 time_ns=time.time_ns(),
-                topk_ids=ids.astype(np.uint16),
-                topk_weights=_weights(layers),
-                hits=_hits(ids, layers),
+                topk_ids=access.topk_ids,
+                topk_weights=access.topk_weights,
+                hits=_hits(access.topk_ids, layers_of(self._spec, record)),
             )
         )
 
     def prefill(self, sequence: str, num_tokens: int, record: StepRecord) -> None:
         counts = [
             torch.bincount(access.ids.flatten(), minlength=self._spec.num_experts)
-            for access in self._layers(record)
+            for access in layers_of(self._spec, record)
         ]
         self._log.append(
             PrefillAccess(
@@ -68,18 +68,8 @@ class Evidence:
             )
         )
 
-    def _layers(self, record: StepRecord) -> list[LayerAccess]:
-        return [record.layers[layer] for layer in self._spec.moe_layers]
 
-
-def _weights(layers: list[LayerAccess]) -> NDArray[np.float16]:
-    limit = float(np.finfo(np.float16).max)
-    weights = torch.stack([access.weights[0].float() for access in layers])
-    packed: NDArray[np.float16] = weights.clamp(-limit, limit).numpy().astype(np.float16)
-    return packed
-
-
-def _hits(ids: NDArray[np.int64], layers: list[LayerAccess]) -> NDArray[np.bool_]:
+def _hits(ids: NDArray[np.uint16], layers: list[LayerAccess]) -> NDArray[np.bool_]:
     rows = [
         [expert in access.hits for expert in row] for row, access in zip(ids, layers, strict=True)
     ]

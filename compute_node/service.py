@@ -14,6 +14,7 @@ from compute_node.access_log import AccessLog
 from compute_node.advice import AdviceFeed
 from compute_node.jobs import ComputeThread
 from compute_node.sampling import SamplingOptions
+from compute_node.step_access import Recording, StepAccess
 from compute_node.store_client import StoreClient
 from compute_node.text import encode_chat, encode_prompt
 from proto import compute_node_pb2 as pb
@@ -50,7 +51,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         self._engine.check_request(wanted)
         self._num_requests += 1
 
-        def work(check: Callable[[], None]) -> Iterator[core.Token | core.Finished]:
+        def work(check: Callable[[], None]) -> Iterator[core.Event]:
             return self._engine.generate(wanted, check)
 
         jobs = self._compute.run(work, context.time_remaining())
@@ -111,9 +112,10 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         if len(request.stop) > _MAX_STOPS:
             raise errors.InvalidRequest(f"{len(request.stop)} stop strings, at most {_MAX_STOPS}")
         sampling = request.sampling
+        # Tokenising megabytes takes seconds: not on the event loop.
+        token_ids = await asyncio.to_thread(self._prompt_ids, request)
         return core.Request(
-            # Tokenising megabytes takes seconds: not on the event loop.
-            token_ids=tuple(await asyncio.to_thread(self._prompt_ids, request)),
+            token_ids=tuple(token_ids[: request.max_prompt_tokens or None]),
             max_tokens=request.max_tokens or _DEFAULT_MAX_TOKENS,
             sampling=SamplingOptions(
                 sampling.temperature,
@@ -125,6 +127,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             stop=tuple(request.stop),
             stop_token_ids=frozenset(request.stop_token_ids),
             ignore_eos=request.ignore_eos,
+            recording=_recording(request),
         )
 
     def _prompt_ids(self, request: pb.GenerateRequest) -> list[int]:
@@ -173,9 +176,15 @@ def _seed(sampling: pb.Sampling) -> int | None:
     return sampling.seed if sampling.HasField("seed") else None
 
 
-def _reply(event: core.Token | core.Finished, queued_s: float) -> pb.GenerateReply:
+def _recording(request: pb.GenerateRequest) -> Recording | None:
+    return Recording(request.recording.router_scores) if request.HasField("recording") else None
+
+
+def _reply(event: core.Event, queued_s: float) -> pb.GenerateReply:
     if isinstance(event, core.Token):
         return pb.GenerateReply(token=pb.Token(id=event.token_id, text=event.text))
+    if isinstance(event, StepAccess):
+        return pb.GenerateReply(step_access=_step_access(event))
     return pb.GenerateReply(
         finished=pb.Finished(
             finish_reason=event.reason,
@@ -187,3 +196,17 @@ def _reply(event: core.Token | core.Finished, queued_s: float) -> pb.GenerateRep
             decode=pb.PhaseUsage(**asdict(event.decode)),
         )
     )
+
+
+def _step_access(access: StepAccess) -> pb.StepAccess:
+    num_layers, top_k = access.topk_ids.shape
+    reply = pb.StepAccess(
+        num_layers=num_layers,
+        top_k=top_k,
+        num_experts=access.num_experts,
+        topk_ids=access.topk_ids.astype("<u2").tobytes(),
+        topk_weights=access.topk_weights.astype("<f2").tobytes(),
+    )
+    if access.router_scores is not None:
+        reply.router_scores = access.router_scores.astype("<f2").tobytes()
+    return reply

@@ -1,0 +1,49 @@
+"""What one phase of one request cost: tokens, hits, bytes, waiting."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from compute_node.cache.expert_cache import ExpertCache
+
+
+@dataclass
+class Usage:
+    """Of one phase of one request."""
+
+    tokens: int = 0
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    stall_s: float = 0.0
+    wall_s: float = 0.0
+
+
+class Measure:
+    """Adds what a block cost to a usage, also when it raises."""
+
+    def __init__(self, cache: ExpertCache, usage: Usage, tokens: int) -> None:
+        self._cache, self._usage, self._tokens = cache, usage, tokens
+
+    def __enter__(self) -> None:
+        self._before = self._totals()
+        self._start_s = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        usage, after = self._usage, self._totals()
+        usage.wall_s += time.perf_counter() - self._start_s
+        usage.tokens += self._tokens
+        usage.hits += after[0] - self._before[0]
+        usage.misses += after[1] - self._before[1]
+        usage.bytes_read += after[2] - self._before[2]
+        usage.stall_s += after[3] - self._before[3]
+
+    def _totals(self) -> tuple[int, int, int, float]:
+        counters = self._cache.counters.values()
+        return (
+            sum(c.hits for c in counters),
+            sum(c.misses for c in counters),
+            sum(c.bytes_read for c in counters),
+            sum(c.stall_s for c in counters),
+        )
