@@ -36,6 +36,7 @@ class StepMemory:
     """The last `capacity_steps` steps: which experts each used, and in what order they came.
 
     `append` changes it, `neighbours` asks. Needs capacity * (3 * L * E / 8 + 4 * L * K) bytes.
+    hidden: places that must not be looked at
     """
 
     def __init__(self, shape: tuple[int, int], capacity_steps: int) -> None:
@@ -50,6 +51,7 @@ class StepMemory:
         self._shared = np.empty_like(self._bits)
         self._counts = np.empty(self._bits.shape, np.uint8)
         self.num_steps = 0
+        self.hidden = slice(0, 0)
 
     def __len__(self) -> int:
         return min(self.num_steps, self._capacity)
@@ -63,20 +65,17 @@ class StepMemory:
         self._bits[:, at] = self._pack(self._places[at])
         self.num_steps += 1
 
-    def neighbours(self, chosen: NDArray[np.intp], hidden: slice = slice(0, 0)) -> Neighbours:
-        """Past steps most like one that used `chosen`, [L, K], and that something came after.
-
-        hidden: places of the memory that must not be looked at
-        """
+    def neighbours(self, chosen: NDArray[np.intp]) -> Neighbours:
+        """Past steps most like one that used `chosen`, [L, K], and that something came after."""
         common = self._common(self._pack((self._first + chosen).ravel()))
-        common[hidden] = 0
+        common[self.hidden] = 0
         if self.num_steps:
             common[(self.num_steps - 1) % self._capacity] = 0  # nothing came after the newest
         found = np.flatnonzero(common >= _threshold(common))
         ahead = np.arange(1, NUM_AHEAD + 1)
         age = (self.num_steps - 1 - found) % self._capacity
         after = (found[:, None] + ahead) % self._capacity
-        known = (ahead <= age[:, None]) & ~_within(after, hidden)
+        known = (ahead <= age[:, None]) & ~_within(after, self.hidden)
         return Neighbours(common[found], self._places[after], known)
 
     def _common(self, bits: NDArray[np.uint64]) -> NDArray[np.uint16]:
@@ -108,14 +107,11 @@ class Recall:
         """One more step of the sequence at hand, [L, K]."""
         self._memories[-1].append(chosen)
 
-    def shares(self, chosen: NDArray[np.intp], hidden: slice = slice(0, 0)) -> Array:
+    def shares(self, chosen: NDArray[np.intp]) -> Array:
         """[2, L, E]: how often each expert came in the next step after steps like this one, and
         how often in the next few, nearer ones first; zero when nothing is remembered.
-
-        hidden: places of the first memory that must not be looked at
         """
-        found = [self._memories[0].neighbours(chosen, hidden)]
-        found += [memory.neighbours(chosen) for memory in self._memories[1:]]
+        found = [memory.neighbours(chosen) for memory in self._memories]
         common = np.concatenate([one.common for one in found]).astype(np.float64)
         if not common.size or common.max() <= 0:
             return np.zeros((2, *self._shape))
