@@ -10,7 +10,7 @@ from typing import Annotated
 import click
 import typer
 
-from deploy import console, container, doctor, offline, online
+from deploy import console, container, doctor, offline, online, record
 from deploy.status import check_health
 from proto import errors
 
@@ -31,6 +31,7 @@ for verb in (
     online.run,
     online.generate,
     online.status,
+    record.record,
     container.container_config,
     doctor.doctor,
 ):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from deploy.offline import load_store
 from deploy.run_dir import RunDir
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.status import collect_status
+from deploy.supervisor import Stack
 from expert_store.manifest import Manifest
 from proto import errors
 
@@ -31,6 +33,7 @@ CONFIG = typer.Option(help="Settings.  [default: ./flashmoe.toml if there is one
 SOURCE = typer.Option(help="Where the checkpoint's files are now, if they moved.")
 MAX_TOKENS = typer.Option(help="New tokens at most.")
 TEMPERATURE = typer.Option(help="0: greedy.")
+TOP_P = typer.Option(help="Nucleus sampling; 1: off.")
 SEED = typer.Option(help="Of the sampling; none: random.")
 IGNORE_EOS = typer.Option("--ignore-eos", help="Go on past the end of text.")
 JSON = typer.Option("--json", help="One JSON object instead of text.")
@@ -86,31 +89,24 @@ def run(
 
     Example: flashmoe run "Once upon a time" --model ~/stores/olmoe --memory 4GiB
     """
-    with tempfile.TemporaryDirectory(prefix="flashmoe-") as scratch:
-        settings = ServeSettings.load(config).with_flags(
-            model=model, memory=memory, experts_memory=experts_memory, run_dir=Path(scratch)
-        )
-        store_dir, manifest, plan = prepare(settings)
-        check_shared_memory(plan)
-        console.err.print(f"starting {manifest.spec.model_type} ...")
-        stopped = stop_flag()
-        with local.serving(settings, store_dir, manifest, plan, stopped) as stack:
-            address = RunDir(settings.run_dir.resolve()).address("compute_node")
-            with NodeClient(address) as node, ThreadPoolExecutor(1) as threads:
-                generation = node.generate(
-                    prompt,
-                    max_tokens=max_tokens,
-                    temperature=temperature,
-                    seed=seed,
-                    ignore_eos=ignore_eos,
-                )
-                writing = threads.submit(_write_all, prompt, generation)
-                stack.watch(lambda: writing.done() or stopped())
-                generation.cancel()  # does nothing to one that is through
-                result = writing.result()
-            stack.write_memory()
-            report = MemoryReport.read(settings.run_dir)
-        print_summary(result, report)
+    stopped = stop_flag()
+    flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
+    with own_stack(config, flags, stopped) as (stack, run), ThreadPoolExecutor(1) as threads:
+        with NodeClient(run.address("compute_node")) as node:
+            generation = node.generate(
+                prompt,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=seed,
+                ignore_eos=ignore_eos,
+            )
+            writing = threads.submit(_write_all, prompt, generation)
+            stack.watch(lambda: writing.done() or stopped())
+            generation.cancel()  # does nothing to one that is through
+            result = writing.result()
+        stack.write_memory()
+        report = MemoryReport.read(run.path)
+    print_summary(result, report)
 
 
 def _write_all(prompt: str, generation: Generation) -> Result:
@@ -126,7 +122,7 @@ def generate(
     run_dir: Annotated[Path | None, RUN_DIR] = None,
     max_tokens: Annotated[int, MAX_TOKENS] = 128,
     temperature: Annotated[float, TEMPERATURE] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1: off.")] = 1.0,
+    top_p: Annotated[float, TOP_P] = 1.0,
     seed: Annotated[int | None, SEED] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; repeat for more.")] = None,
     ignore_eos: Annotated[bool, IGNORE_EOS] = False,
@@ -209,6 +205,23 @@ def prepare(settings: ServeSettings) -> tuple[Path, Manifest, MemoryPlan]:
         embedded_valkey=settings.redis is None,
     )
     return settings.model, manifest, plan
+
+
+@contextmanager
+def own_stack(
+    config: Path | None, flags: Mapping[str, Any], stopped: Callable[[], bool]
+) -> Iterator[tuple[Stack, RunDir]]:
+    """A stack in a scratch run directory, for the block. flags: as `with_flags` takes them.
+
+    Raises as `prepare` and `local.serving` do.
+    """
+    with tempfile.TemporaryDirectory(prefix="flashmoe-") as scratch:
+        settings = ServeSettings.load(config).with_flags(**flags, run_dir=Path(scratch))
+        store_dir, manifest, plan = prepare(settings)
+        check_shared_memory(plan)
+        console.err.print(f"starting {manifest.spec.model_type} ...")
+        with local.serving(settings, store_dir, manifest, plan, stopped) as stack:
+            yield stack, RunDir(settings.run_dir.resolve())
 
 
 def stop_flag() -> Callable[[], bool]:

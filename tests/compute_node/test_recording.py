@@ -1,7 +1,7 @@
 """What a node tells of its decode steps is what transformers' own routers chose for those tokens.
 
-Planted faults seen red: layers told in reverse order, scores of reverse layers, scores after softmax,
-steps told unasked, a prompt that is not cut, weights left flat.
+Planted faults seen red: layers told in reverse order, their scores in reverse order, scores after
+softmax, steps told unasked, a prompt that is not cut, weights left flat.
 """
 
 from __future__ import annotations
