@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,9 @@ class AccessTrace:
             num_experts=int(arrays["num_experts"]),
             topk_weights=_weights(path, arrays.get("topk_weights"), ids.shape),
             seq_names=_names(path, arrays.get("seq_names"), len(arrays["seq_offsets"]) - 1),
-            router_scores=arrays.get("router_scores"),
+            router_scores=_scores(
+                path, arrays.get("router_scores"), (*ids.shape[:2], int(arrays["num_experts"]))
+            ),
             sampling=str(arrays.get("sampling", "")),
         )
 
@@ -159,14 +162,15 @@ def _size(trace: AccessTrace) -> str:
 
 def _arrays(path: Path) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
                 raise TraceInvalid(f"{path} is one array, not an npz: see flashmoe record")
             missing = [name for name in REQUIRED if name not in archive.files]
             if missing:
                 raise TraceInvalid(f"{path} has no {', '.join(missing)}: it is no access trace")
             return {name: archive[name] for name in archive.files if name in REQUIRED + OPTIONAL}
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
         raise TraceInvalid(f"{path} is not an npz file that needs no pickle ({error})") from error
 
 
@@ -202,6 +206,15 @@ def _weights(path: Path, weights: Any, shape: tuple[int, ...]) -> NDArray[np.flo
     if weights.shape != shape or weights.dtype.kind != "f" or not np.isfinite(weights).all():
         raise TraceInvalid(f"{path}: topk_weights must be finite floats of the shape of topk_ids")
     packed: NDArray[np.float16] = weights.astype(np.float16)
+    return packed
+
+
+def _scores(path: Path, scores: Any, shape: tuple[int, ...]) -> NDArray[np.float16] | None:
+    if scores is None:
+        return None
+    if scores.shape != shape or scores.dtype.kind != "f":
+        raise TraceInvalid(f"{path}: router_scores must be floats [steps, layers, experts]")
+    packed: NDArray[np.float16] = scores.astype(np.float16)
     return packed
 
 
