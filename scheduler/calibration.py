@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ def calibrate(
     with tempfile.TemporaryDirectory(prefix="flashmoe-calibrate-") as scratch:
         lessons = Lessons(trace, settings, Path(scratch), report)
         net = _train(lessons, settings, report)
-    return _export(net, lessons, settings, fingerprint)
+    return export(net, lessons, settings, fingerprint)
 
 
 class Lessons:
@@ -99,15 +100,15 @@ class Lessons:
         self.std = np.maximum(sample.std(axis=(0, 1, 2)), 1e-3)
 
     def window(self, starts: list[int], num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Choices [B, T, L * E], scaled features [B, T, L, E, N], labels [B, T, L, E, H]."""
+        """Choices [B, T, L * E], scaled features [L, B * T * E, N], labels [L, B * T * E, H]."""
         spans = [slice(start, start + num_steps) for start in starts]
         used = np.stack([self.used[span] for span in spans])
-        rows = np.stack([self.features[span] for span in spans]).astype(np.float32)
-        away = np.stack([self.distance[span] for span in spans])
-        labels = away[..., None] <= np.array(self.settings.horizons_steps)
+        rows = _by_layer(np.stack([self.features[span] for span in spans]))
+        away = _by_layer(np.stack([self.distance[span] for span in spans])[..., None])
+        labels = away <= np.array(self.settings.horizons_steps)
         return (
             torch.from_numpy(used.reshape(*used.shape[:2], -1).astype(np.float32)),
-            torch.from_numpy((rows - self.mean) / self.std),
+            torch.from_numpy((rows.astype(np.float32) - self.mean) / self.std),
             torch.from_numpy(labels.astype(np.float32)),
         )
 
@@ -175,13 +176,23 @@ class Net(nn.Module):
         self.dropout = nn.Dropout(how.dropout)
 
     def forward(self, used: Tensor, features: Tensor) -> Tensor:
-        """Logits [B, T, L, E, H] from choices [B, T, L * E] and features [B, T, L, E, N]."""
+        """Logits [L, B * T * E, H] from choices [B, T, L * E], features [L, B * T * E, N]."""
+        layers, experts, num_horizons = self.shape
         state, _ = self.gru(torch.relu(self.embed(self.dropout(used))))
-        context = self.context(self.dropout(state)).view(*used.shape[:2], *self.shape)
-        logits = features @ self.linear + context
-        hidden = torch.relu(torch.cat([features, logits], -1) @ self.head_input + self.head_bias)
-        joined: Tensor = logits + hidden @ self.head_output
-        return joined
+        context = self.context(self.dropout(state)).view(-1, layers, experts, num_horizons)
+        context = context.transpose(0, 1).reshape(layers, -1, num_horizons)
+        logits = torch.baddbmm(context, features, self.linear)
+        of_features, of_logits = torch.split(
+            self.head_input, [features.shape[2], num_horizons], dim=1
+        )
+        hidden = torch.baddbmm(self.head_bias, features, of_features)
+        hidden = torch.relu(torch.baddbmm(hidden, logits, of_logits))
+        return torch.baddbmm(logits, hidden, self.head_output)
+
+
+def _by_layer(rows: NDArray[Any]) -> NDArray[Any]:
+    """[B, T, L, E, N] as [L, B * T * E, N]."""
+    return rows.transpose(2, 0, 1, 3, 4).reshape(rows.shape[2], -1, rows.shape[4])
 
 
 def _train(lessons: Lessons, how: CalibrationSettings, report: Report) -> Net:
@@ -285,7 +296,7 @@ def _distances(used: NDArray[np.bool_], lag_steps: int) -> NDArray[np.uint8]:
     return distance
 
 
-def _export(net: Net, lessons: Lessons, how: CalibrationSettings, fingerprint: str) -> Forecaster:
+def export(net: Net, lessons: Lessons, how: CalibrationSettings, fingerprint: str) -> Forecaster:
     """Weights for unscaled features, in the layout that numpy multiplies with."""
     trace = lessons.trace
     spec = ForecasterSpec(
@@ -313,7 +324,7 @@ def _export(net: Net, lessons: Lessons, how: CalibrationSettings, fingerprint: s
         "head.output": weights["head_output"],
     }
     contiguous = {name: np.ascontiguousarray(value) for name, value in exported.items()}
-    return Forecaster(spec, contiguous, trace.topk_ids.astype(np.uint16))
+    return Forecaster(spec, contiguous, np.ascontiguousarray(trace.topk_ids, np.uint16))
 
 
 def _unscaled(
