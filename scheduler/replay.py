@@ -9,10 +9,13 @@ from typing import Protocol
 
 import numpy as np
 
+from proto import errors
 from proto.redis_schema import LAYER, POOL, DecodeAccess
 from scheduler.policy.ranking import RankingPolicy
-from scheduler.slots import Hits, Slots, make_slots
+from scheduler.slots import Hits, Slots, check_slots, make_slots
 from scheduler.trace import AccessTrace, TraceInvalid
+
+SCOPES = (LAYER, POOL)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,23 @@ class Setting:
     lag_steps: int = 0
 
     def __post_init__(self) -> None:
-        """Raises TraceInvalid when nothing would be left to count."""
+        """Raises InvalidRequest when it is no budget, TraceInvalid when nothing would be left to
+        count.
+        """
+        if self.scope not in SCOPES:
+            raise errors.InvalidRequest(f"there is no scope {self.scope!r}: give layer or pool")
+        check_slots(self.trace.top_k, self.slots)
+        if self.slots >= self.trace.num_experts:
+            raise errors.InvalidRequest(
+                f"{self.slots} slots a layer hold all {self.trace.num_experts} experts of "
+                f"{self.trace.name}, so nothing is ever evicted: give fewer"
+            )
+        if self.lag_steps not in (0, 1):
+            raise errors.InvalidRequest(f"advice cannot lag {self.lag_steps} steps: give 0 or 1")
+        if self.warmup_steps < 0:
+            raise errors.InvalidRequest(
+                f"a warm-up of {self.warmup_steps} steps cannot be: give 0 or more"
+            )
         if self.warmup_steps >= self.trace.num_steps:
             raise TraceInvalid(
                 f"{self.trace.name} has {self.trace.num_steps} steps, all of them within the "

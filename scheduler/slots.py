@@ -9,7 +9,6 @@ import heapq
 import math
 from typing import Protocol
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,10 +21,8 @@ Entry = tuple[float, int]  # rank, place in the flat pool
 NOBODY: Entry = (math.inf, -1)
 
 
-class SlotsTooFew(errors.MemoryExceeded):
+class SlotsTooFew(errors.InvalidRequest):
     """The experts of one token do not fit."""
-
-    status = grpc.StatusCode.INVALID_ARGUMENT
 
 
 class Slots(Protocol):
@@ -41,13 +38,18 @@ class Slots(Protocol):
         ...
 
 
-def make_slots(shape: tuple[int, int], top_k: int, slots: int, *, pooled: bool) -> Slots:
-    """slots: a layer; a pool has as many in all. Raises SlotsTooFew naming what works."""
+def check_slots(top_k: int, slots: int) -> None:
+    """slots: a layer. Raises SlotsTooFew naming what works."""
     if slots < top_k:
         raise SlotsTooFew(
             f"{slots} slots a layer cannot hold the {top_k} experts a token uses: "
             f"give at least {top_k}"
         )
+
+
+def make_slots(shape: tuple[int, int], top_k: int, slots: int, *, pooled: bool) -> Slots:
+    """slots: a layer; a pool has as many in all. Raises SlotsTooFew naming what works."""
+    check_slots(top_k, slots)
     return PoolSlots(shape, slots * shape[0]) if pooled else LayerSlots(shape, slots)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.trace import AccessTrace, TraceInvalid, check_same_model
@@ -41,6 +41,7 @@ def assert_equal(one: AccessTrace, other: AccessTrace) -> None:
     assert (one.num_experts, one.sampling) == (other.num_experts, other.sampling)
 
 
+@settings(deadline=None)
 @given(trace=traces(), extra=st.sampled_from([0, 1, 250, 300]), seed=st.integers(0, 9))
 def test_survives_the_disk(
     tmp_path_factory: pytest.TempPathFactory, trace: AccessTrace, extra: int, seed: int
