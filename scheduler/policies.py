@@ -10,6 +10,7 @@ from proto.redis_schema import POOL
 from scheduler.policy.arc import Arc
 from scheduler.policy.belady import Belady
 from scheduler.policy.decayed import Decayed
+from scheduler.policy.flashmoe import FlashMoe, learn_flashmoe
 from scheduler.policy.lecar import LeCar
 from scheduler.policy.lfru import Lfru
 from scheduler.policy.lfu import Lfu
@@ -59,6 +60,9 @@ POLICIES: dict[str, Maker] = {
     "arc": lambda setting, _: queued(setting, lambda slots, _: Arc(slots)),
     "s3fifo": lambda setting, _: queued(setting, lambda slots, _: S3Fifo(slots)),
     "lecar": lambda setting, _: queued(setting, LeCar),
+    "flashmoe": lambda setting, background: ranked(
+        setting, FlashMoe(setting.trace.shape, background.learned(learn_flashmoe))
+    ),
     "min": lambda setting, _: ranked(
         setting, Belady(setting.trace.topk_ids, setting.trace.num_experts)
     ),
