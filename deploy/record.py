@@ -60,18 +60,42 @@ def record(
     Example: flashmoe record trace.npz --prompts texts/ --max-tokens 256 --temperature 0.8 --seed 1
     """
     flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
-    _check_flags(flags, run_dir)
     wanted = read_prompts([*(prompts or ()), *(more or ())])
-    if not wanted:
-        raise errors.InvalidRequest("there is nothing to generate from: give --prompts DIR|FILE")
     drawing = Drawing(max_tokens, temperature, top_p, seed, ignore_eos, prompt_tokens)
     with publishing(out) as partial:
-        stopped = online.stop_flag()
-        with _node(config, run_dir, flags, stopped) as (node, wait):
-            results = _generate(Recorder(node, drawing, scores), wanted, wait, stopped)
-        trace = to_trace(out.stem, wanted, results, drawing.as_text())
+        trace = record_trace(
+            out.stem, wanted, drawing, scores=scores, config=config, run_dir=run_dir, flags=flags
+        )
         trace.save(partial)
-    _summarise(out, trace, results)
+    _summarise(out, trace)
+
+
+def record_trace(
+    name: str,
+    prompts: Sequence[Prompt],
+    drawing: Drawing,
+    *,
+    config: Path | None,
+    run_dir: Path | None,
+    flags: Mapping[str, object],
+    scores: bool = False,
+) -> AccessTrace:
+    """One generation a prompt, by the stack in `run_dir`, or by one of its own when flags name a
+    model.
+
+    Raises InvalidRequest, ConfigInvalid, Unavailable, KeyboardInterrupt when it is stopped, and
+    what the node ends a generation with.
+    """
+    _check_flags(flags, run_dir)
+    if not prompts:
+        raise errors.InvalidRequest("there is nothing to generate from: give --prompts DIR|FILE")
+    stopped = online.stop_flag()
+    with _node(config, run_dir, flags, stopped) as (node, wait):
+        results = _generate(Recorder(node, drawing, scores), prompts, wait, stopped)
+    left_out = sum(not result.steps for result in results)
+    if left_out:
+        console.err.print(f"{left_out} ended with their first token and were left out")
+    return to_trace(name, prompts, results, drawing.as_text())
 
 
 def _check_flags(flags: Mapping[str, object], run_dir: Path | None) -> None:
@@ -165,10 +189,7 @@ def _generate(
     return recording.result()
 
 
-def _summarise(out: Path, trace: AccessTrace, results: Sequence[Result]) -> None:
-    left_out = sum(not result.steps for result in results)
-    if left_out:
-        console.err.print(f"{left_out} ended with their first token and were left out")
+def _summarise(out: Path, trace: AccessTrace) -> None:
     console.out.print(
         f"{out}: {trace.num_generations} generations, {trace.num_steps} steps of "
         f"{trace.num_layers} layers x {trace.num_experts} experts, top {trace.top_k}, "

@@ -28,6 +28,8 @@ from scheduler.trace import AccessTrace, TraceInvalid
 Report = Callable[[str], None]
 
 MIN_GENERATIONS = 4
+# Of use to the online learner, but not beside a context: tests/bench/LOG.md.
+LEFT_OUT = ("log_gap_mean", "log_gap_std", "age_over_gap", "gate_weight", "log_follows")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ class Lessons:
     ) -> None:
         self.trace = trace
         self.settings = settings
-        self.names = feature_names(settings.half_lives_tokens)
+        every = feature_names(settings.half_lives_tokens)
+        self.names = tuple(name for name in every if name not in LEFT_OUT)
+        self._columns = [every.index(name) for name in self.names]
         self.used = trace.used()
         self.distance = _distances(self.used, settings.lag_steps)
         self.features = self._describe(scratch, report)
@@ -126,7 +130,7 @@ class Lessons:
             if step == begins[step]:
                 recall.begin(slice(step, int(ends[step])))
             features.update(event)
-            rows[step] = features.table().transpose(1, 2, 0)
+            rows[step] = features.table()[self._columns].transpose(1, 2, 0)
             if step % 5000 == 0:
                 report(f"described {step} of {trace.num_steps} steps")
         return rows

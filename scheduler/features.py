@@ -54,6 +54,7 @@ class Features:
         recall: Recall,
     ) -> None:
         self.shape = shape
+        self.names = feature_names(half_lives_tokens)
         self._followers = followers
         self._recall = recall
         self._newest: DecodeAccess | None = None
@@ -98,7 +99,7 @@ class Features:
         self._frequencies += (1 - keep) * share
 
     def table(self) -> Array:
-        """[N, L, E], the features of every expert in the order of `feature_names`."""
+        """[N, L, E], the features of every expert in the order of `names`."""
         return self._describe(())
 
     def rows(self, layers: NDArray[np.intp], experts: NDArray[np.intp]) -> Array:

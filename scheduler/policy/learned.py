@@ -17,6 +17,7 @@ class Learned:
     def __init__(self, forecaster: Forecaster, features: Features) -> None:
         self._forecast = Forecast(forecaster)
         self._features = features
+        self._columns = [features.names.index(name) for name in forecaster.spec.feature_names]
 
     def observe(self, event: DecodeAccess) -> None:
         """One more decode step; learns nothing."""
@@ -25,5 +26,5 @@ class Learned:
 
     def ranks(self) -> Ranks:
         """The forecast after the last step."""
-        ranks: Ranks = self._forecast.scores(self._features.table()).astype(float)
+        ranks: Ranks = self._forecast.scores(self._features.table()[self._columns]).astype(float)
         return ranks
