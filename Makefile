@@ -15,10 +15,11 @@ EXPERTS_MEMORY ?= 37.5%
 MAX_TOKENS ?= 96
 COMPOSE ?= docker-compose
 CONTAINER := .flashmoe/container
+TRACES := .flashmoe/traces
 COMPOSED := $(COMPOSE) --env-file $(CURDIR)/$(CONTAINER)/compose.env -f deploy/docker-compose.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto run serve test system lint format check bench up down logs lock clean
+.PHONY: help setup proto run serve test system lint format check bench trace up down logs lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -73,6 +74,12 @@ check: lint test  ## what passes before a commit
 
 bench: $(STUBS)  ## measure, and print the tables of README
 	$(PY) -m tests.bench
+
+$(TRACES)/tiny-moe-test.npz: tests/bench/record_tiny.py $(wildcard tests/bench/prompts/*.txt $(MODEL)/*) \
+    | $(STORE)/manifest.json
+	@$(PY) -m tests.bench.record_tiny $(STORE) $(TRACES)
+
+trace: $(TRACES)/tiny-moe-test.npz  ## record the shipped model over eleven domains, for replay
 
 up: $(STORE)/manifest.json  ## the shipped model in containers
 	@$(BIN)/flashmoe container-config $(STORE) --memory $(MEMORY) --out $(CONTAINER)
