@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from proto import daemon
+from proto.redis_schema import PolicySetting
 from proto.rpc import Listen, TlsFiles
 
 
@@ -32,7 +33,7 @@ class ComputeNodeConfig(BaseModel):
     model_dir: Path | None = None
     slots: PositiveInt
     scope: Literal["layer", "pool"] = "layer"
-    policy: Literal["auto", "lru", "lfu", "lfru", "decayed"] = "auto"
+    policy: PolicySetting = "auto"
     half_life_tokens: PositiveFloat = 16.0
     redis_url: str | None = None
     advice_poll_s: PositiveFloat = 0.05

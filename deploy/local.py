@@ -51,6 +51,7 @@ def compose(
             "store_address": run.address("expert_store"),
             "session_dir": str(run.path / "sessions"),
             "slots": plan.slots,
+            "policy": settings.policy,
             "redis_url": redis_url,
             "metrics_port": 0,
             "metrics_port_file": str(run.path / "compute_node.metrics"),
@@ -61,6 +62,8 @@ def compose(
             "fingerprint": spec.fingerprint,
             "moe_layers": list(spec.moe_layers),
             "num_experts": spec.num_experts,
+            "policy": settings.policy,
+            "decayed_half_life_tokens": settings.half_life_tokens,
             "snapshot_path": str(run.path / f"scheduler-{spec.fingerprint}.npz"),
             "metrics_port": 0,
             "metrics_port_file": str(run.path / "scheduler.metrics"),
@@ -83,7 +86,15 @@ _CONFIGS: dict[str, type[BaseModel]] = {
     "compute_node": ComputeNodeConfig,
     "scheduler": SchedulerConfig,
 }
-_OVERRIDABLE = {"read_depth", "redis_url", "snapshot_path", "metrics_port", "metrics_port_file"}
+_OVERRIDABLE = {
+    "read_depth",
+    "policy",
+    "decayed_half_life_tokens",
+    "redis_url",
+    "snapshot_path",
+    "metrics_port",
+    "metrics_port_file",
+}
 
 
 def _check_overrides(settings: ServeSettings, tables: dict[str, dict[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from deploy.status import collect_status
 from deploy.supervisor import Stack
 from expert_store.manifest import Manifest
 from proto import errors
+from proto.redis_schema import PolicySetting
 
 MODEL = typer.Option(help="Store made by `flashmoe index` or `pack`.")
 MEMORY = typer.Option(help="Ceiling over everything, e.g. 2GiB.")
@@ -31,6 +32,7 @@ RUN_DIR = typer.Option(help="Sockets and state of the stack.  [default: ~/.flash
 REDIS = typer.Option(help="URL of a Redis or Valkey to use instead of the embedded one.")
 CONFIG = typer.Option(help="Settings.  [default: ./flashmoe.toml if there is one]")
 SOURCE = typer.Option(help="Where the checkpoint's files are now, if they moved.")
+POLICY = typer.Option(help="What decides which expert to give up.  [default: auto]")
 MAX_TOKENS = typer.Option(help="New tokens at most.")
 TEMPERATURE = typer.Option(help="0: greedy.")
 TOP_P = typer.Option(help="Nucleus sampling; 1: off.")
@@ -46,6 +48,7 @@ def serve(
     run_dir: Annotated[Path | None, RUN_DIR] = None,
     redis: Annotated[str | None, REDIS] = None,
     source: Annotated[Path | None, SOURCE] = None,
+    policy: Annotated[PolicySetting | None, POLICY] = None,
     config: Annotated[Path | None, CONFIG] = None,
 ) -> None:
     """Run all daemons on this box until interrupted; prints one line when ready.
@@ -59,6 +62,7 @@ def serve(
         run_dir=run_dir,
         redis=redis,
         source=source,
+        policy=policy,
     )
     store_dir, manifest, plan = prepare(settings)
     check_shared_memory(plan)
@@ -173,10 +177,28 @@ def status(
         console.print_json(found)
     else:
         for name, facts in found.items():
-            rows = {key: str(value) for key, value in facts.items()}
+            rows = {key: str(value) for key, value in facts.items() if key != "nodes"}
             console.out.print(console.table(name, rows))
+        for node, shadows in found["scheduler"].get("nodes", {}).items():
+            console.out.print(console.table(f"policies of {node}", shadow_rows(shadows)))
     if any(facts["health"] != "SERVING" for facts in found.values() if "health" in facts):
         raise typer.Exit(console.UNAVAILABLE)
+
+
+def shadow_rows(shadows: Mapping[str, Any]) -> dict[str, str]:
+    """Who is in charge and why, then a line a policy, the best of the last steps first."""
+    rows = {
+        "in charge": f"{shadows['in_charge']}: {shadows['why']} ({shadows['switches']} switches)",
+        "budget": f"{shadows['slots']} slots, scope {shadows['scope']}, {shadows['steps']} steps",
+    }
+    scores = shadows["policies"]
+    for name in sorted(scores, key=lambda name: -scores[name]["windowed_hit_ratio"]):
+        score = scores[name]
+        rows[name] = (
+            f"hit ratio {score['windowed_hit_ratio']:.4f} lately "
+            f"({score['windowed_regret']:.4f} short of min), {score['hit_ratio']:.4f} in all"
+        )
+    return rows
 
 
 def node_address(settings: ServeSettings) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 
 from proto import errors
+from proto.redis_schema import PolicySetting
 
 DEFAULT_RUN_DIR = Path("~/.flashmoe/run").expanduser()
 _LOCAL_FILE = Path("flashmoe.toml")
@@ -28,6 +29,7 @@ class ServeSettings(BaseModel):
     run_dir: Path = DEFAULT_RUN_DIR
     redis: str | None = None
     source: Path | None = None
+    policy: PolicySetting = "auto"
     expert_store: dict[str, Any] = Field(default_factory=dict)
     compute_node: dict[str, Any] = Field(default_factory=dict)
     scheduler: dict[str, Any] = Field(default_factory=dict)
@@ -60,6 +62,11 @@ class ServeSettings(BaseModel):
     @property
     def chunk_tokens(self) -> int:
         return self._count("compute_node", "prefill_chunk_tokens", 256)
+
+    @property
+    def half_life_tokens(self) -> Any:
+        """Of the node's decayed policy, which the scheduler shadows; the daemons check it."""
+        return self.compute_node.get("half_life_tokens", 16.0)
 
     def _count(self, table: str, key: str, default: int) -> int:
         """What the memory plan needs of a daemon's table. Raises ConfigInvalid."""

@@ -111,4 +111,35 @@ def _scheduler_facts(channel: grpc.Channel) -> dict[str, Any]:
         "advice_age_s": round(stats.advice_age_s, 3) if stats.HasField("advice_age_s") else None,
         "step_ms": round(stats.step_ms, 3),
         "cpu_share": round(stats.cpu_share, 4),
+        "nodes": {shadows.node: _shadow_facts(shadows) for shadows in stats.nodes},
     }
+
+
+def _shadow_facts(shadows: scheduler_pb2.NodeShadows) -> dict[str, Any]:
+    """Who is in charge of a node, and every policy's hit ratio under its budget."""
+    return {
+        "in_charge": shadows.in_charge,
+        "why": _why(shadows.reason),
+        "switches": shadows.switches,
+        "steps": shadows.steps,
+        "slots": shadows.slots,
+        "scope": shadows.scope,
+        "policies": {
+            score.policy: {
+                "hit_ratio": round(score.hit_ratio, 4),
+                "windowed_hit_ratio": round(score.windowed_hit_ratio, 4),
+                "windowed_regret": round(score.windowed_regret, 4),
+            }
+            for score in (*shadows.policies, shadows.actual)
+        },
+    }
+
+
+def _why(reason: scheduler_pb2.Reason) -> str:
+    if reason.kind in ("led", "steady"):
+        when = "of late" if reason.kind == "led" else "over the long run"
+        points = f"{100 * reason.lead_ratio:.2f} points in {reason.lead_steps} steps"
+        return f"led {reason.over} {when}, by {points}, at step {reason.at_step}"
+    return {"first": "no other has led it yet", "pinned": "configured"}.get(
+        reason.kind, reason.kind
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,13 @@ from proto import errors
 
 VERSION = 2
 LAYER, POOL = "layer", "pool"  # scopes: slots divided by layer, or shared by all layers
+
+# Eviction policies: who decides, by name. A node ranks by its own books, or by scores it is sent.
+PolicySetting = Literal["auto", "lru", "lfu", "lfru", "decayed", "river", "learned"]
+AUTO = "auto"  # the one that the latest advice names
+ADVISED_POLICIES = ("river", "learned")  # advice carries their scores
+FALLBACK_POLICY = "decayed"  # without advice that can be followed
+
 SCHEDULER_GROUP = "scheduler"
 ACCESS_STREAM_BYTES = 16 * 1024 * 1024
 VALKEY_MAX_MEMORY = "64mb"
@@ -51,7 +58,7 @@ class DecodeAccess:
     slots:        how many experts the node may hold, all layers together
     scope:        LAYER or POOL
     policy:       that chose the last victim
-    topk_ids:     [L, K] uint16
+    topk_ids:     [L, K] uint16, distinct within a row
     topk_weights: [L, K] float16, gate weights; they need not sum to 1
     hits:         [L, K] bool, found in the node's cache
     """
@@ -137,6 +144,9 @@ def _decode_step(fields: Mapping[bytes, bytes]) -> DecodeAccess:
     topk_ids: NDArray[np.uint16] = _array(fields, "ids", "<u2", shape)
     if topk_ids.size and int(topk_ids.max()) >= num_experts:
         raise errors.MessageInvalid("evidence names an expert the model does not have")
+    in_order = np.sort(topk_ids, axis=1)
+    if bool((in_order[:, 1:] == in_order[:, :-1]).any()):
+        raise errors.MessageInvalid("evidence names an expert twice in one layer")
     bits = _bytes(fields, "hits")
     if len(bits) != -(-shape[0] * shape[1] // 8):
         raise errors.MessageInvalid("field 'hits' has the wrong size")

@@ -15,8 +15,10 @@ from redis.backoff import NoBackoff
 from proto import daemon, rpc
 from scheduler import service
 from scheduler.access_stream import AccessStream
+from scheduler.advisor import Advisor
 from scheduler.config import SchedulerConfig
 from scheduler.loop import SchedulerLoop
+from scheduler.members import Members
 from scheduler.publisher import Publisher
 from scheduler.scorer import Scorer
 from scheduler.service import SchedulerService
@@ -30,6 +32,8 @@ async def run(config: SchedulerConfig) -> None:
     """The order of lines is the order of start, reversed for stop."""
     os.nice(config.niceness)
     scorer = Scorer(config)
+    members = Members(config, scorer)
+    advisor = Advisor(members.names, members.of, config.shadow_half_life_steps, config.policy)
     snapshot = SnapshotFile(config.snapshot_path, config.fingerprint, config.snapshot_interval_s)
     snapshot.restore(scorer.model)
     async with connected(config) as redis:
@@ -42,7 +46,7 @@ async def run(config: SchedulerConfig) -> None:
             reconnect_max_s=config.reconnect_max_s,
         )
         publisher = Publisher(redis, config.fingerprint, config.advice_lifetime_s)
-        loop = SchedulerLoop(config, stream, scorer, publisher, snapshot)
+        loop = SchedulerLoop(config, stream, scorer, advisor, publisher, snapshot)
         servicer = SchedulerService(scorer, loop.stats, config.horizon_steps)
         metrics = StatsCollector(loop.stats)
         with daemon.serving_metrics(metrics, config.metrics_port, config.metrics_port_file):

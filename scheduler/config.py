@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from proto import daemon
+from proto.redis_schema import PolicySetting
 from proto.rpc import Listen, TlsFiles
 from scheduler.policy.river import RiverSettings
 
@@ -29,6 +30,7 @@ class SchedulerConfig(BaseModel):
 
     moe_layers:  model layer numbers, ascending; evidence and advice number them 0..L-1
     consumer:    our name in the consumer group; a restart under the same name resumes its entries
+    policy:      in charge of every node; auto, what the shadows of each one say
     niceness:    how far we stand back when a node computes tokens on the same cores
     """
 
@@ -46,6 +48,10 @@ class SchedulerConfig(BaseModel):
     recall_steps: Annotated[int, Field(ge=64, le=65_536)] = 8192
     min_labels: NonNegativeInt = 2000
     max_nodes: PositiveInt = 8
+
+    policy: PolicySetting = "auto"
+    shadow_half_life_steps: PositiveInt = 256
+    decayed_half_life_tokens: PositiveFloat = 16.0
 
     advice_lifetime_s: PositiveFloat = 5.0
     advice_min_interval_s: NonNegativeFloat = 0.0

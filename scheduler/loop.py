@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from proto import errors
 from proto.redis_schema import DecodeAccess, PrefillAccess
 from scheduler.access_stream import AccessStream, RawEntry
+from scheduler.advisor import Advisor
 from scheduler.config import SchedulerConfig
 from scheduler.publisher import Publisher
 from scheduler.scorer import Scorer
@@ -27,18 +28,21 @@ class SchedulerLoop:
         config: SchedulerConfig,
         stream: AccessStream,
         scorer: Scorer,
+        advisor: Advisor,
         publisher: Publisher,
         snapshot: SnapshotFile,
     ) -> None:
         self._config = config
         self._stream = stream
         self._scorer = scorer
+        self._advisor = advisor
         self._publisher = publisher
         self._snapshot = snapshot
         self._stopping = asyncio.Event()
         self._unpublished: set[str] = set()
         self._publish_due_s = 0.0
         self._events_foreign = 0
+        self._shadow_steps_skipped = 0
         self._evidence_lag_s: float | None = None
         self._step_ms = 0.0
         self._started_s = time.monotonic()
@@ -85,11 +89,22 @@ class SchedulerLoop:
 
     def _observe(self, event: DecodeAccess | PrefillAccess, *, learn: bool) -> None:
         try:
+            self._advisor.check(event)  # before anything is learned from it
             self._scorer.observe(event, learn=learn)
+            if isinstance(event, DecodeAccess):
+                self._follow(event, in_full=learn)
         except errors.MessageInvalid:
             self._events_foreign += 1
             return
         self._unpublished.add(event.node)
+
+    def _follow(self, event: DecodeAccess, *, in_full: bool) -> None:
+        """The shadows' step; a backlog is not worth theirs either."""
+        self._advisor.keep(self._scorer.nodes)
+        if in_full:
+            self._advisor.observe(event)
+        else:
+            self._shadow_steps_skipped += 1
 
     async def _publish_what_waits(self) -> None:
         """What came too soon after the last advice, and what would expire though nothing is new."""
@@ -103,7 +118,7 @@ class SchedulerLoop:
             return
         self._publish_due_s = now_s + self._config.advice_min_interval_s
         for node in self._unpublished.intersection(self._scorer.nodes):
-            await self._publisher.publish(node, self._scorer.scores(node))
+            await self._publisher.publish(node, self._advisor.advise(node))
         self._unpublished.clear()
 
     def _measure(self, events: Sequence[DecodeAccess | PrefillAccess], batch_ms: float) -> None:
@@ -138,7 +153,9 @@ class SchedulerLoop:
             snapshots_damaged=self._snapshot.damaged,
             log_loss=model.log_loss,
             baseline_log_loss=model.baseline_log_loss,
-            scored=scorer.is_trusted,
+            nodes=self._advisor.reports(),
+            shadow_steps_skipped=self._shadow_steps_skipped,
+            shadow_restarts=self._advisor.restarts,
             redis_connected=stream.connected,
             advice_version=self._publisher.version,
             advice_age_s=self._publisher.age_s,

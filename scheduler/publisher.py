@@ -6,18 +6,14 @@ import logging
 import time
 from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
 from redis import exceptions
 from redis.asyncio import Redis
 
 from proto import redis_schema
 from proto.redis_schema import Advice
+from scheduler.advisor import Verdict
 
 logger = logging.getLogger(__name__)
-
-SCORED = "scored"  # the node follows our scores
-DECAYED = "decayed"  # the node follows its own decayed frequency
 
 
 class Publisher:
@@ -54,14 +50,14 @@ class Publisher:
         age_s = self.age_s
         return age_s is not None and age_s > self._lifetime_s / 2
 
-    async def publish(self, node: str, scores: NDArray[np.float32] | None) -> None:
-        """Tell `node` what to keep: by `scores` [L, E], or by its own policy when None."""
+    async def publish(self, node: str, verdict: Verdict) -> None:
+        """Tell `node` whom to follow."""
         advice = Advice(
-            policy=DECAYED if scores is None else SCORED,
+            policy=verdict.policy,
             version=self.version + 1,
             time_ns=self._time_ns(),
             lifetime_s=self._lifetime_s,
-            scores=scores,
+            scores=verdict.scores,
         )
         key = redis_schema.advice_key(self._fingerprint, node)
         try:

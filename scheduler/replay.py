@@ -68,20 +68,25 @@ class ReplayCache(Protocol):
 
 
 class RankedCache:
-    """A ranking policy over slots. lag_steps: 0 or 1, see Setting."""
+    """A ranking policy over slots.
+
+    lag_steps:     0 or 1, see Setting
+    before, after: [L, E], what the evictions of the last step went by, see Slots.step
+    ranks:         [L, E], what is known now
+    """
 
     def __init__(self, policy: RankingPolicy, slots: Slots, lag_steps: int = 0) -> None:
-        self._policy = policy
+        self.policy = policy
         self._slots = slots
-        self._lag_steps = lag_steps
-        self._ranks = policy.ranks()
+        self.lag_steps = lag_steps
+        self.ranks = self.before = self.after = policy.ranks()
 
     def step(self, event: DecodeAccess) -> Hits:
-        before = self._ranks
-        self._policy.observe(event)
-        self._ranks = self._policy.ranks()
-        after = before if self._lag_steps else self._ranks
-        return self._slots.step(event.topk_ids, before, after)
+        self.before = self.ranks
+        self.policy.observe(event)
+        self.ranks = self.policy.ranks()
+        self.after = self.before if self.lag_steps else self.ranks
+        return self._slots.step(event.topk_ids, self.before, self.after)
 
 
 @dataclass(frozen=True)
@@ -112,9 +117,13 @@ def replay(setting: Setting, cache: ReplayCache) -> Outcome:
 
 def ranked(setting: Setting, policy: RankingPolicy, *, advised: bool = False) -> RankedCache:
     """Over the setting's slots. advised: its ranks come from the scheduler, and may lag."""
-    trace = setting.trace
-    slots = make_slots(trace.shape, trace.top_k, setting.slots, pooled=setting.scope == POOL)
-    return RankedCache(policy, slots, setting.lag_steps if advised else 0)
+    return RankedCache(policy, slots_of(setting), setting.lag_steps if advised else 0)
+
+
+def slots_of(setting: Setting) -> Slots:
+    """Empty ones, under the setting's budget. Raises SlotsTooFew."""
+    trace, pooled = setting.trace, setting.scope == POOL
+    return make_slots(trace.shape, trace.top_k, setting.slots, pooled=pooled)
 
 
 def gap_closed(outcome: Outcome, lru: Outcome, optimum: Outcome) -> float | None:

@@ -11,6 +11,7 @@ from proto import scheduler_pb2 as pb
 from proto import scheduler_pb2_grpc
 from proto.expert import ExpertKey
 from scheduler.scorer import Scorer
+from scheduler.shadows import Report, Score
 from scheduler.stats import SchedulerStats
 
 NAME = "flashmoe.v1.Scheduler"
@@ -64,4 +65,37 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             snapshots=stats.snapshots,
             redis_connected=stats.redis_connected,
             advice_version=stats.advice_version,
+            shadow_steps_skipped=stats.shadow_steps_skipped,
+            shadow_restarts=stats.shadow_restarts,
+            nodes=[_node_shadows(report) for report in stats.nodes],
         )
+
+
+def _node_shadows(report: Report) -> pb.NodeShadows:
+    reason = report.reason
+    return pb.NodeShadows(
+        node=report.node,
+        slots=report.slots,
+        scope=report.scope,
+        steps=report.steps,
+        in_charge=report.in_charge,
+        reason=pb.Reason(
+            kind=reason.kind,
+            over=reason.over,
+            lead_ratio=reason.lead_ratio,
+            lead_steps=reason.lead_steps,
+            at_step=reason.at_step,
+        ),
+        switches=report.switches,
+        policies=[_policy_score(name, score) for name, score in report.policies.items()],
+        actual=_policy_score("actual", report.actual),
+    )
+
+
+def _policy_score(policy: str, score: Score) -> pb.PolicyScore:
+    return pb.PolicyScore(
+        policy=policy,
+        hit_ratio=score.hit_ratio,
+        windowed_hit_ratio=score.windowed_hit_ratio,
+        windowed_regret=score.windowed_regret,
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from scheduler.shadows import Report
 
 LOOPBACK = "127.0.0.1"
 
@@ -19,7 +21,10 @@ class SchedulerStats:
     events_lost:      trimmed from the stream between delivery and handling
     steps_missed:     decode steps of a sequence that never arrived
     lessons_skipped:  events that only moved the state, because there were too many
+    shadow_steps_skipped: decode steps that no shadow followed, for the same reason
+    shadow_restarts:  a node's budget changed, and its shadows began anew
     evidence_lag_s:   from the node's writing to our publication, by the wall clock
+    nodes:            what the shadows of each node say
     """
 
     events_seen: int
@@ -28,6 +33,8 @@ class SchedulerStats:
     events_claimed: int
     steps_missed: int
     lessons_skipped: int
+    shadow_steps_skipped: int
+    shadow_restarts: int
     nodes_dropped: int
     labels_learned: int
     drifts: int
@@ -40,19 +47,18 @@ class SchedulerStats:
     snapshots_damaged: int
     log_loss: float
     baseline_log_loss: float
-    scored: bool
     redis_connected: bool
     advice_version: int
     advice_age_s: float | None
     evidence_lag_s: float | None
     step_ms: float
     cpu_share: float
+    nodes: tuple[Report, ...]
 
 
 GAUGES = {
     "log_loss": "progressive validation, decayed",
     "baseline_log_loss": "of always predicting the mean, decayed",
-    "scored": "1 while our scores are in charge, 0 while a local policy is",
     "redis_connected": "1 while evidence can be read",
     "advice_version": "version of the last advice",
     "advice_age_s": "since the last advice",
@@ -60,7 +66,12 @@ GAUGES = {
     "step_ms": "one event from decode to publication, decayed mean",
     "cpu_share": "of one core, since start",
 }
-COUNTERS = [field.name for field in fields(SchedulerStats) if field.name not in GAUGES]
+COUNTERS = [field.name for field in fields(SchedulerStats) if field.name not in (*GAUGES, "nodes")]
+SHADOW_GAUGES = {
+    "hit_ratio": "what the policy would have hit under the node's budget, since that changed",
+    "windowed_hit_ratio": "the same, decayed",
+    "windowed_regret": "what MIN would have hit more, decayed",
+}
 
 
 class StatsCollector(Collector):
@@ -78,3 +89,26 @@ class StatsCollector(Collector):
             value = getattr(stats, name)
             if value is not None:
                 yield GaugeMetricFamily(f"flashmoe_scheduler_{name}", meaning, value=float(value))
+        yield from _shadows(stats.nodes)
+
+
+def _shadows(nodes: Sequence[Report]) -> Iterator[Metric]:
+    """By node and policy; `actual` is the node's own cache, `min` the optimum."""
+    for name, meaning in SHADOW_GAUGES.items():
+        metric = f"flashmoe_scheduler_shadow_{name}"
+        family = GaugeMetricFamily(metric, meaning, labels=("node", "policy"))
+        for node in nodes:
+            for policy, score in {**node.policies, "actual": node.actual}.items():
+                family.add_metric((node.node, policy), getattr(score, name))
+        yield family
+    in_charge = GaugeMetricFamily(
+        "flashmoe_scheduler_in_charge", "1 for the policy in charge", labels=("node", "policy")
+    )
+    switches = CounterMetricFamily(
+        "flashmoe_scheduler_switches", "changes of the policy in charge", labels=("node",)
+    )
+    for node in nodes:
+        in_charge.add_metric((node.node, node.in_charge), 1)
+        switches.add_metric((node.node,), node.switches)
+    yield in_charge
+    yield switches

@@ -13,17 +13,14 @@ from compute_node.cache.lru import Lru
 from compute_node.cache.policy import EvictionPolicy
 from compute_node.cache.scored import Scored
 from proto.expert import ExpertKey
-from proto.redis_schema import Advice
-
-AUTO = "auto"
-FALLBACK = "decayed"
-SCORED = "scored"
+from proto.redis_schema import AUTO, FALLBACK_POLICY, Advice
 
 
 class Charge:
     """Keeps the books of every local policy, so that a switch needs no warm-up.
 
-    configured: a local policy's name, or auto: advice decides
+    configured: a local policy's name; auto, advice decides; or the name of a policy that scores,
+                and advice of that name is followed
     advice:     the latest fresh advice, or None
     """
 
@@ -39,13 +36,13 @@ class Charge:
             "lru": Lru(),
             "lfu": Lfu(),
             "lfru": Lfru(),
-            FALLBACK: Decayed(half_life_tokens),
+            FALLBACK_POLICY: Decayed(half_life_tokens),
         }
         self._configured = configured
         self._rows = {layer: row for row, layer in enumerate(moe_layers)}
         self._shape = (len(moe_layers), num_experts)
         self._advice = advice
-        self.name = FALLBACK if configured == AUTO else configured
+        self.name = configured if configured in self._local else FALLBACK_POLICY
         self.num_advised = 0
         self.num_fallbacks = 0
 
@@ -55,19 +52,21 @@ class Charge:
 
     def choose(self) -> EvictionPolicy:
         """The policy for the eviction at hand; counts whether advice or the fallback decided."""
-        if self._configured != AUTO:
+        if self._configured in self._local:
             return self._local[self._configured]
         advice = self._advice()
         policy = self._advised(advice) if advice is not None else None
         if advice is None or policy is None:
             self.num_fallbacks += 1
-            self.name = FALLBACK
-            return self._local[FALLBACK]
+            self.name = FALLBACK_POLICY
+            return self._local[FALLBACK_POLICY]
         self.num_advised += 1
         self.name = advice.policy
         return policy
 
     def _advised(self, advice: Advice) -> EvictionPolicy | None:
+        if self._configured not in (AUTO, advice.policy):
+            return None
         if advice.scores is None:
             return self._local.get(advice.policy)
         if advice.scores.shape != self._shape:

@@ -25,7 +25,9 @@ seeds = st.integers(0, 1 << 30)
 @st.composite
 def decode_accesses(draw: st.DrawFn) -> DecodeAccess:
     shape = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    num_experts, random = draw(st.integers(1, 70)), np.random.default_rng(draw(seeds))
+    num_experts = draw(st.integers(shape[1], 70))
+    random = np.random.default_rng(draw(seeds))
+    shuffled = random.random((shape[0], num_experts)).argsort(axis=1)
     return DecodeAccess(
         node=draw(names),
         sequence=draw(names),
@@ -35,7 +37,7 @@ def decode_accesses(draw: st.DrawFn) -> DecodeAccess:
         scope=draw(st.sampled_from(["layer", "pool"])),
         policy=draw(names),
         time_ns=draw(u63),
-        topk_ids=random.integers(0, num_experts, shape).astype(np.uint16),
+        topk_ids=shuffled[:, : shape[1]].astype(np.uint16),
         topk_weights=random.normal(0, 3, shape).astype(np.float16),
         hits=random.random(shape) < 0.5,
     )
@@ -170,6 +172,15 @@ def test_weights_must_be_finite(weight: float) -> None:
         "n", "s", 0, 1, 1, "layer", "lru", 0, ids, np.full((1, 1), weight, np.float16), hits
     )
     with pytest.raises(errors.MessageInvalid, match="finite"):
+        decode_access(over_the_wire(access.encode()))
+
+
+def test_an_expert_named_twice_in_a_layer_is_refused() -> None:
+    """Red when it is not looked at: shadows would count one slot twice."""
+    ids, weights = np.array([[1, 2], [3, 3]], np.uint16), np.ones((2, 2), np.float16)
+    hits = np.ones((2, 2), bool)
+    access = DecodeAccess("n", "s", 0, 4, 4, "layer", "lru", 0, ids, weights, hits)
+    with pytest.raises(errors.MessageInvalid, match="twice"):
         decode_access(over_the_wire(access.encode()))
 
 

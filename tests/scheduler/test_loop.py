@@ -15,8 +15,10 @@ from proto import redis_schema
 from proto.redis_schema import Advice, DecodeAccess, PrefillAccess
 from scheduler.__main__ import connected
 from scheduler.access_stream import AccessStream
+from scheduler.advisor import Advisor
 from scheduler.config import SchedulerConfig
 from scheduler.loop import SchedulerLoop
+from scheduler.members import Members
 from scheduler.publisher import Publisher
 from scheduler.scorer import Scorer
 from scheduler.snapshot import SnapshotFile
@@ -52,6 +54,8 @@ class Daemon:
 
 def assemble(config: SchedulerConfig, redis: Redis) -> Daemon:
     scorer = Scorer(config)
+    members = Members(config, scorer)
+    advisor = Advisor(members.names, members.of, config.shadow_half_life_steps, config.policy)
     stream = AccessStream(
         redis,
         config.fingerprint,
@@ -62,7 +66,7 @@ def assemble(config: SchedulerConfig, redis: Redis) -> Daemon:
     )
     publisher = Publisher(redis, config.fingerprint, config.advice_lifetime_s)
     snapshot = SnapshotFile(config.snapshot_path, config.fingerprint, config.snapshot_interval_s)
-    loop = SchedulerLoop(config, stream, scorer, publisher, snapshot)
+    loop = SchedulerLoop(config, stream, scorer, advisor, publisher, snapshot)
     return Daemon(loop, scorer, stream, redis, config)
 
 
@@ -76,20 +80,19 @@ async def running(config: SchedulerConfig) -> AsyncIterator[Daemon]:
 
 async def test_evidence_in_advice_out(config: SchedulerConfig, until: Until) -> None:
     """Red when any link is missing: reading, learning, scoring, publishing, measuring."""
-    async with running(config) as daemon:
-        await daemon.send(decode_step([[0, 1], [2, 3]]))
+    async with running(config.model_copy(update={"policy": "river"})) as daemon:
+        await daemon.send(prefill([[2] * 8] * 2, num_tokens=16))
         await until(lambda: daemon.loop.stats().advice_published == 1)
         early = await daemon.advice()
         for event in structured_trace(100):
             await daemon.send(event)
         await until(lambda: daemon.loop.stats().events_seen == 101)
-        await until(lambda: daemon.loop.stats().scored)
         published = daemon.loop.stats().advice_published
         await daemon.send(decode_step([[0, 1], [2, 3]], step=100))
         await until(lambda: daemon.loop.stats().advice_published > published)
         late, stats = await daemon.advice(), daemon.loop.stats()
     assert (early.policy, early.scores) == ("decayed", None)
-    assert late.policy == "scored"
+    assert late.policy == "river"
     assert late.scores is not None
     assert late.scores.shape == (2, 8)
     assert late.version == stats.advice_version > early.version
@@ -101,6 +104,41 @@ async def test_evidence_in_advice_out(config: SchedulerConfig, until: Until) -> 
     assert stats.evidence_lag_s is not None
     assert stats.redis_connected
     assert stats.events_rejected == stats.advice_failed == stats.read_failures == 0
+
+
+async def test_the_shadows_of_a_node_decide_and_are_told(
+    config: SchedulerConfig, until: Until
+) -> None:
+    """A stream that LRU alone can follow. Red when shadows do not step, or the publisher is told
+    another name than the one in charge.
+    """
+    drifting = [
+        decode_step([[at % 8, (at + 1) % 8]] * 2, step=step, slots=6)
+        for step, at in enumerate(step // 4 for step in range(400))
+    ]
+    async with running(config) as daemon:
+        for start in range(0, len(drifting), 10):
+            await daemon.send(*drifting[start : start + 10])
+            await until(lambda seen=start: daemon.loop.stats().events_seen >= seen + 10)  # type: ignore[misc]
+        [report] = daemon.loop.stats().nodes
+        await until(lambda: daemon.loop.stats().advice_published > 0)
+        advice = await daemon.advice()
+    assert (report.node, report.steps, report.slots, report.scope) == ("node-a", 400, 6, "layer")
+    assert set(report.policies) == {"decayed", "lru", "lfru", "river", "min"}
+    assert report.policies["min"].hit_ratio >= max(s.hit_ratio for s in report.policies.values())
+    assert report.actual.hit_ratio == 0
+    assert advice.policy == report.in_charge
+    assert daemon.loop.stats().shadow_steps_skipped == 0
+
+
+async def test_a_budget_that_cannot_be_is_rejected_before_it_is_learned_from(
+    config: SchedulerConfig, until: Until
+) -> None:
+    async with running(config) as daemon:
+        await daemon.send(decode_step([[0, 1], [2, 3]], slots=3), decode_step([[0, 1], [2, 3]]))
+        await until(lambda: daemon.loop.stats().advice_published == 1)
+        stats = daemon.loop.stats()
+    assert (stats.events_seen, stats.events_rejected) == (1, 1)
 
 
 async def test_each_node_gets_advice_of_its_own(config: SchedulerConfig, until: Until) -> None:
@@ -125,6 +163,7 @@ async def test_too_much_evidence_skips_lessons_not_state(
             await until(lambda: daemon.loop.stats().advice_published == 1)
     stats = daemon.loop.stats()
     assert (stats.events_seen, stats.lessons_skipped, stats.advice_published) == (40, 37, 1)
+    assert (stats.shadow_steps_skipped, stats.nodes[0].steps) == (37, 3)
 
 
 async def test_prompts_count_and_anothers_model_is_rejected(

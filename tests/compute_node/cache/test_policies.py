@@ -156,6 +156,24 @@ def test_charge_follows_fresh_advice_and_counts_fallbacks() -> None:
     assert (charge.num_advised, charge.num_fallbacks) == (2, 3)
 
 
+@pytest.mark.parametrize("name", ["river", "learned"])
+def test_a_policy_that_scores_is_followed_by_its_name_alone(name: str) -> None:
+    """Red when a node told to follow one policy follows whatever is advised, or nothing."""
+    given: list[Advice | None] = [None]
+    scores = np.zeros((1, 4), np.float32)
+    charge = Charge(name, 16.0, [0], 4, lambda: given[0])
+    assert charge.name == "decayed"
+    charge.choose()
+    given[0] = advice("other", scores)
+    charge.choose()
+    given[0] = advice("lru", None)
+    charge.choose()
+    assert (charge.name, charge.num_advised, charge.num_fallbacks) == ("decayed", 0, 3)
+    given[0] = advice(name, scores)
+    assert isinstance(charge.choose(), Scored)
+    assert (charge.name, charge.num_advised) == (name, 1)
+
+
 def test_switch_needs_no_warm_up() -> None:
     given: list[Advice | None] = [advice("lru", None)]
     charge = Charge("auto", 16.0, [0], 4, lambda: given[0])
