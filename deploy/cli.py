@@ -10,7 +10,7 @@ from typing import Annotated
 import click
 import typer
 
-from deploy import calibrate, console, container, doctor, offline, online, record
+from deploy import calibrate, console, container, doctor, offline, online, record, replay
 from deploy.status import check_health
 from proto import errors
 
@@ -32,6 +32,7 @@ for verb in (
     online.generate,
     online.status,
     record.record,
+    replay.replay,
     calibrate.calibrate,
     container.container_config,
     doctor.doctor,
