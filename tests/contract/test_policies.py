@@ -1,0 +1,129 @@
+"""The live cache and replay count the same misses on the same events.
+
+Planted faults seen red: age off by one in the node's LFRU, ties by expert alone in the node's pool,
+ranks of the present step where advice lags, a decay by another half-life in replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from compute_node.cache.charge import Charge
+from compute_node.cache.expert_cache import Budget, ExpertCache
+from proto.redis_schema import Advice, DecodeAccess
+from scheduler.policies import POLICIES, Background
+from scheduler.policy.decayed import Decayed
+from scheduler.policy.lfru import Lfru
+from scheduler.policy.ranking import RankingPolicy, Ranks
+from scheduler.replay import RankedCache, Setting, ranked, replay
+from scheduler.trace import AccessTrace
+from tests.fakes import FakeLender
+from tests.scheduler.replays import recorded
+
+HALF_LIFE_TOKENS = 16.0
+SCOPES = ("layer", "pool")
+
+
+class LiveCache:
+    """A node's cache, a step at a time. Its model layers are 1, 3, 5, ..."""
+
+    def __init__(
+        self, trace: AccessTrace, setting: Setting, policy: str, advice: Callable[[], Advice | None]
+    ) -> None:
+        self._layers = tuple(range(1, 2 * trace.num_layers, 2))
+        slots = setting.slots * trace.num_layers
+        budget = Budget(slots, self._layers, trace.top_k, setting.scope == "pool")
+        charge = Charge(policy, HALF_LIFE_TOKENS, self._layers, trace.num_experts, advice)
+        self._cache = ExpertCache(FakeLender(slots), budget, charge)
+        self._cache.open()
+
+    def step(self, event: DecodeAccess) -> np.ndarray:
+        rows = []
+        for layer, experts in zip(self._layers, event.topk_ids.tolist(), strict=True):
+            hits, waves = self._cache.step(layer, sorted(experts))
+            assert len(list(waves)) == 1
+            rows.append([expert in hits for expert in experts])
+        return np.array(rows)
+
+
+def no_advice() -> Advice | None:
+    return None
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("slots", [4, 6, 12, 24])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "decayed"])
+def test_local_policies_hit_alike_use_by_use(policy: str, slots: int, scope: str) -> None:
+    trace = recorded()
+    setting = Setting(trace, slots, scope, warmup_steps=0)
+    live = LiveCache(trace, setting, policy, no_advice)
+    replayed = POLICIES[policy](setting, Background())
+    for event in trace.events():
+        np.testing.assert_array_equal(replayed.step(event), live.step(event))
+
+
+class Whimsical:
+    """Scores without sense or ties, new at every step: the order they make is all that counts."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self._random = np.random.default_rng(0)
+        self._shape = shape
+        self._ranks = np.zeros(shape)
+
+    def observe(self, event: DecodeAccess) -> None:
+        drawn = self._random.permutation(self._shape[0] * self._shape[1])
+        self._ranks = drawn.reshape(self._shape).astype(np.float64)
+
+    def ranks(self) -> Ranks:
+        return self._ranks
+
+
+def advised_misses(policy: RankingPolicy, setting: Setting) -> int:
+    """Live, by the scores that were published before the step: one step old."""
+    published: list[Ranks] = [policy.ranks()]
+
+    def advice() -> Advice:
+        return Advice("scored", 1, 0, 1.0, published[-1].astype(np.float32))
+
+    live = LiveCache(setting.trace, setting, "auto", advice)
+    misses = 0
+    for event in setting.trace.events():
+        misses += int((~live.step(event)).sum())
+        policy.observe(event)
+        published.append(policy.ranks())
+    return misses
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("slots", [6, 12])
+@pytest.mark.parametrize("policy", [Lfru, Whimsical])
+def test_advised_scores_count_as_replay_with_a_lag_of_one(
+    policy: Callable[[tuple[int, int]], RankingPolicy], slots: int, scope: str
+) -> None:
+    trace = recorded()
+    setting = Setting(trace, slots, scope, warmup_steps=0, lag_steps=1)
+    cache = ranked(setting, policy(trace.shape), advised=True)
+    assert isinstance(cache, RankedCache)
+    assert replay(setting, cache).misses == advised_misses(policy(trace.shape), setting)
+
+
+def test_a_lag_changes_what_is_counted() -> None:
+    """Else the test above could not fail."""
+    trace = recorded()
+    missed = [
+        replay(setting, ranked(setting, Whimsical(trace.shape), advised=True)).misses
+        for setting in (Setting(trace, 12, warmup_steps=0, lag_steps=lag) for lag in (0, 1))
+    ]
+    assert missed[0] != missed[1]
+
+
+def test_charge_and_replay_agree_on_the_half_life() -> None:
+    trace = recorded()
+    setting = Setting(trace, 12, warmup_steps=0)
+    assert (
+        replay(setting, ranked(setting, Decayed(trace.shape, HALF_LIFE_TOKENS))).misses
+        == replay(setting, POLICIES["decayed"](setting, Background())).misses
+    )
