@@ -11,8 +11,8 @@ LRU, ARC, S3-FIFO and MIN. Not of the others, for these reasons:
 - S3-FIFO fills an empty cache in another way: theirs puts a tenth into the small queue and the
   rest into the main one, the paper puts all into the small one. Ours is filled their way first.
 
-Planted faults seen red: the target of ARC rounded down, S3-FIFO's main queue given no second round,
-LRU's age of the newest use.
+Planted faults seen red: the target of ARC rounded down, S3-FIFO's main queue giving one more round
+whatever the count, an LRU that tells only every other step apart.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Room is made as a plain simulation with sets makes it, one event after another.
 
-Planted faults seen red: an expert of the event evicted, a pool that asks ranks of after a layer's
-event before its turn, an expert evicted before its turn still counted as a hit.
+Planted faults seen red: an expert of the event evicted, by layer and in a pool; a pool that goes by
+ranks of after an event before its turn; an expert evicted before its turn still counted as a hit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Nobody misses less than MIN: every way to evict is tried on traces small enough for that.
 
-Planted faults seen red: a next use one event late in the pool, the first use not known before it
-happens.
+Planted faults seen red: next uses in a pool told apart by their step alone, a use taken for
+the next one after itself, the last step not looked at.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The nets of the `flashmoe` policy: what they see, what they are taught, when they learn.
 
 Planted faults seen red: frequency that is not reset by a generation, distances of one step more,
-trained on what is held out, a lesson at every step, torch left on one thread.
+trained on what is held out, a lesson every 256 steps, torch left on one thread.
 """
 
 from __future__ import annotations
