@@ -86,8 +86,8 @@ def _draw_hits(axes: Axes, setting: Setting, sizes: Sizes) -> None:
     _draw_curves(axes, curves)
     axes.set_ylim(min(lru) - 3, 100.5)
     at_slots = sizes[setting.slots]
-    best = min(set(curves) - {MIN}, key=lambda name: at_slots[name].misses)
-    texts = {name: f"{_shown(name)} {at_slots[name].hit_ratio:.1%}" for name in {LRU, MIN, best}}
+    best = min((name for name in curves if name != MIN), key=lambda name: at_slots[name].misses)
+    texts = {name: f"{_shown(name)} {at_slots[name].hit_ratio:.1%}" for name in (LRU, MIN, best)}
     _label(axes, curves, texts)
 
 
