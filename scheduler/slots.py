@@ -19,6 +19,8 @@ Hits = NDArray[np.bool_]
 Entry = tuple[float, int]  # rank, place in the flat pool
 
 NOBODY: Entry = (math.inf, -1)
+CANDIDATES_PER_MISS = 4  # looked at first when a pool makes room ...
+SPARE_CANDIDATES = 32  # ... and so many more
 
 
 class SlotsTooFew(errors.InvalidRequest):
@@ -110,40 +112,71 @@ class PoolSlots:
             resident[places] = True
             self._free -= num_misses
             return hits
-        waiting = _Waiting(_by_rank(self._resident, before), self._num_experts)
+        held_before = np.flatnonzero(resident)
         resident[places] = True
-        heard = _Heard(_by_rank(self._resident, after), self._num_experts, len(places))
-        resident[self._evict(places.tolist(), hits, waiting, heard)] = False
+        held_after = np.flatnonzero(resident)
+        limit = CANDIDATES_PER_MISS * num_misses + SPARE_CANDIDATES
+        gone = None
+        while gone is None:
+            waiting, waiting_to = _lowest(held_before, before, limit)
+            heard, heard_to = _lowest(held_after, after, limit)
+            gone = self._evict(
+                places.tolist(),
+                hits,
+                _Waiting(waiting, self._num_experts),
+                _Heard(heard, self._num_experts, len(places)),
+                min(waiting_to, heard_to),
+            )
+            limit = len(held_after)
+        resident[gone] = False
         return hits
 
     def _evict(
-        self, places: list[list[int]], hits: Hits, waiting: _Waiting, heard: _Heard
-    ) -> list[int]:
+        self,
+        places: list[list[int]],
+        hits: Hits,
+        waiting: _Waiting,
+        heard: _Heard,
+        known_to: float,
+    ) -> list[int] | None:
         """Make room layer after layer. Whoever goes before its own layer's turn is a miss then, in
-        `hits` too. Returns the places that are empty at the end.
+        `hits` too. Returns the places that are empty at the end; None, with nothing changed, when
+        somebody would go who ranks above `known_to`, where not all candidates are known.
         """
         gone: set[int] = set()
+        free, told = self._free, hits.copy()
         misses = np.count_nonzero(~hits, axis=1).tolist()
         for layer, pinned in enumerate(places):
             for back in gone.intersection(pinned):
-                hits[layer, pinned.index(back)] = False
+                told[layer, pinned.index(back)] = False
                 misses[layer] += 1
                 gone.remove(back)
             waiting.turn(layer)
             heard.turn(layer, gone, pinned)
-            self._free -= misses[layer]
-            while self._free < 0:
-                gone.add(waiting.pop() if waiting.first() < heard.first() else heard.pop())
-                self._free += 1
+            free -= misses[layer]
+            while free < 0:
+                one, other = waiting.first(), heard.first()
+                if min(one, other)[0] > known_to:
+                    return None
+                gone.add(waiting.pop() if one < other else heard.pop())
+                free += 1
+        self._free = free
+        hits[:] = told
         return list(gone)
 
 
-def _by_rank(resident: NDArray[np.bool_], ranks: Ranks) -> list[Entry]:
-    """Every resident; the last goes first."""
-    places = np.flatnonzero(resident)
-    values = ranks.ravel()[places]
+def _lowest(held: NDArray[np.intp], ranks: Ranks, limit: int) -> tuple[list[Entry], float]:
+    """The lowest `limit` of these places or more, the last goes first; and up to which rank they
+    are all there.
+    """
+    values = ranks.ravel()[held]
+    known_to = math.inf
+    if limit < len(held):
+        known_to = float(np.partition(values, limit)[limit])
+        low = np.flatnonzero(values <= known_to)
+        held, values = held[low], values[low]
     order = values.argsort(kind="stable")[::-1]
-    return list(zip(values[order].tolist(), places[order].tolist(), strict=True))
+    return list(zip(values[order].tolist(), held[order].tolist(), strict=True)), known_to
 
 
 class _Waiting:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from scheduler import slots as slots_module
 from scheduler.slots import LayerSlots, SlotsTooFew, make_slots
 from scheduler.trace import AccessTrace
 from tests.scheduler.replays import traces
@@ -97,3 +98,20 @@ def test_too_few_slots_name_what_works(pooled: bool) -> None:
     with pytest.raises(SlotsTooFew, match="give at least 2"):
         make_slots((3, 8), 2, 1, pooled=pooled)
     make_slots((3, 8), 2, 2, pooled=pooled)
+
+
+@pytest.mark.parametrize("candidates_per_miss", [0, 1])
+def test_a_pool_looks_further_when_the_first_candidates_do_not_do(
+    candidates_per_miss: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when somebody goes who ranks above what was looked at, or a second look counts twice."""
+    monkeypatch.setattr(slots_module, "CANDIDATES_PER_MISS", candidates_per_miss)
+    monkeypatch.setattr(slots_module, "SPARE_CANDIDATES", 0)
+    random = np.random.default_rng(0)
+    real, plain = make_slots((6, 16), 3, 5, pooled=True), PlainSlots(30, pooled=True)
+    after = random.random((6, 16))
+    for _ in range(300):
+        topk_ids = random.random((6, 16)).argsort(axis=1)[:, :3].astype(np.uint16)
+        before, after = after, np.round(random.random((6, 16)), 1)
+        got = real.step(topk_ids, before, after)
+        assert got.tolist() == plain.step(topk_ids.tolist(), before, after)
