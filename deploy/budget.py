@@ -14,6 +14,7 @@ from deploy.settings import parse_experts_memory
 from expert_store.manifest import Manifest
 from proto import errors
 from proto.shm import SegmentLayout
+from scheduler.config import FORECASTER_NAME
 
 MIB = 1024 * 1024
 
@@ -72,15 +73,18 @@ def plan_memory(
     chunk_tokens: int,
     read_depth: int,
     embedded_valkey: bool = True,
+    forecaster_bytes: int = 0,
 ) -> MemoryPlan:
     """Where the memory goes.
 
+    forecaster_bytes: what a calibration adds to the scheduler, see `forecaster_room`
     memory_bytes: the ceiling; None: what experts_memory needs
     Raises MemoryExceeded, naming what would be enough, when the ceiling cannot be kept;
     ConfigInvalid.
     """
     spec, slot_bytes = manifest.spec, manifest.slot_bytes
     parts = _fixed_parts(manifest, context_tokens, chunk_tokens, read_depth, embedded_valkey)
+    parts["scheduler"] += forecaster_bytes
     fixed = sum(parts.values())
     smallest = spec.top_k * len(spec.moe_layers)
     if experts_memory is not None:
@@ -132,6 +136,12 @@ def check_shared_memory(plan: MemoryPlan) -> None:
             f"expert slots need {_mib(needed)} of /dev/shm, which has {_mib(free)} free: mount it "
             "larger (mount -o remount,size=...), or give fewer experts memory"
         )
+
+
+def forecaster_room(store_dir: Path) -> int:
+    """Bytes for what was calibrated, if anything: its weights, and its steps made searchable."""
+    path = store_dir / FORECASTER_NAME
+    return 3 * path.stat().st_size if path.exists() else 0
 
 
 def _fixed_parts(

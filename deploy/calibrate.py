@@ -16,7 +16,7 @@ from deploy.record import record_trace
 from deploy.recorder import Drawing
 from expert_store.manifest import Manifest
 from proto import errors
-from scheduler.forecaster import FILE_NAME
+from scheduler.config import FORECASTER_NAME
 from scheduler.trace import AccessTrace, TraceInvalid
 
 PASSAGE_CHARACTERS = 600
@@ -71,9 +71,9 @@ def calibrate(
         )
     check_trace(known, manifest)
     forecaster = train(known, CalibrationSettings(lag_steps=1), say, manifest.spec.fingerprint)
-    forecaster.save(store / FILE_NAME)
+    forecaster.save(store / FORECASTER_NAME)
     console.out.print(
-        f"{store / FILE_NAME}: trained on {known.num_steps} steps of {known.num_generations} "
+        f"{store / FORECASTER_NAME}: trained on {known.num_steps} steps of {known.num_generations} "
         "generations; the next `flashmoe serve` uses it",
         markup=False,
     )

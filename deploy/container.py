@@ -21,6 +21,7 @@ from deploy.settings import ServeSettings, parse_bytes
 from expert_store.manifest import Manifest, check_sources
 from proto import errors
 from proto.shm import SegmentLayout
+from scheduler.config import FORECASTER_NAME
 
 COMPOSE_FILE = Path(__file__).with_name("docker-compose.yml")
 ENV_NAME = "compose.env"
@@ -138,6 +139,8 @@ def container_tables(
         "redis_url": redis_url,
     }
     tables["scheduler"] |= {"redis_url": redis_url}
+    if settings.model is not None and (settings.model / FORECASTER_NAME).exists():
+        tables["scheduler"]["forecaster_path"] = str(STORE_DIR / FORECASTER_NAME)
     return tables
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from deploy import console
-from deploy.budget import MemoryPlan, plan_memory
+from deploy.budget import MemoryPlan, forecaster_room, plan_memory
 from deploy.disk import DiskSpeed, measure_disk
 from deploy.estimate import Estimate, estimate
 from deploy.settings import ServeSettings, parse_bytes
@@ -107,6 +107,7 @@ def plan(
             chunk_tokens=settings.chunk_tokens,
             read_depth=settings.read_depth,
             embedded_valkey=settings.redis is None,
+            forecaster_bytes=forecaster_room(store_dir),
         )
         disk = measure_disk(manifest, root)
     expected = estimate(manifest, planned, disk)

@@ -14,7 +14,7 @@ import typer
 
 from compute_node.client import Generation, NodeClient, Phase, Result
 from deploy import console, local
-from deploy.budget import MemoryPlan, check_shared_memory, plan_memory
+from deploy.budget import MemoryPlan, check_shared_memory, forecaster_room, plan_memory
 from deploy.memory import MemoryReport
 from deploy.offline import load_store
 from deploy.run_dir import RunDir
@@ -225,6 +225,7 @@ def prepare(settings: ServeSettings) -> tuple[Path, Manifest, MemoryPlan]:
         chunk_tokens=settings.chunk_tokens,
         read_depth=settings.read_depth,
         embedded_valkey=settings.redis is None,
+        forecaster_bytes=forecaster_room(settings.model),
     )
     return settings.model, manifest, plan
 

@@ -17,6 +17,7 @@ from scheduler import service
 from scheduler.access_stream import AccessStream
 from scheduler.advisor import Advisor
 from scheduler.config import SchedulerConfig
+from scheduler.forecaster import Forecaster
 from scheduler.loop import SchedulerLoop
 from scheduler.members import Members
 from scheduler.publisher import Publisher
@@ -31,8 +32,9 @@ REDIS_TIMEOUT_S = 2.0
 async def run(config: SchedulerConfig) -> None:
     """The order of lines is the order of start, reversed for stop."""
     os.nice(config.niceness)
-    scorer = Scorer(config)
-    members = Members(config, scorer)
+    forecaster = load_forecaster(config)
+    scorer = Scorer(config, forecaster)
+    members = Members(config, scorer, forecaster)
     advisor = Advisor(members.names, members.of, config.shadow_half_life_steps, config.policy)
     snapshot = SnapshotFile(config.snapshot_path, config.fingerprint, config.snapshot_interval_s)
     snapshot.restore(scorer.model)
@@ -51,6 +53,20 @@ async def run(config: SchedulerConfig) -> None:
         metrics = StatsCollector(loop.stats)
         with daemon.serving_metrics(metrics, config.metrics_port, config.metrics_port_file):
             await serve(config, servicer, loop)
+
+
+def load_forecaster(config: SchedulerConfig) -> Forecaster | None:
+    """What `flashmoe calibrate` made, if anything. Raises ForecasterInvalid, FileNotFoundError."""
+    if config.forecaster_path is None:
+        return None
+    forecaster = Forecaster.load(config.forecaster_path)
+    forecaster.spec.check_fits(
+        config.forecaster_path,
+        config.fingerprint,
+        (config.num_layers, config.num_experts),
+        config.half_lives_tokens,
+    )
+    return forecaster
 
 
 async def serve(config: SchedulerConfig, servicer: SchedulerService, loop: SchedulerLoop) -> None:

@@ -19,10 +19,11 @@ from pydantic import (
 from proto import daemon
 from proto.redis_schema import PolicySetting
 from proto.rpc import Listen, TlsFiles
-from scheduler.policy.river import RiverSettings
 
 HalfLives = Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=16)]
 MoeLayers = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, max_length=4096)]
+
+FORECASTER_NAME = "forecaster.safetensors"  # beside a store's manifest
 
 
 class SchedulerConfig(BaseModel):
@@ -52,6 +53,7 @@ class SchedulerConfig(BaseModel):
     policy: PolicySetting = "auto"
     shadow_half_life_steps: PositiveInt = 256
     decayed_half_life_tokens: PositiveFloat = 16.0
+    forecaster_path: Path | None = None
 
     advice_lifetime_s: PositiveFloat = 5.0
     advice_min_interval_s: NonNegativeFloat = 0.0
@@ -90,15 +92,6 @@ class SchedulerConfig(BaseModel):
     @property
     def listen(self) -> Listen:
         return Listen(self.address, self.tls, self.insecure)
-
-    @property
-    def river(self) -> RiverSettings:
-        return RiverSettings(
-            self.horizon_steps,
-            self.half_lives_tokens,
-            self.learn_rows_per_step,
-            self.recall_steps,
-        )
 
     @property
     def num_layers(self) -> int:

@@ -21,7 +21,6 @@ from proto import errors
 from scheduler.recall import StepMemory
 
 FORMAT = "flashmoe-forecaster-1"
-FILE_NAME = "forecaster.safetensors"  # beside a store's manifest
 MAX_SEQUENCES = 16  # whose recurrent state is kept
 
 Array = NDArray[np.float32]
@@ -57,6 +56,19 @@ class ForecasterSpec:
     @property
     def shape(self) -> tuple[int, int]:
         return self.num_layers, self.num_experts
+
+    def check_fits(
+        self,
+        path: Path,
+        fingerprint: str,
+        shape: tuple[int, int],
+        half_lives_tokens: tuple[float, ...],
+    ) -> None:
+        """Raises ForecasterInvalid when it was made for another store or other features."""
+        if self.fingerprint != fingerprint or self.shape != shape:
+            raise _invalid(path, "was calibrated for another model or an earlier index")
+        if self.half_lives_tokens != half_lives_tokens:
+            raise _invalid(path, f"reads half_lives_tokens {list(self.half_lives_tokens)}")
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight, all float32. W the width, M the hidden units of each layer's head."""

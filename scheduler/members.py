@@ -6,7 +6,9 @@ import numpy as np
 
 from proto.redis_schema import DecodeAccess
 from scheduler.config import SchedulerConfig
+from scheduler.forecaster import Forecaster
 from scheduler.policy.decayed import Decayed
+from scheduler.policy.learned import Learned
 from scheduler.policy.lfru import Lfru
 from scheduler.policy.lru import Lru
 from scheduler.policy.ranking import RankingPolicy, Ranks
@@ -14,23 +16,36 @@ from scheduler.scorer import Scorer
 
 
 class Members:
-    """Makes them for one node after another. The node's fallback is the first."""
+    """Makes them for one node after another. The node's fallback is the first.
 
-    names = ("decayed", "lru", "lfru", "river")
+    forecaster: for `learned`; None, nothing was calibrated
+    """
 
-    def __init__(self, config: SchedulerConfig, scorer: Scorer) -> None:
+    def __init__(
+        self, config: SchedulerConfig, scorer: Scorer, forecaster: Forecaster | None = None
+    ) -> None:
         self._shape = (config.num_layers, config.num_experts)
         self._half_life_tokens = config.decayed_half_life_tokens
         self._scorer = scorer
+        self._forecaster = forecaster
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Simplest first."""
+        learned = () if self._forecaster is None else ("learned",)
+        return ("decayed", "lru", "lfru", "river", *learned)
 
     def of(self, node: str) -> dict[str, RankingPolicy]:
-        """By name, simplest first."""
-        return {
+        """By name, simplest first, for a node that the scorer has heard."""
+        members: dict[str, RankingPolicy] = {
             "decayed": Decayed(self._shape, self._half_life_tokens),
             "lru": Lru(self._shape),
             "lfru": Lfru(self._shape),
             "river": ScoredNode(self._scorer, node, self._shape),
         }
+        if self._forecaster is not None:
+            members["learned"] = Learned(self._forecaster, self._scorer.features(node))
+        return members
 
 
 class ScoredNode:

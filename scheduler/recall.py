@@ -28,14 +28,14 @@ class Neighbours:
     """
 
     common: NDArray[np.uint16]
-    places: NDArray[np.int32]
+    places: NDArray[np.unsignedinteger]
     known: NDArray[np.bool_]
 
 
 class StepMemory:
     """The last `capacity_steps` steps: which experts each used, and in what order they came.
 
-    `append` changes it, `neighbours` asks. Needs capacity * (3 * L * E / 8 + 4 * L * K) bytes.
+    `append` changes it, `neighbours` asks. See `step_bytes` for its size.
     hidden: places that must not be looked at
     """
 
@@ -59,7 +59,8 @@ class StepMemory:
     def append(self, chosen: NDArray[np.intp]) -> None:
         """One more step, [L, K] its experts; takes the place of the oldest when full."""
         if not self.num_steps:
-            self._places = np.zeros((self._capacity, chosen.size), np.int32)
+            kind = np.min_scalar_type(self._first.size * self._num_experts)
+            self._places = np.zeros((self._capacity, chosen.size), kind)  # [steps, L * K]
         at = self.num_steps % self._capacity
         self._places[at] = (self._first + chosen).ravel()
         self._bits[:, at] = self._pack(self._places[at])
@@ -86,11 +87,17 @@ class StepMemory:
         np.bitwise_count(shared, out=counts)
         return np.asarray(np.add.reduce(counts, axis=0, dtype=np.uint16))
 
-    def _pack(self, places: NDArray[np.intp] | NDArray[np.int32]) -> NDArray[np.uint64]:
+    def _pack(self, places: NDArray[np.integer]) -> NDArray[np.uint64]:
         """[words], one bit an expert."""
         used = np.zeros(len(self._bits) * WORD_BITS, np.bool_)
         used[places] = True
         return np.packbits(used).view(np.uint64)
+
+
+def step_bytes(shape: tuple[int, int], top_k: int) -> int:
+    """What a step takes in a memory: its bits, as much to compare them in, its places."""
+    num_words = -(-shape[0] * shape[1] // WORD_BITS)
+    return num_words * 17 + shape[0] * top_k * np.min_scalar_type(shape[0] * shape[1]).itemsize
 
 
 class Recall:
@@ -121,7 +128,7 @@ class Recall:
         weights = alike[:, None] * known * AHEAD_DECAY ** np.arange(NUM_AHEAD)
         return np.stack([self._share(places[:, :1], weights[:, :1]), self._share(places, weights)])
 
-    def _share(self, places: NDArray[np.int32], weights: Array) -> Array:
+    def _share(self, places: NDArray[np.unsignedinteger], weights: Array) -> Array:
         total = weights.sum()
         if not total:
             return np.zeros(self._shape)

@@ -12,9 +12,11 @@ from proto import errors
 from proto.expert import ExpertKey
 from proto.redis_schema import DecodeAccess, PrefillAccess
 from scheduler.config import SchedulerConfig
+from scheduler.features import Features
 from scheduler.followers import Followers
+from scheduler.forecaster import Forecaster
 from scheduler.model import Contribution
-from scheduler.policy.river import River
+from scheduler.policy.river import River, RiverSettings
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,25 @@ class _Node:
 
 
 class Scorer:
-    """`observe` learns and returns nothing; `scores` and `explain` ask and change nothing."""
+    """`observe` learns and returns nothing; `scores` and `explain` ask and change nothing.
 
-    def __init__(self, config: SchedulerConfig, seed: int = 0) -> None:
+    forecaster: what it remembers, every node may recall
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, forecaster: Forecaster | None = None, seed: int = 0
+    ) -> None:
         self._config = config
+        self._known = () if forecaster is None else (forecaster.memory(),)
         self._layer_index = {layer: index for index, layer in enumerate(config.moe_layers)}
         self._nodes: OrderedDict[str, _Node] = OrderedDict()  # least recently heard first
         self._shape = (config.num_layers, config.num_experts)
-        self._settings = config.river
+        self._settings = RiverSettings(
+            config.horizon_steps,
+            config.half_lives_tokens,
+            config.learn_rows_per_step,
+            config.recall_steps,
+        )
         self._followers = Followers(config.num_layers, config.num_experts)
         self._seed = seed
         self.model = self._settings.new_model()
@@ -76,6 +89,10 @@ class Scorer:
         node.river.observe(event, learn=learn)
         if not learn:
             self.lessons_skipped += 1
+
+    def features(self, node: str) -> Features:
+        """Of a node that was heard, as it is updated with every event."""
+        return self._nodes[node].river.features
 
     def scores(self, node: str) -> NDArray[np.float32] | None:
         """[L, E], P(used within the horizon); None while a local policy does better."""
@@ -116,7 +133,7 @@ class Scorer:
         return self._nodes[name]
 
     def _new_node(self) -> _Node:
-        features = self._settings.new_features(self._shape, self._followers)
+        features = self._settings.new_features(self._shape, self._followers, *self._known)
         seed = self._seed + len(self._nodes)
         return _Node(River(self._settings, self.model, features, seed))
 

@@ -1,0 +1,53 @@
+"""Replays one trace under several budgets at once, asking a policy that ranks only once a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from proto.redis_schema import DecodeAccess
+from scheduler.policy.ranking import RankingPolicy, Ranks
+from scheduler.replay import RankedCache, ReplayCache, Setting, slots_of
+
+Make = Callable[[Setting], ReplayCache]
+
+
+class Shared:
+    """A policy that several caches tell of the same event, and that hears it once."""
+
+    def __init__(self, policy: RankingPolicy) -> None:
+        self._policy = policy
+        self._newest: DecodeAccess | None = None
+        self._ranks = policy.ranks()
+
+    def observe(self, event: DecodeAccess) -> None:
+        """One more decode step; the same event again changes nothing."""
+        if event is not self._newest:
+            self._newest = event
+            self._policy.observe(event)
+            self._ranks = self._policy.ranks()
+
+    def ranks(self) -> Ranks:
+        return self._ranks
+
+
+def caches_of(settings: Sequence[Setting], make: Make) -> list[ReplayCache]:
+    """One a setting, all of one trace and lag; those of a ranking policy share it."""
+    first = make(settings[0])
+    if not isinstance(first, RankedCache):
+        return [first, *(make(setting) for setting in settings[1:])]
+    shared = Shared(first.policy)
+    return [RankedCache(shared, slots_of(setting), first.lag_steps) for setting in settings]
+
+
+def count_misses(settings: Sequence[Setting], make: Make) -> list[int]:
+    """Misses after the warm-up, by setting: what `replay` counts for each alone."""
+    caches = caches_of(settings, make)
+    misses = [0] * len(settings)
+    for step, event in enumerate(settings[0].trace.events()):
+        for number, (setting, cache) in enumerate(zip(settings, caches, strict=True)):
+            hits = cache.step(event)
+            if step >= setting.warmup_steps:
+                misses[number] += int(np.count_nonzero(~hits))
+    return misses
