@@ -32,7 +32,7 @@ class ComputeNodeConfig(BaseModel):
     session_dir: Path
     model_dir: Path | None = None
     slots: PositiveInt
-    scope: Literal["layer", "pool"] = "layer"
+    scope: Literal["layer", "pool"] = "pool"
     policy: PolicySetting = "auto"
     half_life_tokens: PositiveFloat = 16.0
     redis_url: str | None = None

@@ -43,6 +43,8 @@ class Charge:
         self._shape = (len(moe_layers), num_experts)
         self._advice = advice
         self.name = configured if configured in self._local else FALLBACK_POLICY
+        self._followed: Advice | None = None  # what `_scored` was made of
+        self._scored: Scored | None = None
         self.num_advised = 0
         self.num_fallbacks = 0
 
@@ -71,4 +73,6 @@ class Charge:
             return self._local.get(advice.policy)
         if advice.scores.shape != self._shape:
             return None
-        return Scored(advice.scores, self._rows)
+        if advice is not self._followed:
+            self._followed, self._scored = advice, Scored(advice.scores, self._rows)
+        return self._scored

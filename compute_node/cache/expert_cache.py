@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from compute_node.cache.charge import Charge
-from compute_node.cache.policy import victims
+from compute_node.cache.residents import Residents
 from compute_node.expert_memory import Borrowed
 from compute_node.store_session import Arrival, SessionLost
 from proto import errors
@@ -91,10 +91,11 @@ class ExpertCache:
     charge: Charge
     check: Callable[[], None] = lambda: None
     counters: dict[int, LayerCounters] = field(default_factory=dict)
-    _resident: dict[ExpertKey, Borrowed] = field(default_factory=dict)
+    _resident: Residents = field(init=False)
 
     def __post_init__(self) -> None:
         self.counters = {layer: LayerCounters() for layer in self.budget.moe_layers}
+        self._resident = Residents(self.budget.moe_layers)
         self._capacity = {layer: self.budget.capacity(layer) for layer in self.budget.moe_layers}
 
     def __len__(self) -> int:
@@ -116,6 +117,7 @@ class ExpertCache:
         self.let_go_if_lost()
         used = [ExpertKey(layer, expert) for expert in experts]
         self.charge.on_step(layer, used)
+        self._resident.on_step(layer)
         hits = [key for key in used if key in self._resident]
         counters = self.counters[layer]
         counters.hits += len(hits)
@@ -204,17 +206,17 @@ class ExpertCache:
 
     def _make_room(self, keys: list[ExpertKey], missing: list[ExpertKey]) -> list[ExpertKey]:
         """Evict until `missing` fits; never what this wave needs."""
-        layer, pinned = keys[0].layer, set(keys)
-        rivals = [key for key in self._resident if self.budget.pooled or key.layer == layer]
-        excess = len(rivals) + len(missing) - self._capacity[layer]
+        layer, resident = keys[0].layer, self._resident
+        num_rivals = len(resident) if self.budget.pooled else resident.count(layer)
+        excess = num_rivals + len(missing) - self._capacity[layer]
         if excess <= 0:
             return []
-        evictable = (key for key in rivals if key not in pinned)
-        going = victims(self.charge.choose(), evictable, excess)
+        policy = self.charge.choose()
+        going = resident.victims(policy, excess, keys, None if self.budget.pooled else layer)
         for key in going:
-            del self._resident[key]
+            resident.evict(key)
         return going
 
     def _insert(self, arrivals: list[Arrival]) -> None:
         for arrival in arrivals:
-            self._resident[arrival.borrowed.key] = arrival.borrowed
+            self._resident.insert(arrival.borrowed)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Protocol
 
 from proto.expert import ExpertKey
@@ -22,12 +21,5 @@ class EvictionPolicy(Protocol):
         ...
 
     def rank(self, key: ExpertKey) -> float:
-        """Lower goes first. Pure."""
+        """Lower goes first. Pure; changes only with a step of the expert's own layer."""
         ...
-
-
-def victims(policy: EvictionPolicy, evictable: Iterable[ExpertKey], count: int) -> list[ExpertKey]:
-    """The `count` experts to give up next; ties go by key, lowest first. Choosing changes
-    nothing.
-    """
-    return heapq.nsmallest(count, evictable, key=lambda key: (policy.rank(key), key))

@@ -14,8 +14,10 @@ from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.cache.lfru import Lfru
 from compute_node.cache.lfu import Lfu
 from compute_node.cache.lru import Lru
-from compute_node.cache.policy import victims
+from compute_node.cache.policy import EvictionPolicy
+from compute_node.cache.residents import Residents
 from compute_node.cache.scored import Scored
+from compute_node.store_session import Arrival
 from proto.expert import ExpertKey
 from proto.redis_schema import Advice
 from tests.compute_node.traces import load
@@ -96,6 +98,19 @@ def test_golden_misses(policy: str, slots: int, scope: str) -> None:
 
 
 KEYS = [ExpertKey(0, expert) for expert in range(4)]
+
+
+def victims(policy: EvictionPolicy, held: list[ExpertKey], count: int) -> list[ExpertKey]:
+    residents = Residents([0])
+    for arrival in lent(held):
+        residents.insert(arrival.borrowed)
+    return residents.victims(policy, count)
+
+
+def lent(keys: list[ExpertKey]) -> list[Arrival]:
+    lender = FakeLender()
+    lender.open()
+    return lender.exchange([], keys)
 
 
 def test_lru_evicts_the_oldest_and_breaks_ties_by_key() -> None:
