@@ -19,7 +19,7 @@ TRACES := .flashmoe/traces
 COMPOSED := $(COMPOSE) --env-file $(CURDIR)/$(CONTAINER)/compose.env -f deploy/docker-compose.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto run serve test system lint format check bench trace up down logs lock clean
+.PHONY: help setup proto run serve test system lint format check bench trace policies up down logs lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -78,6 +78,11 @@ bench: $(STUBS)  ## measure, and print the tables of README
 $(TRACES)/tiny-moe-test.npz: tests/bench/record_tiny.py $(wildcard tests/bench/prompts/*.txt $(MODEL)/*) \
     | $(STORE)/manifest.json
 	@$(PY) -m tests.bench.record_tiny $(STORE) $(TRACES)
+
+policies: $(TRACES)/tiny-moe-test.npz  ## every eviction policy on the shipped model, and a plot
+	@$(PY) -m tests.bench.policies $(TRACES)/tiny-moe-test.npz --train $(TRACES)/tiny-moe-train.npz
+	@$(PY) -m tests.bench.domain_shift $(TRACES)/tiny-moe-test.npz \
+	    --train $(TRACES)/tiny-moe-train.npz --plot $(TRACES)/domain_shift.png
 
 trace: $(TRACES)/tiny-moe-test.npz  ## record the shipped model over eleven domains, for replay
 

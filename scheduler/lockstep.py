@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from proto.redis_schema import DecodeAccess
+from scheduler.policy.hedged import Hedged
 from scheduler.policy.ranking import RankingPolicy, Ranks
 from scheduler.replay import RankedCache, ReplayCache, Setting, slots_of
 
@@ -33,12 +34,26 @@ class Shared:
 
 
 def caches_of(settings: Sequence[Setting], make: Make) -> list[ReplayCache]:
-    """One a setting, all of one trace and lag; those of a ranking policy share it."""
+    """One a setting, all of one trace and lag; ranking policies, a hedge's too, are shared."""
     first = make(settings[0])
-    if not isinstance(first, RankedCache):
-        return [first, *(make(setting) for setting in settings[1:])]
-    shared = Shared(first.policy)
-    return [RankedCache(shared, slots_of(setting), first.lag_steps) for setting in settings]
+    if isinstance(first, RankedCache):
+        shared = Shared(first.policy)
+        return [RankedCache(shared, slots_of(setting), first.lag_steps) for setting in settings]
+    if isinstance(first, Hedged):
+        members = {
+            name: (Shared(member.policy), member.lag_steps)
+            for name, member in first.members.items()
+        }
+        return [_hedged(setting, members) for setting in settings]
+    return [first, *(make(setting) for setting in settings[1:])]
+
+
+def _hedged(setting: Setting, members: Mapping[str, tuple[Shared, int]]) -> Hedged:
+    caches = {
+        name: RankedCache(shared, slots_of(setting), lag_steps)
+        for name, (shared, lag_steps) in members.items()
+    }
+    return Hedged(caches, slots_of(setting))
 
 
 def count_misses(settings: Sequence[Setting], make: Make) -> list[int]:

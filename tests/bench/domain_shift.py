@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from scheduler.policies import POLICIES, Background
@@ -23,9 +24,10 @@ from tests.bench.table import show
 matplotlib.use("Agg")
 
 NAMES = ("lru", "decayed", "river", "learned", "min")
-COLOURS = ("#9a9a9a", "#d98c2b", "#2b7fd9", "#1f9e6e", "#9a9a9a")
+COLOURS = {"decayed": "#d98c2b", "river": "#2b7fd9", "learned": "#1f9e6e"}
 SPANS = {"100 steps before": (-100, 0), "0-25 after": (0, 25), "25-100 after": (25, 100)}
-SMOOTHED_STEPS = 96
+SMOOTHED_STEPS, FINE_STEPS = 96, 12
+AROUND = (100, 150)
 
 Ratios = NDArray[np.float64]
 
@@ -60,27 +62,46 @@ def table(ratios: Mapping[str, Ratios], at: Sequence[int]) -> None:
 
 
 def draw(out: Path, title: str, ratios: Mapping[str, Ratios], at: list[tuple[int, str]]) -> None:
+    """Above, the whole stream; below, the mean around a change."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(12, 5), layout="constrained")
-    kernel = np.ones(SMOOTHED_STEPS) / SMOOTHED_STEPS
-    smooth = {name: 100 * np.convolve(of_one, kernel, "valid") for name, of_one in ratios.items()}
-    steps = np.arange(len(smooth["lru"])) + SMOOTHED_STEPS - 1  # the mean of the steps up to here
-    axes.fill_between(steps, smooth["lru"], smooth["min"], color="#f0f0f0", label="LRU to MIN")
-    for name, colour in zip(NAMES, COLOURS, strict=True):
-        if name not in ("lru", "min"):
-            axes.plot(steps, smooth[name], color=colour, linewidth=1.3, label=name)
-    bottom, top = axes.get_ylim()
-    for step, domain in at:
-        axes.axvline(step, color="#555555", linewidth=0.6, linestyle=":")
-        axes.text(step + 15, bottom + 0.02 * (top - bottom), domain, rotation=90, fontsize=8)
-    axes.set(
-        title=title, xlabel="decode step", ylabel=f"hit ratio %, mean of {SMOOTHED_STEPS} steps"
+    figure, (stream, change) = pyplot.subplots(
+        2, 1, figsize=(12, 8.5), layout="constrained", height_ratios=(3, 2)
     )
+    figure.suptitle(title)
+    smooth = {name: _smooth(of_one, SMOOTHED_STEPS) for name, of_one in ratios.items()}
+    _lines(stream, np.arange(len(smooth["lru"])) + SMOOTHED_STEPS - 1, smooth)
+    bottom = stream.get_ylim()[0]
+    for step, domain in at:
+        stream.axvline(step, color="#555555", linewidth=0.6, linestyle=":")
+        stream.text(step + 15, bottom + 0.3, domain, rotation=90, fontsize=8)
+    stream.set(xlabel="decode step", ylabel=f"hit ratio %, mean of {SMOOTHED_STEPS} steps")
+    stream.legend(loc="lower center", ncols=4, frameon=False, bbox_to_anchor=(0.5, 1.0))
+    before, after = AROUND
+    around = {
+        name: _smooth(np.mean([of_one[s - before : s + after] for s, _ in at], axis=0), FINE_STEPS)
+        for name, of_one in ratios.items()
+    }
+    _lines(change, np.arange(len(around["lru"])) + FINE_STEPS // 2 - before, around)
+    change.axvline(0, color="#555555", linewidth=0.8, linestyle=":")
+    change.set(
+        xlabel=f"decode steps since the change, mean of {len(at)} changes",
+        ylabel=f"hit ratio %, mean of {FINE_STEPS} steps",
+    )
+    figure.savefig(out, dpi=100)
+
+
+def _smooth(of_one: Ratios, num_steps: int) -> Ratios:
+    """Percent; means of so many steps."""
+    return 100 * np.convolve(of_one, np.ones(num_steps) / num_steps, "valid")
+
+
+def _lines(axes: Axes, steps: NDArray[np.int64], curves: Mapping[str, Ratios]) -> None:
+    axes.fill_between(steps, curves["lru"], curves["min"], color="#ececec", label="LRU to MIN")
+    for name, colour in COLOURS.items():
+        axes.plot(steps, curves[name], color=colour, linewidth=1.4, label=name)
     axes.set_xlim(steps[0], steps[-1])
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", ncols=4, frameon=False, bbox_to_anchor=(1, 1.0))
-    figure.savefig(out, dpi=110)
 
 
 def main() -> None:
