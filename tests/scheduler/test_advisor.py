@@ -1,6 +1,7 @@
 """What a node is told to follow.
 
-Seen red: PLACEHOLDER
+Planted faults seen red: another budget, a policy that nobody can score, an impossible budget and a
+forgotten node not looked at; an empty policy before the first step.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """MIN as the stream comes, against Belady's optimum replayed with the future known.
 
-Seen red: PLACEHOLDER
+Planted faults seen red: a slot given up at the event of the last use instead of before it; the
+oldest free slot taken instead of the newest; the event's own experts not taken off the capacity; a
+use in the very next step that needs a slot.
 """
 
 from __future__ import annotations

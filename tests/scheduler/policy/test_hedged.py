@@ -1,6 +1,8 @@
 """Who is put in charge, when and why, and what that is worth in a replay.
 
-Seen red: PLACEHOLDER
+Planted faults seen red: gains that outlive a change, or go below zero; members never kept over the
+scout, or the scout never followed again; a policy that decides the step that put it in charge, one
+step late; a reason that names the wrong one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,116 @@
+"""Shadows and the node agree: on its budget, on what its own policies hit, and on what following
+the advice comes to.
+
+Planted faults seen red: the remainder of the slots given to the last layers; shadows of scores that
+know the step they decide; a hedge that is told the same of everybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from compute_node.cache.charge import Charge
+from compute_node.cache.expert_cache import Budget, ExpertCache
+from proto.redis_schema import Advice, DecodeAccess
+from scheduler.advisor import Advisor
+from scheduler.policy.decayed import Decayed
+from scheduler.policy.hedged import Hedged
+from scheduler.policy.lfru import Lfru
+from scheduler.policy.lru import Lru
+from scheduler.policy.ranking import RankingPolicy, Ranks
+from scheduler.replay import RankedCache, Setting, ranked, replay, slots_of
+from tests.fakes import FakeLender
+from tests.scheduler.replays import recorded
+
+TRACE = recorded()
+LAYERS = tuple(range(1, 2 * TRACE.num_layers, 2))
+
+
+class Clairvoyant:
+    """Knows the whole trace but tells in steps of 1/1024, so that float32 holds what float64 does:
+    shares of the next 32 steps that use each expert.
+    """
+
+    def __init__(self) -> None:
+        uses = np.concatenate([TRACE.used(), np.zeros((33, *TRACE.shape), np.bool_)])
+        self._ahead = np.cumsum(uses, axis=0, dtype=np.int64)
+        self._num_steps = 0
+
+    def observe(self, event: DecodeAccess) -> None:
+        self._num_steps += 1
+
+    def ranks(self) -> Ranks:
+        now = self._ahead[max(0, self._num_steps - 1)]
+        soon, later = (self._ahead[self._num_steps + ahead] - now for ahead in (4, 31))
+        return (16 * np.minimum(soon, 8) + later) / 1024
+
+
+def members(_: str) -> Mapping[str, RankingPolicy]:
+    shape = TRACE.shape
+    return {
+        "decayed": Decayed(shape),
+        "lru": Lru(shape),
+        "lfru": Lfru(shape),
+        "river": Clairvoyant(),
+    }
+
+
+class Node:
+    """The cache that runs live, telling its evidence to an advisor and following its advice."""
+
+    def __init__(self, slots: int, scope: str, policy: str, advisor: Advisor) -> None:
+        budget = Budget(slots, LAYERS, TRACE.top_k, scope == "pool")
+        self._advice: Advice | None = None
+        charge = Charge(policy, 16.0, LAYERS, TRACE.num_experts, lambda: self._advice)
+        self._cache = ExpertCache(FakeLender(slots), budget, charge)
+        self._cache.open()
+        self._evidence = {"slots": slots, "scope": scope, "node": "live"}
+        self._advisor = advisor
+
+    def step(self, event: DecodeAccess) -> int:
+        """Its hits."""
+        rows = []
+        for layer, experts in zip(LAYERS, event.topk_ids.tolist(), strict=True):
+            hits, waves = self._cache.step(layer, sorted(experts))
+            assert len(list(waves)) == 1
+            rows.append([expert in hits for expert in experts])
+        self._advisor.observe(replace(event, **self._evidence, hits=np.array(rows)))  # type: ignore[arg-type]
+        verdict = self._advisor.advise("live")
+        self._advice = Advice.decode(Advice(verdict.policy, 1, 0, 1.0, verdict.scores).encode())
+        return int(np.count_nonzero(rows))
+
+
+@pytest.mark.parametrize("scope", ["layer", "pool"])
+@pytest.mark.parametrize("policy", ["lru", "lfru", "decayed"])
+def test_a_nodes_own_policy_hits_what_its_shadow_does(policy: str, scope: str) -> None:
+    """101 slots are no multiple of 8 layers: five layers have one more."""
+    advisor = Advisor(("decayed",), members, 64, policy)
+    node = Node(101, scope, policy, advisor)
+    for event in TRACE.events():
+        node.step(event)
+    [report] = advisor.reports()
+    assert report.actual == report.policies[policy]
+
+
+@pytest.mark.parametrize("scope", ["layer", "pool"])
+def test_following_the_advice_is_replaying_hedged(scope: str) -> None:
+    """Local policies with no lag, scores one step late, whoever is in charge."""
+    advisor = Advisor(("decayed", "lru", "lfru", "river"), members, 64)
+    node = Node(12 * TRACE.num_layers, scope, "auto", advisor)
+    hits = sum(node.step(event) for event in TRACE.events())
+    setting = Setting(TRACE, 12, scope, warmup_steps=0, lag_steps=1)
+    caches: dict[str, RankedCache] = {
+        name: ranked(setting, policy, advised=name == "river")
+        for name, policy in members("replay").items()
+    }
+    hedged = Hedged(caches, slots_of(setting))
+    assert replay(setting, hedged).misses == TRACE.topk_ids.size - hits
+    [report] = advisor.reports()
+    assert (report.in_charge, report.switches) == ("river", hedged.hedge.num_switches)
+    assert report.switches > 0
+    alone = replay(setting, ranked(setting, Clairvoyant(), advised=True))
+    assert report.policies["river"].hit_ratio == pytest.approx(alone.hit_ratio)
