@@ -24,6 +24,7 @@ PASSAGE_CHARACTERS = 600
 TEXT = typer.Option(help="Text to generate from: files or folders; repeat for more.")
 TRACE = typer.Option(help="Trace of this model, made by `flashmoe record`.")
 GENERATIONS = typer.Option(min=4, help="At most so many, from passages of the texts.")
+UPDATES = typer.Option(min=1, help="It stops by itself when nothing is gained; at the latest here.")
 TOKENS = typer.Option(min=8, help="New tokens of each generation.")
 PROMPT_TOKENS = 64
 
@@ -36,6 +37,7 @@ def calibrate(
     max_tokens: Annotated[int, TOKENS] = 200,
     temperature: Annotated[float, online.TEMPERATURE] = 0.8,
     seed: Annotated[int, online.SEED] = 0,
+    max_updates: Annotated[int, UPDATES] = 1200,
     memory: Annotated[str | None, online.MEMORY] = None,
     experts_memory: Annotated[str | None, online.EXPERTS_MEMORY] = None,
     run_dir: Annotated[Path | None, online.RUN_DIR] = None,
@@ -70,7 +72,8 @@ def calibrate(
             flags=flags | {"experts_memory": experts_memory},
         )
     check_trace(known, manifest)
-    forecaster = train(known, CalibrationSettings(lag_steps=1), say, manifest.spec.fingerprint)
+    settings = CalibrationSettings(lag_steps=1, max_updates=max_updates, seed=seed)
+    forecaster = train(known, settings, say, manifest.spec.fingerprint)
     forecaster.save(store / FORECASTER_NAME)
     console.out.print(
         f"{store / FORECASTER_NAME}: trained on {known.num_steps} steps of {known.num_generations} "
