@@ -8,6 +8,10 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+# Before numpy is loaded: products this small gain nothing from a second thread, and waiting for one
+# took most of a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff

@@ -21,6 +21,8 @@ from proto import redis_schema, rpc
 from proto import scheduler_pb2 as pb
 from proto.redis_schema import Advice, DecodeAccess
 from proto.scheduler_pb2_grpc import SchedulerStub
+from scheduler.calibration import CalibrationSettings, calibrate
+from scheduler.forecaster import Forecaster
 from scheduler.trace import AccessTrace
 from tests.bench.table import percentile, show
 from tests.daemons import daemon
@@ -35,15 +37,35 @@ POLL_S = 0.0005
 def main(folder: Path) -> None:
     rows = []
     for layers, experts, top_k, slots in ((24, 32, 4, 12), (48, 128, 8, 48)):
-        for scope in ("layer", "pool"):
-            run = folder / f"{layers}{scope}"
+        trace = made_up(layers, experts, top_k)
+        forecaster = folder / f"{layers}.safetensors"
+        _calibrate(trace).save(forecaster)
+        for scope, path in (("layer", None), ("layer", forecaster), ("pool", forecaster)):
+            run = folder / f"{layers}{scope}{path is not None}"
             run.mkdir()
-            rows.append(_measure(run, made_up(layers, experts, top_k), slots * layers, scope))
+            rows.append(_measure(run, trace, slots * layers, scope, path))
     show(
         f"The scheduler at {STEPS_PER_S} steps/s, {STEPS} steps, one node",
-        ["shape", "scope", "CPU of a core", "PSS MiB", "step ms", "advice", "p50 ms", "p95", "max"],
+        [
+            "shape",
+            "scope",
+            "calibrated",
+            "CPU of a core",
+            "PSS MiB",
+            "step ms",
+            "to advice p50 ms",
+            "p95",
+            "max",
+        ],
         rows,
     )
+
+
+def _calibrate(trace: AccessTrace) -> Forecaster:
+    """As large as a real one, and as slow; it learns next to nothing."""
+    spans = np.linspace(0, trace.num_steps, 8).astype(np.int64)
+    settings = CalibrationSettings(lag_steps=1, max_updates=1)
+    return calibrate(replace(trace, seq_offsets=spans), settings, fingerprint=FINGERPRINT)
 
 
 def made_up(num_layers: int, num_experts: int, top_k: int, seed: int = 0) -> AccessTrace:
@@ -65,10 +87,12 @@ def made_up(num_layers: int, num_experts: int, top_k: int, seed: int = 0) -> Acc
     return AccessTrace("made up", ids, np.array([0, steps]), num_experts, weights)
 
 
-def _measure(folder: Path, trace: AccessTrace, slots: int, scope: str) -> list[object]:
+def _measure(
+    folder: Path, trace: AccessTrace, slots: int, scope: str, forecaster: Path | None
+) -> list[object]:
     with (
         ValkeyServer(port=0, unix_socket_path=folder / "valkey.sock", data_dir=folder),
-        daemon("scheduler", folder, _table(folder, trace)) as scheduler,
+        daemon("scheduler", folder, _table(folder, trace, forecaster)) as scheduler,
     ):
         process = psutil.Process(scheduler.process.pid)
         redis = Redis(unix_socket_path=str(folder / "valkey.sock"))
@@ -80,16 +104,16 @@ def _measure(folder: Path, trace: AccessTrace, slots: int, scope: str) -> list[o
     return [
         f"{trace.num_layers} x {trace.num_experts} top {trace.top_k}",
         scope,
+        "yes" if forecaster else "no",
         f"{cpu_share:.1%}",
         f"{memory:.0f}",
         f"{stats.step_ms:.2f}",
-        stats.nodes[0].in_charge,
         *(f"{percentile(delays_ms, share):.1f}" for share in (0.5, 0.95, 1.0)),
     ]
 
 
-def _table(folder: Path, trace: AccessTrace) -> dict[str, Any]:
-    return {
+def _table(folder: Path, trace: AccessTrace, forecaster: Path | None) -> dict[str, Any]:
+    table: dict[str, Any] = {
         "address": f"unix:{folder}/scheduler.sock",
         "redis_url": f"unix://{folder}/valkey.sock",
         "fingerprint": FINGERPRINT,
@@ -97,6 +121,9 @@ def _table(folder: Path, trace: AccessTrace) -> dict[str, Any]:
         "num_experts": trace.num_experts,
         "niceness": 0,
     }
+    if forecaster:
+        table["forecaster_path"] = str(forecaster)
+    return table
 
 
 def _play(
@@ -128,7 +155,8 @@ def _cpu_s(process: psutil.Process) -> float:
 def _until_advised(redis: Redis, event: DecodeAccess) -> float:
     sent_s, sent_ns = time.perf_counter(), time.time_ns()
     stream = redis_schema.access_stream(FINGERPRINT)
-    redis.xadd(stream, replace(event, time_ns=sent_ns).encode())
+    fields: Any = replace(event, time_ns=sent_ns).encode()
+    redis.xadd(stream, fields)
     key = redis_schema.advice_key(FINGERPRINT, event.node)
     while not _is_newer(redis.get(key), sent_ns):
         time.sleep(POLL_S)

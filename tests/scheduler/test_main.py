@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -154,3 +155,17 @@ def test_a_fault_at_start_is_one_sentence_and_exit_2(
     assert sentence.startswith("scheduler: ")
     assert named in sentence
     assert "Traceback" not in errors_said
+
+
+def test_numpy_multiplies_in_one_thread() -> None:
+    """Red without the limit, or when something loads numpy before it: on two cores the forecaster's
+    products kept both busy.
+    """
+    program = (
+        "import os, scheduler.__main__, numpy; numpy.ones((512, 512)) @ numpy.ones((512, 512));"
+        "print(len(os.listdir('/proc/self/task')))"
+    )
+    environment = {name: value for name, value in os.environ.items() if "THREADS" not in name}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == "1\n"

@@ -1,8 +1,8 @@
 """Shadows on a node's stream, against what a replay of the same events counts.
 
 Planted faults seen red: no lag for scores; the remainder of the slots given to the last layers; one
-share for all layers; layers instead of a pool; regret against the hit ratio of all steps; a shadow's
-hits for the node's own; a window that never forgets; scores of a local policy; slots as told.
+share for all layers; layers instead of a pool; regret against the hit ratio of all steps; a shadow
+told as the node's own; a window that never forgets; scores of a local policy; slots as told.
 """
 
 from __future__ import annotations
