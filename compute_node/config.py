@@ -36,7 +36,7 @@ class ComputeNodeConfig(BaseModel):
     policy: PolicySetting = "auto"
     half_life_tokens: PositiveFloat = 16.0
     redis_url: str | None = None
-    advice_poll_s: PositiveFloat = 0.05
+    advice_poll_s: PositiveFloat = 0.02
     max_context_tokens: PositiveInt = 2048
     prefill_chunk_tokens: PositiveInt = 256
     max_queued_requests: PositiveInt = 16
