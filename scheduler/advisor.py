@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from proto import errors
 from proto.redis_schema import ADVISED_POLICIES, AUTO, FALLBACK_POLICY, DecodeAccess, PrefillAccess
-from scheduler.policy.ranking import RankingPolicy
+from scheduler.ranking import RankingPolicy
 from scheduler.shadows import Budget, Report, Shadows
 
 MakeMembers = Callable[[str], Mapping[str, RankingPolicy]]

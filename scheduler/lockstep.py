@@ -8,7 +8,7 @@ import numpy as np
 
 from proto.redis_schema import DecodeAccess
 from scheduler.policy.hedged import Hedged
-from scheduler.policy.ranking import RankingPolicy, Ranks
+from scheduler.ranking import RankingPolicy, Ranks
 from scheduler.replay import RankedCache, ReplayCache, Setting, slots_of
 
 Make = Callable[[Setting], ReplayCache]

@@ -11,7 +11,7 @@ from scheduler.policy.decayed import Decayed
 from scheduler.policy.learned import Learned
 from scheduler.policy.lfru import Lfru
 from scheduler.policy.lru import Lru
-from scheduler.policy.ranking import RankingPolicy, Ranks
+from scheduler.ranking import RankingPolicy, Ranks
 from scheduler.scorer import Scorer
 
 

@@ -19,10 +19,10 @@ from scheduler.policy.lecar import LeCar
 from scheduler.policy.lfru import Lfru
 from scheduler.policy.lfu import Lfu
 from scheduler.policy.lru import Lru
-from scheduler.policy.ranking import RankingPolicy
 from scheduler.policy.river import River, RiverSettings
 from scheduler.policy.s3fifo import S3Fifo
 from scheduler.queues import QueueCache, QueuePolicy
+from scheduler.ranking import RankingPolicy
 from scheduler.replay import RankedCache, ReplayCache, Setting, ranked, slots_of
 from scheduler.trace import AccessTrace
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from proto import errors
 from proto.redis_schema import LAYER, POOL, DecodeAccess
-from scheduler.policy.ranking import RankingPolicy
+from scheduler.ranking import RankingPolicy
 from scheduler.slots import Hits, Slots, check_slots, make_slots
 from scheduler.trace import AccessTrace, TraceInvalid
 

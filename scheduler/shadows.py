@@ -14,7 +14,7 @@ from proto import errors
 from proto.redis_schema import POOL, DecodeAccess
 from scheduler.optimum import Optimum
 from scheduler.policy.hedged import PINNED, Hedge, Reason, hit_ratio
-from scheduler.policy.ranking import RankingPolicy
+from scheduler.ranking import RankingPolicy
 from scheduler.replay import RankedCache
 from scheduler.slots import LayerSlots, PoolSlots, Slots
 

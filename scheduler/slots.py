@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proto import errors
-from scheduler.policy.ranking import Ranks
+from scheduler.ranking import Ranks
 
 Hits = NDArray[np.bool_]
 Entry = tuple[float, int]  # rank, place in the flat pool

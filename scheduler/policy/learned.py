@@ -5,7 +5,7 @@ from __future__ import annotations
 from proto.redis_schema import DecodeAccess
 from scheduler.features import Features
 from scheduler.forecaster import Forecast, Forecaster
-from scheduler.policy.ranking import Ranks, chosen
+from scheduler.ranking import Ranks, chosen
 
 
 class Learned:

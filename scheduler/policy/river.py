@@ -12,7 +12,7 @@ from scheduler.features import Features, feature_names
 from scheduler.followers import Followers
 from scheduler.labels import DelayedLabels, Questions
 from scheduler.model import ReuseModel
-from scheduler.policy.ranking import Ranks
+from scheduler.ranking import Ranks
 from scheduler.recall import Recall, StepMemory
 
 

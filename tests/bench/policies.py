@@ -23,7 +23,6 @@ from scheduler.trace import AccessTrace
 from tests.bench.table import show, spread
 
 HELD_OUT_RATIO = 0.27
-SCOPES = ("layer", "pool")
 
 Cell = tuple[str, int, str]  # policy, slots, scope
 
@@ -50,6 +49,7 @@ def count(
     test: AccessTrace,
     train: AccessTrace | None,
     sizes: Sequence[int],
+    scopes: Sequence[str],
     names: Sequence[str],
     warmup_steps: int,
     lag_steps: int,
@@ -57,7 +57,7 @@ def count(
     settings = {
         (slots, scope): Setting(test, slots, scope, warmup_steps, lag_steps)
         for slots in sizes
-        for scope in SCOPES
+        for scope in scopes
     }
     background = Background(train)
     misses: dict[Cell, int] = {}
@@ -79,9 +79,15 @@ def splits(trace: AccessTrace, number: int) -> list[tuple[AccessTrace, AccessTra
     return pairs
 
 
-def table(title: str, counts: Sequence[Counts], sizes: Sequence[int], names: Sequence[str]) -> None:
+def table(
+    title: str,
+    counts: Sequence[Counts],
+    sizes: Sequence[int],
+    scopes: Sequence[str],
+    names: Sequence[str],
+) -> None:
     rows = []
-    for scope in SCOPES:
+    for scope in scopes:
         for name in names:
             cells = [name, scope]
             for slots in sizes:
@@ -106,18 +112,22 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=0)
     parser.add_argument("--slots", default="8,12,16")
     parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--scopes", default="layer,pool")
     parser.add_argument("--warmup", type=int, default=500)
     parser.add_argument("--lag", type=int, default=0)
     given = parser.parse_args()
     sizes = [int(slots) for slots in given.slots.split(",")]
+    scopes = given.scopes.split(",")
     names = [name for name in POLICIES if name in {*given.policies.split(","), "lru", "min"}]
     trace = AccessTrace.load(given.trace)
     train = AccessTrace.load(given.train) if given.train else None
     pairs = splits(trace, given.splits) if given.splits else [(train, trace)]
-    counts = [count(test, known, sizes, names, given.warmup, given.lag) for known, test in pairs]
+    counts = [
+        count(test, known, sizes, scopes, names, given.warmup, given.lag) for known, test in pairs
+    ]
     how = f"{given.splits} splits by generation, median (min-max)" if given.splits else "one split"
     title = f"{trace.name}: {how}, warm-up {given.warmup} steps, advice {given.lag} steps old"
-    table(title, counts, sizes, names)
+    table(title, counts, sizes, scopes, names)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from proto.redis_schema import Advice, DecodeAccess
 from scheduler.policies import POLICIES, Background
 from scheduler.policy.decayed import Decayed
 from scheduler.policy.lfru import Lfru
-from scheduler.policy.ranking import RankingPolicy, Ranks
+from scheduler.ranking import RankingPolicy, Ranks
 from scheduler.replay import RankedCache, Setting, ranked, replay
 from scheduler.trace import AccessTrace
 from tests.fakes import FakeLender

@@ -21,7 +21,7 @@ from scheduler.policy.decayed import Decayed
 from scheduler.policy.hedged import Hedged
 from scheduler.policy.lfru import Lfru
 from scheduler.policy.lru import Lru
-from scheduler.policy.ranking import RankingPolicy, Ranks
+from scheduler.ranking import RankingPolicy, Ranks
 from scheduler.replay import RankedCache, Setting, ranked, replay, slots_of
 from tests.fakes import FakeLender
 from tests.scheduler.replays import recorded

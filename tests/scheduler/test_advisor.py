@@ -15,7 +15,7 @@ from proto import errors
 from scheduler.advisor import Advisor
 from scheduler.policy.decayed import Decayed
 from scheduler.policy.lru import Lru
-from scheduler.policy.ranking import RankingPolicy
+from scheduler.ranking import RankingPolicy
 from tests.scheduler.traces import decode_step, prefill
 
 SHAPE = (2, 8)

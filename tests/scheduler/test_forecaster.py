@@ -24,8 +24,8 @@ from scheduler.forecaster import Forecast, Forecaster, ForecasterInvalid
 from scheduler.policies import POLICIES, Background
 from scheduler.policy.learned import Learned
 from scheduler.policy.lru import Lru
-from scheduler.policy.ranking import Ranks
 from scheduler.policy.river import RiverSettings
+from scheduler.ranking import Ranks
 from scheduler.replay import Setting, ranked, replay
 from scheduler.trace import AccessTrace, TraceInvalid
 

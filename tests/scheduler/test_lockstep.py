@@ -1,7 +1,7 @@
 """Several budgets in one pass count what each counts alone.
 
-Planted faults seen red: a policy that hears an event once a cache; a hedge whose members forget their
-lag.
+Planted faults seen red: a policy that hears an event once a cache; a hedge whose members forget
+their lag.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from proto import errors
 from proto.redis_schema import DecodeAccess
 from scheduler.policies import POLICIES, Background
 from scheduler.policy.lfru import Lfru
-from scheduler.policy.ranking import Ranks
+from scheduler.ranking import Ranks
 from scheduler.replay import Outcome, RankedCache, Setting, as_document, gap_closed, ranked, replay
 from scheduler.slots import Hits, LayerSlots
 from scheduler.trace import TraceInvalid

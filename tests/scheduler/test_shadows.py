@@ -18,7 +18,7 @@ from proto.redis_schema import DecodeAccess
 from scheduler.policy.decayed import Decayed
 from scheduler.policy.lfru import Lfru
 from scheduler.policy.lru import Lru
-from scheduler.policy.ranking import RankingPolicy
+from scheduler.ranking import RankingPolicy
 from scheduler.replay import Setting, ranked, replay
 from scheduler.shadows import Budget, Shadows, Tally
 from scheduler.slots import LayerSlots

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from scheduler import imitation
-from scheduler.imitation import imitate_belady
 from scheduler.policies import POLICIES, Background
-from scheduler.policy import flashmoe
+from scheduler.policy import flashmoe, imitation
 from scheduler.policy.flashmoe import FlashMoe, Net, Usage, learn_flashmoe
+from scheduler.policy.imitation import imitate_belady
 from scheduler.policy.lru import Lru
 from scheduler.replay import Setting, ranked, replay
 from scheduler.trace import AccessTrace
