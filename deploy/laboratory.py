@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deploy import console
 from proto import errors
 from proto.redis_schema import DecodeAccess
+from scheduler.lockstep import replay_together
 from scheduler.policies import POLICIES, Background
 from scheduler.replay import Outcome, ReplayCache, Setting
 from scheduler.replay import replay as replay_through
@@ -89,9 +91,20 @@ class Laboratory:
             outcomes = {name: self._run_one(setting, name, bar) for name in self.policies}
         return {name: outcome for name, outcome in outcomes.items() if outcome is not None}
 
-    def run_sizes(self, setting: Setting, sizes: Sequence[int]) -> dict[int, Outcomes]:
-        """By slots a layer. What was learned for one size serves the others."""
-        return {slots: self.run(replace(setting, slots=slots)) for slots in sizes}
+    def run_sizes(
+        self, setting: Setting, sizes: Sequence[int], names: Iterable[str]
+    ) -> dict[int, Outcomes]:
+        """By slots a layer, of those of the policies that `run` found able. All sizes in one pass;
+        what was learned for one serves the others.
+        """
+        found: dict[int, Outcomes] = {slots: {} for slots in sizes}
+        settings = [replace(setting, slots=slots) for slots in sizes]
+        for name in names if settings else ():
+            make = partial(_made, name, self.background)
+            outcomes = replay_together(settings, make)
+            for slots, outcome in zip(sizes, outcomes, strict=True):
+                found[slots][name] = outcome
+        return found
 
     def _run_one(self, setting: Setting, name: str, bar: Progress) -> Outcome | None:
         task = bar.add_task(f"{name}, {setting.slots} slots", total=setting.trace.num_steps)
@@ -103,6 +116,10 @@ class Laboratory:
             console.err.print(f"{name} is left out: {error}", markup=False)
             return None
         return replay_through(setting, Watched(cache, lambda steps: bar.advance(task, steps)))
+
+
+def _made(name: str, background: Background, setting: Setting) -> ReplayCache:
+    return POLICIES[name](setting, background)
 
 
 class Watched:

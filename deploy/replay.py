@@ -74,7 +74,9 @@ def replay(
     outcomes = laboratory.run(setting)
     if picture is not None:
         sizes = plotted_sizes(setting)
-        plot.draw(picture, setting, {**laboratory.run_sizes(setting, sizes), slots: outcomes})
+        plot.draw(
+            picture, setting, {**laboratory.run_sizes(setting, sizes, outcomes), slots: outcomes}
+        )
         console.err.print(f"{picture}: {len(sizes) + 1} cache sizes")
     if as_json:
         console.print_json(as_document(setting, outcomes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from proto.redis_schema import DecodeAccess
 from scheduler.policy.hedged import Hedged
 from scheduler.ranking import RankingPolicy, Ranks
-from scheduler.replay import RankedCache, ReplayCache, Setting, slots_of
+from scheduler.replay import Outcome, RankedCache, ReplayCache, Setting, slots_of
 
 Make = Callable[[Setting], ReplayCache]
 
@@ -56,13 +57,19 @@ def _hedged(setting: Setting, members: Mapping[str, tuple[Shared, int]]) -> Hedg
     return Hedged(caches, slots_of(setting))
 
 
-def count_misses(settings: Sequence[Setting], make: Make) -> list[int]:
-    """Misses after the warm-up, by setting: what `replay` counts for each alone."""
+def replay_together(settings: Sequence[Setting], make: Make) -> list[Outcome]:
+    """By setting, what `replay` finds for each alone; us_per_step is of all of them together."""
     caches = caches_of(settings, make)
     misses = [0] * len(settings)
-    for step, event in enumerate(settings[0].trace.events()):
+    trace = settings[0].trace
+    began_s = time.perf_counter()
+    for step, event in enumerate(trace.events()):
         for number, (setting, cache) in enumerate(zip(settings, caches, strict=True)):
             hits = cache.step(event)
             if step >= setting.warmup_steps:
                 misses[number] += int(np.count_nonzero(~hits))
-    return misses
+    us_per_step = (time.perf_counter() - began_s) * 1e6 / trace.num_steps
+    return [
+        Outcome(1 - missed / setting.num_accesses, missed, us_per_step)
+        for setting, missed in zip(settings, misses, strict=True)
+    ]

@@ -58,6 +58,12 @@ class Setting:
                 f"warm-up of {self.warmup_steps}: give a smaller --warmup or a longer trace"
             )
 
+    @property
+    def num_accesses(self) -> int:
+        """Experts that the counted steps ask for."""
+        counted = self.trace.num_steps - self.warmup_steps
+        return counted * self.trace.num_layers * self.trace.top_k
+
 
 class ReplayCache(Protocol):
     """A policy with its residents."""
@@ -111,8 +117,7 @@ def replay(setting: Setting, cache: ReplayCache) -> Outcome:
             misses += int(np.count_nonzero(~hits))
     elapsed_s = time.perf_counter() - began_s
     trace = setting.trace
-    accesses = (trace.num_steps - setting.warmup_steps) * trace.num_layers * trace.top_k
-    return Outcome(1 - misses / accesses, misses, elapsed_s * 1e6 / trace.num_steps)
+    return Outcome(1 - misses / setting.num_accesses, misses, elapsed_s * 1e6 / trace.num_steps)
 
 
 def ranked(setting: Setting, policy: RankingPolicy, *, advised: bool = False) -> RankedCache:

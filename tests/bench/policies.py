@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from scheduler.lockstep import count_misses
+from scheduler.lockstep import replay_together
 from scheduler.policies import POLICIES, Background
-from scheduler.replay import Setting
+from scheduler.replay import Outcome, Setting, gap_closed
 from scheduler.trace import AccessTrace
 from tests.bench.table import show, spread
 
@@ -29,20 +29,16 @@ Cell = tuple[str, int, str]  # policy, slots, scope
 
 @dataclass(frozen=True)
 class Counts:
-    """Misses of every policy on one trace, by (policy, slots, scope)."""
+    """What every policy hit on one trace, by (policy, slots, scope)."""
 
-    settings: Mapping[tuple[int, str], Setting]
-    misses: Mapping[Cell, int]
+    outcomes: Mapping[Cell, Outcome]
 
     def hit_ratio(self, policy: str, slots: int, scope: str) -> float:
-        setting = self.settings[slots, scope]
-        trace = setting.trace
-        accesses = (trace.num_steps - setting.warmup_steps) * trace.num_layers * trace.top_k
-        return 1 - self.misses[policy, slots, scope] / accesses
+        return self.outcomes[policy, slots, scope].hit_ratio
 
     def gap_closed(self, policy: str, slots: int, scope: str) -> float:
-        lru, best, own = (self.misses[name, slots, scope] for name in ("lru", "min", policy))
-        return (lru - own) / (lru - best)
+        own, lru, best = (self.outcomes[name, slots, scope] for name in (policy, "lru", "min"))
+        return gap_closed(own, lru, best) or 0.0
 
 
 def count(
@@ -60,12 +56,12 @@ def count(
         for scope in scopes
     }
     background = Background(train)
-    misses: dict[Cell, int] = {}
+    outcomes: dict[Cell, Outcome] = {}
     for name in names:
         make = POLICIES[name]
-        counted = count_misses(list(settings.values()), lambda s, make=make: make(s, background))
-        misses |= {(name, *key): of_one for key, of_one in zip(settings, counted, strict=True)}
-    return Counts(settings, misses)
+        found = replay_together(list(settings.values()), lambda s, make=make: make(s, background))
+        outcomes |= {(name, *key): one for key, one in zip(settings, found, strict=True)}
+    return Counts(outcomes)
 
 
 def splits(trace: AccessTrace, number: int) -> list[tuple[AccessTrace, AccessTrace]]:

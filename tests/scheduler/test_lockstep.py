@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.lockstep import count_misses
+from scheduler.lockstep import replay_together
 from scheduler.policies import POLICIES, Background
 from scheduler.replay import Setting, replay
 from tests.scheduler.replays import recorded
@@ -24,5 +24,7 @@ SETTINGS = [
 @pytest.mark.parametrize("name", ["lru", "decayed", "arc", "min", "hedged"])
 def test_counts_what_each_counts_alone(name: str) -> None:
     make = POLICIES[name]
-    alone = [replay(setting, make(setting, Background())).misses for setting in SETTINGS]
-    assert count_misses(SETTINGS, lambda setting: make(setting, Background())) == alone
+    alone = [replay(setting, make(setting, Background())) for setting in SETTINGS]
+    together = replay_together(SETTINGS, lambda setting: make(setting, Background()))
+    assert [one.misses for one in together] == [one.misses for one in alone]
+    assert [one.hit_ratio for one in together] == [one.hit_ratio for one in alone]
