@@ -7,8 +7,8 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from deploy import calibrate, console, container, doctor, offline, online, record, replay
 from deploy.status import check_health
@@ -61,8 +61,8 @@ def main() -> None:
     except errors.FlashMoEError as error:
         console.err.print(f"flashmoe: {error}", markup=False)
         code = console.exit_code(error)
-    except click.ClickException as error:
-        error.show()
+    except TyperException as error:
+        console.err.print(f"flashmoe: {error.format_message()} (--help tells more)", markup=False)
         code = error.exit_code
     except BrokenPipeError:
         sys.stderr.close()
@@ -70,7 +70,7 @@ def main() -> None:
     except OSError as error:
         console.err.print(f"flashmoe: {error}", markup=False)
         code = console.BAD_INPUT
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         code = 130
     sys.exit(code or 0)
 

@@ -45,7 +45,7 @@ class SchedulerConfig(BaseModel):
 
     horizon_steps: Annotated[int, Field(ge=1, le=256)] = 8
     half_lives_tokens: HalfLives = (2.0, 8.0, 16.0, 64.0)
-    learn_rows_per_step: Annotated[int, Field(ge=1, le=4096)] = 64
+    learn_rows_per_step: Annotated[int, Field(ge=1, le=4096)] = 32
     recall_steps: Annotated[int, Field(ge=64, le=65_536)] = 8192
     min_labels: NonNegativeInt = 2000
     max_nodes: PositiveInt = 8

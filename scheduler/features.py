@@ -58,6 +58,7 @@ class Features:
         self._followers = followers
         self._recall = recall
         self._newest: DecodeAccess | None = None
+        self._table: Array | None = None  # until the state changes
         self.num_steps = 0
         self._keep = 0.5 ** (1 / np.asarray(half_lives_tokens, np.float64))  # [H]
         self._frequencies = np.zeros((len(self._keep), *shape))
@@ -81,6 +82,7 @@ class Features:
         if event is self._newest:
             return
         self._newest = event
+        self._table = None
         self.num_steps += 1
         at = np.nonzero(self.used(event))
         self._update_frequencies(at)
@@ -93,14 +95,18 @@ class Features:
 
     def update_prefill(self, event: PrefillAccess) -> None:
         """A prompt chunk counts for the frequencies as its tokens spread evenly; no step passes."""
+        self._table = None
         keep = (self._keep ** max(1, event.num_tokens))[:, None, None]
         share = np.minimum(event.token_counts / max(1, event.num_tokens), 1.0)  # [L, E]
         self._frequencies *= keep
         self._frequencies += (1 - keep) * share
 
     def table(self) -> Array:
-        """[N, L, E], the features of every expert in the order of `names`."""
-        return self._describe(())
+        """[N, L, E], the features of every expert in the order of `names`; read only."""
+        if self._table is None:
+            self._table = self._describe(())
+            self._table.flags.writeable = False
+        return self._table
 
     def rows(self, layers: NDArray[np.intp], experts: NDArray[np.intp]) -> Array:
         """[R, N], the features of the experts named by two parallel arrays."""

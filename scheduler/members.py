@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from proto.redis_schema import DecodeAccess
 from scheduler.config import SchedulerConfig
 from scheduler.forecaster import Forecaster
@@ -41,7 +39,7 @@ class Members:
             "decayed": Decayed(self._shape, self._half_life_tokens),
             "lru": Lru(self._shape),
             "lfru": Lfru(self._shape),
-            "river": ScoredNode(self._scorer, node, self._shape),
+            "river": ScoredNode(self._scorer, node),
         }
         if self._forecaster is not None:
             members["learned"] = Learned(self._forecaster, self._scorer.features(node))
@@ -49,16 +47,14 @@ class Members:
 
 
 class ScoredNode:
-    """What the scorer says of one node, as a policy; the scorer hears the evidence by itself."""
+    """The scorer's learner for one node; the scorer tells it of the evidence by itself."""
 
-    def __init__(self, scorer: Scorer, node: str, shape: tuple[int, int]) -> None:
+    def __init__(self, scorer: Scorer, node: str) -> None:
         self._scorer = scorer
         self._node = node
-        self._unscored = np.zeros(shape)
 
     def observe(self, event: DecodeAccess) -> None:
         """Nothing: the scorer has observed it."""
 
     def ranks(self) -> Ranks:
-        scores = self._scorer.scores(self._node)
-        return self._unscored if scores is None else scores.astype(np.float64)
+        return self._scorer.ranks(self._node)

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from proto import errors
 from proto.expert import ExpertKey
@@ -17,6 +16,7 @@ from scheduler.followers import Followers
 from scheduler.forecaster import Forecaster
 from scheduler.model import Contribution
 from scheduler.policy.river import River, RiverSettings
+from scheduler.ranking import Ranks
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class _Node:
 
 
 class Scorer:
-    """`observe` learns and returns nothing; `scores` and `explain` ask and change nothing.
+    """`observe` learns and returns nothing; `ranks` and `explain` ask and change nothing.
 
     forecaster: what it remembers, every node may recall
     """
@@ -94,11 +94,9 @@ class Scorer:
         """Of a node that was heard, as it is updated with every event."""
         return self._nodes[node].river.features
 
-    def scores(self, node: str) -> NDArray[np.float32] | None:
-        """[L, E], P(used within the horizon); None while a local policy does better."""
-        if not self.is_trusted:
-            return None
-        return self._nodes[node].river.ranks().astype(np.float32)
+    def ranks(self, node: str) -> Ranks:
+        """[L, E], P(used within the horizon), as far as it is known yet."""
+        return self._nodes[node].river.ranks()
 
     def explain(self, key: ExpertKey) -> Explanation:
         """As the node heard last sees it. Raises UnknownExpert; NotReady before any evidence."""

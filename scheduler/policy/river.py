@@ -22,7 +22,7 @@ class RiverSettings:
 
     horizon_steps: int = 8
     half_lives_tokens: Sequence[float] = (2.0, 8.0, 16.0, 64.0)
-    learn_rows_per_step: int = 64
+    learn_rows_per_step: int = 32
     recall_steps: int = 8192
 
     def new_model(self) -> ReuseModel:

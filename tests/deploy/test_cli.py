@@ -185,3 +185,11 @@ def test_store_of_a_moved_checkpoint(tmp_path: Path) -> None:
     assert lost.returncode == 2
     assert_one_sentence(lost.stderr, "missing", "--source")
     assert flashmoe("verify", str(store), "--source", str(tmp_path / "moved")).returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["serve", "--policy", "foo"], ["plan"]])
+def test_wrong_usage_is_one_sentence_and_exit_2(arguments: list[str]) -> None:
+    """Seen red: typer's own errors, which are not click's any more, ended in a traceback."""
+    done = flashmoe(*arguments)
+    assert done.returncode == 2
+    assert_one_sentence(done.stderr, "--help")
