@@ -105,3 +105,21 @@ def test_any_number_of_experts_is_packed(shape: tuple[int, int]) -> None:
         memory.append(chosen)
     following = Recall(shape, memory).shares(last)[0]
     assert following[:, 0].tolist() == [1.0] * shape[0]
+
+
+def test_a_large_memory_is_sifted_and_recalls_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of twelve topics, so that neighbours share much, as they do in a model."""
+    random = np.random.default_rng(3)
+    shape, num_steps = (12, 32), 6000
+    topics = np.argsort(random.random((12, *shape)), axis=2)[..., :6]
+    chosen = topics[random.integers(12, size=num_steps)]
+    steps = np.take_along_axis(chosen, np.argsort(random.random(chosen.shape), axis=2), 2)[..., :4]
+    shares = []
+    for sifted_words in (1_000_000, 1_000):
+        monkeypatch.setattr("scheduler.recall.SIFTED_WORDS", sifted_words)
+        recall = Recall(shape, StepMemory(shape, num_steps))
+        for step_chosen in steps:
+            recall.learn(step_chosen)
+        shares.append(recall.shares(steps[-1]))
+    assert shares[0].any()
+    assert np.abs(shares[0] - shares[1]).sum() < 0.1 * shares[0].sum()
