@@ -22,7 +22,7 @@ from scheduler.replay import Outcome, Setting, gap_closed
 from scheduler.trace import AccessTrace
 from tests.bench.table import show, spread
 
-HELD_OUT_RATIO = 0.27
+HELD_OUT_RATIO = 0.265
 
 Cell = tuple[str, int, str]  # policy, slots, scope
 
