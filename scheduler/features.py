@@ -114,8 +114,7 @@ class Features:
 
     def _update_frequencies(self, at: tuple[NDArray[np.intp], ...]) -> None:
         self._frequencies *= self._keep[:, None, None]
-        for frequency, keep in zip(self._frequencies, self._keep, strict=True):
-            frequency[at] += 1 - keep
+        self._frequencies[:, *at] += (1 - self._keep)[:, None]
 
     def _update_gaps(self, at: tuple[NDArray[np.intp], ...]) -> None:
         gap = np.minimum(self.num_steps - self._last_step[at], MAX_AGE_STEPS)

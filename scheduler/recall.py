@@ -18,7 +18,7 @@ AHEAD_DECAY = 0.8  # ... each this much of the one before
 WORD_BITS = 64
 SIFTED_WORDS = 200_000  # a memory of more is looked through in two rounds ...
 SIFTED_STRIDE = 3  # ... the first over every third word ...
-NUM_CANDIDATES = 2048  # ... for about so many steps
+NUM_CANDIDATES = 1024  # ... for about so many steps
 
 Array = NDArray[np.float64]
 
@@ -86,7 +86,7 @@ class StepMemory:
         """Steps, and how many experts each shares with these.
 
         All steps where that is cheap. In a large memory those that share most in every third word,
-        some sixty times as many as are wanted: of the nearest, hardly one is missed.
+        some thirty times as many as are wanted: of the nearest, hardly one is missed.
         """
         size = len(self)
         every = np.arange(size)
