@@ -114,7 +114,8 @@ class Features:
 
     def _update_frequencies(self, at: tuple[NDArray[np.intp], ...]) -> None:
         self._frequencies *= self._keep[:, None, None]
-        self._frequencies[:, *at] += (1 - self._keep)[:, None]
+        layers, experts = at
+        self._frequencies[:, layers, experts] += (1 - self._keep)[:, None]
 
     def _update_gaps(self, at: tuple[NDArray[np.intp], ...]) -> None:
         gap = np.minimum(self.num_steps - self._last_step[at], MAX_AGE_STEPS)
