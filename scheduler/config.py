@@ -47,7 +47,6 @@ class SchedulerConfig(BaseModel):
     half_lives_tokens: HalfLives = (2.0, 8.0, 16.0, 64.0)
     learn_rows_per_step: Annotated[int, Field(ge=1, le=4096)] = 32
     recall_steps: Annotated[int, Field(ge=64, le=65_536)] = 8192
-    min_labels: NonNegativeInt = 2000
     max_nodes: PositiveInt = 8
 
     policy: PolicySetting = "auto"

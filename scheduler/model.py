@@ -93,10 +93,6 @@ class ReuseModel:
     def bias(self) -> float:
         return float(self._regression.intercept)
 
-    @property
-    def beats_baseline(self) -> bool:
-        return self.log_loss < self.baseline_log_loss
-
     def learn(self, answers: Answers) -> None:
         """Judge what was predicted when the questions were asked, then learn from each answer."""
         losses = []

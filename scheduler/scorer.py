@@ -68,12 +68,6 @@ class Scorer:
         """Names of the nodes we keep state of, least recently heard first."""
         return list(self._nodes)
 
-    @property
-    def is_trusted(self) -> bool:
-        """Whether the learner has seen enough, and predicts better than the mean does."""
-        model = self.model
-        return model.labels_learned >= self._config.min_labels and model.beats_baseline
-
     def observe(self, event: DecodeAccess | PrefillAccess, *, learn: bool = True) -> None:
         """Take in one event: settle questions, update the state, ask new ones. Never peeks ahead.
 

@@ -96,7 +96,7 @@ async def test_evidence_in_advice_out(config: SchedulerConfig, until: Until) -> 
     assert late.scores is not None
     assert late.scores.shape == (2, 8)
     assert late.version == stats.advice_version > early.version
-    assert stats.labels_learned > config.min_labels
+    assert stats.labels_learned > 200
     assert stats.log_loss < stats.baseline_log_loss
     assert 0 < stats.step_ms < 1000
     assert 0 < stats.cpu_share < 5
@@ -299,9 +299,7 @@ def test_random_bytes_never_end_the_loop(
 
 async def feed(valkey_dir: Path, entries: list[dict[bytes, bytes]]) -> None:
     fingerprint = uuid4().hex
-    config = small_config(
-        redis_url=f"unix://{valkey_dir}/valkey.sock", fingerprint=fingerprint, min_labels=0
-    )
+    config = small_config(redis_url=f"unix://{valkey_dir}/valkey.sock", fingerprint=fingerprint)
     async with connected(config) as redis:
         daemon = assemble(config, redis)
         key = redis_schema.access_stream(fingerprint)

@@ -44,7 +44,6 @@ def write_config(directory: Path, **changes: object) -> Path:
         "moe_layers": [1, 3],
         "num_experts": 8,
         "horizon_steps": 4,
-        "min_labels": 100,
         "snapshot_path": f"{directory}/learner.npz",
         "metrics_port": 0,
         "metrics_port_file": f"{directory}/metrics.port",

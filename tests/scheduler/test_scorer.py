@@ -25,26 +25,6 @@ def test_tells_structure_from_noise() -> None:
     assert scores[kept].min() > scores[~kept].max()
 
 
-def test_steps_aside_where_nothing_is_to_be_learned() -> None:
-    """Random experts: advice must not claim what the mean knows. Red when only labels count."""
-    scorer = Scorer(small_config(min_labels=0))
-    scorer.observe(decode_step([[0, 1], [2, 3]]))
-    model = scorer.model
-    model.labels_learned, model.log_loss, model.baseline_log_loss = 10_000, 0.6, 0.5
-    assert not scorer.is_trusted
-    model.log_loss = 0.4
-    assert scorer.is_trusted
-
-
-def test_is_not_trusted_before_it_has_seen_enough() -> None:
-    """Red when min_labels is not looked at."""
-    scorer = Scorer(small_config(min_labels=10_000))
-    for event in structured_trace(60):
-        scorer.observe(event)
-    assert scorer.model.beats_baseline
-    assert not scorer.is_trusted
-
-
 def test_asking_changes_nothing() -> None:
     """Red when scores or explain learn, move the clock or draw from the random numbers."""
     asked, silent = Scorer(small_config()), Scorer(small_config())

@@ -22,7 +22,6 @@ def small_config(**changes: Any) -> SchedulerConfig:
         "moe_layers": (1, 3),
         "num_experts": 8,
         "horizon_steps": 4,
-        "min_labels": 200,
         "read_block_s": 0.02,
         "reconnect_max_s": 0.05,
     }
