@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
 
-from expert_store.manifest import ExpertRecord, Manifest
+from expert_store.extents import ExpertRecord
+from expert_store.manifest import Manifest
 from expert_store.reader import open_files, read_record
 
 _SAMPLES = 48

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from expert_store.manifest import SourceFile
+from expert_store.sources import SourceFile
 from proto import errors
 from proto.expert import DTYPE_BYTES
 

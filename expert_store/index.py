@@ -18,17 +18,11 @@ from expert_store.architecture import (
     read_architecture,
 )
 from expert_store.checkpoint import Checkpoint, CheckpointTensor, read_chunks
-from expert_store.manifest import (
-    MANIFEST_NAME,
-    ExpertRecord,
-    Extent,
-    Manifest,
-    Sizing,
-    SourceFile,
-    resolve_inside,
-    slot_bytes_needed,
-)
+from expert_store.extents import ExpertRecord, Extent, slot_bytes_needed
+from expert_store.manifest import MANIFEST_NAME, Manifest
 from expert_store.progress import Journal, Report, silent
+from expert_store.sizing import Sizing
+from expert_store.sources import SourceFile, resolve_inside
 from proto import errors
 from proto.expert import DenseTensor, ExpertKey, ModelSpec, TensorLayout
 from proto.shm import PAGE_BYTES, TENSOR_ALIGN_BYTES, align_up

@@ -20,17 +20,12 @@ import xxhash
 
 from expert_store.architecture import Architecture, Part, read_architecture
 from expert_store.checkpoint import Checkpoint, CheckpointTensor, read_chunks, read_header
+from expert_store.durable import sync_folder, write_all
+from expert_store.extents import ExpertRecord, Extent
 from expert_store.index import expert_keys, expert_parts, make_spec, measure
-from expert_store.manifest import (
-    MANIFEST_NAME,
-    ExpertRecord,
-    Extent,
-    Manifest,
-    SourceFile,
-    sync_folder,
-    write_all,
-)
+from expert_store.manifest import MANIFEST_NAME, Manifest
 from expert_store.progress import Journal, Report, silent
+from expert_store.sources import SourceFile
 from proto import errors
 from proto.expert import DenseTensor, ExpertKey
 from proto.shm import PAGE_BYTES, TENSOR_ALIGN_BYTES, align_up

@@ -21,7 +21,9 @@ from pathlib import Path
 
 import xxhash
 
-from expert_store.manifest import ExpertRecord, Manifest, Read, plan_reads, resolve_inside
+from expert_store.extents import ExpertRecord, Read, plan_reads
+from expert_store.manifest import Manifest
+from expert_store.sources import resolve_inside
 from proto import errors
 from proto.expert import ExpertKey
 from proto.shm import PAGE_BYTES, align_up

@@ -7,8 +7,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from expert_store.extents import ExpertRecord
 from expert_store.inflight import Inflight
-from expert_store.manifest import ExpertRecord, Manifest
+from expert_store.manifest import Manifest
 from expert_store.reader import Priority, ReadQueue, SourceFiles, read_record
 from expert_store.segment import Segment
 from expert_store.sessions import Session, SessionTable

@@ -12,13 +12,9 @@ from pathlib import Path
 import xxhash
 
 from expert_store.checkpoint import read_chunks
-from expert_store.manifest import (
-    Manifest,
-    check_sources,
-    resolve_inside,
-    resolve_name,
-)
+from expert_store.manifest import Manifest, check_sources
 from expert_store.progress import Report, silent
+from expert_store.sources import resolve_inside, resolve_name
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def _ranges(
     dense = [
         (
             t.name,
-            [(numbers[resolve_name(manifest, t.file).path], t.offset_bytes, t.length_bytes)],
+            [(numbers[resolve_name(manifest.files, t.file).path], t.offset_bytes, t.length_bytes)],
             t.checksum,
         )
         for t in manifest.spec.dense

@@ -15,7 +15,7 @@ from pathlib import Path
 import aiofiles
 import xxhash
 
-from expert_store.manifest import ExpertRecord, Extent, plan_reads
+from expert_store.extents import ExpertRecord, Extent, plan_reads
 from expert_store.reader import SourceFiles, read_record
 from proto.expert import ExpertKey
 from tests.bench.table import percentile, show, spread

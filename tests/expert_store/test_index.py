@@ -27,8 +27,9 @@ from expert_store import architecture
 from expert_store import index as module
 from expert_store.architecture import Part, experts_modules
 from expert_store.checkpoint import CheckpointTensor
+from expert_store.extents import ExpertRecord, slot_bytes_needed
 from expert_store.index import index, is_indexed, lay_out
-from expert_store.manifest import ExpertRecord, Manifest, slot_bytes_needed
+from expert_store.manifest import Manifest
 from expert_store.reader import SourceFiles, read_record
 from proto import errors
 from proto.expert import ExpertKey

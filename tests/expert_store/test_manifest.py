@@ -17,12 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_store.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    check_sources,
-    resolve_inside,
-)
+from expert_store.manifest import MANIFEST_NAME, Manifest, check_sources
+from expert_store.sources import resolve_inside
 from proto import errors
 from tests.expert_store.stores import FILE_NAME, KEYS, PAYLOAD_BYTES, write_store
 

@@ -15,15 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_store.manifest import (
-    MANIFEST_NAME,
-    ExpertRecord,
-    Manifest,
-    check_sources,
-    plan_reads,
-    resolve_inside,
-    signed,
-)
+from expert_store.extents import ExpertRecord, plan_reads
+from expert_store.manifest import MANIFEST_NAME, Manifest, check_sources
+from expert_store.manifest_document import signed
+from expert_store.sources import resolve_inside
 from proto import errors
 from tests.expert_store.stores import write_store
 
