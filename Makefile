@@ -16,10 +16,13 @@ MAX_TOKENS ?= 96
 COMPOSE ?= docker-compose
 CONTAINER := .flashmoe/container
 TRACES := .flashmoe/traces
+PEERS := .flashmoe/peers-venv
+PEERS_READY := $(PEERS)/.ready
+PEERS_PACKAGES := tests/bench/peers/requirements.txt
 COMPOSED := $(COMPOSE) --env-file $(CURDIR)/$(CONTAINER)/compose.env -f deploy/docker-compose.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto run serve test system lint format check bench trace policies up down logs lock clean
+.PHONY: help setup proto run serve test system lint format check bench bench-peers trace policies up down logs lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -74,6 +77,17 @@ check: lint test  ## what passes before a commit
 
 bench: $(STUBS)  ## measure, and print the tables of README
 	$(PY) -m tests.bench
+
+$(PEERS_READY): $(PEERS_PACKAGES) $(READY)
+	@$(PY) -m venv --without-pip --clear $(PEERS)
+	@cd $(PEERS)/lib/python3*/site-packages && $(abspath $(PY)) -c \
+	    'import sysconfig; print(sysconfig.get_path("purelib"))' > flashmoe.pth
+	@$(PY) -m pip --python $(PEERS)/bin/python install --quiet --disable-pip-version-check \
+	    --no-deps -r $(PEERS_PACKAGES)
+	@touch $@
+
+bench-peers: $(STUBS) $(PEERS_READY)  ## FlashMoE beside llama.cpp and others (root, 20 GB, hours; ARGS=--quick)
+	@$(PY) -m tests.bench.peers --python $(PEERS)/bin/python $(ARGS)
 
 $(TRACES)/tiny-moe-test.npz: tests/bench/record_tiny.py $(wildcard tests/bench/prompts/*.txt $(MODEL)/*) \
     | $(STORE)/manifest.json

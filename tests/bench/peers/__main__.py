@@ -1,0 +1,134 @@
+"""`make bench-peers`: the same weights under the same memory limit, in FlashMoE and in others.
+
+Runs are kept as they end: called again at the same commit, it goes on where it stopped, unless
+--fresh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from tests.bench.peers import cgroup, disk, results
+from tests.bench.peers.disk import KIB, PeersDisk, own_read_ahead_bytes
+from tests.bench.peers.engines import ENGINES
+from tests.bench.peers.models import PeerModel, file_bytes
+from tests.bench.peers.report import print_table
+from tests.bench.peers.run import Case, Prompt, measure
+from tests.bench.table import machine
+from tests.bench.widen import MIB
+from tests.stack import MODEL, ROOT
+
+FOLDER = ROOT / ".flashmoe/peers"
+PROMPTS = ROOT / "tests/bench/prompts"
+PROMPT_TOKENS, MAX_TOKENS = 48, 32
+SHARES = "none,100,50,37.5,25"
+QUICK_PROMPTS = 4
+
+
+def main() -> None:
+    chosen = _arguments()
+    reason = cgroup.why_not() or disk.why_not()
+    if reason:
+        print(f"skipped: {reason}")
+        return
+    model = PeerModel(int(chosen.record_mib * MIB))
+    peers_disk = PeersDisk(FOLDER / "disk.img", FOLDER / "disk")
+    file = FOLDER / "results.jsonl"
+    if chosen.fresh:
+        file.unlink(missing_ok=True)
+    _announce(model, peers_disk)
+    size = _prepare(model, peers_disk, chosen.python)
+    commit = _commit()
+    prompts = _prompts()[: QUICK_PROMPTS if chosen.quick else None]
+    done = {result.case for result in results.load(file) if result.commit == commit}
+    for case in _cases(chosen, size):
+        if case in done:
+            continue
+        print(f"round {case.round_number}: {case.engine}, {_limit(case)} ...", flush=True)
+        log = FOLDER / f"{case.engine}.log"
+        start = ENGINES[case.engine]
+        result = measure(case, start, peers_disk, chosen.python, log, prompts, MAX_TOKENS, commit)
+        results.append(file, result)
+    print(f"\ncommit {commit}, {machine()}, model file {size / MIB:,.0f} MiB\n")
+    print_table([result for result in results.load(file) if result.commit == commit])
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--python", type=Path, required=True, help="of the peers' environment")
+    parser.add_argument("--record-mib", type=float, default=24.0, help="MiB an expert")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="which, separated by commas")
+    parser.add_argument(
+        "--shares", default=SHARES, help="percent of the model file; none: no limit"
+    )
+    parser.add_argument("--read-ahead-kib", default="128", help="KiB, or own: as the disk has it")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one round, four prompts")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier runs")
+    return parser.parse_args()
+
+
+def _cases(chosen: argparse.Namespace, size_bytes: int) -> Iterator[Case]:
+    """Rounds outermost, so that engines take turns."""
+    own = own_read_ahead_bytes(ROOT)
+    ahead = [own if a == "own" else int(a) * KIB for a in chosen.read_ahead_kib.split(",")]
+    shares = [None if s == "none" else float(s) for s in chosen.shares.split(",")]
+    rounds = range(1 if chosen.quick else chosen.rounds)
+    engines = chosen.engines.split(",")
+    for number, read_ahead, share, engine in itertools.product(rounds, ahead, shares, engines):
+        limit = None if share is None else int(size_bytes * share / 100) // MIB * MIB
+        yield Case(engine, share, limit, read_ahead, number)
+
+
+def _limit(case: Case) -> str:
+    ahead = f"read-ahead {case.read_ahead_bytes // KIB} KiB"
+    if case.limit_bytes is None:
+        return f"no limit, {ahead}"
+    return f"{case.share:g} % = {case.limit_bytes // MIB} MiB, {ahead}"
+
+
+def _announce(model: PeerModel, peers_disk: PeersDisk) -> None:
+    if not peers_disk.exists:
+        free = shutil.disk_usage(ROOT).free
+        print(
+            f"needs {model.disk_bytes / MIB:,.0f} MiB below {FOLDER} (free: {free / MIB:,.0f} MiB) "
+            "and some ten minutes to make the model"
+        )
+
+
+def _prepare(model: PeerModel, peers_disk: PeersDisk, python: Path) -> int:
+    """The model on its disk. Returns the bytes of the model file."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    try:
+        if not peers_disk.exists:
+            peers_disk.create(model.disk_bytes)
+        with peers_disk.mounted(own_read_ahead_bytes(ROOT)):
+            model.make(peers_disk.folder, python)
+            return file_bytes(peers_disk.folder)
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"bench-peers: {error}")
+
+
+def _prompts() -> list[Prompt]:
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    return [
+        Prompt(file.stem, tuple(tokenizer.encode(file.read_text()).ids[:PROMPT_TOKENS]))
+        for file in sorted(PROMPTS.glob("*.txt"))
+    ]
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

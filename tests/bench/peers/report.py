@@ -1,0 +1,88 @@
+"""The table: medians and spread over runs, a row an engine under a limit."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from tests.bench.peers.run import Answer, RunResult
+from tests.bench.table import percentile, show, spread
+
+MIB = 1024 * 1024
+HEADER = [
+    "limit",
+    "engine",
+    "tokens/s",
+    "token p50 ms",
+    "p95 ms",
+    "first token s",
+    "cold",
+    "MiB/token",
+    "faults/token",
+    "peak MiB",
+]
+
+
+def print_table(results: Sequence[RunResult]) -> None:
+    """A table a read-ahead, rows by limit."""
+    for read_ahead in sorted({result.case.read_ahead_bytes for result in results}):
+        chosen = [r for r in results if r.case.read_ahead_bytes == read_ahead]
+        rounds = {result.case.round_number for result in chosen}
+        answers = max(len(result.answers) for result in chosen)
+        show(
+            f"Read-ahead {read_ahead // 1024} KiB: a cold prompt and {answers - 1} warm ones a run,"
+            f" {len(rounds)} runs, median (min-max)",
+            HEADER,
+            _rows(chosen),
+        )
+
+
+def _rows(results: Sequence[RunResult]) -> list[list[str]]:
+    groups: dict[tuple[float, str], list[RunResult]] = {}
+    for result in results:
+        share = 1000.0 if result.case.share is None else result.case.share
+        groups.setdefault((-share, result.case.engine), []).append(result)
+    return [_row(groups[key]) for key in sorted(groups)]
+
+
+def _row(runs: Sequence[RunResult]) -> list[str]:
+    case = runs[0].case
+    limit = "none" if case.share is None else f"{case.share:g} %"
+    failures = [run.failure for run in runs if run.failure]
+    if failures:
+        return [limit, case.engine, failures[0], *[""] * (len(HEADER) - 3)]
+    warm = [run.answers[1:] for run in runs]
+    return [
+        limit,
+        case.engine,
+        _over(warm, speed),
+        _over(warm, lambda answers: latency_ms(answers, 0.5), 0),
+        _over(warm, lambda answers: latency_ms(answers, 0.95), 0),
+        _over(warm, lambda answers: statistics.median(a.ttft_s for a in answers), 2),
+        spread([run.answers[0].ttft_s for run in runs], 2),
+        _over(warm, lambda answers: per_token(answers, lambda a: a.decode_bytes) / MIB, 0),
+        _over(warm, lambda answers: per_token(answers, lambda a: a.decode_faults), 0),
+        f"{max(run.peak_bytes for run in runs) / MIB:.0f}",
+    ]
+
+
+def _over(
+    runs: Sequence[Sequence[Answer]],
+    figure: Callable[[Sequence[Answer]], float],
+    digits: int = 2,
+) -> str:
+    return spread([figure(answers) for answers in runs], digits)
+
+
+def speed(answers: Sequence[Answer]) -> float:
+    """Decode tokens a second, harmonic mean over prompts."""
+    return statistics.harmonic_mean([answer.tokens_per_s for answer in answers])
+
+
+def latency_ms(answers: Sequence[Answer], share: float) -> float:
+    return 1000 * percentile([s for answer in answers for s in answer.latencies_s], share)
+
+
+def per_token(answers: Sequence[Answer], count: Callable[[Answer], int]) -> float:
+    """Of decode."""
+    return sum(map(count, answers)) / sum(len(answer.latencies_s) for answer in answers)

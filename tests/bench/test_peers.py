@@ -1,0 +1,121 @@
+"""The parts of `make bench-peers` that need neither root nor the peers.
+
+Planted faults seen red: bytes of the prompt counted to decode, an engine that stops early taken as
+whole, an arithmetic mean of speeds, the first token counted in a token's bytes, the cold prompt in
+the table, failed runs as figures, limits from small to large, a file of results begun anew, a
+cgroup found by part of a controller's name or in version 2's hierarchy, requests read as sectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.bench.peers import cgroup, disk, report, results
+from tests.bench.peers.engines import Token
+from tests.bench.peers.run import Answer, Case, Prompt, RunResult, ask
+
+PROMPT = Prompt("bible", (5, 6, 7))
+
+
+class Counted:
+    """A disk and a cgroup that count what the test says."""
+
+    def __init__(self) -> None:
+        self.bytes_read, self.faults = 1000, 10
+
+    def read(self) -> tuple[int, int]:
+        return self.bytes_read, self.faults
+
+
+class Scripted:
+    """An engine that reads 300 bytes for the prompt and 20 for a token, with a fault each time."""
+
+    def __init__(self, counted: Counted, num_tokens: int) -> None:
+        self._counted, self._num_tokens = counted, num_tokens
+
+    def generate(self, prompt: Sequence[int], max_tokens: int, seed: int) -> Iterator[Token]:
+        for number in range(self._num_tokens):
+            self._counted.bytes_read += 20 if number else 300
+            self._counted.faults += 1
+            yield Token(number + seed, 0.5 * number)
+
+
+def answer(latencies_s: list[float], decode_bytes: int = 0) -> Answer:
+    return Answer("bible", 3, [1] * (len(latencies_s) + 1), 1.5, latencies_s, 7, decode_bytes, 2, 3)
+
+
+def result(engine: str, share: float | None, answers: list[Answer], **more: str) -> RunResult:
+    return RunResult(Case(engine, share, 1 << 30, 131072, 0), "c0", 2.0, 5 << 20, answers, **more)
+
+
+def test_what_a_prompt_cost_is_split_at_its_first_token() -> None:
+    counted = Counted()
+    got = ask(Scripted(counted, 4), PROMPT, 4, 100, counted)
+    assert got.token_ids == [100, 101, 102, 103]
+    assert got.latencies_s == [0.5, 0.5, 0.5]
+    assert (got.prefill_bytes, got.decode_bytes) == (300, 60)
+    assert (got.prefill_faults, got.decode_faults) == (1, 3)
+    assert got.tokens_per_s == 2.0
+
+
+def test_an_engine_that_stops_early_has_failed() -> None:
+    counted = Counted()
+    with pytest.raises(OSError, match="3 tokens came of 4"):
+        ask(Scripted(counted, 3), PROMPT, 4, 0, counted)
+    with pytest.raises(OSError, match="0 tokens came of 4"):
+        ask(Scripted(counted, 0), PROMPT, 4, 0, counted)
+
+
+def test_speed_is_the_harmonic_mean_over_prompts() -> None:
+    assert report.speed([answer([0.1]), answer([0.4, 0.4])]) == pytest.approx(4.0)
+
+
+def test_figures_of_a_token_are_of_decode() -> None:
+    answers = [answer([0.1], 90), answer([0.4, 0.4], 30)]
+    assert report.per_token(answers, lambda a: a.decode_bytes) == 40
+    assert report.latency_ms(answers, 0.5) == 400
+
+
+def test_a_table_leaves_out_the_cold_prompt_and_says_why_a_run_failed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cold, warm = answer([9.0]), answer([0.1, 0.1], 2 << 20)
+    report.print_table(
+        [
+            result("ours", None, [cold, warm]),
+            result("ours", 25.0, [cold, warm]),
+            result("theirs", 25.0, [cold], failure="killed for memory"),
+        ]
+    )
+    title, header, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith("Read-ahead 128 KiB")
+    assert "tokens/s" in header
+    assert [row.split()[0] for row in rows if row] == ["none", "25", "25"]
+    assert "10.00 (10.00-10.00)" in rows[0]
+    assert "killed for memory" in rows[2]
+
+
+def test_runs_are_kept_on_file(tmp_path: Path) -> None:
+    runs = [result("ours", 37.5, [answer([0.1])]), result("theirs", None, [], failure="no")]
+    file = tmp_path / "results.jsonl"
+    assert results.load(file) == []
+    for run in runs:
+        results.append(file, run)
+    assert results.load(file) == runs
+
+
+def test_own_memory_cgroup_is_found_among_controllers() -> None:
+    listed = "9:name=memory-less:/x\n4:memory:/a/b\n3:cpuset:/\n0::/\n"
+    assert cgroup.own_group(listed) == Path("/sys/fs/cgroup/memory/a/b")
+    assert cgroup.own_group("4:memory,hugetlb:/\n") == Path("/sys/fs/cgroup/memory")
+    with pytest.raises(LookupError, match="version 1"):
+        cgroup.own_group("0::/user.slice\n")
+
+
+def test_kernel_counters_are_read() -> None:
+    stat = "    8150   12  652000  900 0 0 0 0 0 880 900\n"
+    assert disk.sectors_read(stat) == 652000
+    assert cgroup.parse_stat("cache 4096\npgmajfault 17\n")["pgmajfault"] == 17

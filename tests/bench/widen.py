@@ -1,0 +1,204 @@
+"""Widens every expert of a small checkpoint to records as large as those of big models, without
+changing what it computes.
+
+`python -m tests.bench.widen SRC OUT --record-mib 24`. Padding units have random input weights and
+output weights of zero. The zeros have random signs: no block of the file is all zeros, so that no
+disk can answer for one without reading it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+MIB = 1024 * 1024
+_EXPERT = re.compile(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$")
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_HEADER_ALIGNMENT = 4096  # tensors begin on a page
+
+
+@dataclass(frozen=True)
+class WideTensor:
+    """A tensor of the widened checkpoint. shape: [out, in]; make: reads and pads the original."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def length_bytes(self) -> int:
+        return math.prod(self.shape) * torch.bfloat16.itemsize
+
+
+def widen(source: Path, out: Path, record_bytes: int, seed: int = 0) -> None:
+    """Write `source` with experts of `record_bytes` to `out`, a shard a layer, a tensor at a time.
+
+    Raises ValueError for a checkpoint that cannot be widened, OSError when the disk is too small.
+    """
+    config = json.loads((source / "config.json").read_text())
+    inner_size = wide_inner_size(config, record_bytes)
+    files = sorted(source.glob("*.safetensors"))
+    generator = torch.Generator().manual_seed(seed)
+    shards = _shards(list(_wide_tensors(files, inner_size, generator)))
+    _check_room(out, shards)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.suffix == ".json" and not file.name.endswith(".index.json"):
+            shutil.copy(file, partial)
+    wide = {**config, "moe_intermediate_size": inner_size}
+    (partial / "config.json").write_text(json.dumps(wide, indent=2))
+    for name, tensors in shards.items():
+        with (partial / name).open("wb") as shard:
+            _write_shard(shard, tensors)
+    (partial / "model.safetensors.index.json").write_text(json.dumps(_index(shards)))
+    partial.rename(out)
+
+
+def wide_inner_size(config: dict[str, Any], record_bytes: int) -> int:
+    """F of experts of three matrices [F, D] in bf16 that fill `record_bytes`.
+
+    Raises ValueError when the checkpoint's experts are not smaller, or not in bf16.
+    """
+    if config.get("dtype") != "bfloat16" or "moe_intermediate_size" not in config:
+        raise ValueError("only a bf16 checkpoint with moe_intermediate_size can be widened")
+    row_bytes = 3 * int(config["hidden_size"]) * torch.bfloat16.itemsize
+    inner_size = record_bytes // row_bytes
+    if inner_size < config["moe_intermediate_size"]:
+        raise ValueError(
+            f"an expert has {config['moe_intermediate_size'] * row_bytes:,} bytes already: "
+            f"give a larger record than {record_bytes:,}"
+        )
+    return inner_size
+
+
+def pad_inputs(weight: Tensor, inner_size: int, generator: torch.Generator) -> Tensor:
+    """gate_proj or up_proj, [F, D] -> [inner_size, D]; new rows are random, as large as the old."""
+    extra = torch.randn(inner_size - weight.shape[0], weight.shape[1], generator=generator)
+    return torch.cat([weight, (extra * weight.float().std()).to(weight.dtype)])
+
+
+def pad_outputs(weight: Tensor, inner_size: int, generator: torch.Generator) -> Tensor:
+    """down_proj, [D, F] -> [D, inner_size]; new columns are zeros of random sign."""
+    count = inner_size - weight.shape[1]
+    signs = torch.randint(0, 2, (weight.shape[0], count), generator=generator, dtype=torch.int16)
+    zeros = (signs << 15).view(weight.dtype)
+    return torch.cat([weight, zeros], dim=1)
+
+
+def _wide_tensors(
+    files: Iterable[Path], inner_size: int, generator: torch.Generator
+) -> Iterator[WideTensor]:
+    """Raises ValueError when no tensor is an expert's, or one is not in bf16."""
+    num_experts = 0
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                header = tensors.get_slice(name)
+                if header.get_dtype() != "BF16":
+                    raise ValueError(f"{name} is {header.get_dtype()}, not BF16")
+                match = _EXPERT.search(name)
+                num_experts += match is not None
+                kind = match[1] if match else ""
+                shape = _wide_shape(tuple(header.get_shape()), kind, inner_size)
+                make = _maker(file, name, kind, inner_size, generator)
+                yield WideTensor(name, shape, make)
+    if not num_experts:
+        raise ValueError("the checkpoint has no experts.N.gate_proj, up_proj and down_proj")
+
+
+def _wide_shape(shape: tuple[int, ...], kind: str, inner_size: int) -> tuple[int, ...]:
+    if kind == "down":
+        return (shape[0], inner_size)
+    return (inner_size, shape[1]) if kind else shape
+
+
+def _maker(
+    file: Path, name: str, kind: str, inner_size: int, generator: torch.Generator
+) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        with safe_open(file, framework="pt") as tensors:
+            weight: Tensor = tensors.get_tensor(name)
+        if not kind:
+            return weight
+        pad = pad_outputs if kind == "down" else pad_inputs
+        return pad(weight, inner_size, generator)
+
+    return make
+
+
+def _shards(tensors: Iterable[WideTensor]) -> dict[str, list[WideTensor]]:
+    """File name -> its tensors: a file a layer, and one for what is in no layer."""
+    groups: dict[int, list[WideTensor]] = {}
+    for tensor in tensors:
+        match = _LAYER.search(tensor.name)
+        groups.setdefault(int(match[1]) + 1 if match else 0, []).append(tensor)
+    return {
+        f"model-{number + 1:05}-of-{len(groups):05}.safetensors": groups[group]
+        for number, group in enumerate(sorted(groups))
+    }
+
+
+def _check_room(out: Path, shards: dict[str, list[WideTensor]]) -> None:
+    needed = sum(tensor.length_bytes for tensors in shards.values() for tensor in tensors)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if needed + MIB > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"the widened checkpoint needs {needed // MIB:,} MiB, {out.parent} has "
+            f"{free // MIB:,} MiB free: make room, or give a smaller record",
+        )
+
+
+def _write_shard(file: BinaryIO, tensors: list[WideTensor]) -> None:
+    """The safetensors format: length of the header, header, bytes in its order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        offsets = [at, at + tensor.length_bytes]
+        header[tensor.name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": offsets}
+        at += tensor.length_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % _HEADER_ALIGNMENT)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors:
+        file.write(tensor.make().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _index(shards: dict[str, list[WideTensor]]) -> dict[str, Any]:
+    total = sum(tensor.length_bytes for tensors in shards.values() for tensor in tensors)
+    places = {tensor.name: name for name, tensors in shards.items() for tensor in tensors}
+    return {"metadata": {"total_size": total}, "weight_map": places}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path, help="a small bf16 MoE checkpoint")
+    parser.add_argument("out", type=Path, help="folder of the widened one")
+    parser.add_argument("--record-mib", type=float, default=24.0, help="MiB an expert")
+    chosen = parser.parse_args()
+    try:
+        widen(chosen.source, chosen.out, int(chosen.record_mib * MIB))
+    except OSError as error:
+        sys.exit(f"widen: {error.strerror or error}")
+    except ValueError as error:
+        sys.exit(f"widen: {error}")
+
+
+if __name__ == "__main__":
+    main()
