@@ -20,7 +20,7 @@ from compute_node.engine import Engine
 from compute_node.evidence import Evidence
 from compute_node.jobs import ComputeThread
 from compute_node.metrics import NodeCollector
-from compute_node.model import load_model
+from compute_node.model import Lookahead, load_model
 from compute_node.service import SERVICE_NAME, ComputeNodeService
 from compute_node.store_client import StoreClient
 from proto import daemon, rpc
@@ -57,7 +57,12 @@ async def run(config: ComputeNodeConfig) -> None:
         budget = Budget(slots, spec.moe_layers, spec.top_k, pooled=config.scope == "pool")
         cache = ExpertCache(store, budget, charge)
         model_dir = config.model_dir or description.model_dir
-        loaded = load_model(model_dir, spec, cache)
+        lookahead = Lookahead(
+            config.prefetch_depth if config.transport == "shared_memory" else 0,
+            description.num_spare,
+            description.piece_bytes,
+        )
+        loaded = load_model(model_dir, spec, cache, lookahead)
         cache.open()
         evidence = None
         if access_log:

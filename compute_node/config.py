@@ -39,6 +39,7 @@ class ComputeNodeConfig(BaseModel):
     advice_poll_s: PositiveFloat = 0.02
     max_context_tokens: PositiveInt = 2048
     prefill_chunk_tokens: PositiveInt = 256
+    prefetch_depth: Annotated[int, Field(ge=0, le=8)] = 3
     max_queued_requests: PositiveInt = 16
     deadline_s: PositiveFloat = 30.0
     threads: Annotated[int, Field(ge=0)] = 0

@@ -4,7 +4,7 @@ bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.expert_memory import Borrowed
 from compute_node.kernels import combine, feed_forward
+from compute_node.overlap import Overlap
+from compute_node.prefetcher import Prefetcher
+from proto.expert import ExpertKey
 
 IMPLEMENTATION = "flashmoe"
 
@@ -40,10 +43,19 @@ class StepRecord:
 class RoutedExperts:
     """One MoE layer's routed experts, computed on borrowed weights."""
 
-    def __init__(self, layer: int, cache: ExpertCache, record: StepRecord) -> None:
+    def __init__(
+        self,
+        layer: int,
+        cache: ExpertCache,
+        record: StepRecord,
+        prefetcher: Prefetcher,
+        overlap: Overlap,
+    ) -> None:
         self._layer = layer
         self._cache = cache
         self._record = record
+        self._prefetcher = prefetcher
+        self._overlap = overlap
 
     def forward(
         self, module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
@@ -56,11 +68,23 @@ class RoutedExperts:
         Raises what the cache raises.
         """
         experts = _distinct(topk_ids, module.num_experts)
+        if hidden.shape[0] == 1:
+            hits, waves = self._decode_step(experts, hidden)
+            self._record.layers[self._layer] = LayerAccess(topk_ids, topk_weights, hits)
+            return _one_token(module, hidden, topk_ids, topk_weights, waves)
+        self._overlap.leave()
         hits, waves = self._cache.step(self._layer, experts)
         self._record.layers[self._layer] = LayerAccess(topk_ids, topk_weights, hits)
-        if hidden.shape[0] == 1:
-            return _one_token(module, hidden, topk_ids, topk_weights, waves)
         return _many_tokens(module, hidden, topk_ids, topk_weights, waves)
+
+    def _decode_step(
+        self, experts: list[int], hidden: Tensor
+    ) -> tuple[set[int], Iterator[list[Borrowed]]]:
+        """Its misses are asked for, wrong guesses about it withdrawn, the next layers' guessed."""
+        layer, prefetcher = self._layer, self._prefetcher
+        disproved = prefetcher.settle(layer, [ExpertKey(layer, expert) for expert in experts])
+        self._overlap.enter(layer, prefetcher.latest_unguessed)
+        return self._cache.step(layer, experts, disproved, lambda: prefetcher.guess(layer, hidden))
 
 
 def _distinct(topk_ids: Tensor, num_experts: int) -> list[int]:

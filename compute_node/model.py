@@ -19,6 +19,8 @@ from compute_node import experts
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.dense_weights import read_dense
 from compute_node.experts import RoutedExperts, StepRecord
+from compute_node.overlap import Overlap
+from compute_node.prefetcher import NextRouter, Prefetcher
 from compute_node.routers import RouterScores
 from proto import errors
 from proto.expert import ModelSpec
@@ -37,6 +39,7 @@ class LoadedModel:
     spec: ModelSpec
     record: StepRecord
     scores: RouterScores
+    prefetcher: Prefetcher
     experts_modules: dict[int, Any]
     dense_bytes: int
 
@@ -50,7 +53,24 @@ class LoadedModel:
         return dtype
 
 
-def load_model(model_dir: Path, spec: ModelSpec, cache: ExpertCache) -> LoadedModel:
+@dataclass(frozen=True)
+class Lookahead:
+    """How far ahead experts are guessed, and how many guesses the store has room for.
+
+    piece_bytes: the longest read: what a demand may wait for behind a wrong guess
+    """
+
+    max_depth: int = 0
+    max_guesses: int = 0
+    piece_bytes: int = 0
+
+
+NO_LOOKAHEAD = Lookahead()
+
+
+def load_model(
+    model_dir: Path, spec: ModelSpec, cache: ExpertCache, lookahead: Lookahead = NO_LOOKAHEAD
+) -> LoadedModel:
     """Build the checkpoint's own model class around borrowed experts.
 
     Raises CheckpointUnsupported, WeightsDamaged, ConfigInvalid.
@@ -63,9 +83,12 @@ def load_model(model_dir: Path, spec: ModelSpec, cache: ExpertCache) -> LoadedMo
     modules = _experts_modules(model, spec)
     _load_dense(model, model_dir, spec, dtype)
     record, scores = StepRecord(), RouterScores()
-    for layer, (path, module) in modules.items():
-        module.flashmoe = RoutedExperts(layer, cache, record)
+    for layer, (path, _) in modules.items():
         scores.hook(model, layer, path)
+    prefetcher = _prefetcher(spec, cache, scores, lookahead)
+    overlap = Overlap(cache, prefetcher.computed)
+    for layer, (_, module) in modules.items():
+        module.flashmoe = RoutedExperts(layer, cache, record, prefetcher, overlap)
     experts.register()
     model.set_experts_implementation(experts.IMPLEMENTATION)
     _check_nothing_missing(model)
@@ -75,8 +98,26 @@ def load_model(model_dir: Path, spec: ModelSpec, cache: ExpertCache) -> LoadedMo
         spec=spec,
         record=record,
         scores=scores,
+        prefetcher=prefetcher,
         experts_modules={layer: module for layer, (_, module) in modules.items()},
         dense_bytes=sum(_bytes(p) for p in model.parameters() if not p.is_meta),
+    )
+
+
+def _prefetcher(
+    spec: ModelSpec, cache: ExpertCache, scores: RouterScores, lookahead: Lookahead
+) -> Prefetcher:
+    layers = sorted(scores.routers)
+    expert_bytes = max(spec.expert_bytes(layer) for layer in layers)
+    piece_share = min(1.0, lookahead.piece_bytes / expert_bytes)
+    return Prefetcher(
+        routers={layer: NextRouter.of(scores.routers[layer]) for layer in layers},
+        top_k=spec.top_k,
+        resident=cache,
+        read_s=lambda: cache.read_s,
+        piece_s=lambda: cache.read_s * piece_share,
+        max_guesses=lookahead.max_guesses,
+        max_depth=lookahead.max_depth,
     )
 
 

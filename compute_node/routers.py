@@ -10,10 +10,14 @@ from proto import errors
 
 
 class RouterScores:
-    """latest[layer]: [T, E], the router's raw scores of all experts, of the latest forward pass."""
+    """latest[layer]: [T, E], the router's raw scores of all experts, of the latest forward pass.
+
+    routers: by model layer number
+    """
 
     def __init__(self) -> None:
         self.latest: dict[int, Tensor] = {}
+        self.routers: dict[int, nn.Module] = {}
         self._hooks: list[Any] = []
 
     def hook(self, model: nn.Module, layer: int, experts_path: str) -> None:
@@ -24,6 +28,7 @@ class RouterScores:
         experts = model.get_submodule(experts_path)
         block = model.get_submodule(experts_path.rpartition(".")[0])
         router = find_router(block, experts, experts_path)
+        self.routers[layer] = router
         num_experts = int(experts.num_experts)  # type: ignore[arg-type]
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:

@@ -8,14 +8,14 @@ again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from compute_node.expert_memory import Borrowed
-from compute_node.store_session import Arrival, SessionLost, StoreDescription, StoreSession
+from compute_node.store_session import Arrival, Loan, SessionLost, StoreDescription, StoreSession
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
@@ -66,7 +66,12 @@ class StoreClient:
             )
         spec = ModelSpec.from_pb(reply.model)
         self._description = StoreDescription(
-            spec, Path(reply.model_dir), reply.slot_bytes, reply.num_slots
+            spec,
+            Path(reply.model_dir),
+            reply.slot_bytes,
+            reply.num_slots,
+            reply.num_spare_slots,
+            reply.piece_bytes,
         )
         return self._description
 
@@ -86,28 +91,40 @@ class StoreClient:
         self._session = self._until_deadline(lambda: self._open_once(description), check)
         self.num_opened += 1
 
+    def borrow(
+        self,
+        releases: Sequence[ExpertKey],
+        acquires: Sequence[ExpertKey],
+        check: Callable[[], None] = lambda: None,
+        prefetches: Sequence[ExpertKey] = (),
+        withdrawals: Sequence[ExpertKey] = (),
+    ) -> Iterator[list[Arrival]]:
+        """Give experts back, ask for others, say which may be wanted next and which guesses were
+        wrong: said at once, in one message. The iterator blocks for what was asked for, as it
+        comes.
+
+        Raises SessionLost (nothing is borrowed any more), InvalidRequest. Iterating raises these
+        too, StoreUnavailable when no answer comes before the deadline, ExpertDamaged after all that
+        came (which stays borrowed), and what `check` raises (nothing is borrowed any more).
+        """
+        if self._session is None:
+            raise SessionLost("there is no session: open one")
+        try:
+            loan = self._session.begin(releases, acquires, prefetches, withdrawals)
+        except BaseException:
+            self.abort()
+            raise
+        return self._arrivals(loan, check)
+
     def exchange(
         self,
         releases: Sequence[ExpertKey],
         acquires: Sequence[ExpertKey],
         check: Callable[[], None] = lambda: None,
     ) -> list[Arrival]:
-        """Give experts back and borrow others, in one round trip; blocks until all have come.
-
-        Raises SessionLost (nothing is borrowed any more), StoreUnavailable when no answer comes
-        before the deadline,
-        ExpertDamaged (the others came and were given back), and what `check` raises.
-        """
-        if self._session is None:
-            raise SessionLost("there is no session: open one")
-        try:
-            return self._session.exchange(releases, acquires, self._deadline_s, check)
-        except errors.ExpertDamaged:
-            raise
-        except BaseException:
-            # Leases may be on their way that nobody would account for: end the session as a whole.
-            self.abort()
-            raise
+        """`borrow`, and wait for everything. Raises what it raises."""
+        parts = self.borrow(releases, acquires, check)
+        return [arrival for part in parts for arrival in part]
 
     def resident(self) -> list[ExpertKey]:
         """What the store has in memory. Raises StoreUnavailable."""
@@ -132,6 +149,16 @@ class StoreClient:
     def close(self) -> None:
         self.abort()
         self._channel.close()
+
+    def _arrivals(self, loan: Loan, check: Callable[[], None]) -> Iterator[list[Arrival]]:
+        try:
+            yield from loan.arrivals(self._deadline_s, check)
+        except errors.ExpertDamaged:
+            raise
+        except BaseException:
+            # Leases may be on their way that nobody would account for: end the session as a whole.
+            self.abort()
+            raise
 
     def _open_once(self, description: StoreDescription) -> StoreSession:
         quota_slots = min(self._quota_slots, description.spec.num_experts_total)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import logging
 import os
 import queue
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 
 import grpc
 
+from compute_node.doorbell import Doorbell, HungUp
 from compute_node.expert_memory import Borrowed, ExpertMemory, PrivateMemory, SegmentMemory
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
@@ -29,34 +32,82 @@ _POLL_S = 0.05
 _OPEN_S = 10.0
 
 
+logger = logging.getLogger(__name__)
+
+
 class SessionLost(errors.Unavailable):
     """The stream to the store broke: every lease is gone."""
 
 
 @dataclass(frozen=True)
 class StoreDescription:
-    """What the store says of itself."""
+    """What the store says of itself.
+
+    num_spare: slots never lent by quota, where prefetched experts wait
+    piece_bytes: the longest read
+    """
 
     spec: ModelSpec
     model_dir: Path
     slot_bytes: int
     num_slots: int
+    num_spare: int
+    piece_bytes: int
 
 
 @dataclass(frozen=True)
 class Arrival:
     """An expert that came, with what it cost. bytes_read is 0 when another node's copy answered.
 
-    read_s: what the store spent reading and verifying it, queueing excluded
+    read_s:   from the first byte asked of the device to the last that came
+    verify_s: checksumming after that
     """
 
     borrowed: Borrowed
     bytes_read: int
     read_s: float = 0.0
+    verify_s: float = 0.0
+
+
+class Loan:
+    """Experts asked for in one exchange, as they come."""
+
+    def __init__(self, session: StoreSession, exchange_id: int, num_acquires: int) -> None:
+        self._session = session
+        self._exchange_id = exchange_id
+        self._left = num_acquires
+        self._damage: errors.FlashMoEError | None = None
+
+    def arrivals(self, deadline_s: float, check: Callable[[], None]) -> Iterator[list[Arrival]]:
+        """Blocks for each. Raises what `StoreSession.answer` raises, ExpertDamaged after all that
+        came.
+        """
+        deadline = time.monotonic() + deadline_s
+        while self._left:
+            exchanged = self._session.answer(self._exchange_id, deadline, check)
+            self._left -= len(exchanged.leases)
+            arrived = [
+                self._session.arrival(lease) for lease in exchanged.leases if self._is_whole(lease)
+            ]
+            if not self._left:
+                self._session.forget(self._exchange_id)
+            if arrived:
+                yield arrived
+        if self._damage is not None:
+            raise self._damage
+
+    def _is_whole(self, lease: pb.Lease) -> bool:
+        if lease.HasField("error"):
+            self._damage = errors.from_kind(lease.error.kind, lease.error.message)
+            return False
+        return True
 
 
 class StoreSession:
-    """One open stream, its lock, and the memory its leases point into."""
+    """One open stream, its lock, and the memory its leases point into.
+
+    Exchanges go over the store's doorbell where both ends share the host, else over the stream.
+    """
 
     def __init__(self, lock: _Lock | None, description: StoreDescription) -> None:
         self._call: Any = None
@@ -64,7 +115,9 @@ class StoreSession:
         self._layouts = description.spec.layouts
         self._requests: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[pb.SessionReply | Exception] = queue.SimpleQueue()
+        self._answers: dict[int, deque[pb.Exchanged]] = {}
         self._ids = itertools.count(1)
+        self._doorbell: Doorbell | None = None
         self.broken = False
         self.memory: ExpertMemory
 
@@ -98,39 +151,21 @@ class StoreSession:
                 if lock
                 else PrivateMemory(quota_slots, description.slot_bytes)
             )
+            session._doorbell = _ring(opened)
         except BaseException:
             session.close()
             raise
         return session
 
-    def exchange(
+    def begin(
         self,
         releases: Sequence[ExpertKey],
         acquires: Sequence[ExpertKey],
-        deadline_s: float,
-        check: Callable[[], None],
-    ) -> list[Arrival]:
+        prefetches: Sequence[ExpertKey] = (),
+        withdrawals: Sequence[ExpertKey] = (),
+    ) -> Loan:
+        """Say what is given back, wanted, and guessed; does not wait. Raises SessionLost."""
         exchange_id = next(self._ids)
-        self._send(exchange_id, releases, acquires)
-        deadline = time.monotonic() + deadline_s
-        while True:
-            reply = self._next(deadline, check)
-            if reply.WhichOneof("kind") == "chunk":
-                self._add_chunk(reply.chunk)
-            elif reply.exchanged.exchange_id == exchange_id:
-                return self._receive(reply.exchanged)
-
-    def close(self) -> None:
-        """Nobody reads slots any more: let go of the lock first, so that the store sees it free."""
-        if self._lock is not None:
-            self._lock.release()
-        self._requests.put(None)
-        if self._call is not None:
-            self._call.cancel()
-
-    def _send(
-        self, exchange_id: int, releases: Sequence[ExpertKey], acquires: Sequence[ExpertKey]
-    ) -> None:
         over_chunks = isinstance(self.memory, PrivateMemory)
         if isinstance(self.memory, PrivateMemory):
             for key in releases:
@@ -140,29 +175,80 @@ class StoreSession:
             # With chunks the store gave its slot back when the bytes were sent.
             releases=[] if over_chunks else [key.to_pb() for key in releases],
             acquires=[key.to_pb() for key in acquires],
+            prefetches=[key.to_pb() for key in prefetches],
+            withdrawals=[key.to_pb() for key in withdrawals],
         )
-        self._requests.put(pb.SessionRequest(exchange=exchange))
+        self._send(exchange)
+        if acquires:
+            self._answers[exchange_id] = deque()
+        return Loan(self, exchange_id, len(acquires))
 
-    def _receive(self, exchanged: pb.Exchanged) -> list[Arrival]:
-        arrivals, damage = [], None
-        for lease in exchanged.leases:
-            if lease.HasField("error"):
-                damage = errors.from_kind(lease.error.kind, lease.error.message)
-            else:
-                arrivals.append(self._arrival(lease))
-        if damage is None:
-            return arrivals
-        self._send(next(self._ids), [arrival.borrowed.key for arrival in arrivals], [])
-        raise damage
+    def answer(self, exchange_id: int, deadline: float, check: Callable[[], None]) -> pb.Exchanged:
+        """The next answer to this exchange; those to others are kept for them.
 
-    def _arrival(self, lease: pb.Lease) -> Arrival:
+        Raises SessionLost, StoreUnavailable after the deadline, what `check` raises.
+        """
+        kept = self._answers[exchange_id]
+        while not kept:
+            exchanged = self._next_answer(deadline, check)
+            if exchanged is not None and exchanged.exchange_id in self._answers:
+                self._answers[exchanged.exchange_id].append(exchanged)
+        return kept.popleft()
+
+    def forget(self, exchange_id: int) -> None:
+        """It is answered in full."""
+        del self._answers[exchange_id]
+
+    def arrival(self, lease: pb.Lease) -> Arrival:
         key, memory = ExpertKey.from_pb(lease.key), self.memory
         slot, generation = lease.slot, lease.generation
         if isinstance(memory, PrivateMemory):
             slot, generation = memory.slot_of(key), 0
         tensors = memory.tensors(slot, lease.tensor_offsets, self._layouts[key.layer])
         borrowed = Borrowed(key, slot, generation, tensors)
-        return Arrival(borrowed, lease.bytes_read, lease.read_s)
+        return Arrival(borrowed, lease.bytes_read, lease.read_s, lease.verify_s)
+
+    def close(self) -> None:
+        """Nobody reads slots any more: let go of the lock first, so that the store sees it free."""
+        if self._lock is not None:
+            self._lock.release()
+        if self._doorbell is not None:
+            self._doorbell.close()
+        self._requests.put(None)
+        if self._call is not None:
+            self._call.cancel()
+
+    def _send(self, exchange: pb.Exchange) -> None:
+        if self._doorbell is None:
+            self._requests.put(pb.SessionRequest(exchange=exchange))
+            return
+        try:
+            self._doorbell.send(exchange)
+        except HungUp as error:
+            raise SessionLost(str(error)) from error
+
+    def _next_answer(self, deadline: float, check: Callable[[], None]) -> pb.Exchanged | None:
+        if self._doorbell is not None:
+            return self._rung(self._doorbell, deadline, check)
+        reply = self._next(deadline, check)
+        if reply.WhichOneof("kind") == "chunk":
+            self._add_chunk(reply.chunk)
+            return None
+        return reply.exchanged
+
+    def _rung(
+        self, doorbell: Doorbell, deadline: float, check: Callable[[], None]
+    ) -> pb.Exchanged | None:
+        check()
+        try:
+            exchanged = doorbell.receive(_POLL_S)
+        except HungUp as error:
+            raise SessionLost(str(error)) from error
+        if exchanged is None:
+            if self.broken:
+                raise SessionLost("the stream to the store broke")
+            _check_deadline(deadline)
+        return exchanged
 
     def _add_chunk(self, chunk: pb.Chunk) -> None:
         if not isinstance(self.memory, PrivateMemory):
@@ -177,10 +263,7 @@ class StoreSession:
             try:
                 reply = self._replies.get(timeout=_POLL_S)
             except queue.Empty:
-                if time.monotonic() > deadline:
-                    raise errors.StoreUnavailable(
-                        "expert_store does not answer: see its log, then retry"
-                    ) from None
+                _check_deadline(deadline)
                 continue
             if isinstance(reply, Exception):
                 raise reply
@@ -191,6 +274,22 @@ class StoreSession:
         for reply in _until_broken(self._call):
             self.broken = isinstance(reply, Exception)
             self._replies.put(reply)
+
+
+def _check_deadline(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise errors.StoreUnavailable("expert_store does not answer: see its log, then retry")
+
+
+def _ring(opened: pb.Opened) -> Doorbell | None:
+    """The store's doorbell, if it has one that can be reached; the stream carries exchanges too."""
+    if not opened.doorbell_path:
+        return None
+    try:
+        return Doorbell(opened.doorbell_path, opened.session_id)
+    except errors.Unavailable as error:
+        logger.warning("no doorbell, misses take the slower stream", extra={"reason": str(error)})
+        return None
 
 
 def _until_broken(call: Any) -> Iterator[pb.SessionReply | Exception]:

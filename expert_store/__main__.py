@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 
 from expert_store import segment
 from expert_store.config import ExpertStoreConfig
+from expert_store.doorbell import Doorbell
 from expert_store.manifest import Manifest, check_sources
 from expert_store.metrics import StoreCollector
-from expert_store.reader import ReadQueue, open_files
+from expert_store.reader import open_files
+from expert_store.readers import Readers
 from expert_store.service import SERVICE_NAME, ExpertStoreService
 from expert_store.sessions import SessionTable, await_free_locks
 from expert_store.slots import SlotPool
@@ -34,16 +37,25 @@ async def run(
         segment.create(config.segment_path, config.num_slots, manifest.slot_bytes) as shared,
         open_files(manifest, root, config.direct_io) as files,
     ):
+        lock = threading.RLock()
         slots = SlotPool(shared)
         max_leased = config.num_slots - config.read_depth
-        sessions = SessionTable(slots, max_leased, config.session_dir, config.lock_poll_s)
-        queue = ReadQueue(config.read_depth, config.max_queued_reads)
-        store = ExpertStore(manifest, shared, slots, sessions, queue, files)
-        service = ExpertStoreService(store, str(root), config.read_depth)
-        await _serve(config, store, service, until_stopped)
-        await store.drain()
+        sessions = SessionTable(slots, lock, max_leased, config.session_dir, config.lock_poll_s)
+        store = ExpertStore(
+            manifest,
+            shared,
+            slots,
+            sessions,
+            lock,
+            config.read_depth,
+            config.max_queued_reads,
+            config.piece_bytes,
+            files.direct,
+        )
+        service = ExpertStoreService(store, str(root), config.doorbell_path)
+        with Readers(store, files), Doorbell(config.doorbell_path, store):
+            await _serve(config, store, service, until_stopped)
         sessions.stop()
-        queue.close()
 
 
 async def _serve(

@@ -24,6 +24,7 @@ class ExpertStoreConfig(BaseModel):
     num_slots: PositiveInt
     read_depth: Annotated[int, Field(ge=1, le=64)] = 4
     max_queued_reads: PositiveInt = 4096
+    piece_bytes: Annotated[int, Field(ge=4096, multiple_of=4096)] = 1024 * 1024
     direct_io: bool = True
     lock_poll_s: PositiveFloat = 0.1
     restart_wait_s: PositiveFloat = 60.0
@@ -39,6 +40,11 @@ class ExpertStoreConfig(BaseModel):
         if self.num_slots <= self.read_depth:
             raise ValueError(f"num_slots must exceed read_depth ({self.read_depth})")
         return self
+
+    @property
+    def doorbell_path(self) -> Path:
+        """Beside the nodes' locks: whoever can hold one can ring."""
+        return self.session_dir / "doorbell.sock"
 
     @property
     def listen(self) -> Listen:

@@ -37,6 +37,26 @@ class StoreCollector(Collector):
             "Prefetches dropped for want of room",
             value=counters.prefetches_dropped,
         )
+        yield CounterMetricFamily(
+            "flashmoe_store_busy_seconds",
+            "Time with at least one read at the device",
+            value=counters.busy_s,
+        )
+        yield CounterMetricFamily(
+            "flashmoe_store_prefetches_withdrawn",
+            "Prefetches that the router disproved before they were read",
+            value=counters.prefetches_withdrawn,
+        )
+        yield CounterMetricFamily(
+            "flashmoe_store_prefetches_used",
+            "Prefetched experts that were asked for",
+            value=counters.prefetches_used,
+        )
+        yield CounterMetricFamily(
+            "flashmoe_store_prefetch_wasted_bytes",
+            "Read for prefetches that nobody asked for",
+            value=counters.prefetch_bytes_wasted,
+        )
         slots = GaugeMetricFamily("flashmoe_store_slots", "Slots by state", labels=["state"])
         for state, count in store.slots.counts().items():
             slots.add_metric([state], count)
@@ -49,5 +69,5 @@ class StoreCollector(Collector):
             "flashmoe_store_quarantined_experts", "Damaged experts", value=len(store.quarantined)
         )
         yield GaugeMetricFamily(
-            "flashmoe_store_direct_io", "1: reads bypass the page cache", value=store.files.direct
+            "flashmoe_store_direct_io", "1: reads bypass the page cache", value=store.direct_io
         )

@@ -1,41 +1,24 @@
-"""Aligned direct reads of records into slots, at bounded depth, demand before prefetch; every
-read is verified.
-"""
+"""Aligned direct reads of pieces of records into slots; every record is verified."""
 
 from __future__ import annotations
 
-import asyncio
-import ctypes
-import heapq
-import itertools
 import logging
 import os
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
-from enum import IntEnum
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from mmap import mmap
 from pathlib import Path
 
-import xxhash
-
-from expert_store.extents import ExpertRecord, Read, plan_reads
+from expert_store.assembly import Assembly, ChecksumDiffers, Piece
+from expert_store.extents import ExpertRecord
 from expert_store.manifest import Manifest
 from expert_store.sources import resolve_inside
 from proto import errors
-from proto.expert import ExpertKey
 from proto.shm import PAGE_BYTES, align_up
 
 logger = logging.getLogger(__name__)
 
-
-class Priority(IntEnum):
-    """Who waits. A lower number goes first."""
-
-    DEMAND = 0
-    PREFETCH = 1
+PIECE_BYTES = 1024 * 1024  # measured: tests/bench/LOG.md
 
 
 class SourceFiles:
@@ -50,24 +33,28 @@ class SourceFiles:
             stack.callback(os.close, descriptor)
             self._descriptors.append(descriptor)
 
-    def read(self, read: Read, slot: memoryview) -> None:
-        """Fill the landing of `read`. Raises OSError, and EOFError when the file ends before the
+    def read(self, piece: Piece, slot: memoryview) -> None:
+        """Fill the landing of `piece`. Raises OSError, and EOFError when the file ends before the
         payload does.
         """
-        extent, descriptor = read.extent, self._descriptors[read.extent.file]
-        needed, done = read.skip_bytes + extent.length_bytes, 0
-        landing, end = read.landing_bytes, read.landing_bytes + read.aligned_length_bytes
-        while done < needed:
+        descriptor, done = self._descriptors[piece.file], 0
+        landing, end = piece.landing_bytes, piece.landing_bytes + piece.length_bytes
+        while done < piece.needed_bytes:
             # Given back at once: a view kept by an error's traceback keeps the segment mapped.
             with slot[landing + done : end] as rest:
-                got = os.preadv(descriptor, [rest], read.aligned_offset_bytes + done)
-            if got == 0 or (got % 512 and done + got < needed):
-                raise EOFError(f"the file ends {needed - done - got} bytes early")
+                got = os.preadv(descriptor, [rest], piece.offset_bytes + done)
+            if got == 0 or (got % 512 and done + got < piece.needed_bytes):
+                raise EOFError(f"the file ends {piece.needed_bytes - done - got} bytes early")
             done += got
         if not self.direct:
-            os.posix_fadvise(
-                descriptor, read.aligned_offset_bytes, align_up(done), os.POSIX_FADV_DONTNEED
-            )
+            os.posix_fadvise(descriptor, piece.offset_bytes, align_up(done), os.POSIX_FADV_DONTNEED)
+
+    def damaged(self, record: ExpertRecord, file: int, problem: str) -> errors.ExpertDamaged:
+        """What to raise when `record` cannot be had whole: names file, expert and remedy."""
+        return errors.ExpertDamaged(
+            f"expert {record.key} in {self.paths[file]} is damaged ({problem}): "
+            "run `flashmoe verify` on the store, restore the file, restart expert_store"
+        )
 
     def _open(self, path: Path) -> int:
         flags = os.O_RDONLY | os.O_CLOEXEC
@@ -98,123 +85,34 @@ def _open_direct(path: Path, flags: int) -> int:
     return descriptor
 
 
+def read_piece(files: SourceFiles, record: ExpertRecord, piece: Piece, slot: memoryview) -> None:
+    """One piece of a record. Raises ExpertDamaged."""
+    try:
+        files.read(piece, slot)
+    except (OSError, EOFError) as error:
+        raise files.damaged(record, piece.file, str(error)) from error
+
+
+def add_piece(files: SourceFiles, record: ExpertRecord, assembly: Assembly, number: int) -> bool:
+    """A piece that was read goes into its record; whether that made it whole. Raises
+    ExpertDamaged.
+    """
+    try:
+        return assembly.arrive(number)
+    except ChecksumDiffers:
+        problem = "its checksum differs"
+        raise files.damaged(record, record.extents[0].file, problem) from None
+
+
 def read_record(files: SourceFiles, record: ExpertRecord, slot: memoryview) -> None:
-    """Read a record into a slot, lay its extents in place, compare the checksum.
+    """Read a record into a slot, piece by piece on this thread.
 
     Raises ExpertDamaged naming file, expert and remedy; the slot's content is then worthless.
     """
-    digest = xxhash.xxh3_64()
-    for read in plan_reads(record.extents):
-        extent = read.extent
-        try:
-            files.read(read, slot)
-        except (OSError, EOFError) as error:
-            raise _damaged(files, record, extent.file, str(error)) from error
-        if extent.place_bytes != read.arrived_bytes:
-            _move(slot, extent.place_bytes, read.arrived_bytes, extent.length_bytes)
-        with slot[extent.place_bytes : extent.place_bytes + extent.length_bytes] as payload:
-            digest.update(payload)
-    if digest.intdigest() != record.checksum:
-        raise _damaged(files, record, record.extents[0].file, "its checksum differs")
-
-
-def _move(slot: memoryview, to: int, start: int, length: int) -> None:
-    """Overlapping copy towards the front; unlike slice assignment it makes no temporary."""
-    base = ctypes.addressof(ctypes.c_char.from_buffer(slot))
-    ctypes.memmove(base + to, base + start, length)
-
-
-def _damaged(
-    files: SourceFiles, record: ExpertRecord, file: int, problem: str
-) -> errors.ExpertDamaged:
-    return errors.ExpertDamaged(
-        f"expert {record.key} in {files.paths[file]} is damaged ({problem}): "
-        "run `flashmoe verify` on the store, restore the file, restart expert_store"
-    )
-
-
-@dataclass(order=True)
-class _Waiter:
-    priority: Priority
-    number: int
-    key: ExpertKey = field(compare=False)
-    turn: asyncio.Future[None] = field(compare=False)
-
-
-class ReadQueue:
-    """At most `read_depth` reads at once; a demand that comes later still goes before every
-    waiting prefetch.
-    """
-
-    def __init__(self, read_depth: int, max_queued: int) -> None:
-        self._read_depth = read_depth
-        self._max_queued = max_queued
-        self._waiting: list[_Waiter] = []
-        self._running = 0
-        self._order = itertools.count()
-        self._threads = ThreadPoolExecutor(read_depth, thread_name_prefix="read")
-
-    @property
-    def capacity(self) -> int:
-        """How many reads may be under way or wait before a prefetch is dropped."""
-        return self._read_depth + self._max_queued
-
-    def check_room(self) -> None:
-        """For a demand: prefetches do not count, it goes before them. Raises QueueFull."""
-        num_waiting = sum(waiter.priority is Priority.DEMAND for waiter in self._waiting)
-        if num_waiting >= self._max_queued:
-            raise errors.QueueFull(f"{num_waiting} reads are waiting already: retry later")
-
-    @asynccontextmanager
-    async def turn(self, key: ExpertKey, priority: Priority) -> AsyncIterator[None]:
-        """Wait for one of the `read_depth` turns, and keep it for the block."""
-        waiter = _Waiter(
-            priority, next(self._order), key, asyncio.get_running_loop().create_future()
-        )
-        heapq.heappush(self._waiting, waiter)
-        self._admit()
-        try:
-            await waiter.turn
-            yield
-        finally:
-            self._leave(waiter)
-
-    def promote(self, key: ExpertKey) -> None:
-        """Somebody waits for this prefetch now."""
-        for waiter in self._waiting:
-            if waiter.key == key and waiter.priority is not Priority.DEMAND:
-                waiter.priority = Priority.DEMAND
-                heapq.heapify(self._waiting)
-                return
-
-    async def run(self, work: Callable[[], None]) -> float:
-        """Run blocking `work` in a reader thread; returns its seconds."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, _timed, work)
-
-    def close(self) -> None:
-        self._threads.shutdown()
-
-    def _leave(self, waiter: _Waiter) -> None:
-        if waiter.turn.cancelled():
-            self._waiting = [other for other in self._waiting if other is not waiter]
-            heapq.heapify(self._waiting)
-        else:  # also when cancelled after its turn came
-            self._running -= 1
-            self._admit()
-
-    def _admit(self) -> None:
-        while self._waiting and self._running < self._read_depth:
-            waiter = heapq.heappop(self._waiting)
-            if not waiter.turn.cancelled():
-                self._running += 1
-                waiter.turn.set_result(None)
-
-
-def _timed(work: Callable[[], None]) -> float:
-    start_ns = time.perf_counter_ns()
-    work()
-    return (time.perf_counter_ns() - start_ns) / 1e9
+    assembly = Assembly(record, slot, PIECE_BYTES)
+    for number, piece in enumerate(assembly.pieces):
+        read_piece(files, record, piece, slot)
+        add_piece(files, record, assembly, number)
 
 
 @contextmanager

@@ -5,31 +5,36 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import xxhash
 from google.protobuf.message import DecodeError
 
 from expert_store import sessions
+from expert_store.exchanges import is_acknowledged, perform, to_lease
 from expert_store.store import ExpertStore, Lent
-from proto import errors, expert_pb2, rpc
+from proto import errors, rpc
 from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
-from proto.expert import ExpertKey
 
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "flashmoe.v1.ExpertStore"
 _MAX_UNANSWERED = 64
+_DRAIN_POLL_S = 0.005
 
 
 class ExpertStoreService(pb_grpc.ExpertStoreServicer):
-    """model_dir: where config, tokenizer and dense weights are."""
+    """model_dir: where config, tokenizer and dense weights are.
 
-    def __init__(self, store: ExpertStore, model_dir: str, read_depth: int) -> None:
+    doorbell_path: where nodes on this host may ring, None: nowhere
+    """
+
+    def __init__(self, store: ExpertStore, model_dir: str, doorbell_path: Path | None) -> None:
         self._store = store
         self._model_dir = model_dir
-        self._read_depth = read_depth
+        self._doorbell_path = doorbell_path
         self._draining = asyncio.Event()
 
     def drain(self) -> None:
@@ -44,8 +49,10 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
             model_dir=self._model_dir,
             slot_bytes=layout.slot_bytes,
             num_slots=layout.num_slots,
-            read_depth=self._read_depth,
-            direct_io=self._store.files.direct,
+            read_depth=self._store.read_depth,
+            direct_io=self._store.direct_io,
+            num_spare_slots=self._store.num_spare,
+            piece_bytes=self._store.piece_bytes,
         )
 
     async def Resident(self, request: pb.ResidentRequest, context: Any) -> pb.ResidentReply:
@@ -68,6 +75,10 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
             orphaned_sessions=store.sessions.num_orphaned,
             quarantined=[str(key) for key in store.quarantined],
             read_s_total=counters.read_s,
+            busy_s_total=counters.busy_s,
+            prefetches_withdrawn=counters.prefetches_withdrawn,
+            prefetches_used=counters.prefetches_used,
+            prefetch_bytes_wasted=counters.prefetch_bytes_wasted,
         )
 
     async def Session(
@@ -115,6 +126,9 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
             epoch=segment.epoch,
             slot_bytes=segment.layout.slot_bytes,
             num_slots=segment.layout.num_slots,
+            doorbell_path=str(self._doorbell_path)
+            if session.lock_path and self._doorbell_path
+            else "",
         )
 
 
@@ -130,7 +144,7 @@ async def _decoded(
 
 
 class _SessionStream:
-    """Reads exchanges, answers each when it is done; the first error ends the stream."""
+    """Reads exchanges, answers each as its leases come; the first error ends the stream."""
 
     def __init__(
         self, store: ExpertStore, session: sessions.Session, draining: asyncio.Event
@@ -138,9 +152,11 @@ class _SessionStream:
         self._store = store
         self._session = session
         self._draining = draining
+        self._loop = asyncio.get_running_loop()
         self._replies: asyncio.Queue[pb.SessionReply | errors.FlashMoEError | None] = asyncio.Queue(
             8
         )
+        self._unanswered: dict[int, int] = {}  # exchange -> leases to come
         self._answers: set[asyncio.Task[None]] = set()
 
     async def replies(
@@ -157,8 +173,7 @@ class _SessionStream:
             tasks = [reading, drained, *self._answers]
             for task in tasks:
                 task.cancel()
-            # An answer may be between a read and its lease: let it finish giving back before the
-            # session closes.
+            # An answer may be giving back what it sent: the session closes after it.
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self, requests: AsyncIterator[pb.SessionRequest]) -> None:
@@ -177,39 +192,44 @@ class _SessionStream:
         await self._replies.put(errors.Unavailable("the store is stopping: retry"))
 
     async def _finish_answers(self) -> None:
-        while self._answers:
-            await asyncio.wait(list(self._answers))
+        """Also what was asked over the doorbell."""
+        while self._unanswered or self._answers or self._session.awaited:  # noqa: ASYNC110
+            await asyncio.sleep(_DRAIN_POLL_S)
 
     def _start(self, request: pb.SessionRequest) -> None:
         if request.WhichOneof("kind") != "exchange":
             raise errors.InvalidRequest("after its opening a session carries exchanges")
-        if len(self._answers) >= _MAX_UNANSWERED:
+        if len(self._unanswered) >= _MAX_UNANSWERED:
             raise errors.QueueFull(f"{_MAX_UNANSWERED} exchanges are unanswered: wait for some")
         exchange = request.exchange
-        self._store.sessions.release(
-            self._session, [ExpertKey.from_pb(key) for key in exchange.releases]
-        )
-        self._store.prefetch([ExpertKey.from_pb(key) for key in exchange.prefetches])
-        task = asyncio.create_task(self._answer(exchange))
+        number = exchange.exchange_id
+        if number in self._unanswered:
+            raise errors.InvalidRequest(f"exchange {number} is not answered yet: count on")
+        if exchange.acquires:
+            self._unanswered[number] = len(exchange.acquires)
+
+        def deliver(lent: list[Lent]) -> None:
+            self._loop.call_soon_threadsafe(self._answer, number, lent)
+
+        perform(self._store, self._session, exchange, deliver)
+        if is_acknowledged(exchange):
+            self._answer(number, [])
+
+    def _answer(self, exchange_id: int, lent: list[Lent]) -> None:
+        task = asyncio.create_task(self._send(exchange_id, lent))
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)
 
-    async def _answer(self, exchange: pb.Exchange) -> None:
-        try:
-            keys = [ExpertKey.from_pb(key) for key in exchange.acquires]
-            lent = await self._store.acquire(self._session, keys)
-            if self._session.lock_path is None:
-                await self._send_chunks(exchange.exchange_id, lent)
-        except errors.FlashMoEError as error:
-            await self._replies.put(error)
-            return
-        except Exception as error:
-            logger.exception("exchange failed")
-            await self._replies.put(errors.FlashMoEError(f"the store failed: {error!r}"))
-            return
-        leases = [_lease(item) for item in lent]
-        exchanged = pb.Exchanged(exchange_id=exchange.exchange_id, leases=leases)
+    async def _send(self, exchange_id: int, lent: list[Lent]) -> None:
+        if self._session.lock_path is None:
+            await self._send_chunks(exchange_id, lent)
+        leases = [to_lease(item) for item in lent]
+        exchanged = pb.Exchanged(exchange_id=exchange_id, leases=leases)
         await self._replies.put(pb.SessionReply(exchanged=exchanged))
+        if exchange_id in self._unanswered:
+            self._unanswered[exchange_id] -= len(lent)
+            if self._unanswered[exchange_id] == 0:
+                del self._unanswered[exchange_id]
 
     async def _send_chunks(self, exchange_id: int, lent: list[Lent]) -> None:
         """Copy each record to the stream and give its slot back."""
@@ -239,17 +259,3 @@ class _SessionStream:
                         checksum=digest.intdigest() if last else 0,
                     )
                     await self._replies.put(pb.SessionReply(chunk=chunk))
-
-
-def _lease(item: Lent) -> pb.Lease:
-    if item.error is not None:
-        detail = expert_pb2.ErrorDetail(kind=type(item.error).__name__, message=str(item.error))
-        return pb.Lease(key=item.key.to_pb(), error=detail)
-    return pb.Lease(
-        key=item.key.to_pb(),
-        slot=item.slot,
-        generation=item.generation,
-        tensor_offsets=item.tensor_offsets,
-        bytes_read=item.bytes_read,
-        read_s=item.read_s,
-    )

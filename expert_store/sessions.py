@@ -8,8 +8,9 @@ import asyncio
 import fcntl
 import logging
 import os
+import threading
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,18 +32,28 @@ class Session:
     quota_slots: int
     lock_path: Path | None
     leases: dict[ExpertKey, Slot] = field(default_factory=dict)
-    reserved: int = 0  # acquires under way
+    awaited: set[ExpertKey] = field(default_factory=set)  # acquires under way
     ended: bool = False
 
 
 class SessionTable:
-    """Every open session, and every orphaned one whose node still holds its lock."""
+    """Every open session, and every orphaned one whose node still holds its lock.
+
+    lock: held around every change; shared with whoever else changes slots, from any thread.
+    Sessions open and close on the event loop.
+    """
 
     def __init__(
-        self, slots: SlotPool, max_leased: int, session_dir: Path, lock_poll_s: float
+        self,
+        slots: SlotPool,
+        lock: threading.RLock,
+        max_leased: int,
+        session_dir: Path,
+        lock_poll_s: float,
     ) -> None:
         self._slots = slots
-        self._max_leased = max_leased
+        self._lock = lock
+        self.max_leased = max_leased
         self._session_dir = session_dir
         self._lock_poll_s = lock_poll_s
         self._open: set[Session] = set()
@@ -64,48 +75,68 @@ class SessionTable:
         if quota_slots <= 0:
             raise errors.InvalidRequest("quota_slots must be positive")
         lock_path = self._lock_path(lock_name) if lock_name is not None else None
-        self._sweep()
+        with self._lock:
+            self._sweep()
+            session = self._grant(node, quota_slots, lock_path)
+        logger.info("session opened", extra={"node": node, "quota_slots": quota_slots})
+        return session
+
+    def _grant(self, node: str, quota_slots: int, lock_path: Path | None) -> Session:
         granted = sum(s.quota_slots for s in (*self._open, *self._orphans))
-        if granted + quota_slots > self._max_leased:
+        if granted + quota_slots > self.max_leased:
             raise errors.SlotsExhausted(
-                f"{quota_slots} slots asked, {self._max_leased - granted} of "
-                f"{self._max_leased} left: "
+                f"{quota_slots} slots asked, {self.max_leased - granted} of "
+                f"{self.max_leased} left: "
                 "ask for fewer, or give the store more"
             )
         session = Session(uuid.uuid4().hex[:12], node, quota_slots, lock_path)
         self._open.add(session)
-        logger.info("session opened", extra={"node": node, "quota_slots": quota_slots})
         return session
 
-    def reserve(self, session: Session, count: int) -> None:
-        """Room for acquires under way. Raises SlotsExhausted beyond the quota."""
-        if len(session.leases) + session.reserved + count > session.quota_slots:
-            raise errors.SlotsExhausted(
-                f"{count} more slots asked, {len(session.leases)} of {session.quota_slots} leased: "
-                "release some in the same message"
-            )
-        session.reserved += count
+    def find(self, session_id: str) -> Session:
+        """The open session of that name. Raises InvalidRequest."""
+        with self._lock:
+            for session in self._open:
+                if session.session_id == session_id:
+                    return session
+        raise errors.InvalidRequest("no open session has this name: open one first")
 
-    def lease(self, session: Session, key: ExpertKey, slot: Slot) -> None:
-        """One reserved slot becomes a lease.
+    def reserve(self, session: Session, keys: Sequence[ExpertKey]) -> None:
+        """Room for acquires under way.
 
-        Raises Cancelled when the session ended meanwhile, InvalidRequest when another message
-        asked for the same expert: a second lease would outlive the session.
+        Raises Unavailable when the session's stream is gone, InvalidRequest for an expert that is
+        leased or awaited already (a second lease would outlive the session), SlotsExhausted beyond
+        the quota.
         """
+        if session not in self._open:
+            raise errors.Unavailable("the session is closed: open another")
+        for key in keys:
+            if key in session.leases or key in session.awaited:
+                raise errors.InvalidRequest(f"{key} is leased by this session already")
+        if len(session.leases) + len(session.awaited) + len(keys) > session.quota_slots:
+            raise errors.SlotsExhausted(
+                f"{len(keys)} more slots asked, {len(session.leases)} of {session.quota_slots} "
+                "leased: release some in the same message"
+            )
+        session.awaited.update(keys)
+
+    def lease(self, session: Session, key: ExpertKey, slot: Slot) -> bool:
+        """An awaited expert becomes a lease; False when the session ended meanwhile."""
+        session.awaited.discard(key)
         if session.ended:
-            raise errors.Cancelled("the session ended before its expert came")
-        if key in session.leases:
-            raise errors.InvalidRequest(f"{key} is leased by this session already")
+            return False
         self._slots.lease(slot)
         session.leases[key] = slot
+        return True
 
     def release(self, session: Session, keys: Iterable[ExpertKey]) -> None:
         """Raises InvalidRequest for a key the session does not hold."""
-        for key in keys:
-            slot = session.leases.pop(key, None)
-            if slot is None:
-                raise errors.InvalidRequest(f"{key} is not leased by this session")
-            self._slots.release(slot)
+        with self._lock:
+            for key in keys:
+                slot = session.leases.pop(key, None)
+                if slot is None:
+                    raise errors.InvalidRequest(f"{key} is not leased by this session")
+                self._slots.release(slot)
 
     def _sweep(self) -> None:
         """End sessions whose node let go of its lock, before their stream or a poll tells us."""
@@ -120,7 +151,8 @@ class SessionTable:
         if session.lock_path is None or lock_is_free(session.lock_path):
             self._end(session)
         else:
-            self._open.remove(session)
+            with self._lock:
+                self._open.remove(session)
             logger.warning(
                 "session orphaned", extra={"node": session.node, "slots": len(session.leases)}
             )
@@ -138,14 +170,15 @@ class SessionTable:
 
     def _end(self, session: Session) -> None:
         """Give everything back, once."""
-        if session.ended:
-            return
-        session.ended = True
-        self._open.discard(session)
+        with self._lock:
+            if session.ended:
+                return
+            session.ended = True
+            self._open.discard(session)
+            self.release(session, list(session.leases))
         waiting = self._orphans.pop(session, None)
         if waiting is not None and waiting is not asyncio.current_task():
             waiting.cancel()
-        self.release(session, list(session.leases))
         if session.lock_path is not None:
             session.lock_path.unlink(missing_ok=True)
         logger.info("session ended", extra={"node": session.node})

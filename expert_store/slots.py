@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from expert_store.segment import Segment
-from proto import errors
 from proto.expert import ExpertKey
 
 
 @dataclass(eq=False)
 class Slot:
-    """One equal piece of the segment, and what it holds once sealed."""
+    """One equal piece of the segment, and what it holds once sealed.
+
+    is_speculative: it was filled because somebody may want it, and nobody has asked for it yet
+    """
 
     number: int
     generation: int = 0
     key: ExpertKey | None = None
+    is_speculative: bool = False
 
 
 class SlotPool:
@@ -49,25 +50,35 @@ class SlotPool:
             del self._leases[slot]
             self._reclaimable[slot] = None
 
-    @contextmanager
-    def filling(self, key: ExpertKey) -> Iterator[Slot]:
-        """A slot for the block to fill: sealed on success, freed on any failure.
+    def next_to_fill(self) -> Slot | None:
+        """The slot that `fill` would take; None while every slot is leased or filling."""
+        if self._free:
+            return self._free[-1]
+        return next(iter(self._reclaimable), None)
 
-        Raises SlotsExhausted when every slot is leased or filling.
-        """
-        slot = self._take()
+    def fill(self, slot: Slot) -> None:
+        """Take a slot to be written to: what it held is gone. To be sealed or given back."""
+        if slot.key is None:
+            self._free.remove(slot)
+        else:
+            del self._reclaimable[slot]
+            del self._by_key[slot.key]
+            slot.key = None
         slot.generation = self._segment.bump_generation(slot.number)
+        slot.is_speculative = False
         self._filling.add(slot)
-        try:
-            yield slot
-        except BaseException:
-            self._filling.discard(slot)
-            self._free.append(slot)
-            raise
-        self._filling.discard(slot)
+
+    def seal(self, slot: Slot, key: ExpertKey) -> None:
+        """The slot holds `key` now, readable until it is refilled."""
+        self._filling.remove(slot)
         slot.key = key
         self._by_key[key] = slot
         self._reclaimable[slot] = None
+
+    def give_back(self, slot: Slot) -> None:
+        """A filling slot that will not be sealed."""
+        self._filling.remove(slot)
+        self._free.append(slot)
 
     def resident(self) -> list[ExpertKey]:
         return list(self._by_key)
@@ -80,14 +91,3 @@ class SlotPool:
             "leased": len(self._leases),
             "reclaimable": len(self._reclaimable),
         }
-
-    def _take(self) -> Slot:
-        if self._free:
-            return self._free.pop()
-        if not self._reclaimable:
-            raise errors.SlotsExhausted("every slot is leased or filling: release one, then retry")
-        slot, _ = self._reclaimable.popitem(last=False)
-        if slot.key is not None:
-            del self._by_key[slot.key]
-            slot.key = None
-        return slot

@@ -1,16 +1,20 @@
-"""Lends experts: finds or reads them, accounts for leases, quarantines what is damaged."""
+"""Lends experts: finds them or has them read, accounts for leases, quarantines what is damaged.
+
+Called from any thread; nothing here waits for the disk but `next_piece`, which readers call.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from expert_store.assembly import Assembly
 from expert_store.extents import ExpertRecord
-from expert_store.inflight import Inflight
+from expert_store.fills import Fill, FillQueue, Priority
 from expert_store.manifest import Manifest
-from expert_store.reader import Priority, ReadQueue, SourceFiles, read_record
 from expert_store.segment import Segment
 from expert_store.sessions import Session, SessionTable
 from expert_store.slots import Slot, SlotPool
@@ -22,7 +26,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Lent:
-    """An expert lent to a session, or why not. bytes_read is 0 when it was in memory already."""
+    """An expert lent to a session, or why not. bytes_read is 0 when it was in memory already.
+
+    read_s:   from the first byte asked of the device to the last that came
+    verify_s: checksumming after that
+    """
 
     key: ExpertKey
     slot: int = 0
@@ -30,72 +38,169 @@ class Lent:
     tensor_offsets: tuple[int, ...] = ()
     bytes_read: int = 0
     read_s: float = 0.0
+    verify_s: float = 0.0
     error: errors.FlashMoEError | None = None
+
+
+Deliver = Callable[[list[Lent]], None]
 
 
 @dataclass
 class Counters:
-    """Since start."""
+    """Since start. busy_s: with at least one read at the device."""
 
     demand_reads: int = 0
     prefetch_reads: int = 0
     bytes_read: int = 0
     shared_hits: int = 0
     prefetches_dropped: int = 0
+    prefetches_withdrawn: int = 0
+    prefetches_used: int = 0
+    prefetch_bytes_wasted: int = 0
     read_s: float = 0.0
+    busy_s: float = 0.0
 
 
 @dataclass
 class ExpertStore:
-    """One model's experts in one segment."""
+    """One model's experts in one segment.
+
+    lock: the one that the session table holds, too
+    read_depth: pieces asked of the device at once, at most
+    max_queued: records that may wait for it
+    piece_bytes: the longest read
+    direct_io: whether reads bypass the page cache
+    """
 
     manifest: Manifest
     segment: Segment
     slots: SlotPool
     sessions: SessionTable
-    queue: ReadQueue
-    files: SourceFiles
+    lock: threading.RLock
+    read_depth: int
+    max_queued: int
+    piece_bytes: int
+    direct_io: bool
     counters: Counters = field(default_factory=Counters)
     quarantined: dict[ExpertKey, str] = field(default_factory=dict)
-    _inflight: Inflight[float] = field(default_factory=Inflight)
+    _fills: dict[ExpertKey, Fill[Session]] = field(default_factory=dict)
+    _queue: FillQueue[Session] = field(default_factory=FillQueue)
+    _num_at_device: int = 0
+    _busy_since_ns: int = 0
+    _is_stopping: bool = False
 
-    async def acquire(self, session: Session, keys: Sequence[ExpertKey]) -> list[Lent]:
-        """Lend every key, in order; a damaged one carries its error and holds no slot.
+    def __post_init__(self) -> None:
+        self._changed = threading.Condition(self.lock)
+        self.num_spare = self.segment.layout.num_slots - self.sessions.max_leased
+
+    def acquire(self, session: Session, keys: Sequence[ExpertKey], deliver: Deliver) -> None:
+        """Lend every key: `deliver` hears of what is in memory before this returns, of the rest as
+        it comes, on another thread. A damaged expert carries its error and holds no slot.
 
         Raises UnknownExpert, InvalidRequest (a key twice or already leased), SlotsExhausted
-        beyond the quota, QueueFull.
+        beyond the quota, QueueFull, Unavailable for a closed session.
         """
-        self._check(session, keys)
-        self.queue.check_room()
-        self.sessions.reserve(session, len(keys))
-        return list(await asyncio.gather(*(self._lend(session, key) for key in keys)))
+        with self.lock:
+            self._check(keys)
+            self.sessions.reserve(session, keys)
+            found = [self._find_or_read(session, key, deliver) for key in keys]
+        lent = [item for item in found if item is not None]
+        if lent:
+            deliver(lent)
 
-    def prefetch(self, keys: Sequence[ExpertKey]) -> None:
+    def prefetch(self, session: Session, keys: Sequence[ExpertKey]) -> None:
         """Read, when nobody waits, what is not in memory; what finds no room is dropped and
         counted.
 
         Raises UnknownExpert.
         """
+        with self.lock:
+            for key in keys:
+                record = self._record(key)
+                if self.slots.find(key) or key in self.quarantined:
+                    continue
+                fill = self._fills.get(key)
+                if fill is not None:
+                    fill.wishers.add(session)
+                    self._revive(fill, fill.priority)
+                elif len(self._fills) >= self.max_queued:
+                    self.counters.prefetches_dropped += 1
+                else:
+                    self._start(record, Priority.PREFETCH).wishers.add(session)
+
+    def withdraw(self, session: Session, keys: Sequence[ExpertKey]) -> None:
+        """Prefetches that `session` no longer wants: what nobody else wants is read no further."""
+        with self.lock:
+            for key in keys:
+                fill = self._fills.get(key)
+                if fill is None or fill.waiters or fill.is_withdrawn:
+                    continue
+                fill.wishers.discard(session)
+                if not fill.wishers:
+                    fill.is_withdrawn = True
+                    self.counters.prefetches_withdrawn += 1
+                    self._settle(fill)
+
+    def next_piece(self) -> tuple[Fill[Session], int] | None:
+        """What to ask of the device next, and the number of the piece; waits for it. None: stop."""
+        with self._changed:
+            while not self._is_stopping:
+                fill = self._queue.first() if self._num_at_device < self.read_depth else None
+                if fill is not None and (fill.slot or self._give_slot(fill)):
+                    return fill, self._issue(fill)
+                self._changed.wait()
+        return None
+
+    def piece_came(self, fill: Fill[Session]) -> None:
+        """The device is free for another; said whether or not the read went well."""
+        with self._changed:
+            fill.arrived_ns = time.perf_counter_ns()
+            self._num_at_device -= 1
+            if self._num_at_device == 0:
+                self.counters.busy_s += (fill.arrived_ns - self._busy_since_ns) / 1e9
+            self._changed.notify()
+
+    def piece_done(
+        self, fill: Fill[Session], is_whole: bool, error: errors.FlashMoEError | None
+    ) -> None:
+        """A piece was read and hashed, or failed; lends the record once it is whole."""
+        with self._changed:
+            fill.num_in_flight -= 1
+            fill.error = fill.error or error
+            lent = self._seal(fill) if is_whole else self._settle(fill)
+        for deliver, item in lent:
+            deliver([item])
+
+    def stop(self) -> None:
+        """Ask nothing more of the device."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+
+    def give_up(self) -> None:
+        """After `stop`, when no reader is left: nothing stays half filled, who waits is told."""
+        lent = []
+        with self.lock:
+            for fill in list(self._fills.values()):
+                fill.error = fill.error or errors.Unavailable("the store is stopping: retry")
+                lent += self._settle(fill)
+        for deliver, item in lent:
+            deliver([item])
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._fills
+
+    def _check(self, keys: Sequence[ExpertKey]) -> None:
         for key in keys:
             self._record(key)
-            if self.slots.find(key) or key in self._inflight or key in self.quarantined:
-                continue
-            if len(self._inflight) >= self.queue.capacity:
-                self.counters.prefetches_dropped += 1
-                continue
-            self._inflight.start(key, lambda key=key: self._fill(key, Priority.PREFETCH))  # type: ignore[misc]
-
-    async def drain(self) -> None:
-        """Let reads under way end: a thread must not write into a slot that is gone."""
-        await self._inflight.drain()
-
-    def _check(self, session: Session, keys: Sequence[ExpertKey]) -> None:
-        for key in keys:
-            self._record(key)
-            if key in session.leases:
-                raise errors.InvalidRequest(f"{key} is leased by this session already")
         if len(set(keys)) != len(keys):
             raise errors.InvalidRequest("an expert is asked for twice in one message")
+        num_waiting = sum(
+            f.priority is Priority.DEMAND and not f.slot for f in self._fills.values()
+        )
+        if num_waiting >= self.max_queued:
+            raise errors.QueueFull(f"{num_waiting} reads are waiting already: retry later")
 
     def _record(self, key: ExpertKey) -> ExpertRecord:
         record = self.manifest.records.get(key)
@@ -103,53 +208,131 @@ class ExpertStore:
             raise errors.UnknownExpert(f"this model has no expert {key}")
         return record
 
-    async def _lend(self, session: Session, key: ExpertKey) -> Lent:
-        try:
-            slot, bytes_read, read_s = await self._find_or_read(key)
-        except (errors.ExpertDamaged, errors.SlotsExhausted) as error:
-            return Lent(key, error=error)
-        finally:
-            session.reserved -= 1
-        self.sessions.lease(session, key, slot)  # no await between finding and leasing
-        if bytes_read == 0:
+    def _find_or_read(self, session: Session, key: ExpertKey, deliver: Deliver) -> Lent | None:
+        slot = self.slots.find(key)
+        if slot is not None:
             self.counters.shared_hits += 1
+            return self._lend(session, key, slot)
+        if key in self.quarantined:
+            session.awaited.discard(key)
+            return Lent(key, error=errors.ExpertDamaged(self.quarantined[key]))
+        fill = self._fills.get(key) or self._start(self.manifest.records[key], Priority.DEMAND)
+        fill.waiters.append((session, deliver))
+        self._revive(fill, Priority.DEMAND)
+        return None
+
+    def _start(self, record: ExpertRecord, priority: Priority) -> Fill[Session]:
+        fill = self._fills[record.key] = Fill[Session](record, priority)
+        self._queue.add(fill)
+        self._changed.notify()
+        return fill
+
+    def _revive(self, fill: Fill[Session], priority: Priority) -> None:
+        """Somebody wants it, as urgently as that: also when it was about to be given up."""
+        if fill.is_withdrawn or priority < fill.priority:
+            fill.is_withdrawn = False
+            fill.priority = min(priority, fill.priority)
+            self._queue.add(fill)
+            self._changed.notify()
+
+    def _give_slot(self, fill: Fill[Session]) -> bool:
+        """Whether there is one: demand has its quota, and what is speculative the spare ones."""
+        if not fill.waiters and self._num_speculative() >= self.num_spare:
+            return False
+        slot = self.slots.next_to_fill()
+        if slot is None:
+            return False
+        if slot.is_speculative and slot.key is not None:
+            self.counters.prefetch_bytes_wasted += self.manifest.records[slot.key].payload_bytes
+        self.slots.fill(slot)
+        fill.slot, fill.view = slot, self.segment.slot(slot.number)
+        fill.assembly = Assembly(fill.record, fill.view, self.piece_bytes)
+        fill.start_ns = time.perf_counter_ns()
+        return True
+
+    def _num_speculative(self) -> int:
+        return sum(fill.slot is not None and not fill.waiters for fill in self._fills.values())
+
+    def _issue(self, fill: Fill[Session]) -> int:
+        if self._num_at_device == 0:
+            self._busy_since_ns = time.perf_counter_ns()
+        self._num_at_device += 1
+        fill.num_issued += 1
+        fill.num_in_flight += 1
+        if self._num_at_device < self.read_depth and self._queue.first() is not None:
+            self._changed.notify()  # one reader wakes the next
+        return fill.num_issued - 1
+
+    def _seal(self, fill: Fill[Session]) -> list[tuple[Deliver, Lent]]:
+        """The record is whole: its slot is readable, and everybody who waits has a lease."""
+        slot = self._close(fill)
+        assert slot is not None
+        self.slots.seal(slot, fill.record.key)
+        slot.is_speculative = not fill.waiters
+        self._count(fill)
+        lent = []
+        for number, (session, deliver) in enumerate(fill.waiters):
+            self.counters.shared_hits += number > 0
+            item = self._lend(session, fill.record.key, slot, None if number else fill)
+            if item is not None:
+                lent.append((deliver, item))
+        return lent
+
+    def _settle(self, fill: Fill[Session]) -> list[tuple[Deliver, Lent]]:
+        """Give a failed or withdrawn fill up once nobody writes into its slot."""
+        if not fill.is_over:
+            return []
+        slot, key = self._close(fill), fill.record.key
+        if slot is not None:
+            self.slots.give_back(slot)
+        if fill.error is None:
+            self.counters.prefetch_bytes_wasted += self._bytes_issued(fill)
+            return []
+        if isinstance(fill.error, errors.ExpertDamaged):
+            self.quarantined[key] = str(fill.error)
+            logger.error("expert quarantined", extra={"key": str(key), "reason": str(fill.error)})
+        for session, _ in fill.waiters:
+            session.awaited.discard(key)
+        return [(deliver, Lent(key, error=fill.error)) for _, deliver in fill.waiters]
+
+    def _close(self, fill: Fill[Session]) -> Slot | None:
+        del self._fills[fill.record.key]
+        if fill.view is not None:
+            fill.view.release()
+        self._changed.notify()  # a slot may be free for who waits for one
+        return fill.slot
+
+    def _bytes_issued(self, fill: Fill[Session]) -> int:
+        if fill.assembly is None:
+            return 0
+        return sum(piece.needed_bytes for piece in fill.assembly.pieces[: fill.num_issued])
+
+    def _lend(
+        self, session: Session, key: ExpertKey, slot: Slot, read: Fill[Session] | None = None
+    ) -> Lent | None:
+        """read: the fill whose cost this session bears. None: the session ended."""
+        if not self.sessions.lease(session, key, slot):
+            return None
+        self.counters.prefetches_used += slot.is_speculative
+        slot.is_speculative = False
         record = self.manifest.records[key]
-        return Lent(key, slot.number, slot.generation, record.tensor_offsets, bytes_read, read_s)
+        lent = Lent(key, slot.number, slot.generation, record.tensor_offsets)
+        if read is None:
+            return lent
+        return Lent(
+            key,
+            slot.number,
+            slot.generation,
+            record.tensor_offsets,
+            record.payload_bytes,
+            (read.arrived_ns - read.start_ns) / 1e9,
+            (time.perf_counter_ns() - read.arrived_ns) / 1e9,
+        )
 
-    async def _find_or_read(self, key: ExpertKey) -> tuple[Slot, int, float]:
-        bytes_read, read_s = 0, 0.0
-        # Another fill may reclaim the slot before a waiter wakes, so look again after every await.
-        while (slot := self.slots.find(key)) is None:
-            if key in self.quarantined:
-                raise errors.ExpertDamaged(self.quarantined[key])
-            is_reader = key not in self._inflight
-            if not is_reader:
-                self.queue.promote(key)
-            seconds = await self._inflight.join(key, lambda: self._fill(key, Priority.DEMAND))
-            if is_reader:
-                bytes_read, read_s = self.manifest.records[key].payload_bytes, seconds
-        return slot, bytes_read, read_s
-
-    async def _fill(self, key: ExpertKey, priority: Priority) -> float:
-        record = self.manifest.records[key]
-        async with self.queue.turn(key, priority):
-            try:
-                with (
-                    self.slots.filling(key) as slot,
-                    self.segment.slot(slot.number) as view,
-                ):
-                    read_s = await self.queue.run(lambda: read_record(self.files, record, view))
-            except errors.ExpertDamaged as error:
-                self.quarantined[key] = str(error)
-                logger.error("expert quarantined", extra={"key": str(key), "reason": str(error)})
-                raise
-        self._count(record, priority, read_s)
-        return read_s
-
-    def _count(self, record: ExpertRecord, priority: Priority, read_s: float) -> None:
-        if priority is Priority.DEMAND:
+    def _count(self, fill: Fill[Session]) -> None:
+        if fill.priority is Priority.DEMAND:
             self.counters.demand_reads += 1
         else:
             self.counters.prefetch_reads += 1
-        self.counters.bytes_read += record.payload_bytes
-        self.counters.read_s += read_s
+        self.counters.bytes_read += fill.record.payload_bytes
+        self.counters.read_s += (fill.arrived_ns - fill.start_ns) / 1e9

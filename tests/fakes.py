@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from compute_node.expert_memory import Borrowed
 from compute_node.store_session import Arrival, SessionLost
@@ -18,6 +18,8 @@ class FakeLender:
         self.in_memory: set[ExpertKey] = set()
         self.damaged: set[ExpertKey] = set()
         self.exchanges: list[tuple[list[ExpertKey], list[ExpertKey]]] = []
+        self.prefetched: list[ExpertKey] = []
+        self.withdrawn: list[ExpertKey] = []
         self.break_next = False
         self.num_opened = 0
         self._quota_slots = quota_slots
@@ -35,27 +37,54 @@ class FakeLender:
         self._open = True
         self.num_opened += 1
 
+    def borrow(
+        self,
+        releases: Sequence[ExpertKey],
+        acquires: Sequence[ExpertKey],
+        check: Callable[[], None] = lambda: None,
+        prefetches: Sequence[ExpertKey] = (),
+        withdrawals: Sequence[ExpertKey] = (),
+    ) -> Iterator[list[Arrival]]:
+        if self.break_next or not self._open:
+            self.break_next = False
+            self.abort()
+            raise SessionLost("broken on purpose")
+        self.prefetched += prefetches
+        self.withdrawn += withdrawals
+        if releases or acquires:
+            self.exchanges.append((list(releases), list(acquires)))
+        for key in releases:
+            del self.held[key]
+        assert not self.held.keys() & set(acquires), "asked for what it holds"
+        arrivals = [self._lend(key) for key in acquires if key not in self.damaged]
+        assert len(self.held) <= self._quota_slots
+        return self._come(arrivals, [key for key in acquires if key in self.damaged], check)
+
     def exchange(
         self,
         releases: Sequence[ExpertKey],
         acquires: Sequence[ExpertKey],
         check: Callable[[], None] = lambda: None,
     ) -> list[Arrival]:
-        check()
-        if self.break_next or not self._open:
-            self.break_next = False
+        return [arrival for part in self.borrow(releases, acquires, check) for arrival in part]
+
+    def _come(
+        self, arrivals: list[Arrival], damaged: list[ExpertKey], check: Callable[[], None]
+    ) -> Iterator[list[Arrival]]:
+        """What is in memory first, then one after another; damage last."""
+        try:
+            check()
+        except BaseException:
             self.abort()
-            raise SessionLost("broken on purpose")
-        self.exchanges.append((list(releases), list(acquires)))
-        for key in releases:
-            del self.held[key]
-        for key in acquires:
-            if key in self.damaged:
-                raise errors.ExpertDamaged(f"{key} is damaged")
-        assert not self.held.keys() & set(acquires), "asked for what it holds"
-        arrivals = [self._lend(key) for key in acquires]
-        assert len(self.held) <= self._quota_slots
-        return arrivals
+            raise
+        in_memory = [arrival for arrival in arrivals if arrival.bytes_read == 0]
+        if in_memory:
+            yield in_memory
+        for arrival in arrivals:
+            if arrival.bytes_read:
+                yield [arrival]
+        if damaged:
+            raise errors.ExpertDamaged(f"{damaged[0]} is damaged")
 
     def resident(self) -> list[ExpertKey]:
         return list(self.in_memory)

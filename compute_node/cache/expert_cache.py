@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from compute_node.cache.charge import Charge
 from compute_node.cache.residents import Residents
@@ -19,6 +19,11 @@ from proto.expert import ExpertKey
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+_WARM_BATCH = 1024
+_SMOOTHING = 0.1
+
 
 class Lender(Protocol):
     """What the cache needs of a store client."""
@@ -27,6 +32,15 @@ class Lender(Protocol):
     def is_open(self) -> bool: ...
 
     def open(self, check: Callable[[], None] = ...) -> None: ...
+
+    def borrow(
+        self,
+        releases: Sequence[ExpertKey],
+        acquires: Sequence[ExpertKey],
+        check: Callable[[], None] = ...,
+        prefetches: Sequence[ExpertKey] = ...,
+        withdrawals: Sequence[ExpertKey] = ...,
+    ) -> Iterator[list[Arrival]]: ...
 
     def exchange(
         self,
@@ -71,19 +85,25 @@ class Budget:
 
 @dataclass
 class LayerCounters:
-    """Of one layer, since start. A miss that another node's copy answers reads 0 bytes."""
+    """Of one layer, since start. A miss that another node's copy answers reads 0 bytes.
+
+    stall_s:     waiting for experts
+    uncovered_s: what reading the misses that nobody guessed takes beyond the layer's own compute
+    """
 
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
     stall_s: float = 0.0
+    uncovered_s: float = 0.0
 
 
 @dataclass
 class ExpertCache:
     """The experts a node holds. One thread.
 
-    check: called between layers and while waiting; raises to abandon the request at hand
+    check:  called between layers and while waiting; raises to abandon the request at hand
+    read_s: seconds that reading one expert takes, of the latest that were read alone (running mean)
     """
 
     lender: Lender
@@ -91,7 +111,11 @@ class ExpertCache:
     charge: Charge
     check: Callable[[], None] = lambda: None
     counters: dict[int, LayerCounters] = field(default_factory=dict)
+    read_s: float = 0.0
     _resident: Residents = field(init=False)
+    _under_way: set[ExpertKey] = field(default_factory=set)
+    _disproved: Sequence[ExpertKey] = ()
+    _guess: Callable[[], Sequence[ExpertKey]] = tuple
 
     def __post_init__(self) -> None:
         self.counters = {layer: LayerCounters() for layer in self.budget.moe_layers}
@@ -104,13 +128,22 @@ class ExpertCache:
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._resident
 
-    def step(self, layer: int, experts: Sequence[int]) -> tuple[set[int], Iterator[list[Borrowed]]]:
+    def step(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        disproved: Sequence[ExpertKey] = (),
+        guess: Callable[[], Sequence[ExpertKey]] = tuple,
+    ) -> tuple[set[int], Iterator[list[Borrowed]]]:
         """One step of `layer` needs these distinct experts.
+
+        disproved: guesses of earlier steps that need not be read any more
+        guess:     what later steps may need; asked once, when the misses are on their way
 
         Returns which of them are hits, and waves that together hold each expert once; a wave is
         valid until the next is asked for.
-        What is resident comes first, so nothing is read twice even when the step needs more than
-        fits.
+        What is resident comes first, while the rest is read; then each expert as it comes.
+        Nothing is read twice even when the step needs more than fits.
         Iterating raises StoreUnavailable, ExpertDamaged, StaleLease, and what `check` raises.
         """
         self.check()
@@ -122,6 +155,7 @@ class ExpertCache:
         counters = self.counters[layer]
         counters.hits += len(hits)
         counters.misses += len(used) - len(hits)
+        self._disproved, self._guess = disproved, guess
         return {key.expert for key in hits}, self._waves(layer, used, hits)
 
     def open(self) -> None:
@@ -129,6 +163,7 @@ class ExpertCache:
 
         Raises StoreUnavailable, SlotsExhausted, VersionMismatch, and what `check` raises.
         """
+        self._under_way.clear()
         self._resident.clear()
         self.lender.open(self.check)
         room = dict(self._capacity)
@@ -137,33 +172,75 @@ class ExpertCache:
             if room[key.layer] and len(chosen) < self.budget.slots:
                 room[key.layer] -= 1
                 chosen.append(key)
-        if chosen:
-            self._insert(self.lender.exchange([], chosen, self.check))
+        for start in range(0, len(chosen), _WARM_BATCH):
+            self._insert(self.lender.exchange([], chosen[start : start + _WARM_BATCH], self.check))
 
     def let_go_if_lost(self) -> None:
         """If the session broke, forget what it lent, so that the store may refill it."""
         if self._resident and not self.lender.is_open:
-            self._resident.clear()
-            self.lender.abort()
+            self._let_go()
 
     def _waves(
         self, layer: int, used: list[ExpertKey], hits: list[ExpertKey]
     ) -> Iterator[list[Borrowed]]:
-        capacity = self._capacity[layer]
-        if len(used) <= capacity:
-            yield from self._wave(used)
-            return
-        if hits:
-            yield from self._wave(hits)
-        resident = set(hits)
-        misses = [key for key in used if key not in resident]
-        # Half the room a wave, so that the policy keeps the better half of what it has.
-        size = max(1, capacity // 2)
-        for start in range(0, len(misses), size):
-            yield from self._wave(misses[start : start + size])
+        """A session that breaks is opened again, and what was not handed out yet is asked for
+        there.
+        """
+        left = dict.fromkeys([*hits, *used])
+        try:
+            while left:
+                try:
+                    for keys in self._served(layer, list(left)):
+                        yield from self._hand_out(keys)
+                        for key in keys:
+                            del left[key]
+                except SessionLost as error:
+                    logger.warning("session lost, opening again", extra={"reason": str(error)})
+                    self._let_go()
+        except BaseException:
+            self.let_go_if_lost()
+            raise
+        finally:
+            if self._under_way:
+                self._let_go()  # leases may be on their way that nobody would account for
 
-    def _wave(self, keys: list[ExpertKey]) -> Iterator[list[Borrowed]]:
-        self._ensure(keys)
+    def _served(self, layer: int, keys: list[ExpertKey]) -> Iterator[list[ExpertKey]]:
+        """Parts of `keys` as they are there: the misses are asked for before what is resident is
+        handed out, so that one loads while the other is computed with.
+        """
+        if not self.lender.is_open:
+            self._timed(layer, self.open)
+        held = [key for key in keys if key in self._resident]
+        misses = [key for key in keys if key not in self._resident]
+        capacity = self._capacity[layer]
+        if len(keys) <= capacity:
+            loan = self._ask(layer, misses, keys)
+            self._speculate()
+            if held:
+                yield held
+            yield from self._arrive(layer, misses, loan)
+            return
+        if held:
+            yield held
+        # Two parts fit: one loads while the other is computed with, and the policy keeps the better
+        # half of what it has.
+        size = max(1, capacity // 4)
+        parts = [misses[start : start + size] for start in range(0, len(misses), size)]
+        yield from self._pipelined(layer, parts, ahead=capacity >= 2 * size)
+
+    def _pipelined(
+        self, layer: int, parts: list[list[ExpertKey]], ahead: bool
+    ) -> Iterator[list[ExpertKey]]:
+        """ahead: each part is asked for before the one before it has come."""
+        loan = self._ask(layer, parts[0], parts[0])
+        for part, following in zip(parts, [*parts[1:], []], strict=True):
+            loans = [loan]
+            if ahead:
+                loans.append(self._ask(layer, following, [*part, *following]))
+            yield from self._arrive(layer, part, loan)
+            loan = loans[-1] if ahead else self._ask(layer, following, following)
+
+    def _hand_out(self, keys: list[ExpertKey]) -> Iterator[list[Borrowed]]:
         wave = [self._resident[key] for key in keys]
         self._check_current(wave)
         yield wave
@@ -172,51 +249,72 @@ class ExpertCache:
     def _check_current(self, wave: list[Borrowed]) -> None:
         for borrowed in wave:
             if not self.lender.is_current(borrowed):
-                self.lender.abort()
-                self._resident.clear()
+                self._let_go()
                 raise errors.StaleLease(f"{borrowed.key} was refilled while it was used: retry")
 
-    def _ensure(self, keys: list[ExpertKey]) -> None:
-        """Make every one of `keys` resident; a session that breaks is opened again, with what
-        was held.
-        """
+    def _ask(
+        self, layer: int, misses: list[ExpertKey], pinned: Sequence[ExpertKey]
+    ) -> Iterator[list[Arrival]]:
+        """One message: what goes, what is wanted, and which guesses were wrong."""
+        disproved, self._disproved = self._disproved, ()
+        if not misses and not disproved:
+            return iter(())
+        going = self._make_room(layer, misses, pinned)
+        self._under_way.update(misses)
+        return self.lender.borrow(going, misses, self.check, withdrawals=disproved)
+
+    def _arrive(
+        self, layer: int, misses: list[ExpertKey], loan: Iterator[list[Arrival]]
+    ) -> Iterator[list[ExpertKey]]:
+        try:
+            while arrivals := self._timed(layer, lambda: next(loan, None)):
+                self._insert(arrivals)
+                self.counters[layer].bytes_read += sum(a.bytes_read for a in arrivals)
+                if len(misses) == 1 and arrivals[0].bytes_read:
+                    self._time_read(arrivals[0].read_s)
+                yield [arrival.borrowed.key for arrival in arrivals]
+        except errors.ExpertDamaged:
+            self._under_way.difference_update(misses)
+            raise
+
+    def _time_read(self, read_s: float) -> None:
+        self.read_s += _SMOOTHING * (read_s - self.read_s) if self.read_s else read_s
+
+    def _timed(self, layer: int, wait: Callable[[], T]) -> T:
         start_s = time.perf_counter()
         try:
-            while any(key not in self._resident for key in keys):
-                try:
-                    self._fetch(keys)
-                except SessionLost as error:
-                    logger.warning("session lost, opening again", extra={"reason": str(error)})
-                    self._resident.clear()
-        except BaseException:
-            self.let_go_if_lost()
-            raise
+            return wait()
         finally:
-            self.counters[keys[0].layer].stall_s += time.perf_counter() - start_s
+            self.counters[layer].stall_s += time.perf_counter() - start_s
 
-    def _fetch(self, keys: list[ExpertKey]) -> None:
-        """One exchange, in a session opened anew if need be."""
-        if not self.lender.is_open:
-            self.open()
-        missing = [key for key in keys if key not in self._resident]
-        if missing:
-            arrivals = self.lender.exchange(self._make_room(keys, missing), missing, self.check)
-            self._insert(arrivals)
-            self.counters[keys[0].layer].bytes_read += sum(a.bytes_read for a in arrivals)
+    def _speculate(self) -> None:
+        guess, self._guess = self._guess, tuple
+        wanted = [key for key in guess() if key not in self._resident]
+        if wanted:
+            self.lender.borrow([], [], self.check, prefetches=wanted)
 
-    def _make_room(self, keys: list[ExpertKey], missing: list[ExpertKey]) -> list[ExpertKey]:
-        """Evict until `missing` fits; never what this wave needs."""
-        layer, resident = keys[0].layer, self._resident
-        num_rivals = len(resident) if self.budget.pooled else resident.count(layer)
-        excess = num_rivals + len(missing) - self._capacity[layer]
+    def _make_room(
+        self, layer: int, misses: list[ExpertKey], pinned: Sequence[ExpertKey]
+    ) -> list[ExpertKey]:
+        """Evict until `misses` fit beside what is under way; never what is pinned."""
+        resident, pooled = self._resident, self.budget.pooled
+        num_rivals = len(resident) if pooled else resident.count(layer)
+        excess = num_rivals + len(self._under_way) + len(misses) - self._capacity[layer]
         if excess <= 0:
             return []
         policy = self.charge.choose()
-        going = resident.victims(policy, excess, keys, None if self.budget.pooled else layer)
+        going = resident.victims(policy, excess, pinned, None if pooled else layer)
         for key in going:
             resident.evict(key)
         return going
 
     def _insert(self, arrivals: list[Arrival]) -> None:
         for arrival in arrivals:
+            self._under_way.discard(arrival.borrowed.key)
             self._resident.insert(arrival.borrowed)
+
+    def _let_go(self) -> None:
+        """Of the session, and of everything it lent."""
+        self._under_way.clear()
+        self._resident.clear()
+        self.lender.abort()

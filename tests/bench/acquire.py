@@ -33,8 +33,18 @@ def main(folder: Path) -> None:
         run.mkdir()
         rows += _measure(kind, folder / kind, run)
     show(
-        "One expert of 3 MiB, one at a time, on a gRPC stream over a Unix socket",
-        ["store", "acquire", "n", "p50 µs", "p99 µs", "read+xxh3 p50 µs", "added p50", "added p99"],
+        "One expert of 3 MiB, one at a time, over the doorbell",
+        [
+            "store",
+            "acquire",
+            "n",
+            "p50 µs",
+            "p99 µs",
+            "read p50 µs",
+            "verify p50 µs",
+            "added p50 µs",
+            "added p99 µs",
+        ],
         rows,
     )
 
@@ -52,9 +62,10 @@ def _measure(kind: str, store_dir: Path, run: Path) -> list[list[object]]:
         client.close()
     rows = []
     for name, samples in (("read", cold), ("in memory", warm)):
-        total = [wall for wall, _ in samples]
-        read = [seconds for _, seconds in samples]
-        added = [wall - seconds for wall, seconds in samples]
+        total = [wall for wall, _, _ in samples]
+        read = [seconds for _, seconds, _ in samples]
+        verify = [seconds for _, _, seconds in samples]
+        added = [wall - read_s - verify_s for wall, read_s, verify_s in samples]
         rows.append(
             [
                 kind,
@@ -62,15 +73,16 @@ def _measure(kind: str, store_dir: Path, run: Path) -> list[list[object]]:
                 len(samples),
                 *(f"{percentile(total, share) * 1e6:.0f}" for share in (0.5, 0.99)),
                 f"{percentile(read, 0.5) * 1e6:.0f}",
+                f"{percentile(verify, 0.5) * 1e6:.0f}",
                 *(f"{percentile(added, share) * 1e6:.0f}" for share in (0.5, 0.99)),
             ]
         )
     return rows
 
 
-def _acquire(client: StoreClient, key: ExpertKey) -> tuple[float, float]:
+def _acquire(client: StoreClient, key: ExpertKey) -> tuple[float, float, float]:
     start_s = time.perf_counter()
     [arrival] = client.exchange([], [key])
     wall_s = time.perf_counter() - start_s
     client.exchange([key], [])
-    return wall_s, arrival.read_s
+    return wall_s, arrival.read_s, arrival.verify_s

@@ -49,10 +49,10 @@ def lender(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Len
         yield made
 
 
-def test_lends_in_order_and_counts_only_what_was_read(lender: tuple[Lender, Damage]) -> None:
+def test_lends_each_once_and_counts_only_what_was_read(lender: tuple[Lender, Damage]) -> None:
     store, _ = lender
     arrivals = store.exchange([], KEYS[:3])
-    assert [arrival.borrowed.key for arrival in arrivals] == KEYS[:3]
+    assert sorted(arrival.borrowed.key for arrival in arrivals) == KEYS[:3]
     assert all(arrival.bytes_read > 0 for arrival in arrivals)
     [again] = store.exchange([KEYS[0]], [KEYS[3]])
     assert again.bytes_read > 0
@@ -80,7 +80,33 @@ def test_damaged_expert_raises_and_the_session_goes_on(lender: tuple[Lender, Dam
     with pytest.raises(errors.ExpertDamaged):
         store.exchange([KEYS[0]], [KEYS[4], DAMAGED])
     assert store.is_open
-    assert len(store.exchange([KEYS[1]], KEYS[4:8])) == 4, "the quota must be whole again"
+    assert len(store.exchange([KEYS[1], KEYS[4]], KEYS[4:8])) == 4, "the quota is whole, 4 was lent"
+
+
+def test_what_is_in_memory_comes_first(lender: tuple[Lender, Damage]) -> None:
+    store, _ = lender
+    store.exchange([], KEYS[:2])
+    parts = list(store.borrow(KEYS[:2], [KEYS[4], KEYS[1], KEYS[5], KEYS[0]]))
+    assert {arrival.borrowed.key for arrival in parts[0]} == {KEYS[0], KEYS[1]}
+    assert {arrival.borrowed.key for part in parts[1:] for arrival in part} == {KEYS[4], KEYS[5]}
+
+
+def test_two_loans_may_be_under_way_and_answered_in_any_order(
+    lender: tuple[Lender, Damage],
+) -> None:
+    store, _ = lender
+    first, second = store.borrow([], KEYS[:2]), store.borrow([], KEYS[2:4])
+    later = [arrival.borrowed.key for part in second for arrival in part]
+    assert sorted(later) == KEYS[2:4]
+    assert sorted(arrival.borrowed.key for part in first for arrival in part) == KEYS[:2]
+
+
+def test_guesses_are_said_and_not_waited_for(lender: tuple[Lender, Damage]) -> None:
+    store, _ = lender
+    store.exchange([], KEYS[:1])
+    assert list(store.borrow([], [], prefetches=KEYS[4:6])) == []
+    assert list(store.borrow([], [], withdrawals=KEYS[4:6])) == []
+    assert len(store.exchange([], KEYS[4:6])) == 2
 
 
 def test_check_may_abandon_an_exchange(lender: tuple[Lender, Damage]) -> None:

@@ -44,7 +44,7 @@ class LiveCache:
         rows = []
         for layer, experts in zip(self._layers, event.topk_ids.tolist(), strict=True):
             hits, waves = self._cache.step(layer, sorted(experts))
-            assert len(list(waves)) == 1
+            assert sum(len(wave) for wave in waves) == len(experts)
             rows.append([expert in hits for expert in experts])
         return np.array(rows)
 

@@ -76,7 +76,7 @@ class Node:
         rows = []
         for layer, experts in zip(LAYERS, event.topk_ids.tolist(), strict=True):
             hits, waves = self._cache.step(layer, sorted(experts))
-            assert len(list(waves)) == 1
+            assert sum(len(wave) for wave in waves) == len(experts)
             rows.append([expert in hits for expert in experts])
         self._advisor.observe(replace(event, **self._evidence, hits=np.array(rows)))  # type: ignore[arg-type]
         verdict = self._advisor.advise("live")

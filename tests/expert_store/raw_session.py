@@ -92,9 +92,13 @@ class RawSession:
         prefetches: Iterable[ExpertKey] = (),
         exchange_id: int = 1,
     ) -> list[pb.Lease]:
-        """Leases of shared memory."""
-        self.send(exchange(acquires, releases, prefetches, exchange_id))
-        return list(self.next().exchanged.leases)
+        """Leases of shared memory, in the order of `acquires`."""
+        wanted = list(acquires)
+        self.send(exchange(wanted, releases, prefetches, exchange_id))
+        leases: list[pb.Lease] = []
+        while len(leases) < len(wanted):
+            leases += self.next().exchanged.leases
+        return sorted(leases, key=lambda lease: wanted.index(ExpertKey.from_pb(lease.key)))
 
 
 def exchange(
@@ -179,19 +183,27 @@ def counts_add_up(slots: SlotPool, num_slots: int) -> bool:
     return sum(counts.values()) == num_slots and counts["filling"] == counts["leased"] == 0
 
 
-def receive(session: RawSession) -> tuple[list[bytes], pb.Exchanged]:
-    """Records put together from chunks, each compared with its checksum."""
-    records, data = [], bytearray()
-    while (reply := session.next()).WhichOneof("kind") == "chunk":
-        chunk = reply.chunk
-        assert len(chunk.data) <= rpc.CHUNK_BYTES
-        data += chunk.data
-        if chunk.last:
-            assert xxhash.xxh3_64_intdigest(data) == chunk.checksum
-            records.append(bytes(data))
-            data.clear()
-    assert not data
-    return records, reply.exchanged
+def receive(session: RawSession, count: int = 1) -> dict[ExpertKey, tuple[bytes, pb.Lease]]:
+    """`count` records put together from chunks, each compared with its checksum; damaged ones are
+    empty.
+    """
+    found: dict[ExpertKey, tuple[bytes, pb.Lease]] = {}
+    records, data = {}, bytearray()
+    while len(found) < count:
+        reply = session.next()
+        for lease in reply.exchanged.leases:
+            key = ExpertKey.from_pb(lease.key)
+            found[key] = records.pop(key, b""), lease
+        if reply.WhichOneof("kind") == "chunk":
+            chunk = reply.chunk
+            assert len(chunk.data) <= rpc.CHUNK_BYTES
+            data += chunk.data
+            if chunk.last:
+                assert xxhash.xxh3_64_intdigest(data) == chunk.checksum
+                records[ExpertKey.from_pb(chunk.key)] = bytes(data)
+                data.clear()
+    assert not data and not records
+    return found
 
 
 def outcome(session: RawSession) -> type[Exception] | None:

@@ -32,7 +32,7 @@ def test_the_real_client_borrows_and_returns(store_dir: Path, run_dir: Path) -> 
         client = StoreClient(address, "node", 4, run_dir / "sessions", deadline_s=10)
         client.open()
         arrivals = client.exchange([], KEYS[:3])
-        assert [arrival.borrowed.key for arrival in arrivals] == KEYS[:3]
+        assert sorted(arrival.borrowed.key for arrival in arrivals) == KEYS[:3]
         assert client.exchange(KEYS[:2], KEYS[3:5])
         assert wire.stats().slots_leased == 3
         client.close()
@@ -108,11 +108,11 @@ class TestRefusesToStart:
 def test_metrics_name_every_counter() -> None:
     counts = {"free": 1, "filling": 2, "leased": 3, "reclaimable": 4}
     store: Any = SimpleNamespace(
-        counters=Counters(5, 6, 7, 8, 9, 1.5),
+        counters=Counters(5, 6, 7, 8, 9, 12, 13, 14, 1.5, 2.5),
         slots=SimpleNamespace(counts=lambda: counts),
         sessions=SimpleNamespace(num_open=10, num_orphaned=11),
         quarantined={ExpertKey(0, 0): "why"},
-        files=SimpleNamespace(direct=True),
+        direct_io=True,
     )
     registry = CollectorRegistry()
     registry.register(StoreCollector(store))
@@ -123,6 +123,10 @@ def test_metrics_name_every_counter() -> None:
     assert value("flashmoe_store_shared_hits_total") == 8
     assert value("flashmoe_store_prefetches_dropped_total") == 9
     assert value("flashmoe_store_read_seconds_total") == 1.5
+    assert value("flashmoe_store_busy_seconds_total") == 2.5
+    assert value("flashmoe_store_prefetches_withdrawn_total") == 12
+    assert value("flashmoe_store_prefetches_used_total") == 13
+    assert value("flashmoe_store_prefetch_wasted_bytes_total") == 14
     assert {s: value("flashmoe_store_slots", {"state": s}) for s in counts} == counts
     assert value("flashmoe_store_sessions", {"state": "orphaned"}) == 11
     assert value("flashmoe_store_quarantined_experts") == 1

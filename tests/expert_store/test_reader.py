@@ -1,13 +1,11 @@
-"""Reads are verified, bounded in depth, demand first, and leave no page cache behind.
+"""Reads are verified and leave no page cache behind.
 
 Planted faults seen red: no checksum comparison, a short read taken for whole, the buffered path
-without its fadvise, `Priority` ignored in the queue, promote() not re-ordering, a turn not given
-back by a waiter cancelled just when it came, prefetches counted against demands.
+without its fadvise.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import mmap
 import os
@@ -20,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from expert_store.manifest import Manifest
-from expert_store.reader import Priority, ReadQueue, SourceFiles, open_files, read_record
+from expert_store.reader import SourceFiles, open_files, read_record
 from proto import errors
 from proto.expert import ExpertKey
 from tests.expert_store.stores import (
@@ -160,124 +158,3 @@ def test_a_file_that_cannot_be_opened_is_named(store_dir: Path) -> None:
         open_files(manifest, store_dir, True),
     ):
         pass
-
-
-class Readers:
-    """Reads that end when told to, on a real queue."""
-
-    def __init__(self, queue: ReadQueue) -> None:
-        self.queue = queue
-        self.running: dict[ExpertKey, asyncio.Event] = {}
-        self.order: list[ExpertKey] = []
-        self.most = 0
-
-    def start(self, key: ExpertKey, priority: Priority) -> asyncio.Task[None]:
-        return asyncio.create_task(self._read(key, priority))
-
-    async def _read(self, key: ExpertKey, priority: Priority) -> None:
-        async with self.queue.turn(key, priority):
-            self.order.append(key)
-            self.running[key] = asyncio.Event()
-            self.most = max(self.most, len(self.running))
-            try:
-                await self.running[key].wait()
-            finally:
-                del self.running[key]
-
-    async def finish_all(self, tasks: list[asyncio.Task[None]]) -> None:
-        while not all(task.done() for task in tasks):
-            for event in self.running.values():
-                event.set()
-            await asyncio.sleep(0)
-
-
-def expert(number: int) -> ExpertKey:
-    return ExpertKey(0, number)
-
-
-@pytest.fixture
-async def readers() -> Readers:
-    return Readers(ReadQueue(read_depth=2, max_queued=3))
-
-
-async def settle() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
-
-
-async def test_the_depth_is_kept(readers: Readers) -> None:
-    tasks = [readers.start(expert(n), Priority(n % 2)) for n in range(9)]
-    await settle()
-    assert len(readers.running) == 2
-    await readers.finish_all(tasks)
-    assert (readers.most, len(readers.order)) == (2, 9)
-
-
-async def test_demand_goes_before_waiting_prefetches(readers: Readers) -> None:
-    tasks = [readers.start(expert(n), Priority.PREFETCH) for n in range(5)]
-    await settle()
-    tasks += [readers.start(expert(n), Priority.DEMAND) for n in (5, 6)]
-    await settle()
-    await readers.finish_all(tasks)
-    assert readers.order == [expert(n) for n in (0, 1, 5, 6, 2, 3, 4)]
-
-
-async def test_a_prefetch_somebody_waits_for_moves_up(readers: Readers) -> None:
-    tasks = [readers.start(expert(n), Priority.PREFETCH) for n in range(5)]
-    await settle()
-    readers.queue.promote(expert(4))
-    readers.queue.promote(expert(0))  # under way already
-    readers.queue.promote(expert(99))  # unknown
-    await readers.finish_all(tasks)
-    assert readers.order == [expert(n) for n in (0, 1, 4, 2, 3)]
-
-
-async def test_waiting_demands_are_bounded_and_prefetches_do_not_count(readers: Readers) -> None:
-    """Red when prefetches count: they would refuse the demand that goes before them."""
-    tasks = [readers.start(expert(n), Priority.PREFETCH) for n in range(9)]
-    await settle()
-    readers.queue.check_room()
-    tasks += [readers.start(expert(n), Priority.DEMAND) for n in range(10, 13)]
-    await settle()
-    with pytest.raises(errors.QueueFull, match="3 reads"):
-        readers.queue.check_room()
-    await readers.finish_all(tasks)
-    readers.queue.check_room()
-    assert readers.queue.capacity == 5
-
-
-async def test_waiters_that_leave_take_no_turn(readers: Readers) -> None:
-    tasks = [readers.start(expert(n), Priority.DEMAND) for n in range(6)]
-    await settle()
-    for number in (2, 3):
-        tasks[number].cancel()
-    await settle()
-    assert tasks[2].cancelled()
-    await readers.finish_all(tasks)
-    assert readers.order == [expert(n) for n in (0, 1, 4, 5)]
-
-
-async def test_a_turn_that_came_too_late_is_passed_on(readers: Readers) -> None:
-    """Red without it: each waiter cancelled just as its turn comes costs a turn for good."""
-    async with readers.queue.turn(expert(0), Priority.DEMAND):
-        tasks = [readers.start(expert(n), Priority.DEMAND) for n in (1, 2)]
-        await settle()
-    tasks[1].cancel()  # its turn has come, and it has not run since
-    await settle()
-    tasks += [readers.start(expert(n), Priority.DEMAND) for n in (7, 8)]
-    await settle()
-    assert len(readers.running) == 2
-    await readers.finish_all(tasks)
-
-
-async def test_a_failed_read_gives_its_turn_back(readers: Readers) -> None:
-    for _ in range(5):
-        with pytest.raises(ValueError, match="broken"):
-            async with readers.queue.turn(expert(0), Priority.DEMAND):
-                await readers.queue.run(broken)
-    assert await readers.queue.run(lambda: None) >= 0
-    readers.queue.close()
-
-
-def broken() -> None:
-    raise ValueError("broken")

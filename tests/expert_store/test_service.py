@@ -124,8 +124,8 @@ def test_one_expert_asked_for_in_two_messages_at_once(wire: Wire) -> None:
     cold = next(key for key in KEYS[:-1] if key not in wire.resident())
     with Lock(wire.session_dir, "twice.lock") as lock:
         session, _ = wire.open_shared(lock, quota_slots=4)
-        for _ in range(2):
-            session.send(exchange([cold]))
+        for number in range(2):
+            session.send(exchange([cold], exchange_id=number))
         assert outcome(session) is errors.InvalidRequest
 
 
@@ -135,15 +135,18 @@ def test_a_record_comes_in_chunks_under_one_checksum(
     monkeypatch.setattr(rpc, "CHUNK_BYTES", 5000)
     with wire.open_chunks() as session:
         session.send(exchange(KEYS[:2]))
-        assert receive(session)[0] == [expert_bytes(folder, key) for key in KEYS[:2]]
+        found = receive(session, 2)
+        assert {key: found[key][0] for key in KEYS[:2]} == {
+            key: expert_bytes(folder, key) for key in KEYS[:2]
+        }
 
 
 def test_a_damaged_expert_ends_nothing(wire: Wire, folder: Path) -> None:
     with wire.open_chunks(quota_slots=3) as session:
         session.send(exchange([KEYS[0], KEYS[-1], KEYS[1]]))
-        records, exchanged = receive(session)
-        assert records == [expert_bytes(folder, key) for key in KEYS[:2]]
-        detail = exchanged.leases[1].error
+        found = receive(session, 3)
+        assert [found[key][0] for key in KEYS[:2]] == [expert_bytes(folder, k) for k in KEYS[:2]]
+        detail = found[KEYS[-1]][1].error
         assert errors.KINDS[detail.kind] is errors.ExpertDamaged
         assert "flashmoe verify" in detail.message
     assert list(wire.stats().quarantined) == [str(KEYS[-1])]
@@ -173,7 +176,7 @@ def test_it_says_what_it_serves_and_what_is_in_memory(wire: Wire) -> None:
     with wire.open_chunks() as session:
         before = wire.stats()
         session.send(exchange([KEYS[7]]))
-        assert receive(session)[1].leases[0].bytes_read == 0
+        assert receive(session)[KEYS[7]][1].bytes_read == 0
     after = wire.stats()
     assert after.shared_hits == before.shared_hits + 1
     assert after.bytes_read == before.bytes_read

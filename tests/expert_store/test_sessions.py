@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from expert_store import segment
 from expert_store.sessions import Session, SessionTable, await_free_locks, lock_is_free
-from expert_store.slots import SlotPool
+from expert_store.slots import Slot, SlotPool
 from proto import errors
 from proto.expert import ExpertKey
 from tests.expert_store.raw_session import DEADLINE_S, Lock, counts_add_up
@@ -41,7 +42,7 @@ def session_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def table(slots: SlotPool, session_dir: Path) -> AsyncIterator[SessionTable]:
-    sessions = SessionTable(slots, MAX_LEASED, session_dir, lock_poll_s=0.005)
+    sessions = SessionTable(slots, threading.RLock(), MAX_LEASED, session_dir, lock_poll_s=0.005)
     yield sessions
     sessions.stop()
     await asyncio.sleep(0)
@@ -50,13 +51,16 @@ async def table(slots: SlotPool, session_dir: Path) -> AsyncIterator[SessionTabl
 def borrow(table: SessionTable, slots: SlotPool, session: Session, *numbers: int) -> None:
     for number in numbers:
         key = ExpertKey(0, number)
-        table.reserve(session, 1)
-        try:
-            with slots.filling(key) as slot:
-                pass
-            table.lease(session, key, slot)
-        finally:
-            session.reserved -= 1
+        table.reserve(session, [key])
+        assert table.lease(session, key, fill(slots, key))
+
+
+def fill(slots: SlotPool, key: ExpertKey) -> Slot:
+    slot = slots.next_to_fill()
+    assert slot is not None
+    slots.fill(slot)
+    slots.seal(slot, key)
+    return slot
 
 
 def names(folder: Path) -> list[str]:
@@ -92,11 +96,10 @@ async def test_a_session_borrows_up_to_its_quota(table: SessionTable, slots: Slo
     session = table.open("a", 3, None)
     borrow(table, slots, session, 1, 2)
     with pytest.raises(errors.SlotsExhausted, match="2 of 3 leased"):
-        table.reserve(session, 2)
-    table.reserve(session, 1)
+        table.reserve(session, [ExpertKey(0, 3), ExpertKey(0, 4)])
+    table.reserve(session, [ExpertKey(0, 3)])
     with pytest.raises(errors.SlotsExhausted):
-        table.reserve(session, 1)
-    session.reserved -= 1
+        table.reserve(session, [ExpertKey(0, 4)])
     table.release(session, [ExpertKey(0, 1)])
     with pytest.raises(errors.InvalidRequest, match="L00E001 is not leased"):
         table.release(session, [ExpertKey(0, 1)])
@@ -108,10 +111,10 @@ async def test_an_expert_is_leased_once_a_session(table: SessionTable, slots: Sl
     """Red without it: the second lease is nobody's, and its slot is lost for good."""
     session = table.open("a", 3, None)
     borrow(table, slots, session, 1)
-    slot = slots.find(ExpertKey(0, 1))
-    assert slot is not None
-    with pytest.raises(errors.InvalidRequest, match="leased by this session already"):
-        table.lease(session, ExpertKey(0, 1), slot)
+    table.reserve(session, [ExpertKey(0, 2)])
+    for leased_or_awaited in (ExpertKey(0, 1), ExpertKey(0, 2)):
+        with pytest.raises(errors.InvalidRequest, match="leased by this session already"):
+            table.reserve(session, [leased_or_awaited])
     table.close(session)
     assert counts_add_up(slots, NUM_SLOTS)
 
@@ -171,11 +174,12 @@ async def test_a_session_that_ended_leases_no_more(
     """Red without it: its node let go while a read was under way, and the slot is lost for good."""
     lock = Lock(session_dir, "a.lock")
     session = table.open("a", 3, "a.lock")
-    with slots.filling(ExpertKey(0, 1)) as slot:
-        lock.let_go()
-        table.close(table.open("b", 1, None))
-    with pytest.raises(errors.FlashMoEError, match="ended"):
-        table.lease(session, ExpertKey(0, 1), slot)
+    table.reserve(session, [ExpertKey(0, 1)])
+    lock.let_go()
+    table.close(table.open("b", 1, None))
+    assert not table.lease(session, ExpertKey(0, 1), fill(slots, ExpertKey(0, 1)))
+    with pytest.raises(errors.Unavailable, match="closed"):
+        table.reserve(session, [ExpertKey(0, 2)])
     table.close(session)
     assert counts_add_up(slots, NUM_SLOTS)
 
@@ -198,7 +202,7 @@ def test_a_lock_name_that_is_no_held_lock_is_refused(
     folder = tmp_path_factory.mktemp("locks")
     (folder / "folder.lock").mkdir()
     (folder / "link.lock").symlink_to("/etc/passwd")
-    table = SessionTable(SlotPool.__new__(SlotPool), MAX_LEASED, folder, 0.1)
+    table = SessionTable(SlotPool.__new__(SlotPool), threading.RLock(), MAX_LEASED, folder, 0.1)
     with pytest.raises(errors.InvalidRequest, match="lock"):
         table.open("a", 1, name)
     assert table.num_open == 0

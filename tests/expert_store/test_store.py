@@ -1,32 +1,30 @@
-"""Lending: one read for all, damage kept apart, prefetches that stand back, slots that come back.
+"""Lending: one read for all, damage kept apart, guesses that stand back, slots that come back.
 
-Planted faults seen red: a task a waiter instead of single flight, no quarantine, the first error
-ending the whole exchange, reserved slots counted twice while siblings are read, two messages that
-ask for one expert, prefetches without bound in one message.
+Planted faults seen red: PLANTED
 """
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from expert_store import readers as module
 from expert_store import segment
-from expert_store import store as module
 from expert_store.manifest import Manifest
-from expert_store.reader import ReadQueue, open_files, read_record
+from expert_store.reader import open_files, read_piece
+from expert_store.readers import Readers
 from expert_store.sessions import Session, SessionTable
 from expert_store.slots import SlotPool
 from expert_store.store import ExpertStore, Lent
 from proto import errors
 from proto.expert import ExpertKey
-from tests.expert_store.raw_session import DEADLINE_S, counts_add_up
+from tests.expert_store.raw_session import DEADLINE_S, counts_add_up, until
 from tests.expert_store.stores import (
     FILE_NAME,
     KEYS,
@@ -37,6 +35,7 @@ from tests.expert_store.stores import (
 )
 
 NUM_SLOTS = 8
+WHOLE = 1 << 20
 
 
 @dataclass
@@ -45,245 +44,396 @@ class Disk:
 
     order: list[ExpertKey] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
+    most: int = 0
+    _reading: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def read(self, files: Any, record: Any, slot: memoryview) -> None:
-        self.order.append(record.key)
+    def read(self, files: Any, record: Any, piece: Any, slot: memoryview) -> None:
+        with self._lock:
+            self.order.append(record.key)
+            self._reading += 1
+            self.most = max(self.most, self._reading)
         assert self.gate.wait(DEADLINE_S)
-        read_record(files, record, slot)
+        try:
+            read_piece(files, record, piece, slot)
+        finally:
+            with self._lock:
+                self._reading -= 1
 
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     disk = Disk()
     disk.gate.set()
-    monkeypatch.setattr(module, "read_record", disk.read)
+    monkeypatch.setattr(module, "read_piece", disk.read)
     return disk
 
 
-@asynccontextmanager
-async def a_store(
-    folder: Path, read_depth: int = 2, max_queued: int = 16, num_slots: int = NUM_SLOTS
-) -> AsyncIterator[ExpertStore]:
+@contextmanager
+def a_store(
+    folder: Path,
+    read_depth: int = 2,
+    max_queued: int = 16,
+    num_slots: int = NUM_SLOTS,
+    piece_bytes: int = WHOLE,
+) -> Iterator[ExpertStore]:
     """Idle again at the end, or it fails."""
     manifest = Manifest.load(folder)
     with (
         segment.create(folder / "segment", num_slots, manifest.slot_bytes) as shared,
         open_files(manifest, folder, True) as files,
     ):
-        slots, queue = SlotPool(shared), ReadQueue(read_depth, max_queued)
-        sessions = SessionTable(slots, num_slots - read_depth, folder / "sessions", 0.01)
-        store = ExpertStore(manifest, shared, slots, sessions, queue, files)
-        try:
+        slots, lock = SlotPool(shared), threading.RLock()
+        sessions = SessionTable(slots, lock, num_slots - read_depth, folder / "sessions", 0.01)
+        store = ExpertStore(
+            manifest, shared, slots, sessions, lock, read_depth, max_queued, piece_bytes, True
+        )
+        with Readers(store, files):
             yield store
+            until(lambda: store.is_idle)
             for session in list(sessions._open):
                 sessions.close(session)
-            await store.drain()
             assert counts_add_up(slots, num_slots), slots.counts()
-        finally:
-            await store.drain()
-            queue.close()
 
 
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110  a reader thread's doing
-            await asyncio.sleep(0.001)
+class Borrower:
+    """A session, and what came for it."""
+
+    def __init__(self, store: ExpertStore, quota_slots: int = 3) -> None:
+        self.store = store
+        self.session: Session = store.sessions.open("node", quota_slots, None)
+        self.came: dict[ExpertKey, Lent] = {}
+
+    def ask(self, *keys: ExpertKey) -> None:
+        self.store.acquire(self.session, keys, self._take)
+
+    def _take(self, lent: list[Lent]) -> None:
+        self.came.update({item.key: item for item in lent})
+
+    def get(self, *keys: ExpertKey) -> list[Lent]:
+        for key in keys:
+            self.came.pop(key, None)
+        self.ask(*keys)
+        return self.wait(*keys)
+
+    def wait(self, *keys: ExpertKey) -> list[Lent]:
+        until(lambda: all(key in self.came for key in keys))
+        return [self.came[key] for key in keys]
+
+    def content(self, key: ExpertKey) -> bytes:
+        lent = self.came[key]
+        with self.store.segment.slot(lent.slot) as view:
+            return bytes(view[lent.tensor_offsets[0] :][:PAYLOAD_BYTES])
 
 
-def content(store: ExpertStore, lent: Lent) -> bytes:
-    with store.segment.slot(lent.slot) as view:
-        return bytes(view[lent.tensor_offsets[0] :][:PAYLOAD_BYTES])
-
-
-def open_session(store: ExpertStore, quota_slots: int = 3) -> Session:
-    return store.sessions.open("node", quota_slots, None)
-
-
-async def test_experts_come_in_order_and_whole(store_dir: Path, disk: Disk) -> None:
-    async with a_store(store_dir) as store:
-        lent = await store.acquire(open_session(store), KEYS[2::-1])
-        assert [item.key for item in lent] == KEYS[2::-1]
-        assert all(content(store, item) == expert_bytes(store_dir, item.key) for item in lent)
+@pytest.mark.parametrize("piece_bytes", [4096, 8192, WHOLE])
+def test_experts_come_whole_however_they_are_cut(
+    piece_bytes: int, store_dir: Path, disk: Disk
+) -> None:
+    with a_store(store_dir, piece_bytes=piece_bytes) as store:
+        borrower = Borrower(store)
+        lent = borrower.get(*KEYS[:3])
+        assert all(borrower.content(key) == expert_bytes(store_dir, key) for key in KEYS[:3])
         assert [item.bytes_read for item in lent] == [PAYLOAD_BYTES] * 3
         assert (store.counters.demand_reads, store.counters.shared_hits) == (3, 0)
         assert store.counters.bytes_read == 3 * PAYLOAD_BYTES
+        assert store.counters.busy_s > 0
 
 
-async def test_two_sessions_share_one_read(store_dir: Path, disk: Disk) -> None:
-    async with a_store(store_dir) as store:
+def test_the_depth_is_kept(store_dir: Path, disk: Disk) -> None:
+    with a_store(store_dir, read_depth=2, piece_bytes=4096) as store:
         disk.gate.clear()
-        waiters = [
-            asyncio.create_task(store.acquire(open_session(store), [KEYS[0]])) for _ in range(2)
-        ]
-        await until(lambda: disk.order)
+        borrower = Borrower(store, 5)
+        borrower.ask(*KEYS[:5])
+        until(lambda: len(disk.order) == 2)
         disk.gate.set()
-        (first,), (second,) = await asyncio.gather(*waiters)
+        borrower.wait(*KEYS[:5])
+        assert disk.most == 2
+
+
+def test_two_sessions_share_one_read(store_dir: Path, disk: Disk) -> None:
+    with a_store(store_dir) as store:
+        disk.gate.clear()
+        one, other = Borrower(store), Borrower(store)
+        one.ask(KEYS[0])
+        other.ask(KEYS[0])
+        disk.gate.set()
+        [first], [second] = one.wait(KEYS[0]), other.wait(KEYS[0])
         assert disk.order == [KEYS[0]]
         assert (first.slot, first.generation) == (second.slot, second.generation)
         assert (first.bytes_read, second.bytes_read) == (PAYLOAD_BYTES, 0)
         assert (store.counters.demand_reads, store.counters.shared_hits) == (1, 1)
 
 
-async def test_a_waiter_leaves_and_the_other_is_served(store_dir: Path, disk: Disk) -> None:
-    """The one that leaves is the one whose demand started the read."""
-    async with a_store(store_dir) as store:
+def test_a_session_ends_while_it_waits_and_the_other_is_served(store_dir: Path, disk: Disk) -> None:
+    """The one that ends is the one whose demand started the read."""
+    with a_store(store_dir) as store:
         disk.gate.clear()
-        leaver, stayer = open_session(store), open_session(store)
-        leaving = asyncio.create_task(store.acquire(leaver, [KEYS[0], KEYS[1]]))
-        await until(lambda: disk.order)
-        staying = asyncio.create_task(store.acquire(stayer, [KEYS[0]]))
-        await asyncio.sleep(0)
-        leaving.cancel()
-        await asyncio.gather(leaving, return_exceptions=True)
+        leaver, stayer = Borrower(store), Borrower(store)
+        leaver.ask(KEYS[0], KEYS[1])
+        until(lambda: len(disk.order) == 2)
+        stayer.ask(KEYS[0])
+        store.sessions.close(leaver.session)
         disk.gate.set()
-        (lent,) = await staying
-        assert content(store, lent) == expert_bytes(store_dir, KEYS[0])
+        stayer.wait(KEYS[0])
+        assert stayer.content(KEYS[0]) == expert_bytes(store_dir, KEYS[0])
+        until(lambda: store.is_idle)
         assert disk.order.count(KEYS[0]) == 1
-        assert (leaver.leases, leaver.reserved) == ({}, 0)
+        assert (leaver.came, leaver.session.leases, leaver.session.awaited) == ({}, {}, set())
 
 
-async def test_a_damaged_expert_is_quarantined_and_the_others_come(
-    store_dir: Path, disk: Disk
-) -> None:
+def test_a_damaged_expert_is_quarantined_and_the_others_come(store_dir: Path, disk: Disk) -> None:
     flip(store_dir / FILE_NAME, expert_range(KEYS[1])[9])
-    async with a_store(store_dir) as store:
-        session = open_session(store)
-        good, bad, other = await store.acquire(session, KEYS[:3])
+    with a_store(store_dir, piece_bytes=4096) as store:
+        borrower = Borrower(store)
+        good, bad, other = borrower.get(*KEYS[:3])
         assert isinstance(bad.error, errors.ExpertDamaged)
         assert (good.error, other.error) == (None, None)
         assert list(store.quarantined) == [KEYS[1]]
-        assert set(session.leases) == {KEYS[0], KEYS[2]}
-        store.prefetch([KEYS[1]])
-        (again,) = await store.acquire(session, [KEYS[1]])
+        assert set(borrower.session.leases) == {KEYS[0], KEYS[2]}
+        reads = len(disk.order)
+        store.prefetch(borrower.session, [KEYS[1]])
+        [again] = borrower.get(KEYS[1])
         assert isinstance(again.error, errors.ExpertDamaged)
-        assert disk.order.count(KEYS[1]) == 1, "it is not read again"
+        assert len(disk.order) == reads, "it is not read again"
         assert store.counters.demand_reads == 2
 
 
-async def test_a_prefetch_reads_when_nobody_waits(store_dir: Path, disk: Disk) -> None:
-    async with a_store(store_dir, read_depth=1) as store:
-        session = open_session(store)
-        disk.gate.clear()
-        store.prefetch(KEYS[:3])
-        await until(lambda: disk.order)
-        acquiring = asyncio.create_task(store.acquire(session, [KEYS[5]]))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        disk.gate.set()
-        await acquiring
-        await store.drain()
-        assert disk.order == [KEYS[0], KEYS[5], KEYS[1], KEYS[2]]
-        assert (store.counters.prefetch_reads, store.counters.demand_reads) == (3, 1)
-        lent = await store.acquire(session, KEYS[:2])
-        assert [item.bytes_read for item in lent] == [0, 0]
-        assert len(disk.order) == 4
+def test_a_reader_outlives_what_nobody_foresaw(
+    store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when the thread dies: whoever waits would wait for ever."""
+    failures = iter([RuntimeError("a bug")])
+
+    def read(*arguments: Any) -> None:
+        for failure in failures:
+            raise failure
+        read_piece(*arguments)
+
+    monkeypatch.setattr(module, "read_piece", read)
+    with a_store(store_dir, read_depth=1) as store:
+        borrower = Borrower(store)
+        [failed] = borrower.get(KEYS[0])
+        assert "a bug" in str(failed.error) and not store.quarantined
+        [lent] = borrower.get(KEYS[0])
+        assert lent.error is None
 
 
-async def test_a_prefetch_somebody_asks_for_is_moved_up(store_dir: Path, disk: Disk) -> None:
-    async with a_store(store_dir, read_depth=1) as store:
+def test_a_prefetch_reads_when_nobody_waits(store_dir: Path, disk: Disk) -> None:
+    with a_store(store_dir, read_depth=1, num_slots=9) as store:
+        borrower = Borrower(store)
         disk.gate.clear()
-        store.prefetch(KEYS[:4])
-        await until(lambda: disk.order)
-        acquiring = asyncio.create_task(store.acquire(open_session(store), [KEYS[3]]))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        store.prefetch(borrower.session, KEYS[:2])
+        until(lambda: bool(disk.order))
+        borrower.ask(KEYS[5])
         disk.gate.set()
-        await acquiring
-        await store.drain()
+        borrower.wait(KEYS[5])
+        until(lambda: store.is_idle)
+        assert disk.order == [KEYS[0], KEYS[5], KEYS[1]]
+        assert (store.counters.prefetch_reads, store.counters.demand_reads) == (2, 1)
+        assert [item.bytes_read for item in borrower.get(*KEYS[:2])] == [0, 0]
+        assert len(disk.order) == 3
+        assert (store.counters.prefetches_used, store.counters.prefetch_bytes_wasted) == (2, 0)
+
+
+def test_a_demand_goes_between_the_pieces_of_a_prefetch(store_dir: Path, disk: Disk) -> None:
+    with a_store(store_dir, read_depth=1, piece_bytes=4096) as store:
+        borrower = Borrower(store)
+        disk.gate.clear()
+        store.prefetch(borrower.session, [KEYS[0]])
+        until(lambda: bool(disk.order))
+        borrower.ask(KEYS[5])
+        disk.gate.set()
+        borrower.wait(KEYS[5])
+        until(lambda: store.is_idle)
+        first = disk.order.index(KEYS[5])
+        assert first == 1 and set(disk.order[first:-1]) >= {KEYS[5]}
+        assert disk.order[-1] == KEYS[0], "what was begun is finished afterwards"
+        borrower.get(KEYS[0])
+        assert borrower.content(KEYS[0]) == expert_bytes(store_dir, KEYS[0])
+
+
+def test_a_prefetch_somebody_asks_for_is_moved_up(store_dir: Path, disk: Disk) -> None:
+    with a_store(store_dir, read_depth=1) as store:
+        borrower = Borrower(store)
+        disk.gate.clear()
+        store.prefetch(borrower.session, KEYS[:4])
+        until(lambda: bool(disk.order))
+        borrower.ask(KEYS[3])
+        disk.gate.set()
+        borrower.wait(KEYS[3])
+        until(lambda: store.is_idle)
         assert disk.order == [KEYS[n] for n in (0, 3, 1, 2)]
+        assert store.counters.demand_reads == 1
 
 
-async def test_prefetches_beyond_the_queue_are_dropped_and_counted(
-    store_dir: Path, disk: Disk
-) -> None:
-    """Red when only what already waits is counted: one message could start any number."""
-    async with a_store(store_dir, read_depth=1, max_queued=2) as store:
+def test_what_is_withdrawn_is_not_read(store_dir: Path, disk: Disk) -> None:
+    with a_store(store_dir, read_depth=1) as store:
+        borrower = Borrower(store)
         disk.gate.clear()
-        store.prefetch(KEYS[:8])
-        await until(lambda: disk.order)
-        assert store.counters.prefetches_dropped == 5
-        store.prefetch(KEYS[:3])  # under way: neither read again nor dropped
-        assert store.counters.prefetches_dropped == 5
-        acquiring = asyncio.create_task(store.acquire(open_session(store), [KEYS[9]]))
-        await asyncio.sleep(0)
+        store.prefetch(borrower.session, KEYS[:4])
+        until(lambda: bool(disk.order))
+        store.withdraw(borrower.session, KEYS[1:3])
         disk.gate.set()
-        (lent,) = await acquiring
-        assert lent.error is None, "prefetches refuse no demand"
+        until(lambda: store.is_idle)
+        assert disk.order == [KEYS[0], KEYS[3]]
+        assert store.counters.prefetches_withdrawn == 2
 
 
-async def test_a_full_queue_refuses_demands(store_dir: Path, disk: Disk) -> None:
-    async with a_store(store_dir, read_depth=1, max_queued=2) as store:
+def test_what_is_withdrawn_half_read_is_read_no_further(store_dir: Path, disk: Disk) -> None:
+    """And its slot comes back, its bytes are counted as wasted, and it can be had afterwards."""
+    with a_store(store_dir, read_depth=1, piece_bytes=4096) as store:
+        borrower = Borrower(store)
         disk.gate.clear()
-        waiting = asyncio.create_task(store.acquire(open_session(store), KEYS[:3]))
-        await until(lambda: disk.order)
-        other = open_session(store)
+        store.prefetch(borrower.session, [KEYS[0]])
+        until(lambda: bool(disk.order))
+        store.withdraw(borrower.session, [KEYS[0]])
+        disk.gate.set()
+        until(lambda: store.is_idle)
+        assert disk.order == [KEYS[0]]
+        assert 0 < store.counters.prefetch_bytes_wasted <= 4096
+        borrower.get(KEYS[0])
+        assert borrower.content(KEYS[0]) == expert_bytes(store_dir, KEYS[0])
+
+
+def test_what_is_withdrawn_and_asked_for_after_all_is_read_on(store_dir: Path, disk: Disk) -> None:
+    with a_store(store_dir, read_depth=1, piece_bytes=4096) as store:
+        borrower = Borrower(store)
+        disk.gate.clear()
+        store.prefetch(borrower.session, [KEYS[0]])
+        until(lambda: bool(disk.order))
+        store.withdraw(borrower.session, [KEYS[0]])
+        borrower.ask(KEYS[0])
+        disk.gate.set()
+        borrower.wait(KEYS[0])
+        assert borrower.content(KEYS[0]) == expert_bytes(store_dir, KEYS[0])
+
+
+def test_what_another_session_wants_too_is_not_withdrawn(store_dir: Path, disk: Disk) -> None:
+    with a_store(store_dir, read_depth=1) as store:
+        one, other = Borrower(store), Borrower(store)
+        disk.gate.clear()
+        store.prefetch(one.session, KEYS[:2])
+        store.prefetch(other.session, [KEYS[1]])
+        store.withdraw(one.session, [KEYS[1]])
+        disk.gate.set()
+        until(lambda: store.is_idle)
+        assert disk.order == KEYS[:2]
+
+
+def test_prefetches_take_spare_slots_alone(store_dir: Path, disk: Disk) -> None:
+    """What is lent stays, and what a guess brought goes for the next guess, counted as wasted."""
+    with a_store(store_dir, read_depth=2, num_slots=5) as store:
+        borrower = Borrower(store, 3)
+        borrower.get(*KEYS[:3])
+        for key in KEYS[4:8]:
+            store.prefetch(borrower.session, [key])
+            until(lambda: store.is_idle)
+        assert set(borrower.session.leases) == set(KEYS[:3])
+        assert set(store.slots.resident()) == {*KEYS[:3], *KEYS[6:8]}
+        assert store.counters.prefetch_bytes_wasted == 2 * PAYLOAD_BYTES
+
+
+def test_guesses_never_keep_a_demand_from_its_slot(store_dir: Path, disk: Disk) -> None:
+    """Red when any number of guesses may be half read at once."""
+    with a_store(store_dir, read_depth=2, num_slots=4, piece_bytes=4096) as store:
+        borrower = Borrower(store, 2)
+        disk.gate.clear()
+        store.prefetch(borrower.session, KEYS[2:8])
+        until(lambda: len(disk.order) == 2)
+        borrower.ask(*KEYS[:2])
+        disk.gate.set()
+        borrower.wait(*KEYS[:2])
+
+
+def test_prefetches_beyond_the_queue_are_dropped_and_counted(store_dir: Path, disk: Disk) -> None:
+    with a_store(store_dir, read_depth=1, max_queued=3) as store:
+        borrower = Borrower(store)
+        disk.gate.clear()
+        store.prefetch(borrower.session, KEYS[:8])
+        assert store.counters.prefetches_dropped == 5
+        store.prefetch(borrower.session, KEYS[:3])  # under way: neither read again nor dropped
+        assert store.counters.prefetches_dropped == 5
+        borrower.ask(KEYS[9])
+        disk.gate.set()
+        assert borrower.wait(KEYS[9])[0].error is None, "prefetches refuse no demand"
+
+
+def test_a_full_queue_refuses_demands(store_dir: Path, disk: Disk) -> None:
+    with a_store(store_dir, read_depth=1, max_queued=2) as store:
+        borrower, other = Borrower(store), Borrower(store)
+        disk.gate.clear()
+        borrower.ask(*KEYS[:3])
+        until(lambda: bool(disk.order))
         with pytest.raises(errors.QueueFull):
-            await store.acquire(other, [KEYS[5]])
-        assert other.reserved == 0
+            other.ask(KEYS[5])
+        assert other.session.awaited == set()
         disk.gate.set()
-        await waiting
+        borrower.wait(*KEYS[:3])
 
 
-async def test_a_quota_is_not_counted_twice_while_siblings_are_read(
-    store_dir: Path, disk: Disk
-) -> None:
-    """Red when a lease stays reserved until its whole message is answered."""
-    async with a_store(store_dir) as store:
-        session = open_session(store, quota_slots=4)
-        first = await store.acquire(session, [KEYS[0]])
-        store.sessions.release(session, [first[0].key])
+def test_a_quota_is_not_counted_twice_while_siblings_are_read(store_dir: Path, disk: Disk) -> None:
+    with a_store(store_dir) as store:
+        borrower = Borrower(store, quota_slots=4)
+        borrower.get(KEYS[0])
         disk.gate.clear()
-        slow = asyncio.create_task(store.acquire(session, KEYS[:2]))
-        await until(lambda: KEYS[0] in session.leases and KEYS[1] in disk.order)
-        other = asyncio.create_task(store.acquire(session, KEYS[2:4]))
-        await asyncio.sleep(0)
-        disk.gate.set()
-        await asyncio.gather(slow, other)
-        assert len(session.leases) == 4
+        borrower.ask(KEYS[1])
+        borrower.ask(*KEYS[2:4])
         with pytest.raises(errors.SlotsExhausted):
-            await store.acquire(session, [KEYS[4]])
-
-
-async def test_one_expert_in_two_messages_is_leased_once(store_dir: Path, disk: Disk) -> None:
-    """Red without the check when leasing: neither message sees the other's lease when it comes."""
-    async with a_store(store_dir) as store:
-        session = open_session(store)
-        disk.gate.clear()
-        asked = [asyncio.create_task(store.acquire(session, [KEYS[0]])) for _ in range(2)]
-        await until(lambda: disk.order)
+            borrower.ask(KEYS[4])
         disk.gate.set()
-        results = await asyncio.gather(*asked, return_exceptions=True)
-        assert [type(result) for result in results] == [list, errors.InvalidRequest]
-        assert session.reserved == 0
+        borrower.wait(*KEYS[1:4])
+        assert len(borrower.session.leases) == 4
 
 
 @pytest.mark.parametrize("key", [ExpertKey(2, 0), ExpertKey(1, 6), ExpertKey((1 << 32) - 1, 0)])
-async def test_unknown_experts_are_refused(key: ExpertKey, store_dir: Path, disk: Disk) -> None:
-    async with a_store(store_dir) as store:
-        session = open_session(store)
+def test_unknown_experts_are_refused(key: ExpertKey, store_dir: Path, disk: Disk) -> None:
+    with a_store(store_dir) as store:
+        borrower = Borrower(store)
         with pytest.raises(errors.UnknownExpert, match=str(key)):
-            await store.acquire(session, [KEYS[0], key])
+            borrower.ask(KEYS[0], key)
         with pytest.raises(errors.UnknownExpert):
-            store.prefetch([key])
+            store.prefetch(borrower.session, [key])
         assert disk.order == []
 
 
-async def test_an_expert_is_asked_for_once(store_dir: Path, disk: Disk) -> None:
-    async with a_store(store_dir) as store:
-        session = open_session(store)
+def test_an_expert_is_asked_for_once(store_dir: Path, disk: Disk) -> None:
+    with a_store(store_dir) as store:
+        borrower = Borrower(store)
         with pytest.raises(errors.InvalidRequest, match="twice"):
-            await store.acquire(session, [KEYS[0], KEYS[0]])
-        await store.acquire(session, [KEYS[0]])
+            borrower.ask(KEYS[0], KEYS[0])
+        borrower.ask(KEYS[0])
         with pytest.raises(errors.InvalidRequest, match="already"):
-            await store.acquire(session, [KEYS[0]])
+            borrower.ask(KEYS[0])
 
 
-async def test_every_slot_serves_many_experts_in_turn(store_dir: Path, disk: Disk) -> None:
-    """More experts than slots, prefetches between: bytes are right each time."""
-    async with a_store(store_dir, num_slots=4) as store:
-        session = open_session(store, quota_slots=2)
+def test_every_slot_serves_many_experts_in_turn(store_dir: Path, disk: Disk) -> None:
+    """More experts than slots, guesses right and wrong between: bytes are right each time."""
+    with a_store(store_dir, num_slots=4, piece_bytes=4096) as store:
+        borrower = Borrower(store, quota_slots=2)
         for number in range(3 * len(KEYS)):
-            store.prefetch([KEYS[(number + 3) % len(KEYS)]])
-            (lent,) = await store.acquire(session, [KEYS[number % len(KEYS)]])
-            assert content(store, lent) == expert_bytes(store_dir, lent.key)
-            store.sessions.release(session, [lent.key])
+            key = KEYS[number % len(KEYS)]
+            store.prefetch(borrower.session, [KEYS[(number + step) % len(KEYS)] for step in (1, 3)])
+            store.withdraw(borrower.session, [KEYS[(number + 3) % len(KEYS)]])
+            borrower.get(key)
+            assert borrower.content(key) == expert_bytes(store_dir, key)
+            store.sessions.release(borrower.session, [key])
+
+
+def test_stopping_leaves_nothing_half_filled(store_dir: Path, disk: Disk) -> None:
+    """Whoever still waits is told, and readers are gone."""
+    before = threading.active_count()
+    told: list[Lent] = []
+    with a_store(store_dir, read_depth=1) as store:
+        borrower = Borrower(store)
+        disk.gate.clear()
+        store.acquire(borrower.session, KEYS[:2], told.extend)
+        until(lambda: bool(disk.order))
+        store.stop()
+        disk.gate.set()
+        until(lambda: threading.active_count() == before)
+        store.give_up()
+    assert {item.key: type(item.error) for item in told} == {
+        KEYS[0]: type(None),
+        KEYS[1]: errors.Unavailable,
+    }

@@ -28,6 +28,7 @@ def make_cache(slots: int = 8, pooled: bool = False) -> tuple[ExpertCache, FakeL
 
 
 def step(cache: ExpertCache, layer: int, *experts: int) -> list[list[int]]:
+    """Waves: hits together, then each expert as it comes."""
     return [[b.key.expert for b in wave] for wave in cache.step(layer, experts)[1]]
 
 
@@ -69,7 +70,7 @@ def test_what_the_step_needs_is_never_evicted_however_low_it_scores() -> None:
     cache = ExpertCache(lender, budget, Charge("auto", 16.0, LAYERS, 16, lambda: advice))
     cache.open()
     step(cache, 1, 0, 1, 2, 3)
-    assert step(cache, 1, 0, 4) == [[0, 4]]
+    assert step(cache, 1, 0, 4) == [[0], [4]]
     assert ExpertKey(1, 0) in cache and len(cache) == 4
     assert len(lender.exchanges) == 2, "it went and came back"
 
@@ -100,7 +101,7 @@ def test_broken_session_is_opened_again_and_the_step_completes() -> None:
     cache, lender = make_cache()
     step(cache, 1, 0, 1)
     lender.break_next = True
-    assert step(cache, 1, 1, 2) == [[1, 2]]
+    assert step(cache, 1, 1, 2) == [[1], [2]]
     assert lender.num_opened == 2
     assert set(lender.held) == {ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)}
     assert cache.counters[1].bytes_read == 300, "what the store still had was not read again"
@@ -112,7 +113,7 @@ def test_session_lost_while_idle_is_let_go() -> None:
     lender.abort()
     cache.let_go_if_lost()
     assert len(cache) == 0
-    assert step(cache, 1, 0, 1) == [[0, 1]]
+    assert step(cache, 1, 0, 1) == [[0, 1]], "the store has them still"
 
 
 def test_damaged_expert_fails_the_step_and_the_rest_goes_on() -> None:
@@ -120,7 +121,7 @@ def test_damaged_expert_fails_the_step_and_the_rest_goes_on() -> None:
     lender.damaged = {ExpertKey(1, 5)}
     with pytest.raises(errors.ExpertDamaged):
         step(cache, 1, 4, 5)
-    assert step(cache, 1, 6, 7) == [[6, 7]]
+    assert step(cache, 1, 6, 7) == [[6], [7]]
     assert len(cache) == len(lender.held)
 
 

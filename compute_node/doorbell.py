@@ -1,0 +1,64 @@
+"""The short way to a store on this host: a session's exchanges over a Unix socket that keeps
+message boundaries.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from proto import errors
+from proto import expert_store_pb2 as pb
+from proto.rpc import DOORBELL_MESSAGE_BYTES
+
+
+class HungUp(errors.Unavailable):
+    """The store let go of the doorbell: its session is gone, or it is."""
+
+
+class Doorbell:
+    """One connection, for one thread."""
+
+    def __init__(self, path: str, session_id: str) -> None:
+        """Raises Unavailable when nobody answers at `path`."""
+        self._buffer = bytearray(DOORBELL_MESSAGE_BYTES)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._socket.connect(path)
+            self._socket.send(session_id.encode())
+        except OSError as error:
+            self._socket.close()
+            raise errors.Unavailable(
+                f"nobody answers at the store's doorbell {path} ({error.strerror})"
+            ) from error
+
+    def send(self, exchange: pb.Exchange) -> None:
+        """Raises HungUp, InvalidRequest for more experts than a message holds."""
+        data = exchange.SerializeToString()
+        if len(data) > DOORBELL_MESSAGE_BYTES:
+            raise errors.InvalidRequest(f"an exchange of {len(data)} bytes: ask for fewer at once")
+        try:
+            self._socket.settimeout(None)
+            self._socket.send(data)
+        except OSError as error:
+            raise HungUp(f"the store hung up ({error.strerror})") from error
+
+    def receive(self, timeout_s: float) -> pb.Exchanged | None:
+        """The next answer, None after the timeout. Raises HungUp, and the error that ends the
+        session.
+        """
+        try:
+            self._socket.settimeout(timeout_s)
+            length = self._socket.recv_into(self._buffer)
+        except TimeoutError:
+            return None
+        except OSError as error:
+            raise HungUp(f"the store hung up ({error.strerror})") from error
+        if length == 0:
+            raise HungUp("the store hung up")
+        reply = pb.Exchanged.FromString(bytes(memoryview(self._buffer)[:length]))
+        if reply.HasField("error"):
+            raise errors.from_kind(reply.error.kind, reply.error.message)
+        return reply
+
+    def close(self) -> None:
+        self._socket.close()

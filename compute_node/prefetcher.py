@@ -1,0 +1,179 @@
+"""Guesses which experts the next layers will want: their routers, asked about this layer's hidden
+state (a residual stream changes slowly).
+
+A guess is read when nobody waits, and withdrawn when the router disproves it, so that a wrong one
+holds a demand up by a piece of a read at most.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.nn import functional
+
+from proto.expert import ExpertKey
+
+_SMOOTHING = 0.05  # of every running mean: about the last twenty
+_PROBE_STEPS = 16  # a distance that did not pay is tried again this often
+
+
+class Residency(Protocol):
+    """Who knows what need not be guessed."""
+
+    def __contains__(self, key: ExpertKey) -> bool: ...
+
+
+@dataclass(frozen=True)
+class NextRouter:
+    """Of one MoE layer. weight: [E, D]; bias: [E]; correction: [E], added after a sigmoid where the
+    model chooses that way.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    correction: Tensor | None
+
+    @classmethod
+    def of(cls, router: Any) -> NextRouter:
+        return cls(
+            router.weight,
+            getattr(router, "bias", None),
+            getattr(router, "e_score_correction_bias", None),
+        )
+
+    def choose(self, hidden: Tensor, top_k: int) -> list[int]:
+        """Experts by falling score. hidden: [1, D]."""
+        scores = functional.linear(hidden, self.weight, self.bias)[0]
+        if self.correction is not None:
+            scores = scores.sigmoid() + self.correction
+        chosen: list[int] = scores.topk(top_k).indices.tolist()
+        return chosen
+
+
+@dataclass
+class Distance:
+    """What guesses so many layers ahead have been worth."""
+
+    sent: int = 0
+    right: int = 0
+    precision: float = 0.8  # running; a start that lets it try
+
+    def settle(self, was_right: bool) -> None:
+        self.right += was_right
+        self.precision += _SMOOTHING * (was_right - self.precision)
+
+
+@dataclass
+class LayerNeed:
+    """misses: running mean of a step; compute_s: running mean of a step without waiting."""
+
+    misses: float = 1.0
+    compute_s: float = 0.0
+
+
+@dataclass
+class Prefetcher:
+    """One node's. Pure guesses: what is read, and when, is the store's business.
+
+    routers:   by MoE layer, in the order in which they run
+    resident:  what need not be guessed
+    read_s:    seconds that one expert takes from the device, as last measured
+    piece_s:   of those, what a demand may wait for behind a wrong guess
+    max_guesses: that may be under way at once
+    max_depth: layers ahead, at most
+
+    num_unguessed: misses that no guess was open about; latest_unguessed: of the latest step
+    """
+
+    routers: dict[int, NextRouter]
+    top_k: int
+    resident: Residency
+    read_s: Callable[[], float]
+    piece_s: Callable[[], float]
+    max_guesses: int
+    max_depth: int
+    distances: list[Distance] = field(default_factory=list)
+    num_unguessed: int = 0
+    latest_unguessed: int = 0
+    _open: dict[ExpertKey, int] = field(default_factory=dict)
+    _needs: dict[int, LayerNeed] = field(default_factory=dict)
+    _num_steps: int = 0
+    _cost_s: float = 1e-4
+
+    def __post_init__(self) -> None:
+        self._order = tuple(self.routers)
+        self._place = {layer: place for place, layer in enumerate(self._order)}
+        self._needs = {layer: LayerNeed() for layer in self._order}
+        self.distances = [Distance() for _ in range(self.max_depth)]
+
+    @property
+    def depth(self) -> int:
+        """How many layers ahead pays now, by the measured precision, reads and compute."""
+        for number, distance in enumerate(self.distances):
+            if not self._pays(number, distance):
+                return number
+        return self.max_depth
+
+    def settle(self, layer: int, used: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """The router of `layer` has spoken: returns the guesses about it that were wrong.
+
+        Comes before the cache hears of the step.
+        """
+        misses = [key for key in used if key not in self.resident]
+        need = self._needs[layer]
+        need.misses += _SMOOTHING * (len(misses) - need.misses)
+        self.latest_unguessed = sum(key not in self._open for key in misses)
+        self.num_unguessed += self.latest_unguessed
+        guessed = [key for key in self._open if key.layer == layer]
+        for key in guessed:
+            self.distances[self._open.pop(key)].settle(key in used)
+        return [key for key in guessed if key not in used]
+
+    def computed(self, layer: int, compute_s: float) -> None:
+        """What a step of `layer` took without waiting."""
+        need = self._needs[layer]
+        need.compute_s += _SMOOTHING * (compute_s - need.compute_s)
+
+    def guess(self, layer: int, hidden: Tensor) -> list[ExpertKey]:
+        """What to read for the layers after `layer`, nearest first. hidden: [1, D]."""
+        start_s = time.perf_counter()
+        self._num_steps += 1
+        place, found = self._place[layer], list[ExpertKey]()
+        depth = min(self.depth + (self._num_steps % _PROBE_STEPS == 0), self.max_depth)
+        for number, following in enumerate(self._order[place + 1 : place + 1 + depth]):
+            if len(self._open) >= self.max_guesses:
+                break
+            if self._is_worth_asking(following, number):
+                found += self._guesses(following, number, hidden)
+        if found:
+            self._cost_s += _SMOOTHING * (time.perf_counter() - start_s - self._cost_s)
+        return found
+
+    def _guesses(self, layer: int, number: int, hidden: Tensor) -> list[ExpertKey]:
+        chosen = self.routers[layer].choose(hidden, self.top_k)
+        keys = [ExpertKey(layer, expert) for expert in chosen]
+        room = self.max_guesses - len(self._open)
+        fresh = [key for key in keys if key not in self.resident and key not in self._open][:room]
+        for key in fresh:
+            self._open[key] = number
+        self.distances[number].sent += len(fresh)
+        return fresh
+
+    def _lead_s(self, number: int) -> float:
+        """Compute that goes on before a guess so far ahead is wanted."""
+        total = sum(need.compute_s for need in self._needs.values())
+        return (number + 1) * total / len(self._needs)
+
+    def _pays(self, number: int, distance: Distance) -> bool:
+        """A right guess saves what of its read is covered; a wrong one holds a demand up."""
+        saved_s = min(self.read_s(), self._lead_s(number))
+        return distance.precision * saved_s > (1 - distance.precision) * self.piece_s()
+
+    def _is_worth_asking(self, layer: int, number: int) -> bool:
+        """Whether `layer` misses often enough to pay for asking its router."""
+        saved_s = min(self.read_s(), self._lead_s(number))
+        return self._needs[layer].misses * saved_s > self._cost_s
