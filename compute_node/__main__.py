@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import compute_node.lean_imports  # noqa: F401  isort: skip  before transformers
+
 import logging
 import os
 import sys

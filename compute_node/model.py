@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._device import DeviceContext
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
 from compute_node import experts
@@ -77,7 +79,7 @@ def load_model(
     """
     config = AutoConfig.from_pretrained(model_dir)
     dtype = config.dtype or torch.float32
-    with torch.device("meta"):
+    with _OnMeta("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.eval()
     modules = _experts_modules(model, spec)
@@ -102,6 +104,19 @@ def load_model(
         experts_modules={layer: module for layer, (_, module) in modules.items()},
         dense_bytes=sum(_bytes(p) for p in model.parameters() if not p.is_meta),
     )
+
+
+class _OnMeta(DeviceContext):  # type: ignore[misc]
+    """Parameters without memory. Position tables are made on the CPU: a few floats, where the meta
+    device would import sympy for its arange (45 MiB).
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.arange:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _prefetcher(
