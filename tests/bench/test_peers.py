@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.peers import cgroup, disk, report, results
-from tests.bench.peers.engines import Token
+from tests.bench.peers.engine import Token
 from tests.bench.peers.run import Answer, Case, Prompt, RunResult, ask
 
 PROMPT = Prompt("bible", (5, 6, 7))
@@ -48,7 +48,8 @@ def answer(latencies_s: list[float], decode_bytes: int = 0) -> Answer:
 
 
 def result(engine: str, share: float | None, answers: list[Answer], **more: str) -> RunResult:
-    return RunResult(Case(engine, share, 1 << 30, 131072, 0), "c0", 2.0, 5 << 20, answers, **more)
+    case = Case(engine, share, 1 << 30, 131072, 2, 32, 0)
+    return RunResult(case, "c0", 2.0, 5 << 20, answers, **more)
 
 
 def test_what_a_prompt_cost_is_split_at_its_first_token() -> None:

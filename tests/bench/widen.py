@@ -28,6 +28,7 @@ MIB = 1024 * 1024
 _EXPERT = re.compile(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _HEADER_ALIGNMENT = 4096  # tensors begin on a page
+_UNITS = 32  # every engine's kernels take rows of so many
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,14 @@ def widen(source: Path, out: Path, record_bytes: int, seed: int = 0) -> None:
 
 
 def wide_inner_size(config: dict[str, Any], record_bytes: int) -> int:
-    """F of experts of three matrices [F, D] in bf16 that fill `record_bytes`.
+    """F of experts of three matrices [F, D] in bf16 that fill `record_bytes`, or nearly.
 
     Raises ValueError when the checkpoint's experts are not smaller, or not in bf16.
     """
     if config.get("dtype") != "bfloat16" or "moe_intermediate_size" not in config:
         raise ValueError("only a bf16 checkpoint with moe_intermediate_size can be widened")
     row_bytes = 3 * int(config["hidden_size"]) * torch.bfloat16.itemsize
-    inner_size = record_bytes // row_bytes
+    inner_size = record_bytes // row_bytes // _UNITS * _UNITS
     if inner_size < config["moe_intermediate_size"]:
         raise ValueError(
             f"an expert has {config['moe_intermediate_size'] * row_bytes:,} bytes already: "

@@ -7,19 +7,19 @@ Runs are kept as they end: called again at the same commit, it goes on where it 
 from __future__ import annotations
 
 import argparse
-import itertools
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from tests.bench.peers import cgroup, disk, results
-from tests.bench.peers.disk import KIB, PeersDisk, own_read_ahead_bytes
-from tests.bench.peers.engines import ENGINES
+from tests.bench.peers.contenders import CONTENDERS
+from tests.bench.peers.disk import PeersDisk, own_read_ahead_bytes
 from tests.bench.peers.models import PeerModel, file_bytes
+from tests.bench.peers.plan import KIB, SHARES, cases
 from tests.bench.peers.report import print_table
 from tests.bench.peers.run import Case, Prompt, measure
 from tests.bench.table import machine
@@ -28,9 +28,9 @@ from tests.stack import MODEL, ROOT
 
 FOLDER = ROOT / ".flashmoe/peers"
 PROMPTS = ROOT / "tests/bench/prompts"
-PROMPT_TOKENS, MAX_TOKENS = 48, 32
-SHARES = "none,100,50,37.5,25"
+PROMPT_TOKENS = 48
 QUICK_PROMPTS = 4
+MINUTES_A_RUN = 3  # on the machine that README's figures are of
 
 
 def main() -> None:
@@ -46,46 +46,48 @@ def main() -> None:
         file.unlink(missing_ok=True)
     _announce(model, peers_disk)
     size = _prepare(model, peers_disk, chosen.python)
-    commit = _commit()
-    prompts = _prompts()[: QUICK_PROMPTS if chosen.quick else None]
-    done = {result.case for result in results.load(file) if result.commit == commit}
-    for case in _cases(chosen, size):
-        if case in done:
-            continue
+    commit, prompts = _commit(), _prompts()
+    wanted = list(_wanted(chosen, size, len(prompts)))
+    done = {run.case for run in results.load(file) if run.commit == commit}
+    left = [case for case in wanted if case not in done]
+    print(f"{len(left)} of {len(wanted)} runs to make, about {MINUTES_A_RUN} minutes each")
+    for case in left:
         print(f"round {case.round_number}: {case.engine}, {_limit(case)} ...", flush=True)
+        start = CONTENDERS[case.engine].start
         log = FOLDER / f"{case.engine}.log"
-        start = ENGINES[case.engine]
-        result = measure(case, start, peers_disk, chosen.python, log, prompts, MAX_TOKENS, commit)
-        results.append(file, result)
+        results.append(file, measure(case, start, peers_disk, chosen.python, log, prompts, commit))
     print(f"\ncommit {commit}, {machine()}, model file {size / MIB:,.0f} MiB\n")
-    print_table([result for result in results.load(file) if result.commit == commit])
+    runs = [run for run in results.load(file) if run.commit == commit and run.case in wanted]
+    print_table(runs)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", type=Path, required=True, help="of the peers' environment")
     parser.add_argument("--record-mib", type=float, default=24.0, help="MiB an expert")
-    parser.add_argument("--engines", default=",".join(ENGINES), help="which, separated by commas")
-    parser.add_argument(
-        "--shares", default=SHARES, help="percent of the model file; none: no limit"
-    )
-    parser.add_argument("--read-ahead-kib", default="128", help="KiB, or own: as the disk has it")
+    parser.add_argument("--engines", help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument("--shares", help="percent of the model file, or none for no limit")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one round, four prompts")
+    parser.add_argument("--quick", action="store_true", help="one round of four prompts")
     parser.add_argument("--fresh", action="store_true", help="forget earlier runs")
     return parser.parse_args()
 
 
-def _cases(chosen: argparse.Namespace, size_bytes: int) -> Iterator[Case]:
-    """Rounds outermost, so that engines take turns."""
-    own = own_read_ahead_bytes(ROOT)
-    ahead = [own if a == "own" else int(a) * KIB for a in chosen.read_ahead_kib.split(",")]
-    shares = [None if s == "none" else float(s) for s in chosen.shares.split(",")]
-    rounds = range(1 if chosen.quick else chosen.rounds)
-    engines = chosen.engines.split(",")
-    for number, read_ahead, share, engine in itertools.product(rounds, ahead, shares, engines):
-        limit = None if share is None else int(size_bytes * share / 100) // MIB * MIB
-        yield Case(engine, share, limit, read_ahead, number)
+def _wanted(chosen: argparse.Namespace, size_bytes: int, num_prompts: int) -> Iterator[Case]:
+    contenders = {name: one for name, one in CONTENDERS.items() if one.by_default}
+    if chosen.engines:
+        contenders = {name: CONTENDERS[name] for name in chosen.engines.split(",")}
+    shares: Sequence[float | None] = SHARES
+    if chosen.shares:
+        shares = [None if s == "none" else float(s) for s in chosen.shares.split(",")]
+    return cases(
+        contenders,
+        shares,
+        size_bytes,
+        own_read_ahead_bytes(ROOT),
+        QUICK_PROMPTS if chosen.quick else num_prompts,
+        1 if chosen.quick else chosen.rounds,
+    )
 
 
 def _limit(case: Case) -> str:

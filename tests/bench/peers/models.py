@@ -6,13 +6,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from tests.bench.peers.fused import fuse
 from tests.bench.widen import MIB, widen
 from tests.stack import MODEL, ROOT
 
 CHECKPOINT, GGUF, STORE = "checkpoint", "model.gguf", "store"
-_COPIES = 3  # checkpoint, GGUF file, packed store
+FUSED, OFFLOADED = "fused", "offloaded"
+_COPIES = 4  # GGUF file, packed store, accelerate's, and the checkpoint, which becomes fused
 _ROOM = 1.06  # for the file system, and what is not in experts
 
 
@@ -29,13 +32,18 @@ class PeerModel:
         return int(_COPIES * self.record_bytes * self.num_experts * _ROOM) + 256 * MIB
 
     def make(self, folder: Path, python: Path) -> None:
-        """What is not there yet. python: the peers' own environment.
+        """What is not there yet. python: of the peers' environment.
 
         Raises OSError, or CalledProcessError when a command fails.
         """
-        _once(folder / CHECKPOINT, lambda out: widen(MODEL, out, self.record_bytes))
-        _once(folder / GGUF, lambda out: _to_gguf(folder / CHECKPOINT, out, python))
-        _once(folder / STORE, lambda out: _pack(folder / CHECKPOINT, out))
+        if (folder / OFFLOADED).exists():  # made last
+            return
+        checkpoint, fused = folder / CHECKPOINT, folder / FUSED
+        _once(checkpoint, lambda out: widen(MODEL, out, self.record_bytes))
+        _once(folder / GGUF, partial(_by_peer, python, "gguf_file", checkpoint))
+        _once(folder / STORE, partial(_pack, checkpoint))
+        _once(fused, partial(fuse, checkpoint))
+        _once(folder / OFFLOADED, partial(_by_peer, python, "offload_files", fused))
 
 
 def file_bytes(folder: Path) -> int:
@@ -50,9 +58,9 @@ def _once(out: Path, make: Callable[[Path], None]) -> None:
         make(out)
 
 
-def _to_gguf(source: Path, out: Path, python: Path) -> None:
-    module = "tests.bench.peers.gguf_file"
-    subprocess.run([python, "-m", module, source, out], cwd=ROOT, check=True)
+def _by_peer(python: Path, module: str, source: Path, out: Path) -> None:
+    command = [str(python), "-m", f"tests.bench.peers.{module}", str(source), str(out)]
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def _pack(source: Path, out: Path) -> None:

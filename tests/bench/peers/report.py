@@ -28,9 +28,9 @@ def print_table(results: Sequence[RunResult]) -> None:
     for read_ahead in sorted({result.case.read_ahead_bytes for result in results}):
         chosen = [r for r in results if r.case.read_ahead_bytes == read_ahead]
         rounds = {result.case.round_number for result in chosen}
-        answers = max(len(result.answers) for result in chosen)
+        prompts = max(result.case.num_prompts for result in chosen)
         show(
-            f"Read-ahead {read_ahead // 1024} KiB: a cold prompt and {answers - 1} warm ones a run,"
+            f"Read-ahead {read_ahead // 1024} KiB: a cold prompt and {prompts - 1} warm ones a run,"
             f" {len(rounds)} runs, median (min-max)",
             HEADER,
             _rows(chosen),

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from tests.bench.peers.cgroup import MemoryGroup, memory_group
 from tests.bench.peers.disk import PeersDisk
-from tests.bench.peers.engines import Engine, Setup, Start
+from tests.bench.peers.engine import Engine, Setup, Start
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,18 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Case:
-    """What is run. share: of the model file, in percent; None: without a limit."""
+    """What is run.
+
+    share:       of the model file, in percent; None: without a limit
+    num_prompts: the cold one included
+    """
 
     engine: str
     share: float | None
     limit_bytes: int | None
     read_ahead_bytes: int
+    num_prompts: int
+    max_tokens: int
     round_number: int
 
 
@@ -94,7 +100,6 @@ def measure(
     python: Path,
     log: Path,
     prompts: Sequence[Prompt],
-    max_tokens: int,
     commit: str,
 ) -> RunResult:
     """An engine that ends early, or is killed for memory, gives a failure and what came before."""
@@ -108,9 +113,10 @@ def measure(
         try:
             with start(Setup(python, disk.folder, group, case.limit_bytes, log)) as engine:
                 start_s = time.monotonic() - began_s
-                for number, prompt in enumerate(prompts):
+                for number, prompt in enumerate(prompts[: case.num_prompts]):
                     seed = 1000 * case.round_number + number
-                    answers.append(ask(engine, prompt, max_tokens, seed, DiskAndGroup(disk, group)))
+                    counters = DiskAndGroup(disk, group)
+                    answers.append(ask(engine, prompt, case.max_tokens, seed, counters))
         except OSError as error:
             failure = "killed for memory" if group.num_killed else str(error)
         return RunResult(case, commit, start_s, group.peak_bytes, answers, failure)

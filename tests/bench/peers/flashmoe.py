@@ -1,0 +1,47 @@
+"""FlashMoE as its users have it: a whole stack of `flashmoe serve`, and a client of its node."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from compute_node.client import NodeClient
+from deploy.run_dir import RunDir
+from tests.bench.peers.engine import STOP_S, TEMPERATURE, Setup, Token, first_line, process
+from tests.bench.peers.models import STORE
+
+
+class FlashMoE:
+    """A running node."""
+
+    def __init__(self, client: NodeClient) -> None:
+        self._client = client
+
+    def generate(self, prompt: Sequence[int], max_tokens: int, seed: int) -> Iterator[Token]:
+        generation = self._client.generate(
+            list(prompt),
+            max_tokens=max_tokens,
+            temperature=TEMPERATURE,
+            seed=seed,
+            ignore_eos=True,
+        )
+        for piece in generation:
+            yield Token(piece.token_id, time.monotonic())
+
+
+@contextmanager
+def flashmoe(setup: Setup) -> Iterator[FlashMoE]:
+    """The cgroup's limit is its ceiling; without one, every expert is resident."""
+    run = RunDir(setup.log.parent / "run")
+    limit = setup.limit_bytes
+    memory = ["--experts-memory", "100%"] if limit is None else ["--memory", str(limit)]
+    arguments = ["--model", str(setup.folder / STORE), "--run-dir", str(run.path), *memory]
+    with process(setup, [sys.executable, "-m", "deploy.cli", "serve", *arguments]) as started:
+        first_line(started, "ready: ", setup.log)
+        with NodeClient(run.address("compute_node")) as client:
+            yield FlashMoE(client)
+        started.send_signal(signal.SIGTERM)
+        started.wait(STOP_S)
