@@ -3,19 +3,24 @@
 Planted faults seen red: bytes of the prompt counted to decode, an engine that stops early taken as
 whole, an arithmetic mean of speeds, the first token counted in a token's bytes, the cold prompt in
 the table, failed runs as figures, limits from small to large, a file of results begun anew, a
-cgroup found by part of a controller's name or in version 2's hierarchy, requests read as sectors.
+cgroup found by part of a controller's name or in version 2's hierarchy, requests read as sectors;
+in the plan: everybody without a limit, own read-ahead at every share, limits within a page, rounds
+innermost, all prompts for the slow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from tests.bench.peers import cgroup, disk, report, results
-from tests.bench.peers.engine import Token
+from tests.bench.peers import cgroup, disk, plan, report, results
+from tests.bench.peers.contenders import Contender
+from tests.bench.peers.engine import Setup, Token
 from tests.bench.peers.run import Answer, Case, Prompt, RunResult, ask
+from tests.bench.widen import MIB
 
 PROMPT = Prompt("bible", (5, 6, 7))
 
@@ -120,3 +125,28 @@ def test_kernel_counters_are_read() -> None:
     stat = "    8150   12  652000  900 0 0 0 0 0 880 900\n"
     assert disk.sectors_read(stat) == 652000
     assert cgroup.parse_stat("cache 4096\npgmajfault 17\n")["pgmajfault"] == 17
+
+
+def test_a_plan_takes_turns_and_leaves_out_what_says_nothing() -> None:
+    contenders = {
+        "ours": Contender(never),
+        "mapped": Contender(never, maps_files=True),
+        "slow": Contender(never, needs_limit=True, num_prompts=3, max_tokens=8),
+    }
+    planned = list(plan.cases(contenders, (None, 37.5), 1000 * MIB + 5, 8 * MIB, 11, 2))
+    assert [case.round_number for case in planned] == [0] * 6 + [1] * 6
+    of_round = [(case.engine, case.share, case.read_ahead_bytes) for case in planned[:6]]
+    assert of_round == [
+        ("ours", None, 128 * 1024),
+        ("mapped", None, 128 * 1024),
+        ("ours", 37.5, 128 * 1024),
+        ("mapped", 37.5, 128 * 1024),
+        ("mapped", 37.5, 8 * MIB),
+        ("slow", 37.5, 128 * 1024),
+    ]
+    assert {case.limit_bytes for case in planned} == {None, 375 * MIB}
+    assert [(case.num_prompts, case.max_tokens) for case in planned[4:6]] == [(11, 32), (3, 8)]
+
+
+def never(setup: Setup) -> NoReturn:
+    raise AssertionError("a plan starts nothing")

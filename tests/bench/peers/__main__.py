@@ -7,7 +7,9 @@ Runs are kept as they end: called again at the same commit, it goes on where it 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,11 +36,24 @@ MINUTES_A_RUN = 3  # on the machine that README's figures are of
 
 
 def main() -> None:
+    """SIGTERM unmounts and ends what runs, like the end of the program."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     chosen = _arguments()
     reason = cgroup.why_not() or disk.why_not()
     if reason:
         print(f"skipped: {reason}")
         return
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"bench-peers: another comparison runs in {FOLDER}")
+        compare(chosen)
+
+
+def compare(chosen: argparse.Namespace) -> None:
+    """Make what is missing, run what was not run yet, print the tables."""
     model = PeerModel(int(chosen.record_mib * MIB))
     peers_disk = PeersDisk(FOLDER / "disk.img", FOLDER / "disk")
     file = FOLDER / "results.jsonl"
@@ -108,7 +123,6 @@ def _announce(model: PeerModel, peers_disk: PeersDisk) -> None:
 
 def _prepare(model: PeerModel, peers_disk: PeersDisk, python: Path) -> int:
     """The model on its disk. Returns the bytes of the model file."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
     try:
         if not peers_disk.exists:
             peers_disk.create(model.disk_bytes)

@@ -74,7 +74,9 @@ def why_not() -> str | None:
 def memory_group(limit_bytes: int | None) -> Iterator[MemoryGroup]:
     """A new cgroup below this process's own, for the block; None: counted, not limited."""
     parent = own_group(Path("/proc/self/cgroup").read_text())
-    group = MemoryGroup(parent / f"flashmoe-peers-{os.getpid()}")
+    group = MemoryGroup(parent / "flashmoe-peers")
+    if group.path.exists():  # a killed run left it
+        _remove(group.path)
     group.path.mkdir()
     try:
         if limit_bytes is not None:

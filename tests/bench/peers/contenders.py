@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.bench.peers.engine import Start
-from tests.bench.peers.flashmoe import flashmoe
+from tests.bench.peers.flashmoe import flashmoe, flashmoe_mapped
 from tests.bench.peers.llama_cpp import llama_cpp, llama_cpp_one_thread
 from tests.bench.peers.offloaded import accelerate, transformers
 
@@ -30,6 +30,7 @@ class Contender:
 
 CONTENDERS: dict[str, Contender] = {
     "FlashMoE": Contender(flashmoe),
+    "FlashMoE on mmap": Contender(flashmoe_mapped, needs_limit=True, maps_files=True),
     "llama.cpp": Contender(llama_cpp, maps_files=True),
     "llama.cpp -t 1": Contender(llama_cpp_one_thread, by_default=False, maps_files=True),
     "transformers": Contender(transformers),

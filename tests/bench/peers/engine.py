@@ -14,7 +14,6 @@ from typing import Protocol
 from tests.bench.peers.cgroup import MemoryGroup
 from tests.stack import ROOT
 
-TEMPERATURE = 0.9
 THREADS = 2
 STOP_S = 60.0
 

@@ -10,8 +10,17 @@ from contextlib import contextmanager
 
 from compute_node.client import NodeClient
 from deploy.run_dir import RunDir
-from tests.bench.peers.engine import STOP_S, TEMPERATURE, Setup, Token, first_line, process
+from tests.bench.peers.engine import (
+    STOP_S,
+    THREADS,
+    Setup,
+    Token,
+    first_line,
+    process,
+)
 from tests.bench.peers.models import STORE
+from tests.bench.peers.prompt_lines import TEMPERATURE
+from tests.bench.peers.worker import Worker, working
 
 
 class FlashMoE:
@@ -45,3 +54,11 @@ def flashmoe(setup: Setup) -> Iterator[FlashMoE]:
             yield FlashMoE(client)
         started.send_signal(signal.SIGTERM)
         started.wait(STOP_S)
+
+
+@contextmanager
+def flashmoe_mapped(setup: Setup) -> Iterator[Worker]:
+    """Its model code alone, on mapped files and madvise(WILLNEED)."""
+    module = [sys.executable, "-m", "tests.bench.peers.mapped_worker"]
+    with working(setup, [*module, str(setup.folder / STORE), str(THREADS)]) as worker:
+        yield worker

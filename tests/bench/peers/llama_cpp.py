@@ -11,7 +11,6 @@ from typing import Any
 from urllib.parse import urlparse
 
 from tests.bench.peers.engine import (
-    TEMPERATURE,
     THREADS,
     Setup,
     Token,
@@ -20,6 +19,7 @@ from tests.bench.peers.engine import (
     process,
 )
 from tests.bench.peers.models import GGUF
+from tests.bench.peers.prompt_lines import TEMPERATURE
 
 
 class LlamaCpp:

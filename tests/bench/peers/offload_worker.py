@@ -7,7 +7,6 @@ memory; a folder, accelerate's disk_offload to it.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from accelerate import disk_offload, init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-TEMPERATURE = 0.9
+from tests.bench.peers.prompt_lines import TEMPERATURE, serve
 
 
 def load(folder: str, where: str) -> Any:
@@ -52,11 +51,7 @@ def main() -> None:
     folder, where, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     model = load(folder, where).eval()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        for token in generate(model, request["prompt"], request["max_tokens"], request["seed"]):
-            print(token, flush=True)
+    serve(lambda prompt, max_tokens, seed: generate(model, prompt, max_tokens, seed))
 
 
 if __name__ == "__main__":

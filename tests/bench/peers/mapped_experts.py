@@ -1,0 +1,87 @@
+"""A baseline of our own: experts as views of a mapped packed file, the page cache in charge.
+
+The node's model code runs on it unchanged. It leaves out what FlashMoE adds: a store, slots, a
+policy, guesses, checksums.
+"""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from compute_node.cache.expert_cache import LayerCounters
+from compute_node.expert_memory import TORCH_DTYPES, Borrowed
+from expert_store.extents import Extent
+from expert_store.manifest import Manifest
+from proto.expert import ExpertKey
+
+# The kernel reads no more ahead for one call than its read-ahead, or the device's largest request.
+_ADVICE_BYTES = 128 * 1024
+
+
+class MappedExperts:
+    """Plays the node's ExpertCache: nothing is ever missing, the kernel reads what is touched."""
+
+    def __init__(self, store_dir: Path, manifest: Manifest) -> None:
+        root = manifest.root(store_dir)
+        self._files = [_map(root / file.path) for file in manifest.files]
+        self._manifest = manifest
+        self.check: Callable[[], None] = lambda: None
+        self.counters = {layer: LayerCounters() for layer in manifest.spec.moe_layers}
+        self.read_s = 0.0
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        return True
+
+    def step(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        disproved: Sequence[ExpertKey] = (),
+        guess: Callable[[], Sequence[ExpertKey]] = tuple,
+    ) -> tuple[set[int], Iterator[list[Borrowed]]]:
+        """All experts of the step are asked of the kernel at once, then lent one by one."""
+        self.check()
+        keys = [ExpertKey(layer, expert) for expert in experts]
+        for key in keys:
+            self._will_need(key)
+        return set(), ([self.lend(key)] for key in keys)
+
+    def lend(self, key: ExpertKey) -> Borrowed:
+        """Views into the file."""
+        extent, record = self._extent(key), self._manifest.records[key]
+        tensors = {}
+        for offset, layout in zip(
+            record.tensor_offsets, self._manifest.spec.layouts[key.layer], strict=True
+        ):
+            begin = extent.offset_bytes + offset - extent.place_bytes
+            piece = self._bytes(extent)[begin : begin + layout.length_bytes]
+            tensors[layout.name] = piece.view(TORCH_DTYPES[layout.dtype]).view(layout.shape)
+        return Borrowed(key, 0, 0, tensors)
+
+    def _will_need(self, key: ExpertKey) -> None:
+        extent = self._extent(key)
+        mapping, _ = self._files[extent.file]
+        end = extent.offset_bytes + extent.length_bytes
+        for begin in range(extent.offset_bytes, end, _ADVICE_BYTES):
+            mapping.madvise(mmap.MADV_WILLNEED, begin, min(_ADVICE_BYTES, end - begin))
+
+    def _bytes(self, extent: Extent) -> torch.Tensor:
+        return self._files[extent.file][1]
+
+    def _extent(self, key: ExpertKey) -> Extent:
+        """The only one: a packed record is in one piece."""
+        [extent] = self._manifest.records[key].extents
+        return extent
+
+
+def _map(path: Path) -> tuple[mmap.mmap, torch.Tensor]:
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return mapping, torch.frombuffer(mapping, dtype=torch.uint8)
