@@ -1,8 +1,8 @@
 """The formats and the variants that engines are compared in compute what the checkpoint computes.
 
-Planted faults seen red: the first tensor of a record lent as all of them, an expert left out, another
-expert's bytes lent, nothing asked of the kernel, gate and up swapped, experts backwards or in the
-order of their names' spelling, a moved shard kept.
+Planted faults seen red: the first tensor of a record lent as all of them, an expert left out,
+another expert's bytes lent, nothing asked of the kernel, gate and up swapped, experts backwards or
+in the order of their names' spelling, a moved shard kept.
 """
 
 from __future__ import annotations

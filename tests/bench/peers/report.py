@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from tests.bench.peers.run import Answer, RunResult
+from tests.bench.peers.run import Answer, Case, RunResult
 from tests.bench.table import percentile, show, spread
 
 MIB = 1024 * 1024
@@ -35,6 +35,8 @@ def print_table(results: Sequence[RunResult]) -> None:
             HEADER,
             _rows(chosen),
         )
+        for reason in sorted({_failure(run) for run in chosen if run.failure}):
+            print(f"  {reason}\n")
 
 
 def _rows(results: Sequence[RunResult]) -> list[list[str]]:
@@ -47,10 +49,9 @@ def _rows(results: Sequence[RunResult]) -> list[list[str]]:
 
 def _row(runs: Sequence[RunResult]) -> list[str]:
     case = runs[0].case
-    limit = "none" if case.share is None else f"{case.share:g} %"
-    failures = [run.failure for run in runs if run.failure]
-    if failures:
-        return [limit, case.engine, failures[0], *[""] * (len(HEADER) - 3)]
+    limit = _limit(case)
+    if any(run.failure for run in runs):
+        return [limit, case.engine, "failed", *[""] * (len(HEADER) - 3)]
     warm = [run.answers[1:] for run in runs]
     return [
         limit,
@@ -64,6 +65,14 @@ def _row(runs: Sequence[RunResult]) -> list[str]:
         _over(warm, lambda answers: per_token(answers, lambda a: a.decode_faults), 0),
         f"{max(run.peak_bytes for run in runs) / MIB:.0f}",
     ]
+
+
+def _limit(case: Case) -> str:
+    return "none" if case.share is None else f"{case.share:g} %"
+
+
+def _failure(run: RunResult) -> str:
+    return f"{run.case.engine} at {_limit(run.case)}: {run.failure}"
 
 
 def _over(
