@@ -41,6 +41,8 @@ class Phase:
     bytes_read: int
     stall_s: float
     wall_s: float
+    uncovered_s: float = 0.0
+    device_s: float = 0.0
 
     @property
     def hit_ratio(self) -> float:
@@ -261,5 +263,12 @@ def _set_input(
 
 def _phase(usage: pb.PhaseUsage) -> Phase:
     return Phase(
-        usage.tokens, usage.hits, usage.misses, usage.bytes_read, usage.stall_s, usage.wall_s
+        usage.tokens,
+        usage.hits,
+        usage.misses,
+        usage.bytes_read,
+        usage.stall_s,
+        usage.wall_s,
+        usage.uncovered_s,
+        usage.device_s,
     )

@@ -50,6 +50,7 @@ class NodeCollector(Collector):
         yield GaugeMetricFamily(
             "flashmoe_node_queued_requests", "Waiting", value=self._compute.num_queued
         )
+        yield from self._prefetches()
         evictions = CounterMetricFamily(
             "flashmoe_node_evictions_decided", "By whom evictions were decided", labels=["by"]
         )
@@ -67,3 +68,29 @@ class NodeCollector(Collector):
             yield GaugeMetricFamily(
                 "flashmoe_node_advice_age_seconds", "Age of advice", value=self._advice.age_s
             )
+
+    def _prefetches(self) -> Iterator[Metric]:
+        prefetcher = self._engine.loaded.prefetcher
+        guesses = CounterMetricFamily(
+            "flashmoe_node_prefetches",
+            "Guesses of experts that were not resident",
+            labels=["layers_ahead", "outcome"],
+        )
+        precision = GaugeMetricFamily(
+            "flashmoe_node_prefetch_precision",
+            "Share of guesses the router chose, running mean",
+            labels=["layers_ahead"],
+        )
+        for number, distance in enumerate(prefetcher.distances, start=1):
+            guesses.add_metric([str(number), "sent"], distance.sent)
+            guesses.add_metric([str(number), "right"], distance.right)
+            precision.add_metric([str(number)], distance.precision)
+        yield from (guesses, precision)
+        yield CounterMetricFamily(
+            "flashmoe_node_unguessed_misses",
+            "Misses of decode steps that nobody had guessed",
+            value=prefetcher.num_unguessed,
+        )
+        yield GaugeMetricFamily(
+            "flashmoe_node_prefetch_depth", "Layers ahead that pay now", value=prefetcher.depth
+        )

@@ -106,7 +106,7 @@ def load_model(
     )
 
 
-class _OnMeta(DeviceContext):  # type: ignore[misc]
+class _OnMeta(DeviceContext):
     """Parameters without memory. Position tables are made on the CPU: a few floats, where the meta
     device would import sympy for its arange (45 MiB).
     """
@@ -116,7 +116,7 @@ class _OnMeta(DeviceContext):  # type: ignore[misc]
     ) -> Any:
         if func is torch.arange:
             return func(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
 def _prefetcher(

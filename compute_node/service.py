@@ -98,6 +98,13 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
                 pb.LayerStats(layer=layer, hits=c.hits, misses=c.misses, stall_s=c.stall_s)
                 for layer, c in counters.items()
             ],
+            prefetches=[
+                pb.Prefetches(sent=d.sent, right=d.right, precision=d.precision)
+                for d in loaded.prefetcher.distances
+            ],
+            unguessed_misses=loaded.prefetcher.num_unguessed,
+            prefetch_depth=loaded.prefetcher.depth,
+            expert_read_s=cache.read_s,
         )
         if self._access_log:
             reply.evidence_sent = self._access_log.num_sent

@@ -10,7 +10,12 @@ from compute_node.cache.expert_cache import ExpertCache
 
 @dataclass
 class Usage:
-    """Of one phase of one request."""
+    """Of one phase of one request.
+
+    stall_s:     of wall_s, waiting for experts
+    uncovered_s: reading the misses that nobody guessed, beyond their own layer's compute
+    device_s:    bytes_read at the device's speed
+    """
 
     tokens: int = 0
     hits: int = 0
@@ -18,6 +23,8 @@ class Usage:
     bytes_read: int = 0
     stall_s: float = 0.0
     wall_s: float = 0.0
+    uncovered_s: float = 0.0
+    device_s: float = 0.0
 
 
 class Measure:
@@ -38,12 +45,15 @@ class Measure:
         usage.misses += after[1] - self._before[1]
         usage.bytes_read += after[2] - self._before[2]
         usage.stall_s += after[3] - self._before[3]
+        usage.uncovered_s += after[4] - self._before[4]
+        usage.device_s += (after[2] - self._before[2]) * self._cache.read_s_per_byte
 
-    def _totals(self) -> tuple[int, int, int, float]:
+    def _totals(self) -> tuple[int, int, int, float, float]:
         counters = self._cache.counters.values()
         return (
             sum(c.hits for c in counters),
             sum(c.misses for c in counters),
             sum(c.bytes_read for c in counters),
             sum(c.stall_s for c in counters),
+            sum(c.uncovered_s for c in counters),
         )

@@ -22,11 +22,11 @@ MIB = 1024 * 1024
 # they grow by
 # under load (tests/bench/LOG.md has the figures).
 OVERHEAD_BYTES = {
-    "compute_node": 440 * MIB,
-    "expert_store": 64 * MIB,
-    "scheduler": 128 * MIB,
-    "launcher": 64 * MIB,
-    "valkey": 40 * MIB,
+    "compute_node": 370 * MIB,
+    "expert_store": 48 * MIB,
+    "scheduler": 90 * MIB,
+    "launcher": 56 * MIB,
+    "valkey": 32 * MIB,
 }
 
 

@@ -42,6 +42,7 @@ def compose(
             "segment_path": str(run.segment),
             "session_dir": str(run.path / "sessions"),
             "num_slots": plan.slots + read_depth,
+            "resident_list": str(run.path / "resident.json"),
             "read_depth": read_depth,
             "metrics_port": 0,
             "metrics_port_file": str(run.path / "expert_store.metrics"),

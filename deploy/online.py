@@ -266,11 +266,28 @@ def result_document(result: Result, report: MemoryReport | None) -> dict[str, An
         "hit_ratio": _phases(result, lambda phase: phase.hit_ratio),
         "bytes_read": _phases(result, lambda phase: phase.bytes_read),
         "stall_s": _phases(result, lambda phase: phase.stall_s),
+        "wall_s": _phases(result, lambda phase: phase.wall_s),
+        "uncovered_s": _phases(result, lambda phase: phase.uncovered_s),
+        "device_s": _phases(result, lambda phase: phase.device_s),
         "peak_memory_bytes": report.peak_bytes if report else None,
         "ceiling_bytes": report.ceiling_bytes if report else None,
         "memory_bytes_by_part": report.by_part if report else None,
         "cgroup_peak_bytes": report.cgroup_peak_bytes if report else None,
     }
+
+
+def _limits(decode: Phase) -> str:
+    """How near decode came to what its compute and its disk allow."""
+    if not decode.wall_s or not decode.tokens:
+        return "nothing was decoded"
+    compute_s = decode.wall_s - decode.stall_s
+    foreseeable = decode.wall_s / (compute_s + decode.uncovered_s)
+    floor = max(compute_s, decode.device_s) / decode.wall_s
+    return (
+        f"{foreseeable:.2f} x compute and unforeseen misses, {floor:.2f} of the floor "
+        f"({compute_s / decode.tokens * 1e3:.1f} ms compute, "
+        f"{decode.device_s / decode.tokens * 1e3:.1f} ms disk a token)"
+    )
 
 
 def _phases(result: Result, value: Callable[[Phase], float]) -> dict[str, float]:
@@ -288,6 +305,7 @@ def print_summary(result: Result, report: MemoryReport | None) -> None:
         "hit ratio": f"{decode.hit_ratio:.3f} decode, {result.prefill.hit_ratio:.3f} prefill",
         "read per token": console.size(per_token),
         "stall share": f"{share:.1%} of decode waited for experts",
+        "beside its limits": _limits(decode),
     }
     if report is not None:
         rows["peak memory"] = (

@@ -68,6 +68,11 @@ def _store_facts(channel: grpc.Channel) -> dict[str, Any]:
         "demand_reads": stats.demand_reads,
         "bytes_read": stats.bytes_read,
         "shared_hits": stats.shared_hits,
+        "prefetch_reads": stats.prefetch_reads,
+        "prefetches_used": stats.prefetches_used,
+        "prefetches_withdrawn": stats.prefetches_withdrawn,
+        "prefetch_bytes_wasted": stats.prefetch_bytes_wasted,
+        "device_bytes_per_s": _rate(stats.bytes_read, stats.busy_s_total),
         "slots_leased": stats.slots_leased,
         "slots_free": stats.slots_free,
         "slots_filling": stats.slots_filling,
@@ -95,7 +100,21 @@ def _node_facts(channel: grpc.Channel) -> dict[str, Any]:
         "evidence_sent": stats.evidence_sent,
         "evidence_dropped": stats.evidence_dropped,
         "store_reconnects": stats.store_reconnects,
+        "prefetch_depth": stats.prefetch_depth,
+        "prefetch_precision": [round(p.precision, 3) for p in stats.prefetches],
+        "prefetch_recall": _recall(stats),
     }
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    return round(count / seconds) if seconds else None
+
+
+def _recall(stats: compute_node_pb2.NodeStatsReply) -> float | None:
+    """Share of decode's misses that had been guessed."""
+    right = sum(p.right for p in stats.prefetches)
+    missed = right + stats.unguessed_misses
+    return round(right / missed, 3) if missed else None
 
 
 def _scheduler_facts(channel: grpc.Channel) -> dict[str, Any]:

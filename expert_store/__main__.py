@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable
 
-from expert_store import segment
+from expert_store import resident_list, segment
 from expert_store.config import ExpertStoreConfig
 from expert_store.doorbell import Doorbell
 from expert_store.manifest import Manifest, check_sources
@@ -66,12 +66,15 @@ async def _serve(
 ) -> None:
     metrics = StoreCollector(store)
     with daemon.serving_metrics(metrics, config.metrics_port, config.metrics_port_file):
-        async with rpc.serving(
-            config.listen,
-            lambda server: add_ExpertStoreServicer_to_server(service, server),
-            [SERVICE_NAME],
-            config.stop_grace_s,
-            service.drain,
+        async with (
+            resident_list.kept(store, config.resident_list),
+            rpc.serving(
+                config.listen,
+                lambda server: add_ExpertStoreServicer_to_server(service, server),
+                [SERVICE_NAME],
+                config.stop_grace_s,
+                service.drain,
+            ),
         ):
             facts = {
                 "address": config.address,

@@ -26,6 +26,7 @@ class ExpertStoreConfig(BaseModel):
     max_queued_reads: PositiveInt = 4096
     piece_bytes: Annotated[int, Field(ge=4096, multiple_of=4096)] = 1024 * 1024
     direct_io: bool = True
+    resident_list: Path | None = None
     lock_poll_s: PositiveFloat = 0.1
     restart_wait_s: PositiveFloat = 60.0
     stop_grace_s: PositiveFloat = 5.0

@@ -20,6 +20,7 @@ class StoreCollector(Collector):
         reads = CounterMetricFamily("flashmoe_store_reads", "Records read", labels=["reason"])
         reads.add_metric(["demand"], counters.demand_reads)
         reads.add_metric(["prefetch"], counters.prefetch_reads)
+        reads.add_metric(["refill"], counters.refill_reads)
         yield reads
         yield CounterMetricFamily(
             "flashmoe_store_read_bytes", "Payload bytes read", value=counters.bytes_read

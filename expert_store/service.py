@@ -64,6 +64,7 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
         return pb.StoreStatsReply(
             demand_reads=counters.demand_reads,
             prefetch_reads=counters.prefetch_reads,
+            refill_reads=counters.refill_reads,
             bytes_read=counters.bytes_read,
             shared_hits=counters.shared_hits,
             prefetches_dropped=counters.prefetches_dropped,

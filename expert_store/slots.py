@@ -80,8 +80,15 @@ class SlotPool:
         self._filling.remove(slot)
         self._free.append(slot)
 
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
     def resident(self) -> list[ExpertKey]:
         return list(self._by_key)
+
+    def leased(self) -> list[ExpertKey]:
+        return [slot.key for slot in self._leases if slot.key is not None]
 
     def counts(self) -> dict[str, int]:
         """Slots by state. When nobody holds a session, filling and leased are 0."""

@@ -51,6 +51,7 @@ class Counters:
 
     demand_reads: int = 0
     prefetch_reads: int = 0
+    refill_reads: int = 0
     bytes_read: int = 0
     shared_hits: int = 0
     prefetches_dropped: int = 0
@@ -122,7 +123,7 @@ class ExpertStore:
                 fill = self._fills.get(key)
                 if fill is not None:
                     fill.wishers.add(session)
-                    self._revive(fill, fill.priority)
+                    self._revive(fill, Priority.PREFETCH)
                 elif len(self._fills) >= self.max_queued:
                     self.counters.prefetches_dropped += 1
                 else:
@@ -141,6 +142,23 @@ class ExpertStore:
                     self.counters.prefetches_withdrawn += 1
                     self._settle(fill)
 
+    def refill(self, keys: Sequence[ExpertKey]) -> None:
+        """Read what was in memory before, last of all and into free slots alone; the first go
+        first. Experts the model does not have are left out.
+        """
+        with self.lock:
+            room = self.slots.num_free - self.num_spare
+            known = [key for key in keys if key in self.manifest.records][: max(0, room)]
+            for key in known:
+                if self.slots.find(key) is None and key not in self._fills:
+                    self._start(self.manifest.records[key], Priority.REFILL)
+        logger.info("refilling", extra={"experts": len(known)})
+
+    def wanted(self) -> list[ExpertKey]:
+        """What is lent now: what a store that starts again should have."""
+        with self.lock:
+            return self.slots.leased()
+
     def next_piece(self) -> tuple[Fill[Session], int] | None:
         """What to ask of the device next, and the number of the piece; waits for it. None: stop."""
         with self._changed:
@@ -148,7 +166,8 @@ class ExpertStore:
                 fill = self._queue.first() if self._num_at_device < self.read_depth else None
                 if fill is not None and (fill.slot or self._give_slot(fill)):
                     return fill, self._issue(fill)
-                self._changed.wait()
+                if fill is None or not fill.is_withdrawn:
+                    self._changed.wait()
         return None
 
     def piece_came(self, fill: Fill[Session]) -> None:
@@ -236,8 +255,10 @@ class ExpertStore:
             self._changed.notify()
 
     def _give_slot(self, fill: Fill[Session]) -> bool:
-        """Whether there is one: demand has its quota, and what is speculative the spare ones."""
-        if not fill.waiters and self._num_speculative() >= self.num_spare:
+        """Whether there is one now; a refill takes a free one or none."""
+        if fill.priority is Priority.REFILL and self.slots.num_free <= self.num_spare:
+            fill.is_withdrawn = True
+            self._settle(fill)
             return False
         slot = self.slots.next_to_fill()
         if slot is None:
@@ -249,9 +270,6 @@ class ExpertStore:
         fill.assembly = Assembly(fill.record, fill.view, self.piece_bytes)
         fill.start_ns = time.perf_counter_ns()
         return True
-
-    def _num_speculative(self) -> int:
-        return sum(fill.slot is not None and not fill.waiters for fill in self._fills.values())
 
     def _issue(self, fill: Fill[Session]) -> int:
         if self._num_at_device == 0:
@@ -268,7 +286,7 @@ class ExpertStore:
         slot = self._close(fill)
         assert slot is not None
         self.slots.seal(slot, fill.record.key)
-        slot.is_speculative = not fill.waiters
+        slot.is_speculative = fill.priority is Priority.PREFETCH
         self._count(fill)
         lent = []
         for number, (session, deliver) in enumerate(fill.waiters):
@@ -330,9 +348,12 @@ class ExpertStore:
         )
 
     def _count(self, fill: Fill[Session]) -> None:
-        if fill.priority is Priority.DEMAND:
-            self.counters.demand_reads += 1
-        else:
-            self.counters.prefetch_reads += 1
+        match fill.priority:
+            case Priority.DEMAND:
+                self.counters.demand_reads += 1
+            case Priority.PREFETCH:
+                self.counters.prefetch_reads += 1
+            case Priority.REFILL:
+                self.counters.refill_reads += 1
         self.counters.bytes_read += fill.record.payload_bytes
         self.counters.read_s += (fill.arrived_ns - fill.start_ns) / 1e9

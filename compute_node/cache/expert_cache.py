@@ -104,6 +104,7 @@ class ExpertCache:
 
     check:  called between layers and while waiting; raises to abandon the request at hand
     read_s: seconds that reading one expert takes, of the latest that were read alone (running mean)
+    read_s_per_byte: the same, a byte
     """
 
     lender: Lender
@@ -112,6 +113,7 @@ class ExpertCache:
     check: Callable[[], None] = lambda: None
     counters: dict[int, LayerCounters] = field(default_factory=dict)
     read_s: float = 0.0
+    read_s_per_byte: float = 0.0
     _resident: Residents = field(init=False)
     _under_way: set[ExpertKey] = field(default_factory=set)
     _disproved: Sequence[ExpertKey] = ()
@@ -271,14 +273,16 @@ class ExpertCache:
                 self._insert(arrivals)
                 self.counters[layer].bytes_read += sum(a.bytes_read for a in arrivals)
                 if len(misses) == 1 and arrivals[0].bytes_read:
-                    self._time_read(arrivals[0].read_s)
+                    self._time_read(arrivals[0])
                 yield [arrival.borrowed.key for arrival in arrivals]
         except errors.ExpertDamaged:
             self._under_way.difference_update(misses)
             raise
 
-    def _time_read(self, read_s: float) -> None:
-        self.read_s += _SMOOTHING * (read_s - self.read_s) if self.read_s else read_s
+    def _time_read(self, arrival: Arrival) -> None:
+        share = _SMOOTHING if self.read_s else 1.0
+        self.read_s += share * (arrival.read_s - self.read_s)
+        self.read_s_per_byte = self.read_s / arrival.bytes_read
 
     def _timed(self, layer: int, wait: Callable[[], T]) -> T:
         start_s = time.perf_counter()

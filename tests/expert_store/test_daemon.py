@@ -108,7 +108,7 @@ class TestRefusesToStart:
 def test_metrics_name_every_counter() -> None:
     counts = {"free": 1, "filling": 2, "leased": 3, "reclaimable": 4}
     store: Any = SimpleNamespace(
-        counters=Counters(5, 6, 7, 8, 9, 12, 13, 14, 1.5, 2.5),
+        counters=Counters(5, 6, 4, 7, 8, 9, 12, 13, 14, 1.5, 2.5),
         slots=SimpleNamespace(counts=lambda: counts),
         sessions=SimpleNamespace(num_open=10, num_orphaned=11),
         quarantined={ExpertKey(0, 0): "why"},
@@ -119,6 +119,7 @@ def test_metrics_name_every_counter() -> None:
     value = registry.get_sample_value
     assert value("flashmoe_store_reads_total", {"reason": "demand"}) == 5
     assert value("flashmoe_store_reads_total", {"reason": "prefetch"}) == 6
+    assert value("flashmoe_store_reads_total", {"reason": "refill"}) == 4
     assert value("flashmoe_store_read_bytes_total") == 7
     assert value("flashmoe_store_shared_hits_total") == 8
     assert value("flashmoe_store_prefetches_dropped_total") == 9

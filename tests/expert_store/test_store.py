@@ -1,6 +1,9 @@
 """Lending: one read for all, damage kept apart, guesses that stand back, slots that come back.
 
-Planted faults seen red: PLANTED
+Planted faults seen red: a read for every waiter, no quarantine, what is withdrawn and wanted again
+not revived, another session's guess withdrawn, a prefetch somebody waits for not moved up, priority
+ignored, a refill into spare slots, no read depth, a reader that dies, waiters not told at stop, a
+slot not given back by a failed read.
 """
 
 from __future__ import annotations
@@ -268,7 +271,7 @@ def test_a_prefetch_somebody_asks_for_is_moved_up(store_dir: Path, disk: Disk) -
 
 
 def test_what_is_withdrawn_is_not_read(store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir, read_depth=1) as store:
+    with a_store(store_dir, read_depth=1, num_slots=9) as store:
         borrower = Borrower(store)
         disk.gate.clear()
         store.prefetch(borrower.session, KEYS[:4])
@@ -294,6 +297,19 @@ def test_what_is_withdrawn_half_read_is_read_no_further(store_dir: Path, disk: D
         assert 0 < store.counters.prefetch_bytes_wasted <= 4096
         borrower.get(KEYS[0])
         assert borrower.content(KEYS[0]) == expert_bytes(store_dir, KEYS[0])
+
+
+def test_what_is_withdrawn_and_guessed_again_is_read_on(store_dir: Path, disk: Disk) -> None:
+    with a_store(store_dir, read_depth=1, piece_bytes=4096) as store:
+        borrower = Borrower(store)
+        disk.gate.clear()
+        store.prefetch(borrower.session, [KEYS[0]])
+        until(lambda: bool(disk.order))
+        store.withdraw(borrower.session, [KEYS[0]])
+        store.prefetch(borrower.session, [KEYS[0]])
+        disk.gate.set()
+        until(lambda: store.is_idle)
+        assert store.slots.resident() == [KEYS[0]]
 
 
 def test_what_is_withdrawn_and_asked_for_after_all_is_read_on(store_dir: Path, disk: Disk) -> None:
@@ -335,7 +351,6 @@ def test_prefetches_take_spare_slots_alone(store_dir: Path, disk: Disk) -> None:
 
 
 def test_guesses_never_keep_a_demand_from_its_slot(store_dir: Path, disk: Disk) -> None:
-    """Red when any number of guesses may be half read at once."""
     with a_store(store_dir, read_depth=2, num_slots=4, piece_bytes=4096) as store:
         borrower = Borrower(store, 2)
         disk.gate.clear()
@@ -418,6 +433,26 @@ def test_every_slot_serves_many_experts_in_turn(store_dir: Path, disk: Disk) -> 
             borrower.get(key)
             assert borrower.content(key) == expert_bytes(store_dir, key)
             store.sessions.release(borrower.session, [key])
+
+
+def test_a_refill_fills_free_slots_last_of_all(store_dir: Path, disk: Disk) -> None:
+    """Demand and guesses go before it, what is lent stays, and spare slots stay spare."""
+    with a_store(store_dir, read_depth=1, num_slots=6) as store:
+        borrower = Borrower(store)
+        borrower.get(KEYS[0])
+        disk.gate.clear()
+        store.refill([ExpertKey(77, 0), *KEYS])
+        until(lambda: len(disk.order) == 2)
+        borrower.ask(KEYS[9])
+        store.prefetch(borrower.session, [KEYS[8]])
+        disk.gate.set()
+        borrower.wait(KEYS[9])
+        until(lambda: store.is_idle)
+        assert disk.order[2:4] == [KEYS[9], KEYS[8]]
+        assert set(borrower.session.leases) == {KEYS[0], KEYS[9]}
+        assert store.slots.counts()["free"] == store.num_spare
+        assert store.counters.refill_reads == 6 - 3 - store.num_spare
+        assert store.counters.prefetch_bytes_wasted == 0
 
 
 def test_stopping_leaves_nothing_half_filled(store_dir: Path, disk: Disk) -> None:

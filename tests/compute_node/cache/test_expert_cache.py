@@ -1,7 +1,7 @@
 """Budget, pins, waves, lost sessions.
 
 Planted faults seen red: reading a resident expert again in prefill, keeping leases of a broken
-session.
+session, leases under way forgotten or not counted, hits of the step not pinned.
 """
 
 from __future__ import annotations
@@ -123,6 +123,34 @@ def test_damaged_expert_fails_the_step_and_the_rest_goes_on() -> None:
         step(cache, 1, 4, 5)
     assert step(cache, 1, 6, 7) == [[6], [7]]
     assert len(cache) == len(lender.held)
+
+
+def test_a_step_that_is_abandoned_gives_everything_back() -> None:
+    """Red when leases under way are forgotten: the store would count them for ever."""
+    cache, lender = make_cache()
+    step(cache, 1, 0, 1)
+    waves = cache.step(1, [0, 2, 3])[1]
+    assert [borrowed.key.expert for borrowed in next(waves)] == [0]
+    waves.close()  # type: ignore[attr-defined]
+    assert not lender.is_open and len(cache) == 0
+    assert sorted(expert for wave in step(cache, 1, 0, 2, 3) for expert in wave) == [0, 2, 3]
+
+
+def test_guesses_are_sent_after_the_misses_and_only_of_what_is_not_there() -> None:
+    cache, lender = make_cache()
+    step(cache, 1, 0, 1)
+    asked: list[int] = []
+
+    def guess() -> list[ExpertKey]:
+        asked.append(len(lender.exchanges))
+        return [ExpertKey(1, 0), ExpertKey(3, 7)]
+
+    list(cache.step(1, [1, 2], [ExpertKey(1, 9)], guess)[1])
+    assert asked == [2], "once, when the misses were asked for"
+    assert lender.prefetched == [ExpertKey(3, 7)]
+    assert lender.withdrawn == [ExpertKey(1, 9)]
+    list(cache.step(1, [1, 2], [ExpertKey(1, 8)])[1])
+    assert lender.withdrawn[1:] == [ExpertKey(1, 8)], "also when nothing is missing"
 
 
 def test_refilled_slot_discards_the_output() -> None:
