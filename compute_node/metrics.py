@@ -78,7 +78,7 @@ class NodeCollector(Collector):
         )
         precision = GaugeMetricFamily(
             "flashmoe_node_prefetch_precision",
-            "Share of guesses the router chose, running mean",
+            "Share of guesses that the router chose",
             labels=["layers_ahead"],
         )
         for number, distance in enumerate(prefetcher.distances, start=1):

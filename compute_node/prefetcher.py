@@ -18,7 +18,8 @@ from torch.nn import functional
 from proto.expert import ExpertKey
 
 _SMOOTHING = 0.05  # of every running mean: about the last twenty
-_PROBE_STEPS = 16  # a distance that did not pay is tried again this often
+_PROBE_STEPS = 16  # ranks and distances that did not pay are tried again this often
+_FIRST_PRECISION = 0.8
 
 
 class Residency(Protocol):
@@ -56,15 +57,28 @@ class NextRouter:
 
 @dataclass
 class Distance:
-    """What guesses so many layers ahead have been worth."""
+    """What guesses so many layers ahead have been worth.
 
+    precisions: by the rank that the asked router gave them, running
+    """
+
+    precisions: list[float]
     sent: int = 0
     right: int = 0
-    precision: float = 0.8  # running; a start that lets it try
 
-    def settle(self, was_right: bool) -> None:
+    @classmethod
+    def fresh(cls, top_k: int) -> Distance:
+        """With a start that lets every rank try."""
+        return cls([_FIRST_PRECISION] * top_k)
+
+    @property
+    def precision(self) -> float:
+        """Share of all guesses so far that the router chose."""
+        return self.right / self.sent if self.sent else 0.0
+
+    def settle(self, rank: int, was_right: bool) -> None:
         self.right += was_right
-        self.precision += _SMOOTHING * (was_right - self.precision)
+        self.precisions[rank] += _SMOOTHING * (was_right - self.precisions[rank])
 
 
 @dataclass
@@ -99,7 +113,7 @@ class Prefetcher:
     distances: list[Distance] = field(default_factory=list)
     num_unguessed: int = 0
     latest_unguessed: int = 0
-    _open: dict[ExpertKey, int] = field(default_factory=dict)
+    _open: dict[ExpertKey, tuple[int, int]] = field(default_factory=dict)  # distance, rank
     _needs: dict[int, LayerNeed] = field(default_factory=dict)
     _num_steps: int = 0
     _cost_s: float = 1e-4
@@ -108,13 +122,13 @@ class Prefetcher:
         self._order = tuple(self.routers)
         self._place = {layer: place for place, layer in enumerate(self._order)}
         self._needs = {layer: LayerNeed() for layer in self._order}
-        self.distances = [Distance() for _ in range(self.max_depth)]
+        self.distances = [Distance.fresh(self.top_k) for _ in range(self.max_depth)]
 
     @property
     def depth(self) -> int:
         """How many layers ahead pays now, by the measured precision, reads and compute."""
-        for number, distance in enumerate(self.distances):
-            if not self._pays(number, distance):
+        for number in range(self.max_depth):
+            if not any(self._pays(number, rank) for rank in range(self.top_k)):
                 return number
         return self.max_depth
 
@@ -130,7 +144,8 @@ class Prefetcher:
         self.num_unguessed += self.latest_unguessed
         guessed = [key for key in self._open if key.layer == layer]
         for key in guessed:
-            self.distances[self._open.pop(key)].settle(key in used)
+            number, rank = self._open.pop(key)
+            self.distances[number].settle(rank, key in used)
         return [key for key in guessed if key not in used]
 
     def computed(self, layer: int, compute_s: float) -> None:
@@ -143,23 +158,28 @@ class Prefetcher:
         start_s = time.perf_counter()
         self._num_steps += 1
         place, found = self._place[layer], list[ExpertKey]()
-        depth = min(self.depth + (self._num_steps % _PROBE_STEPS == 0), self.max_depth)
+        is_probe = self._num_steps % _PROBE_STEPS == 0
+        depth = min(self.depth + is_probe, self.max_depth)
         for number, following in enumerate(self._order[place + 1 : place + 1 + depth]):
             if len(self._open) >= self.max_guesses:
                 break
             if self._is_worth_asking(following, number):
-                found += self._guesses(following, number, hidden)
+                found += self._guesses(following, number, hidden, is_probe)
         if found:
             self._cost_s += _SMOOTHING * (time.perf_counter() - start_s - self._cost_s)
         return found
 
-    def _guesses(self, layer: int, number: int, hidden: Tensor) -> list[ExpertKey]:
-        chosen = self.routers[layer].choose(hidden, self.top_k)
-        keys = [ExpertKey(layer, expert) for expert in chosen]
-        room = self.max_guesses - len(self._open)
-        fresh = [key for key in keys if key not in self.resident and key not in self._open][:room]
-        for key in fresh:
-            self._open[key] = number
+    def _guesses(self, layer: int, number: int, hidden: Tensor, is_probe: bool) -> list[ExpertKey]:
+        fresh = []
+        for rank, expert in enumerate(self.routers[layer].choose(hidden, self.top_k)):
+            key = ExpertKey(layer, expert)
+            if len(self._open) == self.max_guesses:
+                break
+            if key in self.resident or key in self._open:
+                continue
+            if is_probe or self._pays(number, rank):
+                self._open[key] = number, rank
+                fresh.append(key)
         self.distances[number].sent += len(fresh)
         return fresh
 
@@ -168,10 +188,11 @@ class Prefetcher:
         total = sum(need.compute_s for need in self._needs.values())
         return (number + 1) * total / len(self._needs)
 
-    def _pays(self, number: int, distance: Distance) -> bool:
+    def _pays(self, number: int, rank: int) -> bool:
         """A right guess saves what of its read is covered; a wrong one holds a demand up."""
+        precision = self.distances[number].precisions[rank]
         saved_s = min(self.read_s(), self._lead_s(number))
-        return distance.precision * saved_s > (1 - distance.precision) * self.piece_s()
+        return precision * saved_s > (1 - precision) * self.piece_s()
 
     def _is_worth_asking(self, layer: int, number: int) -> bool:
         """Whether `layer` misses often enough to pay for asking its router."""
