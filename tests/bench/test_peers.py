@@ -11,12 +11,14 @@ innermost, all prompts for the slow.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 from tests.bench.peers import cgroup, disk, plan, report, results
+from tests.bench.peers.agreement import agreement
 from tests.bench.peers.contenders import Contender
 from tests.bench.peers.engine import Setup, Token
 from tests.bench.peers.run import Answer, Case, Prompt, RunResult, ask
@@ -151,3 +153,19 @@ def test_a_plan_takes_turns_and_leaves_out_what_says_nothing() -> None:
 
 def never(setup: Setup) -> NoReturn:
     raise AssertionError("a plan starts nothing")
+
+
+def test_agreement_is_counted_place_by_place() -> None:
+    assert agreement([[1, 2, 3], [4]], [[1, 9, 3], [4]]) == (3, 4)
+    with pytest.raises(ValueError, match="shorter"):
+        agreement([[1, 2]], [[1]])
+
+
+def test_variants_of_ours_are_compared_token_for_token(capsys: pytest.CaptureFixture[str]) -> None:
+    same, other = answer([0.1]), replace(answer([0.1]), token_ids=[1, 2])
+    report.print_sameness([result("a", None, [same]), result("b", 25.0, [same])], ["a", "b"])
+    assert "2 answers to 1 prompts and seeds, 0 of them not" in capsys.readouterr().out
+    report.print_sameness([result("a", None, [same]), result("b", 25.0, [other])], ["a", "b"])
+    assert "2 answers to 1 prompts and seeds, 1 of them not" in capsys.readouterr().out
+    report.print_sameness([result("a", None, [same]), result("c", 25.0, [other])], ["a", "b"])
+    assert capsys.readouterr().out == "", "one answer is not compared with anything"

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from tests import checkpoints
 from tests.bench import widen
 
-D, F, WIDE = 64, 32, 256
+D, F, WIDE, E = 64, 32, 256, 16
 RECORD_BYTES = 3 * D * WIDE * 2
 EXPERT = "model.layers.1.mlp.experts.3."
 
@@ -84,6 +84,24 @@ def test_is_a_checkpoint_of_records_as_large_as_asked(folders: tuple[Path, Path]
     assert json.loads((wide / "config.json").read_text())["moe_intermediate_size"] == WIDE
     assert (wide / "tokenizer.json").exists()
     assert len(list(wide.glob("*.safetensors"))) == 3, "a shard a layer, and the rest"
+
+
+def test_copies_compute_as_their_originals_and_compete_with_them(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    widen.widen(folders[0], tmp_path / "out", RECORD_BYTES, copies=3)
+    old, new = tensors(folders[0]), tensors(tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_local_experts"] == 3 * E
+    for number in (3, 3 + E, 3 + 2 * E):
+        weight = new[f"model.layers.1.mlp.experts.{number}.up_proj.weight"]
+        assert torch.equal(weight[:F], old[f"{EXPERT}up_proj.weight"])
+    router, first = (found["model.layers.1.mlp.gate.weight"].float() for found in (new, old))
+    assert router.shape == (3 * E, D)
+    assert torch.equal(router[:E], first)
+    for copy in (1, 2):
+        noise = router[copy * E : (copy + 1) * E] - first
+        assert noise.std() == pytest.approx(float(first.std()), rel=0.1)
+    assert logits(tmp_path / "out").shape == (32, 128), "transformers takes it"
 
 
 def test_a_disk_too_small_is_one_sentence(

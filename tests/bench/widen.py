@@ -4,6 +4,11 @@ changing what it computes.
 `python -m tests.bench.widen SRC OUT --record-mib 24`. Padding units have random input weights and
 output weights of zero. The zeros have random signs: no block of the file is all zeros, so that no
 disk can answer for one without reading it.
+
+`--copies 4` gives four times as many experts, to see how cost grows with their number. This does
+change what is computed, a little: every copy computes what its original does, but its router row is
+the original's and as much noise, so that tokens choose among copies as among experts. Experts that
+no router chooses would cost nothing; copies with the same row would tie.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +31,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 MIB = 1024 * 1024
-_EXPERT = re.compile(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.(gate|up|down)_proj\.weight$")
+_ROUTER = re.compile(r"\.mlp\.gate\.weight$")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _HEADER_ALIGNMENT = 4096  # tensors begin on a page
 _UNITS = 32  # every engine's kernels take rows of so many
@@ -44,30 +51,34 @@ class WideTensor:
         return math.prod(self.shape) * torch.bfloat16.itemsize
 
 
-def widen(source: Path, out: Path, record_bytes: int, seed: int = 0) -> None:
+def widen(source: Path, out: Path, record_bytes: int, copies: int = 1, seed: int = 0) -> None:
     """Write `source` with experts of `record_bytes` to `out`, a shard a layer, a tensor at a time.
 
+    copies: of every expert
     Raises ValueError for a checkpoint that cannot be widened, OSError when the disk is too small.
     """
     config = json.loads((source / "config.json").read_text())
     inner_size = wide_inner_size(config, record_bytes)
     files = sorted(source.glob("*.safetensors"))
-    generator = torch.Generator().manual_seed(seed)
-    shards = _shards(list(_wide_tensors(files, inner_size, generator)))
+    num_experts = int(config.get("num_local_experts", config.get("num_experts", 0)))
+    padding = Padding(inner_size, num_experts, copies, torch.Generator().manual_seed(seed))
+    shards = _shards(list(_wide_tensors(files, padding)))
     _check_room(out, shards)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    unfinished = out.with_name(out.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     for file in source.iterdir():
         if file.suffix == ".json" and not file.name.endswith(".index.json"):
-            shutil.copy(file, partial)
+            shutil.copy(file, unfinished)
     wide = {**config, "moe_intermediate_size": inner_size}
-    (partial / "config.json").write_text(json.dumps(wide, indent=2))
+    for name in {"num_local_experts", "num_experts"} & config.keys():
+        wide[name] = copies * config[name]
+    (unfinished / "config.json").write_text(json.dumps(wide, indent=2))
     for name, tensors in shards.items():
-        with (partial / name).open("wb") as shard:
+        with (unfinished / name).open("wb") as shard:
             _write_shard(shard, tensors)
-    (partial / "model.safetensors.index.json").write_text(json.dumps(_index(shards)))
-    partial.rename(out)
+    (unfinished / "model.safetensors.index.json").write_text(json.dumps(_index(shards)))
+    unfinished.rename(out)
 
 
 def wide_inner_size(config: dict[str, Any], record_bytes: int) -> int:
@@ -101,45 +112,77 @@ def pad_outputs(weight: Tensor, inner_size: int, generator: torch.Generator) -> 
     return torch.cat([weight, zeros], dim=1)
 
 
-def _wide_tensors(
-    files: Iterable[Path], inner_size: int, generator: torch.Generator
-) -> Iterator[WideTensor]:
+def add_rows(router: Tensor, copies: int, generator: torch.Generator) -> Tensor:
+    """[E, D] -> [copies * E, D]: the router as it is, and again with as much noise."""
+    spread = float(router.float().std())
+    rows = [router]
+    for _ in range(copies - 1):
+        noise = spread * torch.randn(router.shape, generator=generator)
+        rows.append((router.float() + noise).to(router.dtype))
+    return torch.cat(rows)
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What every tensor is made into."""
+
+    inner_size: int
+    num_experts: int
+    copies: int
+    generator: torch.Generator
+
+    def names(self, name: str) -> Iterator[str]:
+        """Under which a tensor is written: once, or once a copy of its expert."""
+        expert = _EXPERT.search(name)
+        if not expert:
+            yield name
+            return
+        for copy in range(self.copies):
+            number = copy * self.num_experts + int(expert[1])
+            yield f"{name[: expert.start(1)]}{number}{name[expert.end(1) :]}"
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        expert = _EXPERT.search(name)
+        if expert:
+            down = expert[2] == "down"
+            return (shape[0], self.inner_size) if down else (self.inner_size, shape[1])
+        return (self.copies * shape[0], *shape[1:]) if _ROUTER.search(name) else shape
+
+    def apply(self, name: str, weight: Tensor) -> Tensor:
+        expert = _EXPERT.search(name)
+        if expert:
+            pad = pad_outputs if expert[2] == "down" else pad_inputs
+            return pad(weight, self.inner_size, self.generator)
+        if _ROUTER.search(name):
+            return add_rows(weight, self.copies, self.generator)
+        return weight
+
+
+def _wide_tensors(files: Iterable[Path], padding: Padding) -> Iterator[WideTensor]:
     """Raises ValueError when no tensor is an expert's, or one is not in bf16."""
-    num_experts = 0
+    found = False
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                header = tensors.get_slice(name)
-                if header.get_dtype() != "BF16":
-                    raise ValueError(f"{name} is {header.get_dtype()}, not BF16")
-                match = _EXPERT.search(name)
-                num_experts += match is not None
-                kind = match[1] if match else ""
-                shape = _wide_shape(tuple(header.get_shape()), kind, inner_size)
-                make = _maker(file, name, kind, inner_size, generator)
-                yield WideTensor(name, shape, make)
-    if not num_experts:
+            shapes = {name: _bf16_shape(tensors, name) for name in tensors.keys()}  # noqa: SIM118
+        found |= any(_EXPERT.search(name) for name in shapes)
+        for name, shape in shapes.items():
+            make = partial(_make, file, name, padding)
+            for copied in padding.names(name):
+                yield WideTensor(copied, padding.shape(name, shape), make)
+    if not found:
         raise ValueError("the checkpoint has no experts.N.gate_proj, up_proj and down_proj")
 
 
-def _wide_shape(shape: tuple[int, ...], kind: str, inner_size: int) -> tuple[int, ...]:
-    if kind == "down":
-        return (shape[0], inner_size)
-    return (inner_size, shape[1]) if kind else shape
+def _bf16_shape(tensors: Any, name: str) -> tuple[int, ...]:
+    header = tensors.get_slice(name)
+    if header.get_dtype() != "BF16":
+        raise ValueError(f"{name} is {header.get_dtype()}, not BF16")
+    return tuple(header.get_shape())
 
 
-def _maker(
-    file: Path, name: str, kind: str, inner_size: int, generator: torch.Generator
-) -> Callable[[], Tensor]:
-    def make() -> Tensor:
-        with safe_open(file, framework="pt") as tensors:
-            weight: Tensor = tensors.get_tensor(name)
-        if not kind:
-            return weight
-        pad = pad_outputs if kind == "down" else pad_inputs
-        return pad(weight, inner_size, generator)
-
-    return make
+def _make(file: Path, name: str, padding: Padding) -> Tensor:
+    with safe_open(file, framework="pt") as tensors:
+        return padding.apply(name, tensors.get_tensor(name))
 
 
 def _shards(tensors: Iterable[WideTensor]) -> dict[str, list[WideTensor]]:
@@ -192,9 +235,10 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="a small bf16 MoE checkpoint")
     parser.add_argument("out", type=Path, help="folder of the widened one")
     parser.add_argument("--record-mib", type=float, default=24.0, help="MiB an expert")
+    parser.add_argument("--copies", type=int, default=1, help="times as many experts")
     chosen = parser.parse_args()
     try:
-        widen(chosen.source, chosen.out, int(chosen.record_mib * MIB))
+        widen(chosen.source, chosen.out, int(chosen.record_mib * MIB), chosen.copies)
     except OSError as error:
         sys.exit(f"widen: {error.strerror or error}")
     except ValueError as error:

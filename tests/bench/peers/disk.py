@@ -18,7 +18,7 @@ KIB = 1024
 
 
 class PeersDisk:
-    """image: the file; folder: where it is mounted."""
+    """image: the file; folder: where it is mounted, one disk at a time."""
 
     def __init__(self, image: Path, folder: Path) -> None:
         self._image = image
@@ -35,20 +35,24 @@ class PeersDisk:
         _run("mkfs.ext4", "-q", "-F", *options, str(partial))
         partial.rename(self._image)
 
+    def delete(self) -> None:
+        self.release()
+        self._image.unlink(missing_ok=True)
+
     @property
     def exists(self) -> bool:
         return self._image.exists()
 
     @contextmanager
-    def mounted(self, read_ahead_bytes: int) -> Iterator[None]:
-        """Mounted with an empty page cache, for the block."""
+    def mounted(self, read_ahead_bytes: int) -> Iterator[Path]:
+        """Where it is mounted, with an empty page cache, for the block."""
         self.release()
         self._device = _run("losetup", "--find", "--show", "--direct-io=on", str(self._image))
         try:
             _run("blockdev", "--setra", str(read_ahead_bytes // SECTOR_BYTES), self._device)
             self.folder.mkdir(parents=True, exist_ok=True)
             _run("mount", self._device, str(self.folder))
-            yield
+            yield self.folder
         finally:
             self.release()
 
@@ -56,8 +60,10 @@ class PeersDisk:
         """Unmount and detach, also what a killed run left."""
         if os.path.ismount(self.folder):
             _run("umount", str(self.folder))
-        for line in _run("losetup", "--noheadings", "-O", "NAME", "-j", str(self._image)).split():
-            _run("losetup", "--detach", line)
+        if self.exists:
+            attached = _run("losetup", "--noheadings", "-O", "NAME", "-j", str(self._image))
+            for device in attached.split():
+                _run("losetup", "--detach", device)
 
     @property
     def bytes_read(self) -> int:

@@ -59,6 +59,17 @@ def flashmoe(setup: Setup) -> Iterator[FlashMoE]:
 @contextmanager
 def flashmoe_mapped(setup: Setup) -> Iterator[Worker]:
     """Its model code alone, on mapped files and madvise(WILLNEED)."""
-    module = [sys.executable, "-m", "tests.bench.peers.mapped_worker"]
-    with working(setup, [*module, str(setup.folder / STORE), str(THREADS)]) as worker:
+    with working(setup, _mapped(setup, "sample")) as worker:
         yield worker
+
+
+@contextmanager
+def teacher_forced(setup: Setup) -> Iterator[Worker]:
+    """The same, told a text as prompt: gives the likeliest token after each of its tokens."""
+    with working(setup, _mapped(setup, "force")) as worker:
+        yield worker
+
+
+def _mapped(setup: Setup, way: str) -> list[str]:
+    module = [sys.executable, "-m", "tests.bench.peers.mapped_worker"]
+    return [*module, str(setup.folder / STORE), str(THREADS), way]

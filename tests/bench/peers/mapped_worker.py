@@ -1,6 +1,6 @@
 """The node's model code on mapped experts, without daemons.
 
-`python -m tests.bench.peers.mapped_worker STORE THREADS`
+`python -m tests.bench.peers.mapped_worker STORE THREADS sample|force`
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import compute_node.lean_imports  # noqa: F401  isort: skip  before transformers
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from compute_node.engine import Engine, Request, Token
+from compute_node.engine import Engine, Request, SequenceState, Token
 from compute_node.model import load_model
 from compute_node.sampling import SamplingOptions
 from expert_store.manifest import Manifest
@@ -32,19 +33,32 @@ def engine(store_dir: Path) -> Engine:
     return Engine(loaded, cache, store_dir, CONTEXT_TOKENS, CHUNK_TOKENS)
 
 
+def sample(running: Engine, prompt: list[int], max_tokens: int, seed: int) -> Iterator[int]:
+    """As the node does."""
+    sampling = SamplingOptions(temperature=TEMPERATURE, seed=seed)
+    request = Request(tuple(prompt), max_tokens, sampling, ignore_eos=True)
+    for event in running.generate(request):
+        if isinstance(event, Token):
+            yield event.token_id
+
+
+def force(running: Engine, text: list[int], max_tokens: int, seed: int) -> Iterator[int]:
+    """The likeliest token after each of `text`, decoded one by one whatever was chosen."""
+    sequence = SequenceState("text", text[:1])
+    yield int(running.prefill(sequence).argmax())
+    for token in text[1:]:
+        sequence.token_ids.append(token)
+        [logits] = running.decode([sequence])
+        yield int(logits.argmax())
+
+
+WAYS = {"sample": sample, "force": force}
+
+
 def main() -> None:
-    store_dir, threads = Path(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(threads)
-    running = engine(store_dir)
-
-    def generate(prompt: list[int], max_tokens: int, seed: int) -> Iterator[int]:
-        sampling = SamplingOptions(temperature=TEMPERATURE, seed=seed)
-        request = Request(tuple(prompt), max_tokens, sampling, ignore_eos=True)
-        for event in running.generate(request):
-            if isinstance(event, Token):
-                yield event.token_id
-
-    serve(generate)
+    store_dir, threads, way = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    serve(partial(WAYS[way], engine(Path(store_dir))))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,35 +16,49 @@ from tests.stack import MODEL, ROOT
 
 CHECKPOINT, GGUF, STORE = "checkpoint", "model.gguf", "store"
 FUSED, OFFLOADED = "fused", "offloaded"
-_COPIES = 4  # GGUF file, packed store, accelerate's, and the checkpoint, which becomes fused
+ALL_FORMATS = (GGUF, STORE, FUSED, OFFLOADED)
 _ROOM = 1.06  # for the file system, and what is not in experts
+_NARROW_EXPERTS = 8 * 32  # of the shipped model
 
 
 @dataclass(frozen=True)
 class PeerModel:
-    """The shipped model, its experts padded to `record_bytes`."""
+    """The shipped model, its experts padded to `record_bytes` and copied.
+
+    formats: what is made of it, beside the checkpoint, which becomes FUSED or is deleted
+    """
 
     record_bytes: int
-    num_experts: int = 8 * 32
+    copies: int = 1
+    formats: tuple[str, ...] = ALL_FORMATS
 
     @property
     def disk_bytes(self) -> int:
-        """Of a disk that has room for every format."""
-        return int(_COPIES * self.record_bytes * self.num_experts * _ROOM) + 256 * MIB
+        """Of a disk that has room for every format, and the checkpoint meanwhile."""
+        count = len({*self.formats, FUSED})
+        experts_bytes = self.record_bytes * self.copies * _NARROW_EXPERTS
+        return int(count * experts_bytes * _ROOM) + 256 * MIB
 
     def make(self, folder: Path, python: Path) -> None:
         """What is not there yet. python: of the peers' environment.
 
         Raises OSError, or CalledProcessError when a command fails.
         """
-        if (folder / OFFLOADED).exists():  # made last
+        if all((folder / name).exists() for name in self.formats):
             return
         checkpoint, fused = folder / CHECKPOINT, folder / FUSED
-        _once(checkpoint, lambda out: widen(MODEL, out, self.record_bytes))
-        _once(folder / GGUF, partial(_by_peer, python, "gguf_file", checkpoint))
-        _once(folder / STORE, partial(_pack, checkpoint))
-        _once(fused, partial(fuse, checkpoint))
-        _once(folder / OFFLOADED, partial(_by_peer, python, "offload_files", fused))
+        if not fused.exists():
+            _once(checkpoint, lambda out: widen(MODEL, out, self.record_bytes, self.copies))
+        makers: dict[str, Callable[[Path], None]] = {
+            GGUF: partial(_by_peer, python, "gguf_file", checkpoint),
+            STORE: partial(_pack, checkpoint),
+            FUSED: partial(fuse, checkpoint),  # comes last of what needs the checkpoint
+            OFFLOADED: partial(_by_peer, python, "offload_files", fused),
+        }
+        for name, make in makers.items():
+            if name in self.formats:
+                _once(folder / name, make)
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def file_bytes(folder: Path) -> int:

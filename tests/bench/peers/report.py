@@ -39,6 +39,24 @@ def print_table(results: Sequence[RunResult]) -> None:
             print(f"  {reason}\n")
 
 
+def print_sameness(results: Sequence[RunResult], names: Sequence[str]) -> None:
+    """Whether variants of ours gave the same tokens to the same prompt and seed, at every limit."""
+    given: dict[tuple[int, str], set[tuple[int, ...]]] = {}
+    count = 0
+    for run in results:
+        if run.case.engine in names:
+            for answer in run.answers:
+                count += 1
+                tokens = given.setdefault((run.case.round_number, answer.prompt), set())
+                tokens.add(tuple(answer.token_ids))
+    differing = sum(len(tokens) > 1 for tokens in given.values())
+    if count > len(given):
+        print(
+            f"{' and '.join(names)}, all limits: {count} answers to {len(given)} prompts and seeds,"
+            f" {differing} of them not token for token the same\n"
+        )
+
+
 def _rows(results: Sequence[RunResult]) -> list[list[str]]:
     groups: dict[tuple[float, str], list[RunResult]] = {}
     for result in results:
