@@ -13,11 +13,13 @@ from compute_node.cache.expert_cache import ExpertCache
 class Overlap:
     """Watches decode steps pass from layer to layer. One thread.
 
-    tell: hears the layer and its compute, in seconds
+    tell:  hears the layer and its compute, in seconds
+    clock: seconds
     """
 
     cache: ExpertCache
     tell: Callable[[int, float], None] = lambda layer, compute_s: None
+    clock: Callable[[], float] = time.perf_counter
     _layer: int | None = None
     _start_s: float = 0.0
     _stall_s: float = 0.0
@@ -25,7 +27,7 @@ class Overlap:
 
     def enter(self, layer: int, num_unguessed: int) -> None:
         """A decode step reaches the experts of `layer`, so many of whose misses nobody guessed."""
-        now_s, stall_s = time.perf_counter(), self._total_stall_s()
+        now_s, stall_s = self.clock(), self._total_stall_s()
         if self._layer is not None and layer > self._layer:  # else a step began anew
             compute_s = now_s - self._start_s - (stall_s - self._stall_s)
             self.tell(self._layer, compute_s)

@@ -1,33 +1,50 @@
-"""Record reads against a raw preadv of the same file, in one run; threads against aiofiles."""
+"""Record reads against fio on the same file, size and depth, in one run; how they are cut, and what
+else was tried.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import queue
 import random
+import shutil
+import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from mmap import mmap
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import aiofiles
 import xxhash
 
-from expert_store.extents import ExpertRecord, Extent, plan_reads
-from expert_store.reader import SourceFiles, read_record
+from expert_store import segment
+from expert_store.extents import ExpertRecord, Extent
+from expert_store.manifest import Manifest
+from expert_store.reader import SourceFiles
+from expert_store.readers import Readers
+from expert_store.sessions import SessionTable
+from expert_store.slots import SlotPool
+from expert_store.store import ExpertStore, Lent
 from proto.expert import ExpertKey
 from tests.bench.table import percentile, show, spread
 
 KIB, MIB = 1024, 1024 * 1024
 SIZES = (256 * KIB, MIB, 3 * MIB, 12 * MIB)
 FILE_BYTES = 1024 * MIB
-READS_BYTES = 512 * MIB
+READS_BYTES = 384 * MIB
 DEPTH, ROUNDS = 4, 5
+FIO_S = 1
 
-Times = list[float]
-Read = Callable[[int, memoryview], None]
+Sample = tuple[float, list[float]]  # bytes/s, seconds of each record
+Way = Callable[[Path, int, int], Sample]
 
 
 def main(folder: Path) -> None:
@@ -38,89 +55,155 @@ def main(folder: Path) -> None:
             file.write(block)
         os.fsync(file.fileno())
     rows = [row for size in SIZES for row in measure(path, size)]
+    if shutil.which("fio") is None:
+        print("fio is not installed: ratios are of raw preadv (apt-get install fio)")
     show(
-        f"Reads of random records, direct, depth {DEPTH}, {ROUNDS} rounds in turn: median "
-        "(min-max)",
-        ["record", "how", "GB/s", "of raw", "p50 ms", "p99 ms"],
+        f"Reads of random records, direct, {DEPTH} records at once, {ROUNDS} rounds in turn: "
+        "median (min-max)",
+        ["record", "how", "GB/s", "of the first", "p50 ms", "p99 ms"],
         rows,
     )
 
 
+def ways() -> dict[str, Way]:
+    """The first is what the others are compared with."""
+    fio: dict[str, Way] = {}
+    if shutil.which("fio"):
+        fio = {f"fio {engine}": partial(_fio, engine) for engine in ("libaio", "io_uring")}
+    return {
+        **fio,
+        "raw preadv": _raw,
+        "store, 256 KiB pieces": partial(_store, 256 * KIB),
+        "store, 1 MiB pieces": partial(_store, MIB),
+        "store, whole": partial(_store, 64 * MIB),
+        "aiofiles": _aiofiles,
+    }
+
+
 def measure(path: Path, size: int) -> list[list[object]]:
-    with ExitStack() as stack:
-        files = SourceFiles([path], True, stack)
-        checksums = _checksums(path, size)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-        stack.callback(os.close, descriptor)
-
-        def raw(number: int, view: memoryview) -> None:
-            os.preadv(descriptor, [view[:size]], number * size)
-
-        def unverified(number: int, view: memoryview) -> None:
-            for read in plan_reads([Extent(0, number * size, size, 0)]):
-                files.read(read, view)
-
-        def verified(number: int, view: memoryview) -> None:
-            extent = Extent(0, number * size, size, 0)
-            record = ExpertRecord(ExpertKey(0, number), (extent,), (0,), checksums[number])
-            read_record(files, record, view)
-
-        ways: dict[str, Read] = {"raw preadv": raw, "store": unverified, "store+xxh3": verified}
-        speeds: dict[str, Times] = {name: [] for name in [*ways, "aiofiles"]}
-        latencies: dict[str, Times] = {name: [] for name in [*ways, "aiofiles"]}
-        for round_number in range(ROUNDS):
-            for name, read in ways.items():
-                _threads(read, size, round_number, speeds[name], latencies[name])
-            asyncio.run(
-                _aiofiles(path, size, round_number, speeds["aiofiles"], latencies["aiofiles"])
-            )
+    found: dict[str, list[Sample]] = {name: [] for name in ways()}
+    for round_number in range(ROUNDS):
+        for name, way in ways().items():
+            found[name].append(way(path, size, round_number))
+    first = [speed for speed, _ in next(iter(found.values()))]
     label = f"{size // KIB} KiB" if size < MIB else f"{size // MIB} MiB"
-    return [
-        [
-            label,
-            name,
-            spread([speed / 1e9 for speed in speeds[name]], 2),
-            spread([a / b for a, b in zip(speeds[name], speeds["raw preadv"], strict=True)], 2),
-            f"{percentile(latencies[name], 0.5) * 1e3:.2f}",
-            f"{percentile(latencies[name], 0.99) * 1e3:.2f}",
-        ]
-        for name in speeds
-    ]
+    rows: list[list[object]] = []
+    for name, samples in found.items():
+        speeds = [speed for speed, _ in samples]
+        latencies = [seconds for _, record in samples for seconds in record]
+        rows.append(
+            [
+                label,
+                name,
+                spread([speed / 1e9 for speed in speeds], 2),
+                spread([a / b for a, b in zip(speeds, first, strict=True)], 2),
+                *(f"{percentile(latencies, share) * 1e3:.2f}" for share in (0.5, 0.99)),
+            ]
+        )
+    return rows
 
 
 def _numbers(size: int, seed: int) -> list[int]:
-    count = READS_BYTES // size
-    return random.Random(seed).sample(range(FILE_BYTES // size), count)
+    return random.Random(seed).sample(range(FILE_BYTES // size), READS_BYTES // size)
 
 
-def _checksums(path: Path, size: int) -> list[int]:
-    with path.open("rb") as file:
-        found = [xxhash.xxh3_64_intdigest(file.read(size)) for _ in range(FILE_BYTES // size)]
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return found
+def _fio(engine: str, path: Path, size: int, seed: int) -> Sample:
+    command = ["fio", "--name=x", f"--filename={path}", "--rw=randread", f"--bs={size}"]
+    command += ["--direct=1", "--readonly", "--time_based", f"--runtime={FIO_S}"]
+    command += [f"--ioengine={engine}", f"--iodepth={DEPTH}", f"--randseed={seed + 1}"]
+    done = subprocess.run([*command, "--output-format=json"], capture_output=True, check=True)
+    read = json.loads(done.stdout)["jobs"][0]["read"]
+    shares = read["clat_ns"]["percentile"]
+    middle, worst = shares["50.000000"] / 1e9, shares["99.000000"] / 1e9
+    return read["bw_bytes"], [middle] * 98 + [worst] * 2
 
 
-def _threads(read: Read, size: int, seed: int, speeds: Times, latencies: Times) -> None:
-    numbers = _numbers(size, seed)
+def _raw(path: Path, size: int, seed: int) -> Sample:
+    numbers, latencies = _numbers(size, seed), list[float]()
 
     def work(share: list[int]) -> None:
-        with mmap(-1, size) as buffer, memoryview(buffer) as view:
+        with mmap(-1, size) as buffer:
             for number in share:
                 start_s = time.perf_counter()
-                read(number, view)
+                os.preadv(descriptor, [buffer], number * size)
                 latencies.append(time.perf_counter() - start_s)
 
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
     start_s = time.perf_counter()
     with ThreadPoolExecutor(DEPTH) as pool:
         list(pool.map(work, [numbers[n::DEPTH] for n in range(DEPTH)]))
-    speeds.append(len(numbers) * size / (time.perf_counter() - start_s))
+    wall_s = time.perf_counter() - start_s
+    os.close(descriptor)
+    return len(numbers) * size / wall_s, latencies
 
 
-async def _aiofiles(path: Path, size: int, seed: int, speeds: Times, latencies: Times) -> None:
+def _store(piece_bytes: int, path: Path, size: int, seed: int) -> Sample:
+    """The store's own read path, verified, asked for `DEPTH` records at a time."""
+    numbers, latencies = _numbers(size, seed), list[float]()
+    came: queue.SimpleQueue[Lent] = queue.SimpleQueue()
+    with _a_store(path, size, piece_bytes) as store:
+        session = store.sessions.open("bench", DEPTH, None)
+
+        def ask(number: int) -> None:
+            asked[ExpertKey(0, number)] = time.perf_counter()
+            store.acquire(session, [ExpertKey(0, number)], lambda lent: came.put(lent[0]))
+
+        asked: dict[ExpertKey, float] = {}
+        start_s = time.perf_counter()
+        for number in numbers[:DEPTH]:
+            ask(number)
+        for following in [*numbers[DEPTH:], *[None] * DEPTH]:
+            lent = came.get()
+            assert lent.error is None and lent.bytes_read == size
+            latencies.append(time.perf_counter() - asked[lent.key])
+            store.sessions.release(session, [lent.key])
+            if following is not None:
+                ask(following)
+        wall_s = time.perf_counter() - start_s
+        store.sessions.close(session)
+    return len(numbers) * size / wall_s, latencies
+
+
+@contextmanager
+def _a_store(path: Path, size: int, piece_bytes: int) -> Iterator[ExpertStore]:
+    with ExitStack() as stack:
+        shm = Path(f"/dev/shm/flashmoe-bench-{os.getpid()}")
+        shared = stack.enter_context(segment.create(shm, 2 * DEPTH, size))
+        files = SourceFiles([path], True, stack)
+        slots, lock = SlotPool(shared), threading.RLock()
+        manifest = cast(Manifest, SimpleNamespace(records=_records(path, size)))
+        sessions = SessionTable(slots, lock, DEPTH, path.parent, 0.1)
+        store = ExpertStore(
+            manifest, shared, slots, sessions, lock, DEPTH, 4096, piece_bytes, files.direct
+        )
+        stack.enter_context(Readers(store, files))
+        yield store
+
+
+_known: dict[int, dict[ExpertKey, ExpertRecord]] = {}
+
+
+def _records(path: Path, size: int) -> dict[ExpertKey, ExpertRecord]:
+    if size not in _known:
+        _known[size] = {}
+        with path.open("rb") as file:
+            for number in range(FILE_BYTES // size):
+                checksum = xxhash.xxh3_64_intdigest(file.read(size))
+                key, extent = ExpertKey(0, number), Extent(0, number * size, size, 0)
+                _known[size][key] = ExpertRecord(key, (extent,), (0,), checksum)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return _known[size]
+
+
+def _aiofiles(path: Path, size: int, seed: int) -> Sample:
     """Buffered and dropped afterwards: aiofiles has neither O_DIRECT nor a read into a given
     buffer.
     """
-    numbers = _numbers(size, seed)
+    return asyncio.run(_read_aiofiles(path, size, seed))
+
+
+async def _read_aiofiles(path: Path, size: int, seed: int) -> Sample:
+    numbers, latencies = _numbers(size, seed), list[float]()
 
     async def work(share: list[int]) -> None:
         async with aiofiles.open(path, "rb", buffering=0) as file:
@@ -133,4 +216,4 @@ async def _aiofiles(path: Path, size: int, seed: int, speeds: Times, latencies: 
 
     start_s = time.perf_counter()
     await asyncio.gather(*(work(numbers[n::DEPTH]) for n in range(DEPTH)))
-    speeds.append(len(numbers) * size / (time.perf_counter() - start_s))
+    return len(numbers) * size / (time.perf_counter() - start_s), latencies
