@@ -16,12 +16,13 @@ class HungUp(errors.Unavailable):
 
 
 class Doorbell:
-    """One connection, for one thread."""
+    """One connection, for one thread. poll_s: the longest that `receive` waits."""
 
-    def __init__(self, path: str, session_id: str) -> None:
+    def __init__(self, path: str, session_id: str, poll_s: float) -> None:
         """Raises Unavailable when nobody answers at `path`."""
         self._buffer = bytearray(DOORBELL_MESSAGE_BYTES)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(poll_s)
         try:
             self._socket.connect(path)
             self._socket.send(session_id.encode())
@@ -32,27 +33,27 @@ class Doorbell:
             ) from error
 
     def send(self, exchange: pb.Exchange) -> None:
-        """Raises HungUp, InvalidRequest for more experts than a message holds."""
+        """Raises HungUp, also when the store does not listen; InvalidRequest for more than a message
+        holds.
+        """
         data = exchange.SerializeToString()
         if len(data) > DOORBELL_MESSAGE_BYTES:
             raise errors.InvalidRequest(f"an exchange of {len(data)} bytes: ask for fewer at once")
         try:
-            self._socket.settimeout(None)
             self._socket.send(data)
         except OSError as error:
-            raise HungUp(f"the store hung up ({error.strerror})") from error
+            raise HungUp(f"the store hung up ({error})") from error
 
-    def receive(self, timeout_s: float) -> pb.Exchanged | None:
-        """The next answer, None after the timeout. Raises HungUp, and the error that ends the
-        session.
+    def receive(self) -> pb.Exchanged | None:
+        """The next answer, None after some time without one. Raises HungUp, and the error that ends
+        the session.
         """
         try:
-            self._socket.settimeout(timeout_s)
             length = self._socket.recv_into(self._buffer)
         except TimeoutError:
             return None
         except OSError as error:
-            raise HungUp(f"the store hung up ({error.strerror})") from error
+            raise HungUp(f"the store hung up ({error})") from error
         if length == 0:
             raise HungUp("the store hung up")
         reply = pb.Exchanged.FromString(bytes(memoryview(self._buffer)[:length]))

@@ -241,7 +241,7 @@ class StoreSession:
     ) -> pb.Exchanged | None:
         check()
         try:
-            exchanged = doorbell.receive(_POLL_S)
+            exchanged = doorbell.receive()
         except HungUp as error:
             raise SessionLost(str(error)) from error
         if exchanged is None:
@@ -286,7 +286,7 @@ def _ring(opened: pb.Opened) -> Doorbell | None:
     if not opened.doorbell_path:
         return None
     try:
-        return Doorbell(opened.doorbell_path, opened.session_id)
+        return Doorbell(opened.doorbell_path, opened.session_id, _POLL_S)
     except errors.Unavailable as error:
         logger.warning("no doorbell, misses take the slower stream", extra={"reason": str(error)})
         return None
