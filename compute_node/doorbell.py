@@ -33,8 +33,8 @@ class Doorbell:
             ) from error
 
     def send(self, exchange: pb.Exchange) -> None:
-        """Raises HungUp, also when the store does not listen; InvalidRequest for more than a message
-        holds.
+        """Raises HungUp, also when the store does not listen; InvalidRequest for a message that is
+        too long.
         """
         data = exchange.SerializeToString()
         if len(data) > DOORBELL_MESSAGE_BYTES:
