@@ -13,6 +13,7 @@ import psutil
 from deploy.settings import parse_experts_memory
 from expert_store.manifest import Manifest
 from proto import errors
+from proto.expert import DTYPE_BYTES
 from proto.shm import SegmentLayout
 from scheduler.config import FORECASTER_NAME
 
@@ -153,12 +154,10 @@ def _fixed_parts(
 ) -> dict[str, int]:
     """Everything but the experts' slots."""
     spec, sizing = manifest.spec, manifest.sizing
-    widest = max(
-        tensor.shape[-1] if len(tensor.shape) > 1 else 0
-        for layout in spec.layouts.values()
-        for tensor in layout
-    )
+    tensors = [tensor for layout in spec.layouts.values() for tensor in layout]
+    widest = max(tensor.shape[-1] if len(tensor.shape) > 1 else 0 for tensor in tensors)
     itemsize = 4
+    inner_itemsize = max(2, *(DTYPE_BYTES[tensor.dtype] for tensor in tensors))
     overheads = dict(OVERHEAD_BYTES)
     if not embedded_valkey:
         del overheads["valkey"]
@@ -168,7 +167,7 @@ def _fixed_parts(
         # [T, K, D] outputs, a dozen [T, D] activations, one expert's inner activations, logits,
         # and where attention is eager its scores, their softmax and a copy
         "prefill_buffers": itemsize * chunk_tokens * sizing.hidden_size * (spec.top_k + 12)
-        + itemsize * chunk_tokens * widest * 6
+        + inner_itemsize * chunk_tokens * widest * 6
         + itemsize * 4 * sizing.vocab_size
         + itemsize * 3 * sizing.eager_attention_heads * chunk_tokens * context_tokens,
         "read_slots": read_depth * manifest.slot_bytes
