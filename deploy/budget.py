@@ -33,13 +33,17 @@ OVERHEAD_BYTES = {
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """parts: bytes by part, summing to total_bytes. slots: experts that can be resident."""
+    """parts: bytes by part, summing to total_bytes. slots: experts that can be resident.
+
+    spare_slots: beside them, for reads under way
+    """
 
     ceiling_bytes: int
     parts: dict[str, int]
     slots: int
     slot_bytes: int
     num_experts: int
+    spare_slots: int
 
     @property
     def total_bytes(self) -> int:
@@ -72,7 +76,7 @@ def plan_memory(
     *,
     context_tokens: int,
     chunk_tokens: int,
-    read_depth: int,
+    spare_slots: int,
     embedded_valkey: bool = True,
     forecaster_bytes: int = 0,
 ) -> MemoryPlan:
@@ -84,7 +88,7 @@ def plan_memory(
     ConfigInvalid.
     """
     spec, slot_bytes = manifest.spec, manifest.slot_bytes
-    parts = _fixed_parts(manifest, context_tokens, chunk_tokens, read_depth, embedded_valkey)
+    parts = _fixed_parts(manifest, context_tokens, chunk_tokens, spare_slots, embedded_valkey)
     parts["scheduler"] += forecaster_bytes
     fixed = sum(parts.values())
     smallest = spec.top_k * len(spec.moe_layers)
@@ -103,6 +107,7 @@ def plan_memory(
         slots,
         slot_bytes,
         spec.num_experts_total,
+        spare_slots,
     )
     if plan.total_bytes > plan.ceiling_bytes:
         raise errors.MemoryExceeded(
@@ -130,7 +135,7 @@ def _check_machine(ceiling_bytes: int) -> None:
 
 def check_shared_memory(plan: MemoryPlan) -> None:
     """Raises MemoryExceeded when /dev/shm has no room for the segment."""
-    needed = plan.parts["experts"] + plan.parts["read_slots"]
+    needed = plan.parts["experts"] + plan.parts["spare_slots"]
     free = shutil.disk_usage("/dev/shm").free
     if needed > free:
         raise errors.MemoryExceeded(
@@ -149,7 +154,7 @@ def _fixed_parts(
     manifest: Manifest,
     context_tokens: int,
     chunk_tokens: int,
-    read_depth: int,
+    spare_slots: int,
     embedded_valkey: bool,
 ) -> dict[str, int]:
     """Everything but the experts' slots."""
@@ -170,7 +175,7 @@ def _fixed_parts(
         + inner_itemsize * chunk_tokens * widest * 6
         + itemsize * 4 * sizing.vocab_size
         + itemsize * 3 * sizing.eager_attention_heads * chunk_tokens * context_tokens,
-        "read_slots": read_depth * manifest.slot_bytes
+        "spare_slots": spare_slots * manifest.slot_bytes
         + SegmentLayout(spec.num_experts_total, manifest.slot_bytes).header_bytes,
         **overheads,
     }

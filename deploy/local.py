@@ -41,7 +41,8 @@ def compose(
             "store_dir": str(store_dir),
             "segment_path": str(run.segment),
             "session_dir": str(run.path / "sessions"),
-            "num_slots": plan.slots + read_depth,
+            "num_slots": plan.slots + plan.spare_slots,
+            "spare_slots": plan.spare_slots,
             "resident_list": str(run.path / "resident.json"),
             "read_depth": read_depth,
             "metrics_port": 0,
@@ -91,6 +92,7 @@ _CONFIGS: dict[str, type[BaseModel]] = {
 }
 _OVERRIDABLE = {
     "read_depth",
+    "spare_slots",
     "policy",
     "decayed_half_life_tokens",
     "redis_url",

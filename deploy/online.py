@@ -223,7 +223,7 @@ def prepare(settings: ServeSettings) -> tuple[Path, Manifest, MemoryPlan]:
         settings.experts_memory,
         context_tokens=settings.context_tokens,
         chunk_tokens=settings.chunk_tokens,
-        read_depth=settings.read_depth,
+        spare_slots=settings.spare_slots(manifest.slot_bytes),
         embedded_valkey=settings.redis is None,
         forecaster_bytes=forecaster_room(settings.model),
     )

@@ -55,6 +55,14 @@ class ServeSettings(BaseModel):
     def read_depth(self) -> int:
         return self._count("expert_store", "read_depth", 4)
 
+    def spare_slots(self, slot_bytes: int) -> int:
+        """Slots beside those of the plan, for reads under way and guesses that came: as many as the
+        read depth, fewer where one expert is many reads, two at least.
+        """
+        piece_bytes = self._count("expert_store", "piece_bytes", 1024 * 1024)
+        needed = -(-self.read_depth * piece_bytes // slot_bytes) + 1
+        return self._count("expert_store", "spare_slots", max(2, min(self.read_depth, needed)))
+
     @property
     def context_tokens(self) -> int:
         return self._count("compute_node", "max_context_tokens", 2048)

@@ -39,8 +39,9 @@ async def run(
     ):
         lock = threading.RLock()
         slots = SlotPool(shared)
-        max_leased = config.num_slots - config.read_depth
-        sessions = SessionTable(slots, lock, max_leased, config.session_dir, config.lock_poll_s)
+        sessions = SessionTable(
+            slots, lock, config.max_leased, config.session_dir, config.lock_poll_s
+        )
         store = ExpertStore(
             manifest,
             shared,

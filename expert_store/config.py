@@ -23,6 +23,7 @@ class ExpertStoreConfig(BaseModel):
     session_dir: Path
     num_slots: PositiveInt
     read_depth: Annotated[int, Field(ge=1, le=64)] = 4
+    spare_slots: PositiveInt | None = None
     max_queued_reads: PositiveInt = 4096
     piece_bytes: Annotated[int, Field(ge=4096, multiple_of=4096)] = 1024 * 1024
     direct_io: bool = True
@@ -38,9 +39,15 @@ class ExpertStoreConfig(BaseModel):
 
     @model_validator(mode="after")
     def _leave_slots_to_lend(self) -> Self:
-        if self.num_slots <= self.read_depth:
-            raise ValueError(f"num_slots must exceed read_depth ({self.read_depth})")
+        if self.max_leased <= 0:
+            spare = self.num_slots - self.max_leased
+            raise ValueError(f"num_slots must exceed the spare slots ({spare})")
         return self
+
+    @property
+    def max_leased(self) -> int:
+        """Slots that quotas may cover; the others are spare."""
+        return self.num_slots - (self.spare_slots or self.read_depth)
 
     @property
     def doorbell_path(self) -> Path:

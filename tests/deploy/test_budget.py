@@ -26,7 +26,7 @@ def plan(manifest: Manifest, memory_bytes: int | None, experts: str | None):  # 
         experts,
         context_tokens=2048,
         chunk_tokens=256,
-        read_depth=4,
+        spare_slots=4,
     )
 
 
@@ -35,7 +35,7 @@ def test_parts_sum_to_the_total_and_stay_below(manifest: Manifest) -> None:
     assert found.total_bytes == sum(found.parts.values()) <= 1024 * MIB
     assert found.parts["experts"] == found.slots * manifest.slot_bytes
     assert found.parts["kv_cache"] == 2048 * manifest.sizing.cache_bytes_per_token
-    assert found.parts["read_slots"] >= 4 * manifest.slot_bytes
+    assert found.parts["spare_slots"] >= 4 * manifest.slot_bytes
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,26 @@ def test_parts_sum_to_the_total_and_stay_below(manifest: Manifest) -> None:
 )
 def test_experts_memory_in_three_spellings(manifest: Manifest, text: str, slots: int) -> None:
     assert plan(manifest, None, text).slots == slots
+
+
+@pytest.mark.parametrize(
+    ("slot_mib", "table", "spare"),
+    [
+        (0.25, {}, 4),
+        (1, {}, 4),
+        (3, {}, 3),
+        (24, {}, 2),
+        (24, {"spare_slots": 7}, 7),
+        (24, {"piece_bytes": 64 * MIB}, 4),
+        (0.25, {"read_depth": 1}, 2),
+    ],
+)
+def test_spare_slots_follow_what_is_read_at_once(
+    slot_mib: float, table: dict[str, int], spare: int
+) -> None:
+    """A record of many pieces needs fewer."""
+    settings = ServeSettings(expert_store=table)
+    assert settings.spare_slots(int(slot_mib * MIB)) == spare
 
 
 @pytest.mark.parametrize("text", ["0%", "120%", "x%", "many", "-3"])
