@@ -14,6 +14,8 @@ from proto import errors
 
 logger = logging.getLogger(__name__)
 
+_SHORT_BYTES = 256 * 1024 + 4096
+
 
 class Readers:
     """As many as the read depth, and one more: while it hashes, the device keeps its depth.
@@ -50,21 +52,25 @@ class Readers:
             self._read(*issued)
 
     def _read(self, fill: Fill[Session], number: int) -> None:
+        assert fill.assembly is not None
         is_whole = False
         problem: errors.FlashMoEError | None = None
+        # Hashed sooner than another reader wakes up: this one goes on by itself.
+        is_short = fill.assembly.pieces[number].length_bytes <= _SHORT_BYTES
         try:
-            is_whole = self._read_and_add(fill, number)
+            is_whole = self._read_and_add(fill, number, is_short)
         except errors.ExpertDamaged as error:
             problem = error
         except Exception as error:  # carried to whoever waits: a reader outlives it
             logger.exception("read failed")
             problem = errors.FlashMoEError(f"the store failed: {error!r}")
-        self._store.piece_done(fill, is_whole, problem)
+        self._store.piece_done(fill, is_whole, problem, came_now=is_short)
 
-    def _read_and_add(self, fill: Fill[Session], number: int) -> bool:
+    def _read_and_add(self, fill: Fill[Session], number: int, is_short: bool) -> bool:
         assert fill.assembly is not None and fill.view is not None
         try:
             read_piece(self._files, fill.record, fill.assembly.pieces[number], fill.view)
         finally:
-            self._store.piece_came(fill)
+            if not is_short:
+                self._store.piece_came(fill)
         return add_piece(self._files, fill.record, fill.assembly, number)

@@ -173,17 +173,25 @@ class ExpertStore:
     def piece_came(self, fill: Fill[Session]) -> None:
         """The device is free for another; said whether or not the read went well."""
         with self._changed:
-            fill.arrived_ns = time.perf_counter_ns()
-            self._num_at_device -= 1
-            if self._num_at_device == 0:
-                self.counters.busy_s += (fill.arrived_ns - self._busy_since_ns) / 1e9
-            self._changed.notify()
+            self._leave_device(fill)
+            if self._queue.first() is not None:
+                self._changed.notify()
 
     def piece_done(
-        self, fill: Fill[Session], is_whole: bool, error: errors.FlashMoEError | None
+        self,
+        fill: Fill[Session],
+        is_whole: bool,
+        error: errors.FlashMoEError | None,
+        *,
+        came_now: bool,
     ) -> None:
-        """A piece was read and hashed, or failed; lends the record once it is whole."""
+        """A piece was read and hashed, or failed; lends the record once it is whole.
+
+        came_now: `piece_came` was not said; the reader that says this goes on itself
+        """
         with self._changed:
+            if came_now:
+                self._leave_device(fill)
             fill.num_in_flight -= 1
             fill.error = fill.error or error
             lent = self._seal(fill) if is_whole else self._settle(fill)
@@ -317,8 +325,15 @@ class ExpertStore:
         del self._fills[fill.record.key]
         if fill.view is not None:
             fill.view.release()
-        self._changed.notify()  # a slot may be free for who waits for one
+        if self._queue.first() is not None:
+            self._changed.notify()  # a slot may be free for who waits for one
         return fill.slot
+
+    def _leave_device(self, fill: Fill[Session]) -> None:
+        fill.arrived_ns = time.perf_counter_ns()
+        self._num_at_device -= 1
+        if self._num_at_device == 0:
+            self.counters.busy_s += (fill.arrived_ns - self._busy_since_ns) / 1e9
 
     def _bytes_issued(self, fill: Fill[Session]) -> int:
         if fill.assembly is None:
