@@ -14,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.expert_memory import Borrowed
-from compute_node.kernels import combine, feed_forward
+from compute_node.kernels import combine, feed_forward, feed_forward_each
 from compute_node.overlap import Overlap
 from compute_node.prefetcher import Prefetcher
 from proto.expert import ExpertKey
@@ -100,13 +100,13 @@ def _one_token(
     waves: Iterable[list[Borrowed]],
 ) -> Tensor:
     """Decode: add in ascending expert order, whatever order they came in."""
+    weights = dict(zip(topk_ids[0].tolist(), topk_weights[0].tolist(), strict=True))
     weighted: dict[int, Tensor] = {}
-    places = {expert: place for place, expert in enumerate(topk_ids[0].tolist())}
     for wave in waves:
-        for borrowed in wave:
-            output = feed_forward(module, borrowed.tensors, hidden)  # [1, D]
-            weight = topk_weights[0, places[borrowed.key.expert]]
-            weighted[borrowed.key.expert] = (output * weight).to(hidden.dtype)
+        outputs = feed_forward_each(module, [borrowed.tensors for borrowed in wave], hidden)
+        for borrowed, output in zip(wave, outputs[:, None].unbind(), strict=True):
+            expert = borrowed.key.expert
+            weighted[expert] = output * weights[expert]
     total = torch.zeros_like(hidden)
     for expert in sorted(weighted):
         total += weighted[expert]

@@ -4,11 +4,18 @@ eager experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from compute_node import gemv
+
+# From so many on, torch shares the elements of a tensor out to threads at any place, and an
+# activation's bits may depend on where.
+_SHARED_OUT_ELEMENTS = 32768
 
 
 def feed_forward(module: Any, tensors: dict[str, Tensor], hidden: Tensor) -> Tensor:
@@ -20,10 +27,48 @@ def feed_forward(module: Any, tensors: dict[str, Tensor], hidden: Tensor) -> Ten
 
     Returns [t, D].
     """
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _project(module, tensors, up_name, hidden)  # [t, 2F] or [t, F]
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # [t, F]
-    return _project(module, tensors, "down_proj", inner)
+    inner = _project(module, tensors, _up_name(module), hidden)  # [t, 2F] or [t, F]
+    return _project(module, tensors, "down_proj", _activate(module, inner))
+
+
+def feed_forward_each(module: Any, experts: Sequence[dict[str, Tensor]], hidden: Tensor) -> Tensor:
+    """`feed_forward` of one token through several experts.
+
+    hidden: [1, D]
+
+    Returns [E, D].
+    """
+    up_name = _up_name(module)
+    if not (
+        _is_native(module, experts[0], up_name) and _is_native(module, experts[0], "down_proj")
+    ):
+        return torch.cat([feed_forward(module, tensors, hidden) for tensors in experts])
+    inner = _multiply(experts, up_name, hidden)  # [E, 2F] or [E, F]
+    if inner.numel() < _SHARED_OUT_ELEMENTS:
+        inner = _activate(module, inner)  # [E, F]
+    else:
+        inner = torch.cat([_activate(module, row) for row in inner[:, None].unbind()])
+    return _multiply(experts, "down_proj", inner)
+
+
+def _up_name(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def _activate(module: Any, inner: Tensor) -> Tensor:
+    """[t, 2F] or [t, F] to [t, F]."""
+    activated: Tensor = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    return activated
+
+
+def _is_native(module: Any, tensors: dict[str, Tensor], name: str) -> bool:
+    return not module.is_transposed and gemv.is_exact(tensors[name], tensors.get(f"{name}_bias"))
+
+
+def _multiply(experts: Sequence[dict[str, Tensor]], name: str, inputs: Tensor) -> Tensor:
+    bias = f"{name}_bias"
+    biases = [tensors[bias] for tensors in experts if bias in tensors]
+    return gemv.multiply([tensors[name] for tensors in experts], inputs, biases)
 
 
 def _project(module: Any, tensors: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:

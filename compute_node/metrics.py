@@ -8,6 +8,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from compute_node import gemv
 from compute_node.access_log import AccessLog
 from compute_node.advice import AdviceFeed
 from compute_node.engine import Engine
@@ -51,6 +52,14 @@ class NodeCollector(Collector):
             "flashmoe_node_queued_requests", "Waiting", value=self._compute.num_queued
         )
         yield from self._prefetches()
+        shapes = GaugeMetricFamily(
+            "flashmoe_node_matrix_shapes",
+            "Shapes of matrices by what multiplies one token with them",
+            labels=["kernel"],
+        )
+        shapes.add_metric(["native"], gemv.num_shapes(native=True))
+        shapes.add_metric(["torch"], gemv.num_shapes(native=False))
+        yield shapes
         evictions = CounterMetricFamily(
             "flashmoe_node_evictions_decided", "By whom evictions were decided", labels=["by"]
         )

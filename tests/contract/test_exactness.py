@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from compute_node import gemv, native_library
 from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.engine import Engine, SequenceState
@@ -46,11 +47,16 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Reference]
 
 
 def reference(
-    references: dict[Any, Reference], name: str, dtype: torch.dtype, folder: Path
+    references: dict[Any, Reference],
+    name: str,
+    dtype: torch.dtype,
+    folder: Path,
+    **overrides: Any,
 ) -> Reference:
     """transformers' eager experts on the same checkpoint, step by step and through generate()."""
-    if (name, dtype) not in references:
-        root = make(name, folder / "checkpoint", dtype, seed=_SEEDS.get(name, 0))
+    variant = (name, dtype, *overrides.items())
+    if variant not in references:
+        root = make(name, folder / "checkpoint", dtype, seed=_SEEDS.get(name, 0), **overrides)
         model = AutoModelForCausalLM.from_pretrained(root, dtype=dtype).eval()
         model.set_experts_implementation("eager")
         align(model)
@@ -73,8 +79,8 @@ def reference(
                 eos_token_id=None,
                 pad_token_id=0,
             )[0].tolist()
-        references[name, dtype] = Reference(root, logits, tokens, generated)
-    return references[name, dtype]
+        references[variant] = Reference(root, logits, tokens, generated)
+    return references[variant]
 
 
 def align(model: torch.nn.Module) -> None:
@@ -158,3 +164,26 @@ def test_pool_of_all_layers_is_exact(references: dict[Any, Reference], tmp_path:
         logits, tokens = run(node)
     assert all(torch.equal(a, b) for a, b in zip(logits, expected.logits, strict=True))
     assert tokens == expected.tokens
+
+
+@pytest.mark.skipif(native_library.obstacle() != "", reason=native_library.obstacle())
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_native_kernel_is_exact(
+    num_threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny checkpoints' matrices are too small for it: torch has another kernel for those."""
+    monkeypatch.setattr(gemv, "_same_bits", {})
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        wide = {"hidden_size": 256, "moe_intermediate_size": 96, "head_dim": 64}
+        expected = reference({}, "qwen3_moe", torch.bfloat16, tmp_path, **wide)
+        index(expected.root, tmp_path / "store")
+        with engine(tmp_path / "store", tmp_path) as node:
+            logits, tokens = run(node)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(logits, expected.logits, strict=True))
+    assert tokens == expected.tokens
+    by_amx = "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    assert gemv.num_shapes(native=True) >= 4 or by_amx, "experts, attention, output"
