@@ -18,6 +18,7 @@ from tests.bench.peers.report import print_sameness, print_table
 from tests.bench.peers.run import Prompt
 from tests.bench.widen import MIB
 
+NAME = "compare"
 RECORD_BYTES = 24 * MIB
 PROMPT_TOKENS, TEXT_TOKENS = 48, 96
 QUICK_PROMPTS = 4
@@ -26,7 +27,7 @@ OURS = ("FlashMoE", "FlashMoE on mmap")
 
 def compare(chosen: argparse.Namespace) -> None:
     """Print the tables of `chosen` engines, shares and rounds."""
-    laboratory = Laboratory("compare", PeerModel(RECORD_BYTES), chosen.python, present_commit())
+    laboratory = Laboratory(NAME, PeerModel(RECORD_BYTES), chosen.python, present_commit())
     if chosen.fresh:
         laboratory.forget()
     size = laboratory.prepare()
@@ -48,7 +49,7 @@ def compare(chosen: argparse.Namespace) -> None:
 
 def agree(chosen: argparse.Namespace) -> None:
     """Print how often llama.cpp and we choose the same next token; measured once a commit."""
-    laboratory = Laboratory("compare", PeerModel(RECORD_BYTES), chosen.python, present_commit())
+    laboratory = Laboratory(NAME, PeerModel(RECORD_BYTES), chosen.python, present_commit())
     file = FOLDER / "agreement.json"
     found = json.loads(file.read_text()) if file.exists() and not chosen.fresh else {}
     if laboratory.commit not in found:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.bench.peers import compare
 from tests.bench.peers.laboratory import Laboratory, present_commit, read_prompts
 from tests.bench.peers.models import GGUF, STORE, PeerModel
 from tests.bench.peers.plan import READ_AHEAD_BYTES
@@ -79,7 +80,9 @@ def grow(chosen: argparse.Namespace) -> None:
 
 def _measure(model: PeerModel, chosen: argparse.Namespace, rounds: int) -> Speeds:
     name = f"growth-{model.record_bytes // MIB}-{model.copies}"
-    laboratory = Laboratory(name, model, chosen.python, present_commit())
+    is_compared = (model.record_bytes, model.copies) == (compare.RECORD_BYTES, 1)
+    disk_name = compare.NAME if is_compared else None
+    laboratory = Laboratory(name, model, chosen.python, present_commit(), disk_name)
     if chosen.fresh:
         laboratory.forget()
     wanted = [
@@ -90,7 +93,8 @@ def _measure(model: PeerModel, chosen: argparse.Namespace, rounds: int) -> Speed
     if laboratory.missing(wanted):
         laboratory.prepare()
     runs = laboratory.run(wanted, read_prompts(PROMPT_TOKENS))
-    laboratory.discard()
+    if not is_compared:
+        laboratory.discard()
     return {engine: _speeds(runs, engine) for engine in ENGINES}
 
 

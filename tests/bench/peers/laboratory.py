@@ -25,16 +25,17 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Laboratory:
-    """name: of its disk and its results. python: of the peers' environment."""
+    """name: of its results. python: of the peers' environment. disk_name: None: as the results."""
 
     name: str
     model: PeerModel
     python: Path
     commit: str
+    disk_name: str | None = None
 
     @property
     def disk(self) -> PeersDisk:
-        return PeersDisk(FOLDER / f"{self.name}.img", FOLDER / "disk")
+        return PeersDisk(FOLDER / f"{self.disk_name or self.name}.img", FOLDER / "disk")
 
     def prepare(self) -> int:
         """Make the model on its disk, unless it is there. Returns the bytes of the model file.
