@@ -5,11 +5,14 @@ whole, an arithmetic mean of speeds, the first token counted in a token's bytes,
 the table, failed runs as figures, limits from small to large, a file of results begun anew, a
 cgroup found by part of a controller's name or in version 2's hierarchy, requests read as sectors;
 in the plan: everybody without a limit, own read-ahead at every share, limits within a page, rounds
-innermost, all prompts for the slow.
+innermost, all prompts for the slow; a core's share for the machine's, stolen time left out, a name
+with brackets, other fields of a process read as its time; texts of two lengths compared as far as
+the shorter goes, the first place left out, first tokens alone or everybody's compared.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import NoReturn
 
 import pytest
 
-from tests.bench.peers import cgroup, disk, plan, report, results
+from tests.bench.peers import cgroup, cpu, disk, plan, report, results
 from tests.bench.peers.agreement import agreement
 from tests.bench.peers.contenders import Contender
 from tests.bench.peers.engine import Setup, Token
@@ -105,6 +108,16 @@ def test_a_table_leaves_out_the_cold_prompt_and_says_why_a_run_failed(
     assert [row.split()[0] for row in rows if row] == ["none", "25", "25"]
     assert "10.00 (10.00-10.00)" in rows[0]
     assert rows[2].split() == ["25", "%", "theirs", "failed"]
+
+
+def test_time_of_others_is_what_is_left_of_the_busy_time() -> None:
+    tick_s = 1 / os.sysconf("SC_CLK_TCK")
+    stat = "cpu  100 20 30 5000 7 1 2 40 9 9\ncpu0 1 1 1 1 1 1 1 1 1 1\n"
+    assert cpu.busy_s(stat) == pytest.approx(193 * tick_s)
+    process = "77 (a) b (c)) S " + " ".join(str(n) for n in range(4, 30))
+    assert cpu.process_s(process) == pytest.approx((14 + 15 + 16 + 17) * tick_s)
+    before, after = cpu.CpuMoment(10.0, 100.0, 3.0), cpu.CpuMoment(20.0, 115.0, 13.0)
+    assert after.others_ratio(before, num_cores=2) == pytest.approx(0.25)
 
 
 def test_runs_are_kept_on_file(tmp_path: Path) -> None:

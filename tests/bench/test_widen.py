@@ -2,7 +2,9 @@
 
 Planted faults seen red: padding with random output weights, with zeros of one sign, with zero input
 weights, real units moved behind the padding, the old size in config.json, offsets that all begin at
-zero, no look at the disk, a record smaller than the expert, a checkpoint without experts taken.
+zero, no look at the disk, a record smaller than the expert, a checkpoint without experts taken;
+copies numbered beside their originals, with the same router rows, no original row, the old number
+of experts in config.json.
 """
 
 from __future__ import annotations

@@ -24,6 +24,11 @@ class MemoryGroup:
         return ["sh", "-c", enter, "sh", *command]
 
     @property
+    def pids(self) -> list[int]:
+        """Of its processes now."""
+        return [int(line) for line in (self.path / "cgroup.procs").read_text().split()]
+
+    @property
     def major_faults(self) -> int:
         """Of all its processes, dead ones included."""
         return self._stat("pgmajfault")

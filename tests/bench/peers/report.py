@@ -20,6 +20,7 @@ HEADER = [
     "MiB/token",
     "faults/token",
     "peak MiB",
+    "others' CPU",
 ]
 
 
@@ -82,6 +83,7 @@ def _row(runs: Sequence[RunResult]) -> list[str]:
         _over(warm, lambda answers: per_token(answers, lambda a: a.decode_bytes) / MIB, 0),
         _over(warm, lambda answers: per_token(answers, lambda a: a.decode_faults), 0),
         f"{max(run.peak_bytes for run in runs) / MIB:.0f}",
+        f"{max(run.others_ratio for run in runs):.0%}",
     ]
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from itertools import islice, pairwise
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Protocol
 
+from proto.errors import FlashMoEError
 from tests.bench.peers.cgroup import MemoryGroup, memory_group
+from tests.bench.peers.cpu import CpuMoment
 from tests.bench.peers.disk import PeersDisk
 from tests.bench.peers.engine import Engine, Setup, Start
 
@@ -64,7 +69,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class RunResult:
-    """answers: the first was given cold. failure: why there are no more; None: there are all."""
+    """answers: the first was given cold. failure: why there are no more; None: there are all.
+
+    others_ratio: share of all cores that was taken by others meanwhile
+    """
 
     case: Case
     commit: str
@@ -72,6 +80,10 @@ class RunResult:
     peak_bytes: int
     answers: list[Answer] = field(default_factory=list)
     failure: str | None = None
+    others_ratio: float = 0.0
+
+
+GIVEN_UP = (OSError, HTTPException, SubprocessError, FlashMoEError)
 
 
 class Counters(Protocol):
@@ -104,7 +116,7 @@ def measure(
 ) -> RunResult:
     """An engine that ends early, or is killed for memory, gives a failure and what came before."""
     answers: list[Answer] = []
-    failure = None
+    failure, others_ratio = None, 0.0
     with ExitStack() as stack:
         stack.enter_context(disk.mounted(case.read_ahead_bytes))
         group = stack.enter_context(memory_group(case.limit_bytes))
@@ -113,13 +125,16 @@ def measure(
         try:
             with start(Setup(python, disk.folder, group, case.limit_bytes, log)) as engine:
                 start_s = time.monotonic() - began_s
+                before = CpuMoment.now(group.pids)
                 for number, prompt in enumerate(prompts[: case.num_prompts]):
                     seed = 1000 * case.round_number + number
                     counters = DiskAndGroup(disk, group)
                     answers.append(ask(engine, prompt, case.max_tokens, seed, counters))
-        except OSError as error:
+                after = CpuMoment.now(group.pids)
+                others_ratio = after.others_ratio(before, os.cpu_count() or 1)
+        except GIVEN_UP as error:
             failure = "killed for memory" if group.num_killed else str(error)
-        return RunResult(case, commit, start_s, group.peak_bytes, answers, failure)
+        return RunResult(case, commit, start_s, group.peak_bytes, answers, failure, others_ratio)
 
 
 def ask(engine: Engine, prompt: Prompt, max_tokens: int, seed: int, counters: Counters) -> Answer:
