@@ -29,6 +29,7 @@ RECORDS_MIB = (3, 6, 12, 24)
 ENGINES = {"FlashMoE": "#d1495b", "llama.cpp": "#1f6feb"}
 PROMPT_TOKENS, MAX_TOKENS, NUM_PROMPTS = 48, 32, 6
 ROUNDS = 3
+SPEEDS = (1, 2, 5, 10, 20, 50, 100, 200)
 PLOT = ROOT / "tests/bench/plots/growth.png"
 
 Speeds = dict[str, list[float]]  # by engine, a figure a round
@@ -144,6 +145,8 @@ def _panel(axes: Axes, one: Series, speeds: Mapping[float, Speeds]) -> None:
         )
     axes.set_xticks(list(places), [f"{x:g}" for x in speeds])
     axes.set_yscale("log")
+    axes.set_yticks(SPEEDS, [str(speed) for speed in SPEEDS])
+    axes.minorticks_off()
     axes.set(title=one.title, xlabel=one.x_label)
     axes.grid(axis="y", which="both", color="#e6e6e6")
     axes.spines[["top", "right"]].set_visible(False)
