@@ -166,6 +166,33 @@ class Generation:
         return Piece(self._token_ids[-1], finished.text) if finished.text else None
 
 
+@dataclass(frozen=True)
+class ScoredToken:
+    """log_prob: natural logarithm of its probability, given what came before it in its piece"""
+
+    token_id: int
+    log_prob: float
+
+
+class Scoring:
+    """An iterator over the scored tokens of a text. Leaving early: call `cancel`."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __iter__(self) -> Iterator[ScoredToken]:
+        """Raises the typed error the node ended with (proto/errors.py)."""
+        try:
+            for reply in self._call:
+                yield ScoredToken(reply.id, reply.log_prob)
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error) from None
+
+    def cancel(self) -> None:
+        """Tell the node to stop; it does so between layers."""
+        self._call.cancel()
+
+
 class NodeClient:
     """A connection to one node. Use as a context manager, or call `close`."""
 
@@ -230,6 +257,27 @@ class NodeClient:
         )
         _set_input(request, prompt)
         return Generation(self._stub.Generate(request, timeout=timeout_s))
+
+    def score(
+        self,
+        text: str | Sequence[int],
+        *,
+        max_tokens: int = 0,
+        context_tokens: int = 0,
+        timeout_s: float | None = None,
+    ) -> Scoring:
+        """How likely each token of a text is, computed one by one as decode does.
+
+        text: text or token ids
+        max_tokens: a longer text is cut to its first so many tokens; 0: never
+        context_tokens: a longer text is scored in pieces of so many; 0: 512
+        """
+        request = pb.ScoreRequest(max_tokens=max_tokens, context_tokens=context_tokens)
+        if isinstance(text, str):
+            request.text = text
+        else:
+            request.token_ids.ids.extend(text)
+        return Scoring(self._stub.Score(request, timeout=timeout_s))
 
     def forward(self, request: pb.ForwardRequest, timeout_s: float | None = None) -> bytes:
         """One MoE layer's routed experts on raw arrays, as proto/compute_node.proto lays them

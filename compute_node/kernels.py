@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node import gemv
+from compute_node import gemv, low_bit
 
 # From so many on, torch shares the elements of a tensor out to threads at any place, and an
 # activation's bits may depend on where.
@@ -39,7 +39,7 @@ def feed_forward_each(module: Any, experts: Sequence[dict[str, Tensor]], hidden:
     Returns [E, D].
     """
     up_name = _up_name(module)
-    if not (
+    if experts[0][up_name].dtype != hidden.dtype or not (
         _is_native(module, experts[0], up_name) and _is_native(module, experts[0], "down_proj")
     ):
         return torch.cat([feed_forward(module, tensors, hidden) for tensors in experts])
@@ -72,11 +72,19 @@ def _multiply(experts: Sequence[dict[str, Tensor]], name: str, inputs: Tensor) -
 
 
 def _project(module: Any, tensors: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:
-    weight = tensors[name]
+    if tensors[name].dtype in low_bit.KERNELS:
+        return _project_low_bit(module, tensors, name, inputs)
+    weight = tensors[name].to(inputs.dtype)  # the same, unless packed as bf16 of another dtype
     if module.is_transposed:
         output = inputs @ weight
         return output + tensors[f"{name}_bias"] if module.has_bias else output
     return functional.linear(inputs, weight, tensors.get(f"{name}_bias"))
+
+
+def _project_low_bit(module: Any, tensors: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:
+    num_outputs = getattr(module, name).shape[-1 if module.is_transposed else 1]
+    output = low_bit.project(tensors, name, inputs, num_outputs)
+    return output + tensors[f"{name}_bias"] if module.has_bias else output
 
 
 def combine(outputs: Tensor, topk_ids: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from compute_node.access_log import AccessLog
 from compute_node.advice import AdviceFeed
 from compute_node.jobs import ComputeThread
 from compute_node.sampling import SamplingOptions
+from compute_node.scoring import ScoredText, ScoredToken, check_text, score
 from compute_node.step_access import Recording, StepAccess
 from compute_node.store_client import StoreClient
 from compute_node.text import encode_chat, encode_prompt
@@ -23,6 +24,8 @@ from proto import errors
 
 SERVICE_NAME = "flashmoe.v1.ComputeNode"
 _DEFAULT_MAX_TOKENS = 128
+_DEFAULT_SCORE_TOKENS = 512
+_MAX_SCORED_CHARACTERS = 1 << 20
 _MAX_STOPS = 16
 
 
@@ -62,6 +65,25 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         finally:
             await jobs.aclose()  # type: ignore[attr-defined]
 
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncIterator[pb.ScoreReply]:
+        token_ids = await asyncio.to_thread(self._scored_ids, request)
+        text = ScoredText(
+            tuple(token_ids[: request.max_tokens or None]),
+            request.context_tokens or _DEFAULT_SCORE_TOKENS,
+        )
+        check_text(self._engine, text)
+        self._num_requests += 1
+
+        def work(check: Callable[[], None]) -> Iterator[ScoredToken]:
+            return score(self._engine, text, check)
+
+        jobs = self._compute.run(work, context.time_remaining())
+        try:
+            async for _, scored in jobs:
+                yield pb.ScoreReply(id=scored.token_id, log_prob=scored.log_prob)
+        finally:
+            await jobs.aclose()  # type: ignore[attr-defined]
+
     async def Forward(self, request: pb.ForwardRequest, context: Any) -> pb.ForwardReply:
         hidden, topk_ids, topk_weights = self._tensors(request)
 
@@ -94,6 +116,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             store_reconnects=max(0, self._store.num_opened - 1),
             dense_bytes=loaded.dense_bytes,
             cache_bytes=self._engine.peak_cache_bytes,
+            weight_format=loaded.spec.weight_format.to_pb(),
             layers=[
                 pb.LayerStats(layer=layer, hits=c.hits, misses=c.misses, stall_s=c.stall_s)
                 for layer, c in counters.items()
@@ -150,6 +173,16 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
                 messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
                 return encode_chat(tokenizer, messages)
         raise errors.InvalidRequest("give a prompt, token_ids or chat messages")
+
+    def _scored_ids(self, request: pb.ScoreRequest) -> list[int]:
+        if request.WhichOneof("input") == "token_ids":
+            return list(request.token_ids.ids)
+        if len(request.text) > _MAX_SCORED_CHARACTERS:
+            raise errors.InvalidRequest(
+                f"the text has {len(request.text)} characters, at most {_MAX_SCORED_CHARACTERS} "
+                "are scored at once: send it in parts"
+            )
+        return encode_prompt(self._engine.loaded.tokenizer, request.text)
 
     def _tensors(
         self, request: pb.ForwardRequest

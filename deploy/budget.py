@@ -13,11 +13,13 @@ import psutil
 from deploy.settings import parse_experts_memory
 from expert_store.manifest import Manifest
 from proto import errors
-from proto.expert import DTYPE_BYTES
+from proto.expert import DTYPE_BYTES, ModelSpec
 from proto.shm import SegmentLayout
 from scheduler.config import FORECASTER_NAME
 
 MIB = 1024 * 1024
+
+_WEIGHTS_PER_BYTE = {"U8": 2, "I8": 1, "BF16": 0.5}
 
 # PSS of each process beside weights and buffers, measured on an idle stack with room for what
 # they grow by
@@ -160,9 +162,12 @@ def _fixed_parts(
     """Everything but the experts' slots."""
     spec, sizing = manifest.spec, manifest.sizing
     tensors = [tensor for layout in spec.layouts.values() for tensor in layout]
-    widest = max(tensor.shape[-1] if len(tensor.shape) > 1 else 0 for tensor in tensors)
+    widest = max(
+        tensor.shape[-1] * (2 if tensor.dtype == "U8" else 1) if len(tensor.shape) > 1 else 0
+        for tensor in tensors
+    )
     itemsize = 4
-    inner_itemsize = max(2, *(DTYPE_BYTES[tensor.dtype] for tensor in tensors))
+    inner_itemsize = _own_itemsize(spec)
     overheads = dict(OVERHEAD_BYTES)
     if not embedded_valkey:
         del overheads["valkey"]
@@ -174,11 +179,33 @@ def _fixed_parts(
         "prefill_buffers": itemsize * chunk_tokens * sizing.hidden_size * (spec.top_k + 12)
         + inner_itemsize * chunk_tokens * widest * 6
         + itemsize * 4 * sizing.vocab_size
-        + itemsize * 3 * sizing.eager_attention_heads * chunk_tokens * context_tokens,
+        + itemsize * 3 * sizing.eager_attention_heads * chunk_tokens * context_tokens
+        + _dequantised_bytes(spec),
         "spare_slots": spare_slots * manifest.slot_bytes
         + SegmentLayout(spec.num_experts_total, manifest.slot_bytes).header_bytes,
         **overheads,
     }
+
+
+def _own_itemsize(spec: ModelSpec) -> int:
+    """Of the model's own dtype, which low-bit records keep their scales in."""
+    if spec.weight_format.name == "bf16" and spec.weight_format.lossy:
+        return 4
+    tensors = [tensor for layout in spec.layouts.values() for tensor in layout]
+    return max(2, *(DTYPE_BYTES[tensor.dtype] for tensor in tensors))
+
+
+def _dequantised_bytes(spec: ModelSpec) -> int:
+    """One matrix as the model's own dtype has it, and its codes one by one, while many tokens are
+    multiplied with it.
+    """
+    if not spec.weight_format.lossy:
+        return 0
+    tensors = [tensor for layout in spec.layouts.values() for tensor in layout]
+    weights = max(
+        tensor.length_bytes * _WEIGHTS_PER_BYTE.get(tensor.dtype, 0) for tensor in tensors
+    )
+    return int(weights * (_own_itemsize(spec) + 1))
 
 
 def _check_slots(

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from deploy import calibrate, console, container, doctor, offline, online, record, replay
+from deploy import calibrate, console, container, doctor, evaluate, offline, online, record, replay
 from deploy.status import check_health
 from proto import errors
 
@@ -38,6 +38,7 @@ for verb in (
     doctor.doctor,
 ):
     app.command(epilog=console.EXIT_CODES)(verb)
+app.command("eval", epilog=console.EXIT_CODES)(evaluate.evaluate)
 
 
 @app.command(epilog=console.EXIT_CODES)

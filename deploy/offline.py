@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,9 +17,11 @@ from deploy.settings import ServeSettings, parse_bytes
 from expert_store.manifest import MANIFEST_NAME, Manifest, check_sources
 from proto import errors
 
+PackFormat = Literal["exact", "bf16", "int8", "int4"]  # proto.weight_format.NAMES
 CHECKPOINT = typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face checkpoint.")
 STORE = typer.Argument(metavar="STORE", help="Folder made by `flashmoe index` or `pack`.")
 OUT = typer.Option("--out", metavar="STORE", help="Folder to write.")
+FORMAT = typer.Option("--format", help="How experts are kept; exact: as the checkpoint has them.")
 SOURCE = typer.Option(help="Where the checkpoint's files are now, if they moved.")
 
 
@@ -43,18 +46,23 @@ def index(checkpoint: Annotated[Path, CHECKPOINT], out: Annotated[Path, OUT]) ->
 def pack(
     checkpoint: Annotated[Path, CHECKPOINT],
     out: Annotated[Path, OUT],
+    weight_format: Annotated[PackFormat, FORMAT] = "exact",
     overwrite: Annotated[bool, typer.Option(help="Replace STORE if it exists.")] = False,
 ) -> None:
     """Copy a checkpoint into aligned records that read fastest; STORE is then self-contained.
 
-    Memory use is bounded; killed, it resumes; a full disk leaves STORE as it was.
+    Memory use is bounded; killed, it resumes; a full disk leaves STORE as it was. int8 and int4 are
+    lossy: `flashmoe eval` tells by how much. gpt-oss as its vendor ships it (mxfp4) becomes bf16,
+    the same values, or int4.
 
-    Example: flashmoe pack ~/models/OLMoE-1B-7B --out /nvme/olmoe
+    Example: flashmoe pack ~/models/OLMoE-1B-7B --out /nvme/olmoe-int4 --format int4
     """
     from expert_store.pack import pack as make_pack
 
     with console.progress("packing") as report:
-        manifest = make_pack(checkpoint, out, report, overwrite=overwrite)
+        manifest = make_pack(
+            checkpoint, out, report, weight_format=weight_format, overwrite=overwrite
+        )
     _say_written(manifest, out)
 
 
@@ -112,7 +120,7 @@ def plan(
         disk = measure_disk(manifest, root)
     expected = estimate(manifest, planned, disk)
     if as_json:
-        console.print_json(_plan_document(planned, disk, expected))
+        console.print_json(_plan_document(manifest, planned, disk, expected))
     else:
         _print_plan(manifest, planned, disk, expected)
 
@@ -130,13 +138,16 @@ def _say_written(manifest: Manifest, out: Path) -> None:
         f"{out}: {spec.model_type}, {len(spec.moe_layers)} MoE layers x {spec.num_experts} "
         "experts, "
         f"{console.size(manifest.expert_bytes_total)} of experts, "
-        f"{console.size(manifest.sizing.dense_bytes)} dense"
+        f"{console.size(manifest.sizing.dense_bytes)} dense, weights {spec.weight_format}"
     )
 
 
-def _plan_document(planned: MemoryPlan, disk: DiskSpeed, expected: Estimate) -> dict[str, object]:
+def _plan_document(
+    manifest: Manifest, planned: MemoryPlan, disk: DiskSpeed, expected: Estimate
+) -> dict[str, object]:
     return {
         "fits": True,
+        "weight_format": asdict(manifest.spec.weight_format),
         "ceiling_bytes": planned.ceiling_bytes,
         "total_bytes": planned.total_bytes,
         "memory_bytes_by_part": planned.parts,
@@ -164,6 +175,7 @@ def _print_plan(
     share = planned.slots / planned.num_experts
     path = "direct" if disk.direct_io else "buffered (direct I/O refused)"
     speed = {
+        "weights": str(manifest.spec.weight_format),
         "slots": f"{planned.slots} of {planned.num_experts} experts ({share:.1%})",
         "disk": f"{disk.bytes_per_s / 1e9:.2f} GB/s, {path}, {console.size(disk.record_bytes)} "
         "a read, "

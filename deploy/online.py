@@ -24,6 +24,7 @@ from deploy.supervisor import Stack
 from expert_store.manifest import Manifest
 from proto import errors
 from proto.redis_schema import PolicySetting
+from proto.weight_format import EXACT
 
 MODEL = typer.Option(help="Store made by `flashmoe index` or `pack`.")
 MEMORY = typer.Option(help="Ceiling over everything, e.g. 2GiB.")
@@ -70,7 +71,7 @@ def serve(
     with local.serving(settings, store_dir, manifest, plan, stopped) as stack:
         if not stopped():
             console.out.print(
-                f"ready: {manifest.spec.model_type}, {plan.slots} of {plan.num_experts} experts in "
+                f"ready: {model_name(manifest)}, {plan.slots} of {plan.num_experts} experts in "
                 "memory, "
                 f"ceiling {console.size(plan.ceiling_bytes)}, run dir {settings.run_dir}"
             )
@@ -230,6 +231,13 @@ def prepare(settings: ServeSettings) -> tuple[Path, Manifest, MemoryPlan]:
     return settings.model, manifest, plan
 
 
+def model_name(manifest: Manifest) -> str:
+    """With how its weights are kept, where they are not the checkpoint's own bytes."""
+    spec = manifest.spec
+    exact = spec.weight_format == EXACT
+    return spec.model_type if exact else f"{spec.model_type} in {spec.weight_format}"
+
+
 @contextmanager
 def own_stack(
     config: Path | None, flags: Mapping[str, Any], stopped: Callable[[], bool]
@@ -242,7 +250,7 @@ def own_stack(
         settings = ServeSettings.load(config).with_flags(**flags, run_dir=Path(scratch))
         store_dir, manifest, plan = prepare(settings)
         check_shared_memory(plan)
-        console.err.print(f"starting {manifest.spec.model_type} ...")
+        console.err.print(f"starting {model_name(manifest)} ...")
         with local.serving(settings, store_dir, manifest, plan, stopped) as stack:
             yield stack, RunDir(settings.run_dir.resolve())
 

@@ -14,6 +14,7 @@ from proto import compute_node_pb2, expert_store_pb2, rpc, scheduler_pb2
 from proto.compute_node_pb2_grpc import ComputeNodeStub
 from proto.expert_store_pb2_grpc import ExpertStoreStub
 from proto.scheduler_pb2_grpc import SchedulerStub
+from proto.weight_format import WeightFormat
 
 _TIMEOUT_S = 3.0
 
@@ -87,6 +88,7 @@ def _node_facts(channel: grpc.Channel) -> dict[str, Any]:
     stats = ComputeNodeStub(channel).Stats(compute_node_pb2.NodeStatsRequest(), timeout=_TIMEOUT_S)
     total = stats.hits + stats.misses
     return {
+        "weights": str(WeightFormat.from_pb(stats.weight_format)),
         "policy": stats.policy,
         "hit_ratio": round(stats.hits / total, 4) if total else None,
         "resident": stats.resident,

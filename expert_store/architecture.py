@@ -1,10 +1,5 @@
-"""How transformers maps a checkpoint's names to module parameters; offline only, imports torch.
-
-The model is built on the meta device (no memory), and transformers' own conversion table is asked
-for every tensor.
-Three shapes of an expert parameter can be read in place: stored fused, one tensor an expert, or
-one tensor
-an expert for each of several parts laid one after another (gate and up).
+"""What a checkpoint's model is: its experts modules and their parameters, its dense tensors, its
+per-sequence state. Offline only, imports torch; the model is built on the meta device (no memory).
 """
 
 from __future__ import annotations
@@ -17,18 +12,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from expert_store.checkpoint import CheckpointTensor
+from expert_store.parameters import ExpertParameter, ParameterSources
 from proto import errors
+from proto.expert import ExpertKey
 
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _TOP_K_NAMES = (
@@ -38,26 +27,6 @@ _TOP_K_NAMES = (
     "top_k_experts",
     "num_experts_per_token",
 )
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A byte range of one checkpoint tensor: all of it, or one expert's slice of a fused one."""
-
-    tensor: CheckpointTensor
-    offset_bytes: int
-    length_bytes: int
-
-
-@dataclass(frozen=True)
-class ExpertParameter:
-    """One parameter of an experts module. parts[e]: what makes up expert e's slice, in order."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    parts: tuple[tuple[Part, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -71,6 +40,10 @@ class Architecture:
     dense: tuple[CheckpointTensor, ...]
     model: Any
 
+    @property
+    def keys(self) -> list[ExpertKey]:
+        return [ExpertKey(layer, e) for layer in self.layers for e in range(self.num_experts)]
+
 
 def load_config(root: Path) -> Any:
     """The checkpoint's config. Raises CheckpointUnsupported naming what is in the way."""
@@ -82,16 +55,21 @@ def load_config(root: Path) -> Any:
         ) from error
     quantization = getattr(config, "quantization_config", None)
     if quantization:
-        method = (
-            quantization.get("quant_method", "unknown")
-            if isinstance(quantization, dict)
-            else quantization
-        )
+        _check_quantization(root, quantization)
+        del config.quantization_config  # the model's class is the same without it
+        config.dtype = config.dtype or torch.bfloat16
+    return config
+
+
+def _check_quantization(root: Path, quantization: Any) -> None:
+    method = quantization
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method", "unknown")
+    if method != "mxfp4":
         raise errors.CheckpointUnsupported(
             f"{root}: its weights are quantised on disk ({method}), which is not supported: "
-            "use a bf16, fp16 or fp32 checkpoint"
+            "use a bf16, fp16, fp32 or mxfp4 checkpoint"
         )
-    return config
 
 
 def build_meta(config: Any) -> Any:
@@ -153,10 +131,10 @@ def read_architecture(root: Path, tensors: Mapping[str, CheckpointTensor]) -> Ar
     config = load_config(root)
     model = build_meta(config)
     modules = experts_modules(model)
-    sources = _Sources(model, tensors)
+    sources = ParameterSources(model, tensors)
     layers = {
         layer: tuple(
-            sources.expert_parameter(f"{path}.{name}", name, parameter)
+            sources.expert_parameter(f"{path}.{name}", name, parameter, module.is_transposed)
             for name, parameter in expert_parameters(module).items()
         )
         for layer, (path, module) in modules.items()
@@ -185,112 +163,6 @@ def _top_k(model: Any) -> int:
     raise errors.CheckpointUnsupported(
         f"{config.model_type}: its config does not say how many experts a token uses"
     )
-
-
-class _Sources:
-    """Which checkpoint tensors make up which parameter, by transformers' conversion table."""
-
-    def __init__(self, model: Any, tensors: Mapping[str, CheckpointTensor]) -> None:
-        mapping = get_model_conversion_mapping(model)
-        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        state = model.state_dict()
-        self._by_target: dict[str, list[tuple[CheckpointTensor, str | None]]] = {}
-        for name, tensor in tensors.items():
-            target, pattern = rename_source_key(
-                name, renamings, self._converters, model.base_model_prefix, state
-            )
-            if target not in state and name in state:
-                target, pattern = name, None
-            self._by_target.setdefault(target, []).append((tensor, pattern))
-        self._taken: set[str] = set()
-
-    def expert_parameter(self, target: str, name: str, parameter: Any) -> ExpertParameter:
-        found = self._by_target.get(target)
-        if not found:
-            raise errors.CheckpointUnsupported(f"the checkpoint has no tensor for {target}")
-        self._taken.add(target)
-        num_experts, shape = parameter.shape[0], tuple(parameter.shape[1:])
-        if found[0][1] is None:
-            parts = _slice_fused(found[0][0], num_experts, tuple(parameter.shape), target)
-        else:
-            parts = self._gather(found, num_experts, target)
-        self._check(target, parts, parameter)
-        return ExpertParameter(name, _DTYPES[parameter.dtype], shape, parts)
-
-    def dense(self) -> tuple[CheckpointTensor, ...]:
-        return tuple(
-            tensor
-            for target, found in self._by_target.items()
-            if target not in self._taken
-            for tensor, _ in found
-        )
-
-    def _gather(
-        self, found: list[tuple[CheckpointTensor, str | None]], num_experts: int, target: str
-    ) -> tuple[tuple[Part, ...], ...]:
-        """One tensor an expert and pattern; patterns follow one another inside an expert."""
-        converter = next(c for c in self._converters if found[0][1] in c.source_patterns)
-        _check_operations(converter, target)
-        by_pattern: dict[str, list[CheckpointTensor]] = {p: [] for p in converter.source_patterns}
-        for tensor, pattern in found:
-            by_pattern[str(pattern)].append(tensor)
-        for pattern, tensors in by_pattern.items():
-            if len(tensors) != num_experts:
-                raise errors.CheckpointUnsupported(
-                    f"{target} needs {num_experts} tensors like {pattern}, the checkpoint has "
-                    f"{len(tensors)}"
-                )
-            tensors.sort(key=lambda tensor: _natural(tensor.name))
-        return tuple(
-            tuple(
-                Part(tensors[e], tensors[e].offset_bytes, tensors[e].length_bytes)
-                for tensors in by_pattern.values()
-            )
-            for e in range(num_experts)
-        )
-
-    def _check(self, target: str, parts: tuple[tuple[Part, ...], ...], parameter: Any) -> None:
-        want_bytes = parameter[0].numel() * parameter.element_size()
-        for expert, expert_parts in enumerate(parts):
-            for part in expert_parts:
-                if part.tensor.dtype != _DTYPES.get(parameter.dtype):
-                    raise errors.CheckpointUnsupported(
-                        f"{part.tensor.name} is {part.tensor.dtype} on disk, but the config's "
-                        "dtype is "
-                        f"{parameter.dtype}: save the checkpoint again in one dtype"
-                    )
-            if sum(part.length_bytes for part in expert_parts) != want_bytes:
-                raise errors.CheckpointUnsupported(
-                    f"expert {expert} of {target} has the wrong size on disk"
-                )
-
-
-def _check_operations(converter: Any, target: str) -> None:
-    kinds = [type(operation) for operation in converter.operations]
-    stacked = kinds and kinds[0] is MergeModulelist and converter.operations[0].dim == 0
-    joined = kinds[1:] == [] or (kinds[1:] == [Concatenate] and converter.operations[1].dim == 1)
-    if not (stacked and joined):
-        names = ", ".join(kind.__name__ for kind in kinds)
-        raise errors.CheckpointUnsupported(
-            f"{target} needs a conversion that cannot be read in place ({names}): "
-            "save the checkpoint again with transformers' save_pretrained"
-        )
-
-
-def _slice_fused(
-    tensor: CheckpointTensor, num_experts: int, shape: tuple[int, ...], target: str
-) -> tuple[tuple[Part, ...], ...]:
-    if tensor.shape != shape:
-        raise errors.CheckpointUnsupported(f"{target} has shape {shape}, on disk {tensor.shape}")
-    stride = tensor.length_bytes // num_experts
-    return tuple(
-        (Part(tensor, tensor.offset_bytes + e * stride, stride),) for e in range(num_experts)
-    )
-
-
-def _natural(name: str) -> list[Any]:
-    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
 
 
 def cache_bytes(model: Any, num_tokens: int) -> int:

@@ -41,6 +41,10 @@ class Checkpoint:
     files: tuple[SourceFile, ...]
     tensors: dict[str, CheckpointTensor]
 
+    @property
+    def weight_bytes(self) -> int:
+        return sum(tensor.length_bytes for tensor in self.tensors.values())
+
     def path(self, file: int) -> Path:
         return self.root / self.files[file].path
 

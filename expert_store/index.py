@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
-from expert_store.architecture import (
-    Architecture,
-    ExpertParameter,
-    Part,
-    cache_bytes,
-    read_architecture,
-)
+from expert_store.architecture import Architecture, cache_bytes, read_architecture
 from expert_store.checkpoint import Checkpoint, CheckpointTensor, read_chunks
+from expert_store.encoders import ExactEncoder, check_plain, record_layouts
 from expert_store.extents import ExpertRecord, Extent, slot_bytes_needed
 from expert_store.manifest import MANIFEST_NAME, Manifest
+from expert_store.parameters import ExpertParameter, Part
 from expert_store.progress import Journal, Report, silent
 from expert_store.sizing import Sizing
 from expert_store.sources import SourceFile, resolve_inside
 from proto import errors
 from proto.expert import DenseTensor, ExpertKey, ModelSpec, TensorLayout
 from proto.shm import PAGE_BYTES, TENSOR_ALIGN_BYTES, align_up
+from proto.weight_format import EXACT, WeightFormat
 
 _FLUSH_BYTES = 256 * 1024 * 1024
 
@@ -103,20 +100,23 @@ def index(root: Path, store_dir: Path, report: Report = silent) -> Manifest:
     root = root.resolve()
     checkpoint = Checkpoint.open(root)
     architecture = read_architecture(root, checkpoint.tensors)
+    check_plain(architecture, f"run `flashmoe pack {root} --out STORE --format bf16` (or int4)")
     for file in checkpoint.files:
         resolve_inside(root, file.path)  # the daemon would refuse it, after all the reading
     _make_folder(store_dir)
     with ExitStack() as stack:
         journal = _open_journal(store_dir / "index.journal", checkpoint, stack)
         hasher = _Hasher(checkpoint, journal, report, architecture, stack)
-        records = {key: _record(key, architecture, hasher) for key in expert_keys(architecture)}
+        records = {key: _record(key, architecture, hasher) for key in architecture.keys}
         dense = tuple(
             describe_dense(tensor, checkpoint.files, hasher.dense(tensor))
             for tensor in architecture.dense
         )
         manifest = Manifest(
             format="in-place",
-            spec=make_spec(architecture, dense),
+            spec=make_spec(
+                architecture, dense, record_layouts(architecture, ExactEncoder()), EXACT
+            ),
             sizing=measure(architecture),
             source_root=os.path.relpath(root, store_dir.resolve()),
             files=checkpoint.files,
@@ -146,24 +146,21 @@ def is_indexed(root: Path, store_dir: Path) -> bool:
     return same_root and manifest.files == Checkpoint.open(root.resolve()).files
 
 
-def expert_keys(architecture: Architecture) -> Iterator[ExpertKey]:
-    for layer in architecture.layers:
-        for expert in range(architecture.num_experts):
-            yield ExpertKey(layer, expert)
-
-
-def make_spec(architecture: Architecture, dense: tuple[DenseTensor, ...]) -> ModelSpec:
+def make_spec(
+    architecture: Architecture,
+    dense: tuple[DenseTensor, ...],
+    layouts: dict[int, tuple[TensorLayout, ...]],
+    weight_format: WeightFormat,
+) -> ModelSpec:
     return ModelSpec(
         fingerprint="",
         model_type=architecture.model_type,
         moe_layers=tuple(architecture.layers),
         num_experts=architecture.num_experts,
         top_k=architecture.top_k,
-        layouts={
-            layer: tuple(TensorLayout(p.name, p.dtype, p.shape) for p in parameters)
-            for layer, parameters in architecture.layers.items()
-        },
+        layouts=layouts,
         dense=dense,
+        weight_format=weight_format,
     )
 
 

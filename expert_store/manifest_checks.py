@@ -12,6 +12,7 @@ from expert_store.sources import SourceFile, resolve_name
 from proto import errors
 from proto.expert import DTYPE_BYTES, DenseTensor, ExpertKey, ModelSpec, TensorLayout
 from proto.shm import TENSOR_ALIGN_BYTES
+from proto.weight_format import INT4_GROUPS
 
 
 def check(
@@ -22,6 +23,8 @@ def check(
         raise errors.ManifestInvalid("its MoE layers and layouts do not agree")
     if not 0 < spec.top_k <= spec.num_experts <= 1 << 16:
         raise errors.ManifestInvalid(f"top_k {spec.top_k} of {spec.num_experts} experts")
+    if spec.weight_format.group not in (0, *INT4_GROUPS):
+        raise errors.ManifestInvalid(f"weight format with groups of {spec.weight_format.group}")
     if len(records) != spec.num_experts_total:
         raise errors.ManifestInvalid(
             f"it has {len(records)} experts, the model {spec.num_experts_total}"

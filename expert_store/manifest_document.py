@@ -13,8 +13,10 @@ from expert_store.sizing import Sizing
 from expert_store.sources import SourceFile
 from proto import errors
 from proto.expert import DTYPE_BYTES, DenseTensor, ExpertKey, ModelSpec, TensorLayout
+from proto.weight_format import EXACT, NAMES, WeightFormat
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_VERSIONS = (1, 2)  # 1 knew no weight format: its experts are exact
 
 
 def encode(
@@ -67,7 +69,7 @@ def _record_row(record: ExpertRecord) -> list[Any]:
 
 
 def _spec_document(spec: ModelSpec) -> dict[str, Any]:
-    return {
+    document = {
         "fingerprint": spec.fingerprint,
         "model_type": spec.model_type,
         "moe_layers": list(spec.moe_layers),
@@ -82,6 +84,13 @@ def _spec_document(spec: ModelSpec) -> dict[str, Any]:
             for t in spec.dense
         ],
     }
+    if spec.weight_format != EXACT:  # unsaid, so that exact stores keep their fingerprints
+        document["weight_format"] = _format_row(spec.weight_format)
+    return document
+
+
+def _format_row(weight_format: WeightFormat) -> list[Any]:
+    return [weight_format.name, weight_format.group, weight_format.layout, weight_format.lossy]
 
 
 def decode(document: Any) -> dict[str, Any]:
@@ -91,10 +100,10 @@ def decode(document: Any) -> dict[str, Any]:
     a value of the wrong kind: KeyError, TypeError, ValueError, IndexError, AttributeError,
     OverflowError, RecursionError.
     """
-    if document["version"] != FORMAT_VERSION:
+    if document["version"] not in _VERSIONS:
         raise errors.ManifestInvalid(
-            f"format version {document['version']}, this program reads {FORMAT_VERSION}: index "
-            "again"
+            f"format version {document['version']}, this program reads up to {FORMAT_VERSION}: "
+            "index again"
         )
     if document["digest"] != signed(document)["digest"]:
         raise errors.ManifestInvalid("its digest differs, so it was changed: index again")
@@ -136,7 +145,21 @@ def _parse_spec(document: Any) -> ModelSpec:
             for layer, tensors in document["layouts"].items()
         },
         dense=tuple(_parse_dense(row) for row in document["dense"]),
+        weight_format=_parse_format(document.get("weight_format")),
     )
+
+
+def _parse_format(row: Any) -> WeightFormat:
+    if row is None:
+        return EXACT
+    name, group, layout, lossy = row
+    if name not in NAMES:
+        raise errors.ManifestInvalid(
+            f"weight format {name!r}, this program knows {', '.join(NAMES)}: update it"
+        )
+    if not isinstance(lossy, bool):
+        raise TypeError(f"{lossy!r} is neither true nor false")
+    return WeightFormat(name, _count(group), _string(layout), lossy)
 
 
 def _parse_dense(row: Any) -> DenseTensor:

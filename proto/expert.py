@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from proto import expert_pb2 as pb
+from proto.weight_format import EXACT, WeightFormat
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1} | {
     "U8": 1,
@@ -37,7 +38,7 @@ class ExpertKey:
 @dataclass(frozen=True, slots=True)
 class TensorLayout:
     """One tensor of an expert, as the model's experts module names and shapes it (no expert
-    axis).
+    axis), or as its weight format does.
     """
 
     name: str
@@ -108,6 +109,7 @@ class ModelSpec:
     top_k: int
     layouts: dict[int, tuple[TensorLayout, ...]]
     dense: tuple[DenseTensor, ...] = field(default=())
+    weight_format: WeightFormat = EXACT
 
     @property
     def num_experts_total(self) -> int:
@@ -136,6 +138,7 @@ class ModelSpec:
                 for layout in message.layouts
             },
             dense=tuple(DenseTensor.from_pb(t) for t in message.dense),
+            weight_format=WeightFormat.from_pb(message.weight_format),
         )
 
     def to_pb(self) -> pb.ModelSpec:
@@ -150,4 +153,5 @@ class ModelSpec:
                 for layer, tensors in self.layouts.items()
             ],
             dense=[t.to_pb() for t in self.dense],
+            weight_format=self.weight_format.to_pb(),
         )

@@ -5,6 +5,7 @@ Planted faults seen red: no length check in Forward, seeds that are ignored.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,6 +153,52 @@ def test_forward_is_one_moe_layer(client: NodeClient, eager: torch.nn.Module) ->
         expected = experts(hidden, ids, weights)  # type: ignore[operator]
     answer = bytearray(client.forward(request))
     assert torch.equal(torch.frombuffer(answer, dtype=torch.bfloat16).view(5, 256), expected)
+
+
+def test_scores_are_those_of_decode(client: NodeClient, eager: torch.nn.Module) -> None:
+    """The last bit, one token at a time: a prompt computed at once rounds otherwise."""
+    token_ids, cache = [11, 500, 23, 8000, 23, 500, 77, 1], None
+    expected = []
+    with torch.inference_mode():
+        for token_id, following in itertools.pairwise(token_ids):
+            step = eager(torch.tensor([[token_id]]), past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+            expected.append(float(step.logits[0, -1].double().log_softmax(-1)[following]))
+    scored = list(client.score(token_ids))
+    assert [token.token_id for token in scored] == token_ids[1:]
+    assert [token.log_prob for token in scored] == expected
+
+
+def test_long_texts_are_scored_in_pieces(client: NodeClient) -> None:
+    """Each from its own start; the last token, alone in its piece, is not scored."""
+    text = "In the beginning God created the heaven and the earth."
+    token_ids = client.generate(text, max_tokens=1).run().prompt_token_ids
+    whole = list(client.score(text))
+    assert whole == list(client.score(token_ids))
+    size = (len(token_ids) - 1) // 2
+    pieces = [token_ids[:size], token_ids[size : 2 * size]]
+    expected = [token for piece in pieces for token in client.score(piece)]
+    assert list(client.score(token_ids[: 2 * size + 1], context_tokens=size)) == expected
+    assert list(client.score(text, max_tokens=size)) == whole[: size - 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("", {}, "at least two tokens"),
+        ([5], {}, "at least two tokens"),
+        ([5, 6, 7], {"max_tokens": 1}, "at least two tokens"),
+        ([5, 6, 7], {"context_tokens": 1}, "at least two tokens"),
+        ([5, 9000], {}, "beyond the vocabulary"),
+        ([5] * 3000, {"context_tokens": 2500}, "max_context_tokens"),
+        ("x" * (1 << 20) + "x", {}, "send it in parts"),
+    ],
+)
+def test_texts_that_cannot_be_scored_are_named(
+    client: NodeClient, text: str | list[int], options: dict[str, int], message: str
+) -> None:
+    with pytest.raises(errors.InvalidRequest, match=message):
+        list(client.score(text, **options))  # type: ignore[arg-type]
 
 
 @ANY_OUTPUT

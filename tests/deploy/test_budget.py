@@ -9,7 +9,9 @@ import pytest
 from deploy.budget import plan_memory
 from deploy.settings import ServeSettings, parse_bytes, parse_experts_memory
 from expert_store.manifest import Manifest
+from expert_store.pack import pack
 from proto import errors
+from tests.stack import MODEL
 
 MIB = 1024 * 1024
 
@@ -102,3 +104,13 @@ def test_sizes() -> None:
     assert parse_bytes("2GiB", "x") == 2 << 30
     with pytest.raises(errors.ConfigInvalid, match="write for example 2GiB"):
         parse_bytes("2 apples", "--memory")
+
+
+def test_low_bit_experts_leave_room_to_dequantise_one(tmp_path: Path, manifest: Manifest) -> None:
+    """Matrices of 192 x 256: as bf16, and each code a byte. Slots shrink as records do."""
+    pack(MODEL, tmp_path / "int4", weight_format="int4")
+    low_bit = Manifest.load(tmp_path / "int4")
+    exact, found = plan(manifest, None, "100%"), plan(low_bit, None, "100%")
+    added = found.parts["prefill_buffers"] - exact.parts["prefill_buffers"]
+    assert added == 192 * 256 * 3
+    assert found.parts["experts"] < exact.parts["experts"] / 3

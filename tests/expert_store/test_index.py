@@ -23,13 +23,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expert_store import architecture
 from expert_store import index as module
-from expert_store.architecture import Part, experts_modules
+from expert_store import parameters
+from expert_store.architecture import experts_modules
 from expert_store.checkpoint import CheckpointTensor
 from expert_store.extents import ExpertRecord, slot_bytes_needed
 from expert_store.index import index, is_indexed, lay_out
 from expert_store.manifest import Manifest
+from expert_store.parameters import Part
 from expert_store.reader import SourceFiles, read_record
 from proto import errors
 from proto.expert import ExpertKey
@@ -215,8 +216,8 @@ def refused(root: Path, match: str, kind: type[Exception] = errors.CheckpointUns
 
 
 def test_quantised_weights_are_named(broken: Path) -> None:
-    edit_config(broken, quantization_config={"quant_method": "mxfp4"})
-    refused(broken, "quantised on disk.*mxfp4")
+    edit_config(broken, quantization_config={"quant_method": "gptq"})
+    refused(broken, "quantised on disk.*gptq")
 
 
 def test_a_dense_architecture_is_named(tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_a_missing_layer_is_named(broken: Path) -> None:
 def test_a_conversion_that_needs_arithmetic_is_named(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(architecture, "MergeModulelist", type("Other", (), {}))
+    monkeypatch.setattr(parameters, "MergeModulelist", type("Other", (), {}))
     with pytest.raises(errors.CheckpointUnsupported, match=r"cannot be read in place.*Merge"):
         index(checkpoint, tmp_path / "store")
 

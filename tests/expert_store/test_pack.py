@@ -21,10 +21,13 @@ from safetensors.torch import load_file
 
 from expert_store import checkpoint as checkpoint_module
 from expert_store import pack as module
+from expert_store import records as records_module
+from expert_store.companions import DENSE_NAME
 from expert_store.index import index
 from expert_store.manifest import MANIFEST_NAME, Manifest, check_sources
-from expert_store.pack import DENSE_NAME, JOURNAL_NAME, RECORDS_NAME, pack
+from expert_store.pack import JOURNAL_NAME, pack
 from expert_store.reader import SourceFiles, read_record
+from expert_store.records import RECORDS_NAME
 from expert_store.verify import verify
 from proto import errors
 from tests.checkpoints import make
@@ -84,7 +87,8 @@ KILLED_HALFWAY = """
 import os, signal, sys
 from pathlib import Path
 from expert_store import pack as module
-module._SYNC_BYTES = 1
+from expert_store import records
+records._SYNC_BYTES = 1
 def report(done, total):
     if done > total // 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -134,7 +138,7 @@ def interrupt_halfway(root: Path, target: Path, monkeypatch: pytest.MonkeyPatch)
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_SYNC_BYTES", 1)
+        patched.setattr(records_module, "_SYNC_BYTES", 1)
         with pytest.raises(KeyboardInterrupt):
             pack(root, target, interrupt)
     return target.with_name(target.name + ".partial")
@@ -278,8 +282,8 @@ def test_a_target_that_is_a_file_is_named(checkpoint: Path, tmp_path: Path) -> N
 def test_a_damaged_source_is_named(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "broken")
     config = json.loads((tmp_path / "broken" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4"}
+    config["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "broken" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(errors.CheckpointUnsupported, match="mxfp4"):
+    with pytest.raises(errors.CheckpointUnsupported, match="fp8"):
         pack(tmp_path / "broken", tmp_path / "store")
     assert not (tmp_path / "store").exists()

@@ -1,0 +1,124 @@
+"""Weights as few bits: codes, and the scales that give them back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from proto import errors
+from proto.weight_format import BLOCK_ROWS, INT4_OUTPUTS, INT8_INPUTS
+
+# A group's range is where the search for its scale starts: all of it, and most of it, outliers
+# clipped. Measured (tests/bench/LOG.md): more starts or rounds gain less than a hundredth.
+_STARTS = (1.0, 0.8)
+_ROUNDS = 8
+_ROWS_AT_ONCE = 256
+_LAYOUTS = {"AVX512": "blocks64", "AVX2": "blocks32"}
+
+
+def int4_layout() -> str:
+    """What torch's int4 kernel reads on this CPU. Raises CheckpointUnsupported when it has none."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in _LAYOUTS:
+        raise errors.CheckpointUnsupported(
+            f"this CPU ({capability}) has no int4 kernel: pack with --format int8 or bf16"
+        )
+    return _LAYOUTS[capability]
+
+
+def int8(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A scale a row.
+
+    weight: [N, K]
+
+    Returns codes [N, K padded to 16s] int8 and scales [N] of `dtype`.
+    """
+    num_inputs = weight.shape[1]
+    padded = functional.pad(weight.float(), (0, -num_inputs % INT8_INPUTS))
+    scale = _rounded(padded.abs().amax(dim=1) / 127, dtype)
+    codes = (padded / scale[:, None]).round_().clamp_(-127, 127)
+    return codes.to(torch.int8), scale.to(dtype)
+
+
+def int4(weight: Tensor, group: int, layout: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A scale and a zero for each `group` inputs of a row, chosen for the least squared error.
+
+    weight: [N, K]
+
+    Returns packed codes [N padded to 64s, K padded to groups / 2] uint8 and scales with zeros
+    [K padded / group, N padded, 2] of `dtype`.
+    """
+    num_outputs, num_inputs = weight.shape
+    padding = (0, -num_inputs % group, 0, -num_outputs % INT4_OUTPUTS)
+    padded = functional.pad(weight, padding)
+    num_pieces = -(-num_outputs // _ROWS_AT_ONCE)
+    fitted = [_fit(rows, group, dtype) for rows in padded.chunk(num_pieces)]
+    codes, scale, zero = (torch.cat(pieces) for pieces in zip(*fitted, strict=True))
+    scale_zero = torch.stack([scale, zero], dim=-1).transpose(0, 1).contiguous()
+    return pack_codes(codes, BLOCK_ROWS[layout]), scale_zero.to(dtype)
+
+
+def pack_codes(codes: Tensor, block_rows: int) -> Tensor:
+    """Two codes a byte, as proto/weight_format.py lays them. codes: [N, K] uint8; returns
+    [N, K / 2].
+    """
+    num_outputs, num_inputs = codes.shape
+    blocks = codes.view(-1, block_rows, num_inputs).transpose(1, 2).contiguous()  # [N / B, K, B]
+    low, high = blocks.chunk(2, dim=-1)
+    return (low | high << 4).reshape(num_outputs, num_inputs // 2)
+
+
+def _fit(weight: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [N, K] uint8, scales and zeros [N, K / group] of rows [N, K]."""
+    num_outputs = weight.shape[0]
+    values = weight.float().reshape(-1, group)
+    low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
+    starts = [(high - low) * share / 15 for share in _STARTS]
+    fits = [_refine(values, start, (high + low) / 2, dtype) for start in starts]
+    errors_by_fit = torch.cat([_squared_error(values, *fit) for fit in fits], dim=1)
+    best = errors_by_fit.argmin(dim=1, keepdim=True)  # [G, 1]
+    scale, zero = (torch.cat(found, dim=1).gather(1, best) for found in zip(*fits, strict=True))
+    codes = (_codes(values, scale, zero) + 8).to(torch.uint8)
+    by_row = (num_outputs, -1)
+    return codes.view(by_row), scale.view(by_row), zero.view(by_row)
+
+
+def _squared_error(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """[G, 1]"""
+    found = _codes(values, scale, zero) * scale + zero
+    return (found - values).square_().sum(dim=1, keepdim=True)
+
+
+def _refine(
+    values: Tensor, scale: Tensor, middle: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Codes for the scales, then scales for the codes by least squares, in turns.
+
+    values: [G, group]; scale, middle: [G, 1]
+
+    Returns scales and zeros [G, 1], as they are once rounded to `dtype`.
+    """
+    mean = values.mean(dim=1, keepdim=True)
+    centred = values - mean
+    scale = _rounded(scale, torch.float32)
+    zero = middle + scale / 2
+    for _ in range(_ROUNDS):
+        codes = _codes(values, scale, zero)
+        offset = codes - codes.mean(dim=1, keepdim=True)
+        spread = torch.linalg.vecdot(offset, offset)[:, None]
+        slope = torch.linalg.vecdot(offset, centred)[:, None] / spread
+        scale = torch.where(slope > 0, slope, scale)  # a group of one value has no slope
+        zero = mean - scale * codes.mean(dim=1, keepdim=True)
+    return _rounded(scale, dtype), zero.to(dtype).float()
+
+
+def _codes(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """[G, group] float32, whole numbers from -8 to 7."""
+    return ((values - zero) / scale).round_().clamp_(-8, 7)
+
+
+def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """As it is once stored, and never zero."""
+    stored = scale.to(dtype)
+    return stored.where(stored > 0, torch.finfo(dtype).tiny).float()

@@ -1,0 +1,182 @@
+"""Every promised architecture with low-bit experts, through a real store, beside transformers'
+eager experts on the same weights dequantised.
+
+Planted faults seen red:
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compute_node import low_bit
+from compute_node.engine import Engine, SequenceState
+from compute_node.expert_memory import TORCH_DTYPES
+from expert_store import quantise
+from expert_store.manifest import Manifest
+from expert_store.pack import pack
+from expert_store.records import RECORDS_NAME
+from proto import errors
+from proto.expert import ExpertKey
+from tests.checkpoints import ARCHITECTURES, make
+from tests.contract.test_exactness import align, engine, prompt
+
+STEPS = 12
+
+
+@pytest.fixture
+def dequantising(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """As if every pass had many tokens, until undone."""
+    with monkeypatch.context() as patched:
+        for kernel in low_bit.KERNELS.values():
+            patched.setattr(kernel, "few_tokens", 0)
+        yield patched
+
+
+def stored(store_dir: Path) -> dict[ExpertKey, dict[str, torch.Tensor]]:
+    """The tensors of every record, as the node gets them."""
+    manifest = Manifest.load(store_dir)
+    data = bytearray((store_dir / RECORDS_NAME).read_bytes())
+    found: dict[ExpertKey, dict[str, torch.Tensor]] = {}
+    for key, record in manifest.records.items():
+        start = record.extents[0].offset_bytes - record.extents[0].place_bytes
+        found[key] = {}
+        for tensor, offset in zip(
+            manifest.spec.layouts[key.layer], record.tensor_offsets, strict=True
+        ):
+            dtype = TORCH_DTYPES[tensor.dtype]
+            count = tensor.length_bytes // dtype.itemsize
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + offset)
+            found[key][tensor.name] = flat.view(tensor.shape)
+    return found
+
+
+def dequantised_model(root: Path, store_dir: Path, dtype: torch.dtype) -> Any:
+    """transformers' eager experts on what the store's codes mean."""
+    model = AutoModelForCausalLM.from_pretrained(root, dtype=dtype).eval()
+    model.set_experts_implementation("eager")
+    align(model)
+    modules = [m for m in model.modules() if hasattr(m, "is_transposed")]
+    layers = dict(zip(Manifest.load(store_dir).spec.moe_layers, modules, strict=True))
+    with torch.no_grad():
+        for key, tensors in stored(store_dir).items():
+            module = layers[key.layer]
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3:
+                    slot = parameter[key.expert]
+                    slot = slot.T if module.is_transposed else slot  # [N, K]
+                    weight = low_bit.dequantise(tensors, name, tuple(slot.shape))
+                    assert 0 < (weight - slot).norm() / slot.norm() < 0.1, "no quantised copy"
+                    slot.copy_(weight)
+    return model
+
+
+def reference(model: Any) -> tuple[list[torch.Tensor], list[int]]:
+    tokens, logits, cache = prompt(), [], None
+    with torch.inference_mode():
+        chunk = tokens
+        for _ in range(STEPS):
+            output = model(
+                torch.tensor([chunk]), past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            cache = output.past_key_values
+            logits.append(output.logits[:, -1])
+            chunk = [int(logits[-1].argmax())]
+            tokens = tokens + chunk
+    return logits, tokens
+
+
+def run(engine: Engine) -> tuple[list[torch.Tensor], list[int]]:
+    sequence = SequenceState("s", prompt())
+    logits = [engine.prefill(sequence)]
+    sequence.token_ids.append(int(logits[-1].argmax()))
+    while len(logits) < STEPS:
+        logits += engine.decode([sequence])
+        sequence.token_ids.append(int(logits[-1].argmax()))
+    return logits, sequence.token_ids
+
+
+def check_same(ours: Any, theirs: Any) -> None:
+    assert ours[1] == theirs[1]
+    assert all(torch.equal(a, b) for a, b in zip(ours[0], theirs[0], strict=True))
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_experts_compute_what_their_codes_mean(
+    name: str, weight_format: str, tmp_path: Path, dequantising: pytest.MonkeyPatch
+) -> None:
+    """Dequantised, bit for bit; by the low-bit kernel, the same whatever the cache holds."""
+    root = make(name, tmp_path / "checkpoint", torch.bfloat16)
+    manifest = pack(root, tmp_path / "store", weight_format=weight_format)
+    assert manifest.spec.weight_format.lossy
+    expected = reference(dequantised_model(root, tmp_path / "store", torch.bfloat16))
+    with engine(tmp_path / "store", tmp_path) as node:
+        check_same(run(node), expected)
+        dequantising.undo()
+        first = run(node)
+    with engine(tmp_path / "store", tmp_path, spare=9) as node:
+        check_same(run(node), first)
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_low_bit_kernels_are_near(name: str, weight_format: str, tmp_path: Path) -> None:
+    """In fp32, where no rounding tips a router over. Padded groups; transposed, with biases."""
+    root = make(name, tmp_path / "checkpoint", torch.float32)
+    pack(root, tmp_path / "store", weight_format=weight_format)
+    logits, tokens = reference(dequantised_model(root, tmp_path / "store", torch.float32))
+    with engine(tmp_path / "store", tmp_path) as node:
+        ours, our_tokens = run(node)
+    assert our_tokens == tokens
+    for step, (a, b) in enumerate(zip(ours, logits, strict=True)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4, msg=f"step {step}")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_bf16_of_a_bf16_checkpoint_is_exact(name: str, tmp_path: Path) -> None:
+    """The same bits as an exact store's, yet another model by its fingerprint."""
+    root = make(name, tmp_path / "checkpoint", torch.bfloat16)
+    exact = pack(root, tmp_path / "exact")
+    manifest = pack(root, tmp_path / "bf16", weight_format="bf16")
+    assert not manifest.spec.weight_format.lossy
+    assert manifest.spec.fingerprint != exact.spec.fingerprint
+    records = [(tmp_path / kind / RECORDS_NAME).read_bytes() for kind in ("exact", "bf16")]
+    assert records[0] == records[1]
+
+
+def test_bf16_of_an_fp32_checkpoint_is_rounded(tmp_path: Path) -> None:
+    """Its dense part stays fp32, and its experts are widened where they are multiplied with."""
+    root = make("gpt_oss", tmp_path / "checkpoint", torch.float32)
+    manifest = pack(root, tmp_path / "store", weight_format="bf16")
+    assert manifest.spec.weight_format.lossy
+    model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
+    model.set_experts_implementation("eager")
+    align(model)
+    for module in model.modules():
+        if hasattr(module, "is_transposed"):
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() == 3:
+                    parameter.data = parameter.data.to(torch.bfloat16).float()
+    with engine(tmp_path / "store", tmp_path) as node:
+        check_same(run(node), reference(model))
+
+
+def test_codes_laid_for_another_cpu_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make("mixtral", tmp_path / "checkpoint", torch.bfloat16)
+    here = quantise.int4_layout()
+    other = "blocks32" if here == "blocks64" else "blocks64"
+    monkeypatch.setattr(quantise, "int4_layout", lambda: other)
+    pack(root, tmp_path / "store", weight_format="int4")
+    with (
+        pytest.raises(errors.CheckpointUnsupported, match=r"pack the checkpoint on this machine"),
+        engine(tmp_path / "store", tmp_path),
+    ):
+        raise AssertionError("it was loaded")
