@@ -27,7 +27,7 @@ COMPOSED := $(COMPOSE) --env-file $(CURDIR)/$(CONTAINER)/compose.env -f deploy/d
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-$(READY): requirements.lock pyproject.toml compute_node/native/gemv.c
+$(READY): requirements.lock pyproject.toml $(wildcard compute_node/native/*.c compute_node/native/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "FlashMoE needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@test -x $(PY) || $(PYTHON) -m venv .venv

@@ -69,7 +69,7 @@ def multiply(weights: Sequence[Tensor], inputs: Tensor, biases: Sequence[Tensor]
         outputs.data_ptr(),
         num_outputs,
         num_inputs,
-        _parallel(),
+        parallel(),
         torch.get_num_threads(),
     )
     return outputs
@@ -91,7 +91,7 @@ def _function() -> ctypes._NamedFuncPointer:
 
 
 @cache
-def _parallel() -> int | None:
+def parallel() -> int | None:
     """The entry of torch's own OpenMP runtime: its threads are there already, and a second pool
     would fight them for the cores. None: torch brought another runtime, one thread multiplies.
     """

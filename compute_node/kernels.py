@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node import gemv, low_bit
+from compute_node import gemv, lossless, low_bit
 
 # From so many on, torch shares the elements of a tensor out to threads at any place, and an
 # activation's bits may depend on where.
@@ -39,16 +39,14 @@ def feed_forward_each(module: Any, experts: Sequence[dict[str, Tensor]], hidden:
     Returns [E, D].
     """
     up_name = _up_name(module)
-    if experts[0][up_name].dtype != hidden.dtype or not (
-        _is_native(module, experts[0], up_name) and _is_native(module, experts[0], "down_proj")
-    ):
+    if not all(_is_native(module, experts[0], name, hidden) for name in (up_name, "down_proj")):
         return torch.cat([feed_forward(module, tensors, hidden) for tensors in experts])
-    inner = _multiply(experts, up_name, hidden)  # [E, 2F] or [E, F]
+    inner = _multiply(module, experts, up_name, hidden)  # [E, 2F] or [E, F]
     if inner.numel() < _SHARED_OUT_ELEMENTS:
         inner = _activate(module, inner)  # [E, F]
     else:
         inner = torch.cat([_activate(module, row) for row in inner[:, None].unbind()])
-    return _multiply(experts, "down_proj", inner)
+    return _multiply(module, experts, "down_proj", inner)
 
 
 def _up_name(module: Any) -> str:
@@ -61,20 +59,33 @@ def _activate(module: Any, inner: Tensor) -> Tensor:
     return activated
 
 
-def _is_native(module: Any, tensors: dict[str, Tensor], name: str) -> bool:
-    return not module.is_transposed and gemv.is_exact(tensors[name], tensors.get(f"{name}_bias"))
+def _is_native(module: Any, tensors: dict[str, Tensor], name: str, hidden: Tensor) -> bool:
+    if module.is_transposed:
+        return False
+    if lossless.is_packed(tensors, name):
+        return lossless.is_exact(tensors, name, lossless.matrix_shape(module, name))
+    same_dtype = tensors[name].dtype == hidden.dtype  # not where packed as bf16 of another
+    return same_dtype and gemv.is_exact(tensors[name], tensors.get(f"{name}_bias"))
 
 
-def _multiply(experts: Sequence[dict[str, Tensor]], name: str, inputs: Tensor) -> Tensor:
+def _multiply(
+    module: Any, experts: Sequence[dict[str, Tensor]], name: str, inputs: Tensor
+) -> Tensor:
+    if lossless.is_packed(experts[0], name):
+        return lossless.multiply(experts, name, inputs, getattr(module, name).shape[1])
     bias = f"{name}_bias"
     biases = [tensors[bias] for tensors in experts if bias in tensors]
     return gemv.multiply([tensors[name] for tensors in experts], inputs, biases)
 
 
 def _project(module: Any, tensors: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:
-    if tensors[name].dtype in low_bit.KERNELS:
+    if lossless.is_packed(tensors, name):
+        weight = lossless.unpack(tensors, name, lossless.matrix_shape(module, name))
+        weight = weight.T.contiguous() if module.is_transposed else weight
+    elif tensors[name].dtype in low_bit.KERNELS:
         return _project_low_bit(module, tensors, name, inputs)
-    weight = tensors[name].to(inputs.dtype)  # the same, unless packed as bf16 of another dtype
+    else:
+        weight = tensors[name].to(inputs.dtype)  # the same, unless packed as bf16 of another dtype
     if module.is_transposed:
         output = inputs @ weight
         return output + tensors[f"{name}_bias"] if module.has_bias else output

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compute_node import scratch
 from compute_node.expert_memory import TORCH_DTYPES
 from proto import errors
 from proto.expert import ModelSpec
@@ -57,7 +56,7 @@ class Int8:
 
     def dequantise(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
         codes, scale = tensors[name], tensors[name + SCALE]  # [N, K], [N]
-        return _scratch.empty(codes.shape, scale.dtype).copy_(codes).mul_(scale[:, None]).T
+        return scratch.empty(codes.shape, scale.dtype).copy_(codes).mul_(scale[:, None]).T
 
 
 @dataclass
@@ -78,7 +77,7 @@ class Int4:
         num_outputs, num_inputs = codes.shape[0], codes.shape[1] * 2
         scale, zero = scale_zero.unbind(-1)  # [K / G, N]
         shape = (num_inputs, num_outputs // self.block_rows, self.block_rows)
-        weight = _scratch.empty(shape, scale_zero.dtype)
+        weight = scratch.empty(shape, scale_zero.dtype)
         self._unpack(codes, weight.transpose(0, 1))
         grouped = weight.view(scale.shape[0], -1, num_outputs)  # [K / G, G, N]
         # One rounding, as in the low-bit kernel; contiguous factors are five times faster.
@@ -107,20 +106,6 @@ class Int4:
             )
 
 
-class _Scratch(threading.local):
-    """Where weights are dequantised; grows to the largest. Fresh pages cost more than the work."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        needed = prod(shape) * dtype.itemsize
-        if self._bytes.numel() < needed:
-            self._bytes = torch.empty(needed, dtype=torch.uint8)
-        return self._bytes[:needed].view(dtype).view(shape)
-
-
-_scratch = _Scratch()
 _INT4_ROWS = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 KERNELS: dict[torch.dtype, LowBit] = {torch.int8: Int8(), torch.uint8: Int4(_INT4_ROWS)}
 

@@ -17,7 +17,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
-from compute_node import experts, low_bit, one_token_linear
+from compute_node import experts, lossless, low_bit, one_token_linear
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.dense_weights import read_dense
 from compute_node.experts import RoutedExperts, StepRecord
@@ -83,7 +83,8 @@ def load_model(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.eval()
     modules = _experts_modules(model, spec)
-    low_bit.check_format(spec, {layer: module for layer, (_, module) in modules.items()})
+    for weight_format in (lossless, low_bit):
+        weight_format.check_format(spec, {layer: found[1] for layer, found in modules.items()})
     _load_dense(model, model_dir, spec, dtype)
     record, scores = StepRecord(), RouterScores()
     for layer, (path, _) in modules.items():

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import psutil
@@ -15,11 +16,10 @@ from expert_store.manifest import Manifest
 from proto import errors
 from proto.expert import DTYPE_BYTES, ModelSpec
 from proto.shm import SegmentLayout
+from proto.weight_format import EXACT
 from scheduler.config import FORECASTER_NAME
 
 MIB = 1024 * 1024
-
-_WEIGHTS_PER_BYTE = {"U8": 2, "I8": 1, "BF16": 0.5}
 
 # PSS of each process beside weights and buffers, measured on an idle stack with room for what
 # they grow by
@@ -162,9 +162,8 @@ def _fixed_parts(
     """Everything but the experts' slots."""
     spec, sizing = manifest.spec, manifest.sizing
     tensors = [tensor for layout in spec.layouts.values() for tensor in layout]
-    widest = max(
-        tensor.shape[-1] * (2 if tensor.dtype == "U8" else 1) if len(tensor.shape) > 1 else 0
-        for tensor in tensors
+    widest = spec.weight_format.codes_per_byte * max(
+        tensor.shape[-1] if len(tensor.shape) > 1 else 0 for tensor in tensors
     )
     itemsize = 4
     inner_itemsize = _own_itemsize(spec)
@@ -191,6 +190,8 @@ def _own_itemsize(spec: ModelSpec) -> int:
     """Of the model's own dtype, which low-bit records keep their scales in."""
     if spec.weight_format.name == "bf16" and spec.weight_format.lossy:
         return 4
+    if spec.weight_format.name == "lossless":
+        return 2
     tensors = [tensor for layout in spec.layouts.values() for tensor in layout]
     return max(2, *(DTYPE_BYTES[tensor.dtype] for tensor in tensors))
 
@@ -199,13 +200,11 @@ def _dequantised_bytes(spec: ModelSpec) -> int:
     """One matrix as the model's own dtype has it, and its codes one by one, while many tokens are
     multiplied with it.
     """
-    if not spec.weight_format.lossy:
+    if spec.weight_format == EXACT:
         return 0
     tensors = [tensor for layout in spec.layouts.values() for tensor in layout]
-    weights = max(
-        tensor.length_bytes * _WEIGHTS_PER_BYTE.get(tensor.dtype, 0) for tensor in tensors
-    )
-    return int(weights * (_own_itemsize(spec) + 1))
+    weights = max(prod(t.shape) for t in tensors) * spec.weight_format.codes_per_byte
+    return weights * (_own_itemsize(spec) + 1)
 
 
 def _check_slots(

@@ -17,7 +17,7 @@ from deploy.settings import ServeSettings, parse_bytes
 from expert_store.manifest import MANIFEST_NAME, Manifest, check_sources
 from proto import errors
 
-PackFormat = Literal["exact", "bf16", "int8", "int4"]  # proto.weight_format.NAMES
+PackFormat = Literal["exact", "lossless", "bf16", "int8", "int4"]  # proto.weight_format.NAMES
 CHECKPOINT = typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face checkpoint.")
 STORE = typer.Argument(metavar="STORE", help="Folder made by `flashmoe index` or `pack`.")
 OUT = typer.Option("--out", metavar="STORE", help="Folder to write.")
@@ -51,8 +51,9 @@ def pack(
 ) -> None:
     """Copy a checkpoint into aligned records that read fastest; STORE is then self-contained.
 
-    Memory use is bounded; killed, it resumes; a full disk leaves STORE as it was. int8 and int4 are
-    lossy: `flashmoe eval` tells by how much. gpt-oss as its vendor ships it (mxfp4) becomes bf16,
+    Memory use is bounded; killed, it resumes; a full disk leaves STORE as it was. lossless keeps
+    every bit of bf16 experts in three quarters of the bytes. int8 and int4 are lossy: `flashmoe
+    eval` tells by how much. gpt-oss as its vendor ships it (mxfp4) becomes bf16,
     the same values, or int4.
 
     Example: flashmoe pack ~/models/OLMoE-1B-7B --out /nvme/olmoe-int4 --format int4

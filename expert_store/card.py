@@ -19,6 +19,7 @@ _MEASURE = (
     "held-out text with this store and with an exact one, and writes the figures here."
 )
 _CONTENTS = {
+    "lossless": "Each matrix of an expert is kept as bfloat16 in twelve bits a number, none lost.",
     "bf16": "Each matrix of an expert is kept in bfloat16.",
     "int8": "Each matrix of an expert is kept as 8-bit codes with one scale for each output.",
     "int4": "Each matrix of an expert is kept as 4-bit codes with a scale and a zero for each "

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from math import prod
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from expert_store import quantise
+from expert_store import lossless, quantise
 from expert_store.architecture import Architecture
 from expert_store.parameters import TORCH_DTYPES, ExpertParameter
+from expert_store.progress import Report
 from expert_store.weight_source import WeightSource
 from proto import errors
 from proto.expert import TensorLayout
-from proto.weight_format import EXACT, INT4_GROUPS, WeightFormat, low_bit_tensors
+from proto.weight_format import (
+    EXACT,
+    INT4_GROUPS,
+    WeightFormat,
+    lossless_tensors,
+    low_bit_tensors,
+)
 
 
 class Encoder(Protocol):
@@ -98,6 +106,46 @@ class LowBitEncoder(MatrixEncoder):
         )
 
 
+class LosslessEncoder(MatrixEncoder):
+    """bf16 in twelve bits a number. Goes through all experts twice: a record has room for as many
+    outliers as the matrix of its kind with most of them.
+    """
+
+    weight_format = WeightFormat("lossless")
+
+    def __init__(self, architecture: Architecture, source: WeightSource, report: Report) -> None:
+        self._room: dict[ExpertParameter, int] = {}
+        matrices = _matrices(architecture)
+        _check_bf16(matrices)
+        for number, parameter in enumerate(matrices):
+            counts = [
+                lossless.count_outliers(source.matrix(parameter, expert))
+                for expert in range(architecture.num_experts)
+            ]
+            self._room[parameter] = max(1, *counts)
+            report(number + 1, len(matrices))
+        self._check_gain(matrices)
+
+    def _check_gain(self, matrices: Sequence[ExpertParameter]) -> None:
+        plain_bytes = sum(2 * prod(parameter.shape) for parameter in matrices)
+        packed_bytes = sum(t.length_bytes for p in matrices for t in self._layout(p))
+        if packed_bytes >= plain_bytes:
+            raise errors.CheckpointUnsupported(
+                f"lossless would take {packed_bytes / plain_bytes:.3f} of the experts' bytes: pack "
+                "them with --format exact"
+            )
+
+    def _layout(self, parameter: ExpertParameter) -> tuple[TensorLayout, ...]:
+        described = lossless_tensors(*_outputs_and_inputs(parameter), self._room[parameter])
+        return tuple(
+            TensorLayout(parameter.name + suffix, dtype, shape)
+            for suffix, dtype, shape in described
+        )
+
+    def _tensors(self, parameter: ExpertParameter, matrix: Tensor) -> Iterable[Tensor]:
+        return lossless.encode(matrix, self._room[parameter])
+
+
 class Int8Encoder(LowBitEncoder):
     """A scale for each output."""
 
@@ -131,11 +179,19 @@ def record_layouts(
     }
 
 
-def make_encoder(name: str, architecture: Architecture) -> Encoder:
-    """Raises CheckpointUnsupported when the checkpoint cannot be packed so."""
+def make_encoder(
+    name: str, architecture: Architecture, source: WeightSource, report: Report
+) -> Encoder:
+    """`report` hears of matrices looked through beforehand, where the format needs it.
+
+    Raises CheckpointUnsupported when the checkpoint cannot be packed so, ManifestInvalid for a
+    damaged source.
+    """
     if name == "exact":
         check_plain(architecture, "pack it with --format bf16 (the same values) or int4")
         return ExactEncoder()
+    if name == "lossless":
+        return LosslessEncoder(architecture, source, report)
     if name == "bf16":
         return Bf16Encoder(architecture)
     return Int8Encoder() if name == "int8" else Int4Encoder(architecture)
@@ -146,6 +202,14 @@ def check_plain(architecture: Architecture, remedy: str) -> None:
     if any(p.encoding != "plain" for p in _matrices(architecture)):
         raise errors.CheckpointUnsupported(
             f"its experts are mxfp4 blocks on disk, which no kernel here multiplies with: {remedy}"
+        )
+
+
+def _check_bf16(matrices: list[ExpertParameter]) -> None:
+    if any(p.encoding != "plain" or p.dtype != "BF16" for p in matrices):
+        raise errors.CheckpointUnsupported(
+            "lossless is for bf16 experts, this checkpoint has them otherwise: pack it with "
+            "--format bf16 or exact"
         )
 
 

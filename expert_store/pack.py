@@ -55,8 +55,9 @@ def pack(
     architecture = read_architecture(root, checkpoint.tensors)
     partial = store_dir.with_name(store_dir.name + ".partial")
     with ExitStack() as stack, _disk_full_explained(partial):
-        encoder = make_encoder(weight_format, architecture)
-        writer = RecordWriter(architecture, encoder, WeightSource(checkpoint, stack))
+        source = WeightSource(checkpoint, stack)
+        encoder = make_encoder(weight_format, architecture, source, report)
+        writer = RecordWriter(architecture, encoder, source)
         _check_target(root, store_dir, overwrite)
         _check_space(writer, partial, store_dir)
         partial.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,14 @@ stay as they are.
           [K / group, N, 2]: weight = (code - 8) * scale + zero
           Rows lie in blocks of B (layout `blocks64`, `blocks32`), each of them [K, B / 2]: the low
           four bits are the block's first half, the high ones its second.
-
-Scales and zeros have the model's own dtype.
+          Scales and zeros, here and in int8, have the model's own dtype.
+    lossless  bf16 in twelve bits, N padded to 16s and K to 32s: the matrix U8 [N, K], sign and
+          mantissa; `<name>_codes` U8 [N, K / 2], two a byte, the first in the low half;
+          `<name>_bases` U8 [N]; exponent = code + the row's base, or 0 where the code is 0.
+          Exponents farther off: `<name>_outliers` I32, place in its block | exponent << 24,
+          ascending; `<name>_outlier_ends` I32 [N / 16], where each block's end among them.
+          A block is 16 rows, of tiles of 32 columns one after another; of the 512 numbers of a
+          tile, number 64 q + 16 i + 8 h + 2 r + p is row 4 i + r, column 4 q + 2 h + p.
 """
 
 from __future__ import annotations
@@ -20,9 +26,11 @@ from dataclasses import dataclass
 from proto import expert_pb2 as pb
 from proto.shm import align_up
 
-NAMES = ("exact", "bf16", "int8", "int4")
+NAMES = ("exact", "lossless", "bf16", "int8", "int4")
 SCALE = "_scale"
 SCALE_ZERO = "_scale_zero"
+CODES, BASES, OUTLIERS, OUTLIER_ENDS = "_codes", "_bases", "_outliers", "_outlier_ends"
+TILE_ROWS, TILE_COLUMNS = 16, 32
 INT8_INPUTS = 16  # torch's kernel reads so many at once
 INT4_OUTPUTS = 64  # a whole block of either layout
 INT4_GROUPS = (64, 32)
@@ -48,6 +56,11 @@ class WeightFormat:
         if self.name != "exact":
             facts.append("lossy" if self.lossy else "same values as the checkpoint")
         return f"{self.name} ({', '.join(facts)})" if facts else self.name
+
+    @property
+    def codes_per_byte(self) -> int:
+        """Of the matrix itself, where it is kept in bytes."""
+        return 2 if self.name == "int4" else 1
 
     @classmethod
     def from_pb(cls, message: pb.WeightFormat) -> WeightFormat:
@@ -77,3 +90,17 @@ def low_bit_tensors(
     rows, columns = align_up(num_outputs, INT4_OUTPUTS), align_up(num_inputs, group)
     scale_zero = (SCALE_ZERO, dtype, (columns // group, rows, 2))
     return ("", "U8", (rows, columns // 2)), scale_zero
+
+
+def lossless_tensors(
+    num_outputs: int, num_inputs: int, num_outliers: int
+) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    """The same for `lossless`. num_outliers: of the matrix that has most of them, at least one."""
+    rows, columns = align_up(num_outputs, TILE_ROWS), align_up(num_inputs, TILE_COLUMNS)
+    return (
+        ("", "U8", (rows, columns)),
+        (CODES, "U8", (rows, columns // 2)),
+        (BASES, "U8", (rows,)),
+        (OUTLIER_ENDS, "I32", (rows // TILE_ROWS,)),
+        (OUTLIERS, "I32", (num_outliers,)),
+    )

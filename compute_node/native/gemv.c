@@ -6,27 +6,15 @@
  * registers; oneDNN first writes a repacked copy of the matrix. That the bits are the same is not
  * taken for granted: compute_node/gemv.py finds out for each shape.
  */
-#include <stdint.h>
 #include <string.h>
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#define TARGET "avx512f,avx512bw,avx512vl,avx512bf16"
-#define INLINE __attribute__((target(TARGET), always_inline)) static inline
+#include "tiles.h"
 
 enum {
-  ROWS = 16,                  /* of a tile: lanes of a register */
-  COLUMNS = 32,               /* of a tile: bf16 numbers of a cache line */
-  ACCUMULATOR_COLUMNS = 512,  /* oneDNN's */
-  LINE_BYTES = 64,
-  AHEAD_BYTES = 16 << 10,     /* prefetched so far ahead; rows shorter than a page need it */
-  CHUNK_BYTES = 128 << 10,    /* what a thread takes at a time */
-  PARALLEL_BYTES = 256 << 10  /* less is not worth a second thread */
+  AHEAD_BYTES = 16 << 10, /* prefetched so far ahead; rows shorter than a page need it */
+  CHUNK_BYTES = 128 << 10 /* what a thread takes at a time */
 };
-
-/* OpenMP's entry into a parallel region, as GCC's runtime has it. */
-typedef void parallel_function(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 
 struct job {
   const uint16_t *const *weights; /* count times [rows, columns] */
@@ -37,31 +25,6 @@ struct job {
   int64_t chunk_rows, num_chunks; /* of one matrix */
   int64_t next;                   /* chunk of all matrices; threads take one after the other */
 };
-
-/* In: register r holds dwords of row r. Out: register c holds dword c of all rows. */
-INLINE void transpose(__m512i tile[ROWS]) {
-  __m512i quad[ROWS];
-  for (int i = 0; i < ROWS; i += 4) {
-    __m512i low01 = _mm512_unpacklo_epi32(tile[i], tile[i + 1]);
-    __m512i high01 = _mm512_unpackhi_epi32(tile[i], tile[i + 1]);
-    __m512i low23 = _mm512_unpacklo_epi32(tile[i + 2], tile[i + 3]);
-    __m512i high23 = _mm512_unpackhi_epi32(tile[i + 2], tile[i + 3]);
-    quad[i] = _mm512_unpacklo_epi64(low01, low23);
-    quad[i + 1] = _mm512_unpackhi_epi64(low01, low23);
-    quad[i + 2] = _mm512_unpacklo_epi64(high01, high23);
-    quad[i + 3] = _mm512_unpackhi_epi64(high01, high23);
-  }
-  for (int j = 0; j < 4; j++) {
-    __m512i even0 = _mm512_shuffle_i32x4(quad[j], quad[4 + j], 0x88);
-    __m512i odd0 = _mm512_shuffle_i32x4(quad[j], quad[4 + j], 0xdd);
-    __m512i even1 = _mm512_shuffle_i32x4(quad[8 + j], quad[12 + j], 0x88);
-    __m512i odd1 = _mm512_shuffle_i32x4(quad[8 + j], quad[12 + j], 0xdd);
-    tile[j] = _mm512_shuffle_i32x4(even0, even1, 0x88);
-    tile[4 + j] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
-    tile[8 + j] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
-    tile[12 + j] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
-  }
-}
 
 /* One accumulator of `count` rows: columns [begin, end). Fetches what lies AHEAD_BYTES on, up to
  * `limit`, in the order of addresses. */
@@ -86,21 +49,16 @@ INLINE __m512 accumulate(const char *rows, int64_t count, int64_t columns, const
   return sum;
 }
 
-/* Up to 16 outputs. A first accumulator is not added to zero: that would lose the sign of -0. */
+/* Up to 16 outputs. */
 INLINE void multiply_rows(const char *rows, int64_t count, int64_t columns, const uint16_t *input,
                           const uint16_t *bias, uint16_t *output, const char *limit) {
-  __mmask16 mask = (__mmask16)((1u << count) - 1);
   __m512 total = _mm512_setzero_ps();
   for (int64_t begin = 0; begin < columns; begin += ACCUMULATOR_COLUMNS) {
     int64_t end = begin + ACCUMULATOR_COLUMNS < columns ? begin + ACCUMULATOR_COLUMNS : columns;
     __m512 sum = accumulate(rows, count, columns, input, begin, end, limit);
-    total = begin ? _mm512_add_ps(total, sum) : sum;
+    total = add_accumulator(total, sum, begin == 0);
   }
-  if (bias) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bias));
-    total = _mm512_add_ps(total, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
-  }
-  _mm256_mask_storeu_epi16(output, mask, (__m256i)_mm512_cvtneps_pbh(total));
+  finish_rows(total, count, bias, output);
 }
 
 INLINE void multiply_chunk(const struct job *job, int64_t matrix, int64_t begin, int64_t end) {
@@ -119,8 +77,7 @@ INLINE void multiply_chunk(const struct job *job, int64_t matrix, int64_t begin,
 __attribute__((target(TARGET))) static void work(void *data) {
   struct job *job = data;
   int64_t chunk;
-  while ((chunk = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) <
-         job->count * job->num_chunks) {
+  while ((chunk = take(&job->next)) < job->count * job->num_chunks) {
     int64_t begin = chunk % job->num_chunks * job->chunk_rows, end = begin + job->chunk_rows;
     multiply_chunk(job, chunk / job->num_chunks, begin, end < job->rows ? end : job->rows);
   }

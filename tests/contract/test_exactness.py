@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compute_node import gemv, native_library
+from compute_node import gemv, lossless, native_library
 from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.engine import Engine, SequenceState
@@ -168,17 +168,19 @@ def test_pool_of_all_layers_is_exact(references: dict[Any, Reference], tmp_path:
 
 @pytest.mark.skipif(native_library.obstacle() != "", reason=native_library.obstacle())
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_native_kernel_is_exact(
-    num_threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("weight_format", ["exact", "lossless"])
+def test_native_kernels_are_exact(
+    weight_format: str, num_threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tiny checkpoints' matrices are too small for it: torch has another kernel for those."""
-    monkeypatch.setattr(gemv, "_same_bits", {})
+    """The tiny checkpoints' matrices are too small for them: torch has another kernel for those."""
+    for kernel in (gemv, lossless):
+        monkeypatch.setattr(kernel, "_same_bits", {})
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
         wide = {"hidden_size": 256, "moe_intermediate_size": 96, "head_dim": 64}
         expected = reference({}, "qwen3_moe", torch.bfloat16, tmp_path, **wide)
-        index(expected.root, tmp_path / "store")
+        pack(expected.root, tmp_path / "store", weight_format=weight_format)
         with engine(tmp_path / "store", tmp_path) as node:
             logits, tokens = run(node)
     finally:
@@ -187,3 +189,5 @@ def test_native_kernel_is_exact(
     assert tokens == expected.tokens
     by_amx = "amx_bf16" in Path("/proc/cpuinfo").read_text()
     assert gemv.num_shapes(native=True) >= 4 or by_amx, "experts, attention, output"
+    if weight_format == "lossless":
+        assert list(lossless._same_bits.values()) == [True, True] or by_amx

@@ -18,6 +18,7 @@ from compute_node import low_bit
 from compute_node.engine import Engine, SequenceState
 from compute_node.expert_memory import TORCH_DTYPES
 from expert_store import quantise
+from expert_store.encoders import LosslessEncoder
 from expert_store.manifest import Manifest
 from expert_store.pack import pack
 from expert_store.records import RECORDS_NAME
@@ -136,6 +137,30 @@ def test_low_bit_kernels_are_near(name: str, weight_format: str, tmp_path: Path)
     assert our_tokens == tokens
     for step, (a, b) in enumerate(zip(ours, logits, strict=True)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4, msg=f"step {step}")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_lossless_is_exact(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit transformers' eager experts on the checkpoint itself."""
+    monkeypatch.setattr(LosslessEncoder, "_check_gain", lambda *_: None)  # tiny ones are padded
+    root = make(name, tmp_path / "checkpoint", torch.bfloat16)
+    manifest = pack(root, tmp_path / "store", weight_format="lossless")
+    assert not manifest.spec.weight_format.lossy
+    model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.bfloat16).eval()
+    model.set_experts_implementation("eager")
+    align(model)
+    with engine(tmp_path / "store", tmp_path) as node:
+        check_same(run(node), reference(model))
+
+
+def test_lossless_needs_bf16_and_must_pay(tmp_path: Path) -> None:
+    wide = make("mixtral", tmp_path / "fp32", torch.float32)
+    with pytest.raises(errors.CheckpointUnsupported, match="lossless is for bf16 experts"):
+        pack(wide, tmp_path / "store", weight_format="lossless")
+    padded = make("mixtral", tmp_path / "bf16", torch.bfloat16, intermediate_size=8)
+    with pytest.raises(errors.CheckpointUnsupported, match="pack them with --format exact"):
+        pack(padded, tmp_path / "store", weight_format="lossless")
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])

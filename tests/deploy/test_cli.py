@@ -161,11 +161,11 @@ def test_external_redis_is_used(tiny_store: Path, run_dir: Path) -> None:
 def test_quantised_checkpoint_is_named(tmp_path: Path) -> None:
     root = make("gpt_oss", tmp_path / "model")
     config = json.loads((root / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4"}
+    config["quantization_config"] = {"quant_method": "gptq"}
     (root / "config.json").write_text(json.dumps(config))
     done = flashmoe("index", str(root), "--out", str(tmp_path / "store"))
     assert done.returncode == 2
-    assert_one_sentence(done.stderr, "mxfp4", "not supported")
+    assert_one_sentence(done.stderr, "gptq", "not supported")
 
 
 def test_exit_codes_tell_kinds_apart() -> None:

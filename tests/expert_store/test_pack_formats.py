@@ -20,7 +20,7 @@ from expert_store.records import RECORDS_NAME
 from expert_store.verify import verify
 from proto import errors
 from proto.expert import ModelSpec
-from proto.weight_format import EXACT
+from proto.weight_format import EXACT, NAMES
 from tests.checkpoints import make
 
 
@@ -51,7 +51,7 @@ def test_the_format_is_written_and_crosses_the_wire(int4: Path) -> None:
 def test_formats_are_different_models(checkpoint: Path, int4: Path, tmp_path: Path) -> None:
     """Evidence, advice and what was calibrated go by the fingerprint."""
     fingerprints = {Manifest.load(int4).spec.fingerprint}
-    for name in ("exact", "bf16", "int8"):
+    for name in set(NAMES) - {"int4", "lossless"}:  # the last is for bf16
         fingerprints.add(pack(checkpoint, tmp_path / name, weight_format=name).spec.fingerprint)
     assert len(fingerprints) == 4
 
@@ -68,7 +68,7 @@ def test_a_store_of_version_1_is_exact(checkpoint: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (["int3", 32, "", True], "'int3', this program knows exact, bf16"),
+        (["int3", 32, "", True], "'int3', this program knows exact, lossless, bf16"),
         (["int4", 48, "blocks64", True], "groups of 48"),
         (["int4", 32, "blocks64", 1], "neither true nor false"),
         (["int4", 32], "damaged"),

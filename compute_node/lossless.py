@@ -1,0 +1,159 @@
+"""Products with bf16 matrices kept in twelve bits a number, bit for bit those with the matrices
+themselves: by native/lossless.c for one token, unpacked for many.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compute_node import gemv, native_library, scratch
+from proto import errors
+from proto.expert import ModelSpec
+from proto.weight_format import BASES, CODES, OUTLIER_ENDS, OUTLIERS, lossless_tensors
+
+_PARTS = ("", CODES, BASES, OUTLIER_ENDS, OUTLIERS)  # as native/lossless.c takes them
+_PLACE_BITS = 24
+
+_same_bits: dict[tuple[object, ...], bool] = {}
+
+
+def is_packed(tensors: Mapping[str, Tensor], name: str) -> bool:
+    return name + BASES in tensors
+
+
+def is_exact(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> bool:
+    """Whether `multiply` gives torch's bits for matrices [N, K] of this shape, with as many threads
+    as torch has now. The first of a shape is tried out.
+    """
+    bias = tensors.get(f"{name}_bias")
+    key = (shape, bias is not None, torch.get_num_threads())
+    if key not in _same_bits:
+        _same_bits[key] = _gives_same_bits(tensors, name, shape, bias)
+    return _same_bits[key]
+
+
+def multiply(
+    experts: Sequence[Mapping[str, Tensor]], name: str, inputs: Tensor, num_outputs: int
+) -> Tensor:
+    """Matrix `name` of several experts at once; `is_exact` of them must be true.
+
+    inputs: [E, K], a row for each expert, or [1, K], one for all
+
+    Returns [E, N].
+    """
+    biases = [tensors[f"{name}_bias"] for tensors in experts if f"{name}_bias" in tensors]
+    outputs = torch.empty((len(experts), num_outputs), dtype=torch.bfloat16)
+    _library().lossless_gemv(
+        _addresses([tensors[name + part] for tensors in experts for part in _PARTS]),
+        _addresses(biases) if biases else None,
+        len(experts),
+        inputs.data_ptr(),
+        inputs.shape[1] if inputs.shape[0] > 1 else 0,
+        outputs.data_ptr(),
+        num_outputs,
+        inputs.shape[1],
+        gemv.parallel(),
+        torch.get_num_threads(),
+    )
+    return outputs
+
+
+def unpack(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
+    """Matrix `name` as [N, K] bf16; valid until the next on this thread."""
+    if native_library.load() is None:
+        return unpack_by_torch(tensors, name, shape)
+    weight = scratch.empty(shape, torch.bfloat16)
+    _library().lossless_unpack(
+        _addresses([tensors[name + part] for part in _PARTS]),
+        weight.data_ptr(),
+        *shape,
+        gemv.parallel(),
+        torch.get_num_threads(),
+    )
+    return weight
+
+
+def unpack_by_torch(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
+    """The same on any CPU, in more time and memory."""
+    signs, codes = tensors[name], tensors[name + CODES]  # [N, K], [N, K / 2]
+    blocks, tiles = signs.shape[0] // 16, signs.shape[1] // 32
+    numbers = signs.view(-1, 64).short()  # in the order of the record
+    code = torch.stack([codes & 15, codes >> 4], dim=-1).view(numbers.shape)
+    bases = tensors[name + BASES].view(blocks, 1, 4, 1, 4, 1)
+    bases = bases.expand(-1, tiles * 8, -1, 2, -1, 2).reshape(numbers.shape)
+    exponents = torch.where(code == 0, 0, code + bases).view(blocks, -1)  # [blocks, 16 * K]
+    ends, outliers = tensors[name + OUTLIER_ENDS], tensors[name + OUTLIERS].long() & 0xFFFFFFFF
+    outliers = outliers[: int(ends[-1])]
+    block = torch.bucketize(torch.arange(len(outliers)), ends, right=True)
+    exponents[block, outliers & (1 << _PLACE_BITS) - 1] = (outliers >> _PLACE_BITS).to(torch.uint8)
+    bits = (numbers & 0x80) << 8 | exponents.view(numbers.shape).short() << 7 | numbers & 0x7F
+    rows = bits.view(blocks, tiles, 8, 4, 2, 4, 2).permute(0, 3, 5, 1, 2, 4, 6)
+    return rows.reshape(signs.shape)[: shape[0], : shape[1]].contiguous().view(torch.bfloat16)
+
+
+def check_format(spec: ModelSpec, modules: Mapping[int, Any]) -> None:
+    """modules: model layer number -> experts module
+
+    Raises ManifestInvalid for records that have not the shapes that the modules ask for.
+    """
+    if spec.weight_format.name != "lossless":
+        return
+    for layer, module in modules.items():
+        stored = {t.name: t for t in spec.layouts[layer]}
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() != 3:
+                continue
+            outliers = stored.get(name + OUTLIERS)
+            shape = matrix_shape(module, name)
+            expected = lossless_tensors(*shape, prod(outliers.shape) if outliers else 1)
+            for suffix, dtype, found in expected:
+                tensor = stored.get(name + suffix)
+                if tensor is None or (tensor.dtype, tensor.shape) != (dtype, found):
+                    raise errors.ManifestInvalid(
+                        f"layer {layer}: {name}{suffix} is not as {spec.weight_format} has it: "
+                        "pack the checkpoint again"
+                    )
+
+
+def matrix_shape(module: Any, name: str) -> tuple[int, int]:
+    """Outputs and inputs of an expert's matrix, whatever way round the module has it."""
+    first, second = getattr(module, name).shape[1:]
+    return (second, first) if module.is_transposed else (first, second)
+
+
+def _gives_same_bits(
+    tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int], bias: Tensor | None
+) -> bool:
+    """Where gemv has torch's bits, and this has gemv's."""
+    weight = unpack(tensors, name, shape).clone()
+    if not gemv.is_exact(weight, bias):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn((1, shape[1]), generator=generator).bfloat16()
+    found = multiply([tensors], name, inputs, shape[0])
+    expected = gemv.multiply([weight], inputs, [] if bias is None else [bias])
+    return torch.equal(found.view(torch.int16), expected.view(torch.int16))
+
+
+def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = native_library.load()
+    assert library is not None
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    shape_and_threads = (size, size, pointer, size)
+    matrices = (pointer, pointer, size)
+    library.lossless_gemv.argtypes = (*matrices, pointer, size, pointer, *shape_and_threads)
+    library.lossless_unpack.argtypes = (pointer, pointer, *shape_and_threads)
+    library.lossless_gemv.restype = library.lossless_unpack.restype = None
+    return library

@@ -1,0 +1,121 @@
+"""Twelve bits a number: every bf16 comes back, and products have the bits of the matrix itself.
+
+Planted faults seen red:
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from compute_node import gemv, lossless, native_library
+from expert_store import lossless as encoder
+from proto import errors
+from proto.expert import ModelSpec, TensorLayout
+from proto.weight_format import OUTLIERS, WeightFormat, lossless_tensors
+from tests.compute_node.test_gemv import inputs, matrices, needs_kernel, same_bits
+
+SHAPES = [(192, 256), (17, 1024), (33, 70), (300, 5120)]
+
+
+@pytest.fixture(autouse=True, params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["native", "torch"])
+def unpacking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(native_library, "load", lambda: None)
+    elif native_library.obstacle():
+        pytest.skip(native_library.obstacle())
+
+
+def packed(matrix: Tensor, spare: int = 1) -> dict[str, Tensor]:
+    room = encoder.count_outliers(matrix) + spare
+    described = lossless_tensors(*matrix.shape, room)
+    tensors = encoder.encode(matrix, room)
+    assert [tuple(tensor.shape) for tensor in tensors] == [shape for _, _, shape in described]
+    return {f"w{suffix}": t for (suffix, _, _), t in zip(described, tensors, strict=True)}
+
+
+@pytest.mark.usefixtures("unpacking")
+def test_every_number_comes_back() -> None:
+    """All 65,536 of them, in rows of few exponents and in rows of all."""
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
+    for matrix in (every.view(256, 256), every.view(256, 256).T.contiguous()):
+        assert same_bits(lossless.unpack(packed(matrix), "w", (256, 256)), matrix)
+
+
+@pytest.mark.usefixtures("unpacking")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matrices_come_back(shape: tuple[int, int]) -> None:
+    """With numbers far off, rows of zeros, and edges that fill no tile."""
+    (matrix,) = matrices(shape)
+    matrix[0, :3] = torch.tensor([1e30, -1e-30, float("inf")]).bfloat16()
+    matrix[1] = 0
+    matrix[-1, -1] = 1e-25
+    assert encoder.count_outliers(matrix) >= 4
+    assert same_bits(lossless.unpack(packed(matrix), "w", shape), matrix)
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] % 32 == 0])
+def test_products_have_the_bits_of_the_matrix(shape: tuple[int, int]) -> None:
+    plain = matrices(shape, 3)
+    plain[0][3, 5], plain[2][-1, -1] = 1e-20, 1e3
+    experts = [packed(matrix) for matrix in plain]
+    biases = [torch.randn(shape[0]).bfloat16() for _ in experts]
+    assert lossless.is_exact(experts[0], "w", shape)
+    for rows in (inputs(shape[1]), inputs(shape[1], 3)):
+        found = lossless.multiply(experts, "w", rows, shape[0])
+        assert same_bits(found, gemv.multiply(plain, rows))
+        with_bias = [
+            tensors | {"w_bias": bias} for tensors, bias in zip(experts, biases, strict=True)
+        ]
+        found = lossless.multiply(with_bias, "w", rows, shape[0])
+        assert same_bits(found, gemv.multiply(plain, rows, biases))
+
+
+@needs_kernel
+def test_a_kernel_with_other_bits_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lossless, "_same_bits", {})
+    tensors = packed(matrices((64, 128))[0])
+    right = lossless.multiply
+    monkeypatch.setattr(lossless, "multiply", lambda *args: right(*args).nextafter(torch.ones(1)))
+    assert not lossless.is_exact(tensors, "w", (64, 128))
+
+
+def test_trained_weights_have_few_outliers() -> None:
+    """What makes it worth its while: three quarters of the bytes, and little beside them."""
+    matrix = (torch.randn(256, 1024) * 0.02).bfloat16()
+    assert encoder.count_outliers(matrix) < matrix.numel() / 1000
+    stored = sum(tensor.numel() * tensor.itemsize for tensor in packed(matrix).values())
+    assert stored < 0.76 * 2 * matrix.numel()
+
+
+def test_records_of_other_shapes_are_refused() -> None:
+    parameter = torch.empty(4, 96, 64, dtype=torch.bfloat16, device="meta")
+    module = SimpleNamespace(
+        is_transposed=False, w=parameter, named_parameters=lambda recurse: [("w", parameter)]
+    )
+    layout = tuple(TensorLayout(f"w{s}", d, shape) for s, d, shape in lossless_tensors(96, 64, 7))
+    spec = ModelSpec("", "toy", (1,), 4, 2, {1: layout}, weight_format=WeightFormat("lossless"))
+    lossless.check_format(spec, {1: module})
+    for number, tensor in enumerate(layout):
+        others = (*layout[:number], *layout[number + 1 :])
+        changed = [others]
+        if not tensor.name.endswith(OUTLIERS):  # of these there may be any number
+            shorter = replace(tensor, shape=(tensor.shape[0] - 1, *tensor.shape[1:]))
+            changed.append((*others, shorter))
+        for found in changed:
+            with pytest.raises(errors.ManifestInvalid, match=f"layer 1: {tensor.name} is not"):
+                lossless.check_format(replace(spec, layouts={1: found}), {1: module})
