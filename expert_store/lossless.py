@@ -7,6 +7,8 @@ what lies farther off, one in ten thousand, in a list.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,13 +18,12 @@ from proto.weight_format import TILE_COLUMNS, TILE_ROWS
 _NUM_EXPONENTS = 256
 _NUM_CODES = 15  # beside 0, which says that the exponent is 0
 _PLACE_BITS = 24
+_PIECE_NUMBERS = 1 << 18
 
 
 def count_outliers(matrix: Tensor) -> int:
     """How many numbers of a matrix [N, K] bf16 have an exponent that no code names."""
-    counts, bases = _choose_bases(_exponents(matrix))
-    windows = _windows(counts).gather(1, bases[:, None])
-    return int(counts.sum() - windows.sum())
+    return sum(_count(rows) for rows in _pieces(matrix))
 
 
 def encode(matrix: Tensor, num_outliers: int) -> tuple[Tensor, ...]:
@@ -32,23 +33,49 @@ def encode(matrix: Tensor, num_outliers: int) -> tuple[Tensor, ...]:
     """
     num_outputs, num_inputs = matrix.shape
     padding = (0, -num_inputs % TILE_COLUMNS, 0, -num_outputs % TILE_ROWS)
-    padded = functional.pad(matrix, padding)
-    exponents = _exponents(padded)
+    pieces = [_encode_rows(rows) for rows in _pieces(functional.pad(matrix, padding))]
+    signs, codes, bases, counts, found = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    outliers = torch.zeros(num_outliers, dtype=torch.int64)
+    outliers[: len(found)] = found
+    ends = counts.cumsum(dim=0).int()
+    return signs, codes, bases, ends, outliers.to(torch.uint32).view(torch.int32)
+
+
+def _pieces(matrix: Tensor) -> Sequence[Tensor]:
+    """Rows [n, K], n a multiple of 16 but in the last: what is made of them stays in the cache."""
+    num_rows = max(1, _PIECE_NUMBERS // matrix.shape[1] // TILE_ROWS) * TILE_ROWS
+    pieces: Sequence[Tensor] = torch.split(matrix, num_rows)
+    return pieces
+
+
+def _count(rows: Tensor) -> int:
+    counts, bases = _choose_bases(_exponents(rows))
+    named = _windows(counts).gather(1, bases[:, None])
+    return int(counts.sum() - named.sum())
+
+
+def _encode_rows(rows: Tensor) -> tuple[Tensor, ...]:
+    """rows: [n, K], n and K padded
+
+    Returns signs [n, K], codes [n, K / 2], bases [n], how many outliers each block has [n / 16],
+    outliers as int64.
+    """
+    exponents = _exponents(rows)
     _, bases = _choose_bases(exponents)
     codes = exponents - bases.to(torch.uint8)[:, None]  # wraps: what lies below is large
     is_coded = (codes >= 1) & (codes <= _NUM_CODES) & (exponents > 0)
-    is_outlier = ~is_coded & (exponents > 0)
-    codes = codes.mul_(is_coded)
-    bits = padded.view(torch.int16)
+    is_outlier = _in_tiles(~is_coded & (exponents > 0)).flatten(1)  # [n / 16, 16 K]
+    bits = rows.view(torch.int16)
     signs = (bits >> 8 & 0x80) | bits & 0x7F
-    pairs = _in_tiles(codes).view(-1, 2)
-    ends, outliers = _list_outliers(is_outlier, exponents, num_outliers)
+    pairs = _in_tiles(codes.mul_(is_coded)).view(-1, 2)
+    blocks, places = is_outlier.nonzero(as_tuple=True)
+    far_off = _in_tiles(exponents).flatten(1)[blocks, places].long()
     return (
-        _in_tiles(signs.to(torch.uint8)).view(padded.shape),
-        (pairs[:, 0] | pairs[:, 1] << 4).view(padded.shape[0], -1),
+        _in_tiles(signs.to(torch.uint8)).view(rows.shape),
+        (pairs[:, 0] | pairs[:, 1] << 4).view(rows.shape[0], -1),
         bases.to(torch.uint8),
-        ends,
-        outliers,
+        is_outlier.sum(dim=1),
+        places | far_off << _PLACE_BITS,
     )
 
 
@@ -76,14 +103,3 @@ def _in_tiles(numbers: Tensor) -> Tensor:
     blocks, tiles = numbers.shape[0] // TILE_ROWS, numbers.shape[1] // TILE_COLUMNS
     split = numbers.view(blocks, 4, 4, tiles, 8, 2, 2)  # block, i, r, tile, q, h, p
     return split.permute(0, 3, 4, 1, 5, 2, 6).reshape(blocks, tiles, -1)
-
-
-def _list_outliers(is_outlier: Tensor, exponents: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """Where each block's end among them, [N / 16] int32, and the outliers, [room] int32."""
-    found = _in_tiles(is_outlier).flatten(1)  # [N / 16, 16 K]
-    blocks, places = found.nonzero(as_tuple=True)
-    ends = found.sum(dim=1).cumsum(dim=0)
-    outliers = torch.zeros(room, dtype=torch.int64)
-    far_off = _in_tiles(exponents).flatten(1)[blocks, places].long()
-    outliers[: len(places)] = places | far_off << _PLACE_BITS
-    return ends.int(), outliers.to(torch.uint32).view(torch.int32)

@@ -5,7 +5,7 @@ whole, an arithmetic mean of speeds, the first token counted in a token's bytes,
 the table, failed runs as figures, limits from small to large, a file of results begun anew, a
 cgroup found by part of a controller's name or in version 2's hierarchy, requests read as sectors;
 in the plan: everybody without a limit, own read-ahead at every share, limits within a page, rounds
-innermost, all prompts for the slow; a core's share for the machine's, stolen time left out, a name
+innermost, all prompts or all rounds for the slow; a core's share for the machine's, stolen time left out, a name
 with brackets, other fields of a process read as its time; texts of two lengths compared as far as
 the shorter goes, the first place left out, first tokens alone or everybody's compared.
 """
@@ -107,7 +107,7 @@ def test_a_table_leaves_out_the_cold_prompt_and_says_why_a_run_failed(
     assert "tokens/s" in header
     assert [row.split()[0] for row in rows if row] == ["none", "25", "25"]
     assert "10.00 (10.00-10.00)" in rows[0]
-    assert rows[2].split() == ["25", "%", "theirs", "failed"]
+    assert rows[2].split() == ["25", "%", "theirs", "1", "failed"]
 
 
 def test_time_of_others_is_what_is_left_of_the_busy_time() -> None:
@@ -147,10 +147,10 @@ def test_a_plan_takes_turns_and_leaves_out_what_says_nothing() -> None:
     contenders = {
         "ours": Contender(never),
         "mapped": Contender(never, maps_files=True),
-        "slow": Contender(never, needs_limit=True, num_prompts=3, max_tokens=8),
+        "slow": Contender(never, needs_limit=True, num_prompts=3, num_rounds=1, max_tokens=8),
     }
     planned = list(plan.cases(contenders, (None, 37.5), 1000 * MIB + 5, 8 * MIB, 11, 2))
-    assert [case.round_number for case in planned] == [0] * 6 + [1] * 6
+    assert [case.round_number for case in planned] == [0] * 6 + [1] * 4
     of_round = [(case.engine, case.share, case.read_ahead_bytes) for case in planned[:6]]
     assert of_round == [
         ("ours", None, 128 * 1024),
@@ -161,7 +161,13 @@ def test_a_plan_takes_turns_and_leaves_out_what_says_nothing() -> None:
         ("slow", 37.5, 128 * 1024),
     ]
     assert {case.limit_bytes for case in planned} == {None, 375 * MIB}
-    assert [(case.num_prompts, case.max_tokens) for case in planned[4:6]] == [(11, 32), (3, 8)]
+    assert [(case.num_prompts, case.max_tokens) for case in planned[3:6]] == [
+        (11, 32),
+        (4, 32),
+        (3, 8),
+    ]
+    again = {(case.engine, case.read_ahead_bytes) for case in planned[6:]}
+    assert again == {("ours", 128 * 1024), ("mapped", 128 * 1024)}, "the slow, once"
 
 
 def never(setup: Setup) -> NoReturn:

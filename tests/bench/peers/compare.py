@@ -22,7 +22,7 @@ NAME = "compare"
 RECORD_BYTES = 24 * MIB
 PROMPT_TOKENS, TEXT_TOKENS = 48, 96
 QUICK_PROMPTS = 4
-OURS = ("FlashMoE", "FlashMoE on mmap")
+OURS = ("FlashMoE", "FlashMoE lossless", "FlashMoE on mmap")
 
 
 def compare(chosen: argparse.Namespace) -> None:

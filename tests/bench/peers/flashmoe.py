@@ -18,7 +18,7 @@ from tests.bench.peers.engine import (
     first_line,
     process,
 )
-from tests.bench.peers.models import STORE
+from tests.bench.peers.models import LOSSLESS, STORE
 from tests.bench.peers.prompt_lines import TEMPERATURE
 from tests.bench.peers.worker import Worker, working
 
@@ -42,18 +42,25 @@ class FlashMoE:
 
 
 @contextmanager
-def flashmoe(setup: Setup) -> Iterator[FlashMoE]:
+def flashmoe(setup: Setup, store: str = STORE) -> Iterator[FlashMoE]:
     """The cgroup's limit is its ceiling; without one, every expert is resident."""
     run = RunDir(setup.log.parent / "run")
     limit = setup.limit_bytes
     memory = ["--experts-memory", "100%"] if limit is None else ["--memory", str(limit)]
-    arguments = ["--model", str(setup.folder / STORE), "--run-dir", str(run.path), *memory]
+    arguments = ["--model", str(setup.folder / store), "--run-dir", str(run.path), *memory]
     with process(setup, [sys.executable, "-m", "deploy.cli", "serve", *arguments]) as started:
         first_line(started, "ready: ", setup.log)
         with NodeClient(run.address("compute_node")) as client:
             yield FlashMoE(client)
         started.send_signal(signal.SIGTERM)
         started.wait(STOP_S)
+
+
+@contextmanager
+def flashmoe_lossless(setup: Setup) -> Iterator[FlashMoE]:
+    """On the store packed lossless: the same bits in three quarters of the bytes."""
+    with flashmoe(setup, LOSSLESS) as engine:
+        yield engine
 
 
 @contextmanager

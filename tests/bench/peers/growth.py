@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tests.bench.peers import compare
 from tests.bench.peers.laboratory import Laboratory, present_commit, read_prompts
-from tests.bench.peers.models import GGUF, STORE, PeerModel
+from tests.bench.peers.models import GGUF, LOSSLESS, PeerModel
 from tests.bench.peers.plan import READ_AHEAD_BYTES
 from tests.bench.peers.report import speed
 from tests.bench.peers.run import Case, RunResult
@@ -26,7 +26,7 @@ NARROW_EXPERTS = 32  # a layer, of the shipped model
 RECORD_BYTES = 3 * MIB
 COPIES = (1, 2, 4, 8)
 RECORDS_MIB = (3, 6, 12, 24)
-ENGINES = {"FlashMoE": "#d1495b", "llama.cpp": "#1f6feb"}
+ENGINES = {"FlashMoE lossless": "#d1495b", "llama.cpp": "#1f6feb"}
 PROMPT_TOKENS, MAX_TOKENS, NUM_PROMPTS = 48, 32, 6
 ROUNDS = 3
 SPEEDS = (1, 2, 5, 10, 20, 50, 100, 200)
@@ -45,7 +45,7 @@ class Series:
 
 
 def series() -> list[Series]:
-    formats = (GGUF, STORE)
+    formats = (GGUF, LOSSLESS)
     return [
         Series(
             f"experts of {RECORD_BYTES // MIB} MiB, top 4: the same compute a token",

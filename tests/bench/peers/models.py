@@ -15,8 +15,9 @@ from tests.bench.widen import MIB, widen
 from tests.stack import MODEL, ROOT
 
 CHECKPOINT, GGUF, STORE = "checkpoint", "model.gguf", "store"
+LOSSLESS = "lossless"  # the same experts, packed so
 FUSED, OFFLOADED = "fused", "offloaded"
-ALL_FORMATS = (GGUF, STORE, FUSED, OFFLOADED)
+ALL_FORMATS = (GGUF, STORE, LOSSLESS, FUSED, OFFLOADED)
 _ROOM = 1.06  # for the file system, and what is not in experts
 _NARROW_EXPERTS = 8 * 32  # of the shipped model
 
@@ -51,7 +52,8 @@ class PeerModel:
             _once(checkpoint, lambda out: widen(MODEL, out, self.record_bytes, self.copies))
         makers: dict[str, Callable[[Path], None]] = {
             GGUF: partial(_by_peer, python, "gguf_file", checkpoint),
-            STORE: partial(_pack, checkpoint),
+            STORE: partial(_pack, checkpoint, "exact"),
+            LOSSLESS: partial(_pack, checkpoint, "lossless"),
             FUSED: partial(fuse, checkpoint),  # comes last of what needs the checkpoint
             OFFLOADED: partial(_by_peer, python, "offload_files", fused),
         }
@@ -78,8 +80,8 @@ def _by_peer(python: Path, module: str, source: Path, out: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True)
 
 
-def _pack(source: Path, out: Path) -> None:
+def _pack(source: Path, weight_format: str, out: Path) -> None:
     packing = out.with_name(out.name + ".packing")
     command = [sys.executable, "-m", "deploy.cli", "pack", str(source), "--out", str(packing)]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run([*command, "--format", weight_format], cwd=ROOT, check=True)
     packing.rename(out)

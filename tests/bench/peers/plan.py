@@ -11,7 +11,8 @@ from tests.bench.widen import MIB
 SHARES = (None, 100.0, 50.0, 37.5, 25.0)
 KIB = 1024
 READ_AHEAD_BYTES = 128 * KIB  # what Linux gives most disks
-OWN_READ_AHEAD_SHARES = (37.5, 25.0)  # minutes each: the two that the aims are about
+OWN_READ_AHEAD_SHARES = (37.5, 25.0)  # the two that the aims are about
+OWN_READ_AHEAD_PROMPTS = 4  # once: minutes each
 
 
 def cases(
@@ -22,8 +23,8 @@ def cases(
     num_prompts: int,
     rounds: int,
 ) -> Iterator[Case]:
-    """Rounds outermost, so that engines take turns; who maps files runs at the disk's own
-    read-ahead too.
+    """Rounds outermost, so that engines take turns; who maps files runs once at the
+    disk's own read-ahead too.
 
     shares: of the model file, in percent; None: no limit
     """
@@ -32,9 +33,12 @@ def cases(
             for name, contender in contenders.items():
                 if share is None and contender.needs_limit:
                     continue
+                if contender.num_rounds is not None and number >= contender.num_rounds:
+                    continue
                 limit = None if share is None else int(file_bytes * share / 100) // MIB * MIB
                 asked = min(num_prompts, contender.num_prompts or num_prompts)
                 tokens = contender.max_tokens
                 yield Case(name, share, limit, READ_AHEAD_BYTES, asked, tokens, number)
-                if contender.maps_files and share in OWN_READ_AHEAD_SHARES:
-                    yield Case(name, share, limit, own_read_ahead_bytes, asked, tokens, number)
+                if contender.maps_files and share in OWN_READ_AHEAD_SHARES and number == 0:
+                    few = min(asked, OWN_READ_AHEAD_PROMPTS)
+                    yield Case(name, share, limit, own_read_ahead_bytes, few, tokens, number)

@@ -12,6 +12,7 @@ MIB = 1024 * 1024
 HEADER = [
     "limit",
     "engine",
+    "runs",
     "tokens/s",
     "token p50 ms",
     "p95 ms",
@@ -28,11 +29,10 @@ def print_table(results: Sequence[RunResult]) -> None:
     """A table a read-ahead, rows by limit."""
     for read_ahead in sorted({result.case.read_ahead_bytes for result in results}):
         chosen = [r for r in results if r.case.read_ahead_bytes == read_ahead]
-        rounds = {result.case.round_number for result in chosen}
         prompts = max(result.case.num_prompts for result in chosen)
         show(
-            f"Read-ahead {read_ahead // 1024} KiB: a cold prompt and {prompts - 1} warm ones a run,"
-            f" {len(rounds)} runs, median (min-max)",
+            f"Read-ahead {read_ahead // 1024} KiB: a cold prompt and {prompts - 1} warm ones a run "
+            "(accelerate: 2), median (min-max)",
             HEADER,
             _rows(chosen),
         )
@@ -70,11 +70,12 @@ def _row(runs: Sequence[RunResult]) -> list[str]:
     case = runs[0].case
     limit = _limit(case)
     if any(run.failure for run in runs):
-        return [limit, case.engine, "failed", *[""] * (len(HEADER) - 3)]
+        return [limit, case.engine, str(len(runs)), "failed", *[""] * (len(HEADER) - 4)]
     warm = [run.answers[1:] for run in runs]
     return [
         limit,
         case.engine,
+        str(len(runs)),
         _over(warm, speed),
         _over(warm, lambda answers: latency_ms(answers, 0.5), 0),
         _over(warm, lambda answers: latency_ms(answers, 0.95), 0),
