@@ -5,9 +5,9 @@ whole, an arithmetic mean of speeds, the first token counted in a token's bytes,
 the table, failed runs as figures, limits from small to large, a file of results begun anew, a
 cgroup found by part of a controller's name or in version 2's hierarchy, requests read as sectors;
 in the plan: everybody without a limit, own read-ahead at every share, limits within a page, rounds
-innermost, all prompts or all rounds for the slow; a core's share for the machine's, stolen time left out, a name
-with brackets, other fields of a process read as its time; texts of two lengths compared as far as
-the shorter goes, the first place left out, first tokens alone or everybody's compared.
+innermost, all prompts or rounds for the slow; a core's share for the machine's, stolen time left
+out, a name with brackets, other fields of a process read as its time; texts of two lengths compared
+as far as the shorter goes, the first place left out, first tokens alone or everybody's compared.
 """
 
 from __future__ import annotations

@@ -98,6 +98,7 @@ def test_trained_weights_have_few_outliers() -> None:
     """What makes it worth its while: three quarters of the bytes, and little beside them."""
     matrix = (torch.randn(256, 1024) * 0.02).bfloat16()
     assert encoder.count_outliers(matrix) < matrix.numel() / 1000
+    assert encoder.count_outliers(torch.zeros_like(matrix)) == 0
     stored = sum(tensor.numel() * tensor.itemsize for tensor in packed(matrix).values())
     assert stored < 0.76 * 2 * matrix.numel()
 
