@@ -94,11 +94,19 @@ class ServedStack:
 
 @contextmanager
 def served(
-    store_dir: Path, run_dir: Path, *arguments: str, command: list[str] | None = None
+    store_dir: Path,
+    run_dir: Path,
+    *arguments: str,
+    command: list[str] | None = None,
+    fresh: bool = True,
 ) -> Iterator[ServedStack]:
-    """A stack that is ready, for the block; afterwards nothing of it may be left."""
+    """A stack that is ready, for the block; afterwards nothing of it may be left.
+
+    fresh: without what an earlier one left in `run_dir`
+    """
     run = RunDir(run_dir.resolve())
-    shutil.rmtree(run_dir, ignore_errors=True)
+    if fresh:
+        shutil.rmtree(run_dir, ignore_errors=True)
     if not any(a.startswith("--experts-memory") for a in arguments):
         arguments = (*arguments, "--experts-memory", "37.5%")
     flags = ["serve", "--model", str(store_dir), "--run-dir", str(run_dir), *arguments]

@@ -60,6 +60,7 @@ def test_a_store_of_version_1_is_exact(checkpoint: Path, tmp_path: Path) -> None
     """And keeps its fingerprint, with what was calibrated for it."""
     manifest = pack(checkpoint, tmp_path / "store")
     document = json.loads((tmp_path / "store" / MANIFEST_NAME).read_text())
+    assert "weight_format" not in document["spec"], "it would count in the fingerprint"
     old = Manifest.parse(signed(document | {"version": 1}), "it")
     assert old == manifest == old.sealed()
     assert old.spec.weight_format == EXACT
@@ -99,6 +100,8 @@ def test_the_card_takes_what_was_measured(int4: Path, tmp_path: Path) -> None:
 
 
 def test_an_exact_store_has_its_makers_card_and_no_other(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "store.partial").mkdir()
+    (tmp_path / "store.partial" / card.SOURCE_CARD_NAME).write_text("a killed run's, packing int4")
     pack(checkpoint, tmp_path / "store")
     assert (tmp_path / "store" / card.CARD_NAME).read_text() == "what its makers say\n"
     assert not (tmp_path / "store" / card.SOURCE_CARD_NAME).exists()
