@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from compute_node import one_token_experts
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.expert_memory import Borrowed
 from compute_node.kernels import combine, feed_forward, feed_forward_each
@@ -100,16 +101,47 @@ def _one_token(
     waves: Iterable[list[Borrowed]],
 ) -> Tensor:
     """Decode: add in ascending expert order, whatever order they came in."""
-    weights = dict(zip(topk_ids[0].tolist(), topk_weights[0].tolist(), strict=True))
-    weighted: dict[int, Tensor] = {}
+    gates = dict(zip(topk_ids[0].tolist(), topk_weights[0].tolist(), strict=True))
+    table: Tensor | None = None
+    parts: list[Tensor] = []
+    experts: list[int] = []
     for wave in waves:
-        outputs = feed_forward_each(module, [borrowed.tensors for borrowed in wave], hidden)
-        for borrowed, output in zip(wave, outputs[:, None].unbind(), strict=True):
-            expert = borrowed.key.expert
-            weighted[expert] = output * weights[expert]
-    total = torch.zeros_like(hidden)
-    for expert in sorted(weighted):
-        total += weighted[expert]
+        tensors = [borrowed.tensors for borrowed in wave]
+        chosen = [borrowed.key.expert for borrowed in wave]
+        if not experts:
+            table = one_token_experts.table_of(module, tensors[0], hidden)
+        weights = [gates[expert] for expert in chosen]
+        parts.append(_weighted(module, tensors, hidden, weights, table))
+        experts += chosen
+    if not experts:
+        return torch.zeros_like(hidden)
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts)  # [E, D]
+    order = sorted(range(len(experts)), key=experts.__getitem__)
+    if order != list(range(len(experts))):
+        rows = rows[order]
+    return _add_rows(rows) if table is None else one_token_experts.add_rows(rows)
+
+
+def _weighted(
+    module: Any,
+    experts: list[dict[str, Tensor]],
+    hidden: Tensor,
+    weights: list[float],
+    table: Tensor | None,
+) -> Tensor:
+    """One token's output of each expert, times its gate weight. Returns [E, D]."""
+    if table is not None:
+        return one_token_experts.feed_forward(experts, hidden, weights, table)
+    outputs = feed_forward_each(module, experts, hidden)
+    pairs = zip(outputs[:, None].unbind(), weights, strict=True)
+    return torch.cat([output * weight for output, weight in pairs])
+
+
+def _add_rows(rows: Tensor) -> Tensor:
+    """[E, D] to [1, D], one rounding an addition."""
+    total = torch.zeros_like(rows[:1])
+    for row in rows[:, None].unbind():
+        total += row
     return total
 
 

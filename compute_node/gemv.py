@@ -61,8 +61,8 @@ def multiply(weights: Sequence[Tensor], inputs: Tensor, biases: Sequence[Tensor]
     count, (num_outputs, num_inputs) = len(weights), weights[0].shape
     outputs = torch.empty((count, num_outputs), dtype=torch.bfloat16)
     _function()(
-        _addresses(weights),
-        _addresses(biases) if biases else None,
+        addresses(weights),
+        addresses(biases) if biases else None,
         count,
         inputs.data_ptr(),
         num_inputs if inputs.shape[0] > 1 else 0,
@@ -75,7 +75,7 @@ def multiply(weights: Sequence[Tensor], inputs: Tensor, biases: Sequence[Tensor]
     return outputs
 
 
-def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 

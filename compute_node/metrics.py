@@ -8,7 +8,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from compute_node import gemv
+from compute_node import gemv, one_token_experts, one_token_norm
 from compute_node.access_log import AccessLog
 from compute_node.advice import AdviceFeed
 from compute_node.engine import Engine
@@ -52,14 +52,24 @@ class NodeCollector(Collector):
             "flashmoe_node_queued_requests", "Waiting", value=self._compute.num_queued
         )
         yield from self._prefetches()
-        shapes = GaugeMetricFamily(
+        yield _chosen(
             "flashmoe_node_matrix_shapes",
             "Shapes of matrices by what multiplies one token with them",
-            labels=["kernel"],
+            gemv.num_shapes(native=True),
+            gemv.num_shapes(native=False),
         )
-        shapes.add_metric(["native"], gemv.num_shapes(native=True))
-        shapes.add_metric(["torch"], gemv.num_shapes(native=False))
-        yield shapes
+        yield _chosen(
+            "flashmoe_node_norms",
+            "Norms by what computes one token's",
+            one_token_norm.num_modules(native=True),
+            one_token_norm.num_modules(native=False),
+        )
+        yield _chosen(
+            "flashmoe_node_expert_gates",
+            "Kinds of experts by what computes one token's gate",
+            one_token_experts.num_kinds(native=True),
+            one_token_experts.num_kinds(native=False),
+        )
         evictions = CounterMetricFamily(
             "flashmoe_node_evictions_decided", "By whom evictions were decided", labels=["by"]
         )
@@ -103,3 +113,10 @@ class NodeCollector(Collector):
         yield GaugeMetricFamily(
             "flashmoe_node_prefetch_depth", "Layers ahead that pay now", value=prefetcher.depth
         )
+
+
+def _chosen(name: str, text: str, native: int, torch: int) -> Metric:
+    gauge = GaugeMetricFamily(name, text, labels=["kernel"])
+    gauge.add_metric(["native"], native)
+    gauge.add_metric(["torch"], torch)
+    return gauge

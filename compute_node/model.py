@@ -17,7 +17,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
-from compute_node import experts, lossless, low_bit, one_token_linear
+from compute_node import experts, lossless, low_bit, one_token_linear, one_token_norm
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.dense_weights import read_dense
 from compute_node.experts import RoutedExperts, StepRecord
@@ -97,6 +97,7 @@ def load_model(
     model.set_experts_implementation(experts.IMPLEMENTATION)
     _check_nothing_missing(model)
     one_token_linear.adopt(model)
+    one_token_norm.adopt(model)
     return LoadedModel(
         model=model,
         tokenizer=_load_tokenizer(model_dir),

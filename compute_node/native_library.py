@@ -1,4 +1,4 @@
-"""Finds native/gemv.c compiled, and says why it cannot be used. Imports no torch."""
+"""Finds native/*.c compiled, and says why it cannot be used. Imports no torch."""
 
 from __future__ import annotations
 

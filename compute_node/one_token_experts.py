@@ -1,0 +1,150 @@
+"""One token through a wave of gated experts in one call of native/one_token.c, where that gives the
+bits of the experts module's own operations; found out for each module and shape on this machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compute_node import gemv, native_library
+
+logger = logging.getLogger(__name__)
+
+_LANES = 16
+_NUM_PROBED_ROWS = 8
+_EVERY_BF16 = 1 << 16
+
+_tables: dict[tuple[object, ...], Tensor | None] = {}
+
+
+def num_kinds(native: bool) -> int:
+    """Kinds of experts seen so far whose gate is in the kernel, or left to torch."""
+    return [table is not None for table in _tables.values()].count(native)
+
+
+def table_of(module: Any, tensors: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
+    """The activation of every bf16 number, for `feed_forward`; None: torch computes these experts.
+
+    hidden: [1, D]
+    """
+    if not module.has_gate or module.is_transposed or module.has_bias:
+        return None
+    gate_up, down = tensors["gate_up_proj"], tensors["down_proj"]
+    if not gate_up.dtype == down.dtype == hidden.dtype == torch.bfloat16:
+        return None
+    if not (gemv.is_exact(gate_up) and gemv.is_exact(down)):
+        return None
+    key = (type(module), type(module.act_fn), down.shape[1])
+    if key not in _tables:
+        _tables[key] = _find_table(module, down.shape[1])
+        by = "native" if _tables[key] is not None else "torch"
+        logger.info("gate chosen", extra={"experts": type(module).__name__, "kernel": by})
+    return _tables[key]
+
+
+def feed_forward(
+    experts: Sequence[dict[str, Tensor]], hidden: Tensor, gates: Sequence[float], table: Tensor
+) -> Tensor:
+    """What each expert makes of the token, times its gate weight.
+
+    hidden: [1, D]; gates: a weight an expert; table: from `table_of`
+
+    Returns [E, D].
+    """
+    count, (num_outputs, inner) = len(experts), experts[0]["down_proj"].shape
+    outputs = torch.empty((count, num_outputs), dtype=torch.bfloat16)
+    scratch = torch.empty(3 * count * inner, dtype=torch.bfloat16)
+    _functions()[0](
+        gemv.addresses([tensors["gate_up_proj"] for tensors in experts]),
+        gemv.addresses([tensors["down_proj"] for tensors in experts]),
+        count,
+        hidden.data_ptr(),
+        table.data_ptr(),
+        (ctypes.c_float * count)(*gates),
+        scratch.data_ptr(),
+        outputs.data_ptr(),
+        num_outputs,
+        inner,
+        gemv.parallel(),
+        torch.get_num_threads(),
+    )
+    return outputs
+
+
+def add_rows(rows: Tensor) -> Tensor:
+    """The rows added up from zero, in their order, rounded each time. rows: [E, D] as
+    `feed_forward` returns them. Returns [1, D].
+    """
+    total = torch.empty((1, rows.shape[1]), dtype=torch.bfloat16)
+    _functions()[1](rows.data_ptr(), rows.shape[0], rows.shape[1], total.data_ptr())
+    return total
+
+
+def _find_table(module: Any, inner: int) -> Tensor | None:
+    """None unless the module's gate is `act_fn(first half) * second half`, and act_fn a function of
+    one number wherever that lies.
+    """
+    if native_library.load() is None or inner % _LANES:
+        return None
+    table = _tabulate(module.act_fn)
+    return table if table is not None and _is_gate(module._apply_gate, table, inner) else None
+
+
+@torch.no_grad()
+def _tabulate(act_fn: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """torch has a loop for neighbouring numbers and one for scattered ones: both must agree."""
+    every = torch.arange(_EVERY_BF16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    neighbours = act_fn(every)
+    scattered = act_fn(torch.stack([every, every], dim=1)[:, 0])
+    if neighbours.dtype != torch.bfloat16 or neighbours.shape != every.shape:
+        return None
+    same = neighbours.view(torch.int16) == scattered.contiguous().view(torch.int16)
+    return neighbours if bool((same | every.isnan()).all()) else None
+
+
+@torch.no_grad()
+def _is_gate(apply_gate: Callable[[Tensor], Tensor], table: Tensor, inner: int) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1.0, 30.0):
+        shape = (_NUM_PROBED_ROWS, 2 * inner)
+        made = torch.randn(shape, generator=generator).mul(scale).bfloat16()
+        gate = made[:, :inner].contiguous().view(torch.int16).int().bitwise_and(_EVERY_BF16 - 1)
+        expected = table[gate.long()] * made[:, inner:]
+        found = apply_gate(made)
+        if found.shape != expected.shape or not torch.equal(found, expected):
+            return False
+        if not torch.equal(_gate_of_kernel(made, table), expected):
+            return False
+    return True
+
+
+def _gate_of_kernel(gate_up: Tensor, table: Tensor) -> Tensor:
+    """[E, 2F] to [E, F]."""
+    count, inner = gate_up.shape[0], gate_up.shape[1] // 2
+    activated = torch.empty((count, inner), dtype=torch.bfloat16)
+    _functions()[2](gate_up.data_ptr(), table.data_ptr(), count, inner, activated.data_ptr())
+    return activated
+
+
+@cache
+def _functions() -> tuple[ctypes._NamedFuncPointer, ...]:
+    library = native_library.load()
+    assert library is not None
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    library.experts.argtypes = [
+        *(pointer, pointer, size, pointer, pointer, pointer, pointer, pointer),
+        *(size, size, pointer, size),
+    ]
+    library.add_rows.argtypes = [pointer, size, size, pointer]
+    library.gate_of.argtypes = [pointer, pointer, size, size, pointer]
+    functions = library.experts, library.add_rows, library.gate_of
+    for function in functions:
+        function.restype = None
+    return functions
