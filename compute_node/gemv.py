@@ -75,6 +75,28 @@ def multiply(weights: Sequence[Tensor], inputs: Tensor, biases: Sequence[Tensor]
     return outputs
 
 
+def multiply_one(weight: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """One matrix [N, K], of which `is_exact` must be true, and one token.
+
+    inputs: [..., K], contiguous, one token in all; bias: [N]
+
+    Returns [..., N].
+    """
+    num_outputs, num_inputs = weight.shape
+    output = torch.empty((*inputs.shape[:-1], num_outputs), dtype=torch.bfloat16)
+    _function_of_one()(
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        inputs.data_ptr(),
+        output.data_ptr(),
+        num_outputs,
+        num_inputs,
+        parallel(),
+        torch.get_num_threads(),
+    )
+    return output
+
+
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
@@ -86,6 +108,17 @@ def _function() -> ctypes._NamedFuncPointer:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     function = library.gemv
     function.argtypes = [pointer, pointer, size, pointer, size, pointer, size, size, pointer, size]
+    function.restype = None
+    return function
+
+
+@cache
+def _function_of_one() -> ctypes._NamedFuncPointer:
+    library = native_library.load()
+    assert library is not None
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    function = library.gemv_one
+    function.argtypes = [pointer, pointer, pointer, pointer, size, size, pointer, size]
     function.restype = None
     return function
 

@@ -65,10 +65,10 @@ class NodeCollector(Collector):
             one_token_norm.num_modules(native=False),
         )
         yield _chosen(
-            "flashmoe_node_expert_gates",
-            "Kinds of experts by what computes one token's gate",
-            one_token_experts.num_kinds(native=True),
-            one_token_experts.num_kinds(native=False),
+            "flashmoe_node_experts_modules",
+            "Experts modules by what computes one token's gate",
+            one_token_experts.num_modules(native=True),
+            one_token_experts.num_modules(native=False),
         )
         evictions = CounterMetricFamily(
             "flashmoe_node_evictions_decided", "By whom evictions were decided", labels=["by"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -21,11 +22,11 @@ _LANES = 16
 _NUM_PROBED_ROWS = 8
 _EVERY_BF16 = 1 << 16
 
-_tables: dict[tuple[object, ...], Tensor | None] = {}
+_tables: weakref.WeakKeyDictionary[Any, Tensor | None] = weakref.WeakKeyDictionary()
 
 
-def num_kinds(native: bool) -> int:
-    """Kinds of experts seen so far whose gate is in the kernel, or left to torch."""
+def num_modules(native: bool) -> int:
+    """Experts modules seen so far whose gate is in the kernel, or left to torch."""
     return [table is not None for table in _tables.values()].count(native)
 
 
@@ -41,12 +42,11 @@ def table_of(module: Any, tensors: dict[str, Tensor], hidden: Tensor) -> Tensor 
         return None
     if not (gemv.is_exact(gate_up) and gemv.is_exact(down)):
         return None
-    key = (type(module), type(module.act_fn), down.shape[1])
-    if key not in _tables:
-        _tables[key] = _find_table(module, down.shape[1])
-        by = "native" if _tables[key] is not None else "torch"
+    if module not in _tables:
+        _tables[module] = table = _find_table(module, down.shape[1])
+        by = "torch" if table is None else "native"
         logger.info("gate chosen", extra={"experts": type(module).__name__, "kernel": by})
-    return _tables[key]
+    return _tables[module]
 
 
 def feed_forward(
@@ -94,7 +94,17 @@ def _find_table(module: Any, inner: int) -> Tensor | None:
     if native_library.load() is None or inner % _LANES:
         return None
     table = _tabulate(module.act_fn)
-    return table if table is not None and _is_gate(module._apply_gate, table, inner) else None
+    if table is None or not _is_gate(module._apply_gate, table, inner):
+        return None
+    return next((known for known in _known_tables() if _same(known, table)), table)
+
+
+def _known_tables() -> list[Tensor]:
+    return [table for table in _tables.values() if table is not None]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
 @torch.no_grad()

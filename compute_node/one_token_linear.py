@@ -16,9 +16,10 @@ class OneTokenLinear(nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
         if inputs.numel() != self.in_features:
             return functional.linear(inputs, self.weight, self.bias)
-        biases = [] if self.bias is None else [self.bias]
-        output = gemv.multiply([self.weight], inputs.reshape(1, -1), biases)
-        return output.view(*inputs.shape[:-1], -1)
+        parameters = self._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
+        return gemv.multiply_one(weight, inputs.contiguous(), bias)
 
 
 def adopt(model: Any) -> None:

@@ -151,7 +151,7 @@ def _looks_like_a_norm(module: nn.Module) -> bool:
 
 
 def _takes_one_tensor(module: nn.Module) -> bool:
-    first, *others = inspect.signature(module.forward).parameters.values()
+    _, *others = inspect.signature(module.forward).parameters.values()
     return all(other.default is not inspect.Parameter.empty for other in others)
 
 

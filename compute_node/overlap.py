@@ -27,7 +27,7 @@ class Overlap:
 
     def enter(self, layer: int, num_unguessed: int) -> None:
         """A decode step reaches the experts of `layer`, so many of whose misses nobody guessed."""
-        now_s, stall_s = self.clock(), self._total_stall_s()
+        now_s, stall_s = self.clock(), self.cache.stall_s
         if self._layer is not None and layer > self._layer:  # else a step began anew
             compute_s = now_s - self._start_s - (stall_s - self._stall_s)
             self.tell(self._layer, compute_s)
@@ -39,6 +39,3 @@ class Overlap:
     def leave(self) -> None:
         """Something else than a decode step comes."""
         self._layer = None
-
-    def _total_stall_s(self) -> float:
-        return sum(counters.stall_s for counters in self.cache.counters.values())

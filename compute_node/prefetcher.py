@@ -115,6 +115,7 @@ class Prefetcher:
     latest_unguessed: int = 0
     _open: dict[ExpertKey, tuple[int, int]] = field(default_factory=dict)  # distance, rank
     _needs: dict[int, LayerNeed] = field(default_factory=dict)
+    _compute_s: float = 0.0  # of all layers' needs
     _num_steps: int = 0
     _cost_s: float = 1e-4
 
@@ -151,20 +152,24 @@ class Prefetcher:
     def computed(self, layer: int, compute_s: float) -> None:
         """What a step of `layer` took without waiting."""
         need = self._needs[layer]
-        need.compute_s += _SMOOTHING * (compute_s - need.compute_s)
+        change_s = _SMOOTHING * (compute_s - need.compute_s)
+        need.compute_s += change_s
+        self._compute_s += change_s
 
     def guess(self, layer: int, hidden: Tensor) -> list[ExpertKey]:
         """What to read for the layers after `layer`, nearest first. hidden: [1, D]."""
         start_s = time.perf_counter()
         self._num_steps += 1
-        place, found = self._place[layer], list[ExpertKey]()
+        found = list[ExpertKey]()
+        asked = self._worth_asking(layer)
+        if not asked:
+            return found
         is_probe = self._num_steps % _PROBE_STEPS == 0
         depth = min(self.depth + is_probe, self.max_depth)
-        for number, following in enumerate(self._order[place + 1 : place + 1 + depth]):
-            if len(self._open) >= self.max_guesses:
+        for number, following in asked:
+            if number >= depth or len(self._open) >= self.max_guesses:
                 break
-            if self._is_worth_asking(following, number):
-                found += self._guesses(following, number, hidden, is_probe)
+            found += self._guesses(following, number, hidden, is_probe)
         if found:
             self._cost_s += _SMOOTHING * (time.perf_counter() - start_s - self._cost_s)
         return found
@@ -185,8 +190,7 @@ class Prefetcher:
 
     def _lead_s(self, number: int) -> float:
         """Compute that goes on before a guess so far ahead is wanted."""
-        total = sum(need.compute_s for need in self._needs.values())
-        return (number + 1) * total / len(self._needs)
+        return (number + 1) * self._compute_s / len(self._needs)
 
     def _pays(self, number: int, rank: int) -> bool:
         """A right guess saves what of its read is covered; a wrong one holds a demand up."""
@@ -194,7 +198,11 @@ class Prefetcher:
         saved_s = min(self.read_s(), self._lead_s(number))
         return precision * saved_s > (1 - precision) * self.piece_s()
 
-    def _is_worth_asking(self, layer: int, number: int) -> bool:
-        """Whether `layer` misses often enough to pay for asking its router."""
-        saved_s = min(self.read_s(), self._lead_s(number))
-        return self._needs[layer].misses * saved_s > self._cost_s
+    def _worth_asking(self, layer: int) -> list[tuple[int, int]]:
+        """What comes so far after `layer` and misses often enough to pay for asking its router."""
+        start, read_s = self._place[layer] + 1, self.read_s()
+        return [
+            (number, following)
+            for number, following in enumerate(self._order[start : start + self.max_depth])
+            if self._needs[following].misses * min(read_s, self._lead_s(number)) > self._cost_s
+        ]

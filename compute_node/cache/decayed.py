@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection
 
 from proto.expert import ExpertKey
@@ -17,13 +17,15 @@ class Decayed:
     def __init__(self, half_life_tokens: float = 16.0) -> None:
         self._decay = 0.5 ** (1.0 / half_life_tokens)
         self._clock: Counter[int] = Counter()
-        self._worth: dict[ExpertKey, tuple[float, int]] = {}  # at the step of its last use
+        # Layer, expert: at the step of its last use.
+        self._worth: defaultdict[int, dict[int, tuple[float, int]]] = defaultdict(dict)
 
     def on_step(self, layer: int, used: Collection[ExpertKey]) -> None:
         self._clock[layer] += 1
+        worth, now = self._worth[layer], self._clock[layer]
         for key in used:
-            self._worth[key] = (self.rank(key) + 1.0, self._clock[layer])
+            worth[key.expert] = (self.rank(key) + 1.0, now)
 
     def rank(self, key: ExpertKey) -> float:
-        worth, step = self._worth.get(key, (0.0, 0))
+        worth, step = self._worth[key.layer].get(key.expert, (0.0, 0))
         return worth * math.pow(self._decay, self._clock[key.layer] - step)

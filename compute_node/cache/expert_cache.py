@@ -105,6 +105,7 @@ class ExpertCache:
     check:  called between layers and while waiting; raises to abandon the request at hand
     read_s: seconds that reading one expert takes, of the latest that were read alone (running mean)
     read_s_per_byte: the same, a byte
+    stall_s: waiting for experts, all layers
     """
 
     lender: Lender
@@ -114,6 +115,7 @@ class ExpertCache:
     counters: dict[int, LayerCounters] = field(default_factory=dict)
     read_s: float = 0.0
     read_s_per_byte: float = 0.0
+    stall_s: float = 0.0
     _resident: Residents = field(init=False)
     _under_way: set[ExpertKey] = field(default_factory=set)
     _disproved: Sequence[ExpertKey] = ()
@@ -188,14 +190,14 @@ class ExpertCache:
         """A session that breaks is opened again, and what was not handed out yet is asked for
         there.
         """
-        left = dict.fromkeys([*hits, *used])
+        left = {key.expert: key for key in (*hits, *used)}
         try:
             while left:
                 try:
-                    for keys in self._served(layer, list(left)):
+                    for keys in self._served(layer, list(left.values())):
                         yield from self._hand_out(keys)
                         for key in keys:
-                            del left[key]
+                            del left[key.expert]
                 except SessionLost as error:
                     logger.warning("session lost, opening again", extra={"reason": str(error)})
                     self._let_go()
@@ -289,7 +291,9 @@ class ExpertCache:
         try:
             return wait()
         finally:
-            self.counters[layer].stall_s += time.perf_counter() - start_s
+            waited_s = time.perf_counter() - start_s
+            self.counters[layer].stall_s += waited_s
+            self.stall_s += waited_s
 
     def _speculate(self) -> None:
         guess, self._guess = self._guess, tuple

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection
 
 from proto.expert import ExpertKey
@@ -12,10 +12,12 @@ class Lfu:
     """Evicts what was used in the fewest steps, ever."""
 
     def __init__(self) -> None:
-        self._count: Counter[ExpertKey] = Counter()
+        self._count: defaultdict[int, Counter[int]] = defaultdict(Counter)  # layer, expert
 
     def on_step(self, layer: int, used: Collection[ExpertKey]) -> None:
-        self._count.update(used)
+        count = self._count[layer]
+        for key in used:
+            count[key.expert] += 1
 
     def rank(self, key: ExpertKey) -> float:
-        return self._count[key]
+        return self._count[key.layer][key.expert]

@@ -18,7 +18,7 @@ class Residents:
     """
 
     def __init__(self, layers: Iterable[int]) -> None:
-        self._held: dict[int, dict[ExpertKey, Borrowed]] = {layer: {} for layer in layers}
+        self._held: dict[int, dict[int, Borrowed]] = {layer: {} for layer in layers}
         self._orders: dict[int, list[Entry]] = {}
         self._ordered_by: EvictionPolicy | None = None
         self._num_held = 0
@@ -27,22 +27,22 @@ class Residents:
         return self._num_held
 
     def __contains__(self, key: ExpertKey) -> bool:
-        return key in self._held[key.layer]
+        return key.expert in self._held[key.layer]
 
     def __getitem__(self, key: ExpertKey) -> Borrowed:
-        return self._held[key.layer][key]
+        return self._held[key.layer][key.expert]
 
     def count(self, layer: int) -> int:
         return len(self._held[layer])
 
     def insert(self, borrowed: Borrowed) -> None:
         layer = self._held[borrowed.key.layer]
-        self._num_held += borrowed.key not in layer
-        layer[borrowed.key] = borrowed
+        self._num_held += borrowed.key.expert not in layer
+        layer[borrowed.key.expert] = borrowed
         self._orders.pop(borrowed.key.layer, None)
 
     def evict(self, key: ExpertKey) -> None:
-        del self._held[key.layer][key]
+        del self._held[key.layer][key.expert]
         self._num_held -= 1
         self._orders.pop(key.layer, None)
 
@@ -77,6 +77,6 @@ class Residents:
     def _order(self, policy: EvictionPolicy, layer: int) -> list[Entry]:
         order = self._orders.get(layer)
         if order is None:
-            order = sorted((policy.rank(key), key) for key in self._held[layer])
+            order = sorted((policy.rank(held.key), held.key) for held in self._held[layer].values())
             self._orders[layer] = order
         return order

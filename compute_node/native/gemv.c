@@ -104,6 +104,13 @@ void gemv(const uint16_t *const *weights, const uint16_t *const *biases, int64_t
     work(&job);
 }
 
+/* output = weight times input; bias may be null. */
+void gemv_one(const uint16_t *weight, const uint16_t *bias, const uint16_t *input,
+              uint16_t *output, int64_t rows, int64_t columns, parallel_function *parallel,
+              int64_t threads) {
+  gemv(&weight, bias ? &bias : 0, 1, input, 0, output, rows, columns, parallel, threads);
+}
+
 #else
 
 int gemv_usable(void) { return 0; }

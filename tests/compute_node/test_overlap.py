@@ -30,7 +30,7 @@ class Watch:
     def enter(self, layer: int, now_s: float, stall_s: float = 0.0, unguessed: int = 0) -> None:
         """stall_s: waited since the layer before."""
         self.now_s = now_s
-        self.cache.counters[1].stall_s += stall_s
+        self.cache.stall_s += stall_s
         self.overlap.enter(layer, unguessed)
 
     @property
