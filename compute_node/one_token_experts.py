@@ -91,9 +91,10 @@ def _find_table(module: Any, inner: int) -> Tensor | None:
     """None unless the module's gate is `act_fn(first half) * second half`, and act_fn a function of
     one number wherever that lies.
     """
-    if native_library.load() is None or inner % _LANES:
+    act_fn = getattr(module, "act_fn", None)
+    if native_library.load() is None or inner % _LANES or act_fn is None:
         return None
-    table = _tabulate(module.act_fn)
+    table = _tabulate(act_fn)
     if table is None or not _is_gate(module._apply_gate, table, inner):
         return None
     return next((known for known in _known_tables() if _same(known, table)), table)
@@ -116,7 +117,8 @@ def _tabulate(act_fn: Callable[[Tensor], Tensor]) -> Tensor | None:
     if neighbours.dtype != torch.bfloat16 or neighbours.shape != every.shape:
         return None
     same = neighbours.view(torch.int16) == scattered.contiguous().view(torch.int16)
-    return neighbours if bool((same | every.isnan()).all()) else None
+    same |= neighbours.isnan() & scattered.isnan()
+    return neighbours if bool(same.all()) else None
 
 
 @torch.no_grad()
