@@ -2,8 +2,8 @@
 
 Planted faults seen red: a norm's four sums added in another order, norms compared after rounding
 alone, its inputs' dtype or strides not looked at, the sum over experts rounded once, gate weights
-left out, a gate not tried out, an activation tabulated of neighbouring numbers alone, a table of its
-own for each layer.
+left out, a gate not tried out, an activation tabulated of neighbouring numbers alone, a table of
+its own for each layer.
 """
 
 from __future__ import annotations
