@@ -6,15 +6,10 @@
  * compute_node/one_token_experts.py find out for each module whether the bits are the same. Nothing
  * here may be contracted to a fused multiply-add: compile with -ffp-contract=off.
  */
-#include <stdint.h>
-#include <string.h>
-
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "tiles.h"
 
-#define TARGET "avx512f,avx512bw,avx512vl,avx512bf16"
 #define FUNCTION __attribute__((target(TARGET)))
-#define INLINE __attribute__((target(TARGET), always_inline)) static inline
 
 enum {
   LANES = 16,    /* float32 numbers of a register; counts of columns are multiples of it */
@@ -25,8 +20,6 @@ enum {
 
 /* How a norm ends; compute_node/one_token_norm.py has the same numbers. */
 enum { WEIGHT_AFTER_ROUNDING = 0, WEIGHT_BEFORE_ROUNDING = 1, ONE_PLUS_WEIGHT = 2 };
-
-typedef void parallel_function(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 
 void gemv(const uint16_t *const *weights, const uint16_t *const *biases, int64_t count,
           const uint16_t *inputs, int64_t input_stride, uint16_t *outputs, int64_t rows,
