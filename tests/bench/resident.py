@@ -22,7 +22,7 @@ from tests.stack import MODEL
 
 WAYS = ("eager", "grouped_mm", "batched_mm")
 OURS = "FlashMoE"
-PROMPT_TOKENS, LONG_PROMPT_TOKENS, TOKENS, ROUNDS = 16, 512, 128, 7
+PROMPT_TOKENS, LONG_PROMPT_TOKENS, TOKENS, ROUNDS = 16, 512, 96, 5
 
 Figures = dict[str, list[float]]
 
