@@ -28,6 +28,7 @@ _ROUNDED_NUMBERS = 1 << 12
 _EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
 
 _num_modules: Counter[bool] = Counter()
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class Form(IntEnum):
@@ -46,23 +47,31 @@ class OneTokenNorm(nn.Module):
         self.flashmoe_same_bits: dict[int, bool] = {}  # by number of rows
 
     def forward(self, inputs: Tensor, *others: Any, **options: Any) -> Tensor:
-        weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+        weight = self._parameters["weight"]
+        assert weight is not None
         columns = weight.shape[0]
         rows = inputs.numel() // columns
         if rows > _MAX_ROWS or others or options or not _can_take(inputs, columns):
-            return super().forward(inputs, *others, **options)  # type: ignore[no-any-return, misc]
+            return self._by_torch(inputs, *others, **options)
         if rows not in self.flashmoe_same_bits:
-            self.flashmoe_same_bits[rows] = self._gives_same_bits(rows)
+            self.flashmoe_same_bits[rows] = self._gives_same_bits(weight, rows)
         if not self.flashmoe_same_bits[rows]:
-            return super().forward(inputs)  # type: ignore[no-any-return, misc]
+            return self._by_torch(inputs)
         return norm(inputs, weight, self.flashmoe_epsilon, self.flashmoe_form)
 
-    def _gives_same_bits(self, rows: int) -> bool:
-        weight, epsilon, form = self.weight, self.flashmoe_epsilon, self.flashmoe_form
-        return all(
-            same_bits(super(OneTokenNorm, self).forward(probe), norm(probe, weight, epsilon, form))  # type: ignore[misc]
-            for probe in _probes(rows, len(weight))  # type: ignore[arg-type]
+    def _by_torch(self, inputs: Tensor, *others: Any, **options: Any) -> Tensor:
+        output: Tensor = super().forward(inputs, *others, **options)  # type: ignore[misc]
+        return output
+
+    def _gives_same_bits(self, weight: Tensor, rows: int) -> bool:
+        epsilon, form = self.flashmoe_epsilon, self.flashmoe_form
+        same = all(
+            same_bits(self._by_torch(probe), norm(probe, weight, epsilon, form))
+            for probe in _probes(rows, len(weight))
         )
+        if not same:
+            logger.warning("norm left to torch", extra={"width": len(weight), "rows": rows})
+        return same
 
 
 def adopt(model: nn.Module) -> None:
@@ -182,9 +191,11 @@ def _probes(rows: int, columns: int) -> Iterator[Tensor]:
     yield torch.randn(shape, generator=generator).mul(torch.exp2(exponents.float())).bfloat16()
 
 
-@cache
 def _one_token_class(own: type[nn.Module]) -> type[nn.Module]:
-    return type(f"OneToken{own.__name__}", (OneTokenNorm, own), {"__module__": own.__module__})
+    if own not in _classes:
+        attributes = {"__module__": own.__module__}
+        _classes[own] = type(f"OneToken{own.__name__}", (OneTokenNorm, own), attributes)
+    return _classes[own]
 
 
 @cache

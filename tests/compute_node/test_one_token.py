@@ -84,6 +84,18 @@ def test_one_token_does_not_reach_torch(monkeypatch: pytest.MonkeyPatch) -> None
         model(tokens(1, 300, 96))
 
 
+def test_rows_whose_bits_differ_are_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(norm(Qwen3MoeRMSNorm, 96))
+    x = tokens(1, 1, 4, 96)
+    expected = model(x)
+    one_token_norm.adopt(model)
+    monkeypatch.setattr(one_token_norm, "norm", lambda inputs, *_: inputs)
+    assert torch.equal(model(x), expected)
+    assert [(r.message, r.rows) for r in caplog.records] == [("norm left to torch", 4)]  # type: ignore[attr-defined]
+
+
 class OtherOrder(Qwen3MoeRMSNorm):
     """Its sum of squares goes the other way round: seldom seen once it is rounded to bf16."""
 
