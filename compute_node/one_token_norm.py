@@ -60,7 +60,7 @@ class OneTokenNorm(nn.Module):
         return norm(inputs, weight, self.flashmoe_epsilon, self.flashmoe_form)
 
     def _by_torch(self, inputs: Tensor, *others: Any, **options: Any) -> Tensor:
-        output: Tensor = super().forward(inputs, *others, **options)  # type: ignore[misc]
+        output: Tensor = super().forward(inputs, *others, **options)
         return output
 
     def _gives_same_bits(self, weight: Tensor, rows: int) -> bool:
