@@ -1,6 +1,9 @@
 """Twelve bits a number: every bf16 comes back, and products have the bits of the matrix itself.
 
-Planted faults seen red:
+Planted faults seen red: bases of other rows, a base added to exponent 0, outliers of a tile too
+late or unlisted, ends not added up, zeros counted as outliers, accumulators of 256 columns, an edge
+written beyond its row, one input for all experts, a kernel with other bits trusted, shapes
+unchecked; by torch: outliers of the next block, padding left.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Low-bit products: the kernel and the dequantised matrix say the same, and say it of these codes.
 
-Planted faults seen red:
+Planted faults seen red: halves of a byte swapped, padding of inputs or outputs left, scale and zero
+swapped, records of other shapes taken, a matrix handed out in the scratch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Every promised architecture with low-bit experts, through a real store, beside transformers'
 eager experts on the same weights dequantised.
 
-Planted faults seen red:
+Planted faults seen red: a transposed matrix read the wrong way round, or unpacked so, biases left
+out, codes of another CPU taken, int8 scaled by one row's scale, bf16 of fp32 called exact or not
+widened, room for the outliers of the first expert alone, lossless where it does not pay or of fp32.
 """
 
 from __future__ import annotations

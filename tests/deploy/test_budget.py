@@ -106,11 +106,14 @@ def test_sizes() -> None:
         parse_bytes("2 apples", "--memory")
 
 
-def test_low_bit_experts_leave_room_to_dequantise_one(tmp_path: Path, manifest: Manifest) -> None:
+@pytest.mark.parametrize(("weight_format", "share"), [("int4", 1 / 3), ("lossless", 0.82)])
+def test_packed_experts_leave_room_to_unpack_one(
+    weight_format: str, share: float, tmp_path: Path, manifest: Manifest
+) -> None:
     """Matrices of 192 x 256: as bf16, and each code a byte. Slots shrink as records do."""
-    pack(MODEL, tmp_path / "int4", weight_format="int4")
-    low_bit = Manifest.load(tmp_path / "int4")
-    exact, found = plan(manifest, None, "100%"), plan(low_bit, None, "100%")
+    pack(MODEL, tmp_path / "packed", weight_format=weight_format)
+    packed = Manifest.load(tmp_path / "packed")
+    exact, found = plan(manifest, None, "100%"), plan(packed, None, "100%")
     added = found.parts["prefill_buffers"] - exact.parts["prefill_buffers"]
     assert added == 192 * 256 * 3
-    assert found.parts["experts"] < exact.parts["experts"] / 3
+    assert found.parts["experts"] < exact.parts["experts"] * share

@@ -1,6 +1,8 @@
 """flashmoe eval: perplexity as decode computes it, through a real stack, and what is said of it.
 
-Planted faults seen red:
+Planted faults seen red: the spread of one store's scores for that of differences, texts of unequal
+length compared, or of other tokens, a text begun after a cancel, a missing card found after the
+work.
 """
 
 from __future__ import annotations

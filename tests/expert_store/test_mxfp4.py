@@ -1,6 +1,7 @@
 """gpt-oss as its vendor ships it: mxfp4 blocks and scales become what transformers makes of them.
 
-Planted faults seen red:
+Planted faults seen red: halves of a byte swapped, exponents one off, a config that still says mxfp4
+or no dtype, an index of blocks.
 """
 
 from __future__ import annotations

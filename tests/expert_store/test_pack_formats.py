@@ -1,6 +1,8 @@
 """A store with other weights than the checkpoint's says so, everywhere, and is another model.
 
-Planted faults seen red:
+Planted faults seen red: a journal that does not tell formats apart, bf16 with exact's fingerprint,
+exact with another than before, version 1 refused, the makers' card overwritten or a stale one left,
+backslashes in figures, room counted twice, groups of 48.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Codes and scales give weights back as well as so few bits can.
 
-Planted faults seen red:
+Planted faults seen red: no rounds of fitting, the slope of a group of one value, scales of zero,
+int8's range too wide, padding that is not zero.
 """
 
 from __future__ import annotations
