@@ -1,4 +1,4 @@
-"""How fast low-bit products are, by number of tokens, beside bf16: `python -m tests.bench.low_bit`.
+"""How fast products are by weight format and number of tokens: `python -m tests.bench.formats`.
 
 Weights come from memory: more of them are gone through than any cache holds.
 """
@@ -11,10 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
-from compute_node import low_bit
-from proto.weight_format import SCALE, SCALE_ZERO
+from compute_node import gemv, lossless, low_bit, native_library
+from expert_store import lossless as encoder
+from proto.weight_format import SCALE, SCALE_ZERO, lossless_tensors
 from tests.bench.table import machine, show, spread
 
 SHAPES = {  # [N, K]
@@ -26,7 +28,14 @@ SHAPES = {  # [N, K]
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 GROUP, ROUNDS, GONE_THROUGH_BYTES = 64, 5, 200_000_000
 
-Weight = dict[str, torch.Tensor]
+HEADER = [
+    "tokens",
+    *("bf16", "native", "lossless native", "unpacked"),
+    *("int8 kernel", "dequantised", "int4 kernel", "dequantised"),
+]
+
+Weight = dict[str, Tensor]
+Multiply = Callable[[Weight], Any]
 
 
 def main() -> None:
@@ -40,28 +49,52 @@ def main() -> None:
 def measure(name: str, num_outputs: int, num_inputs: int) -> None:
     num_weights = num_outputs * num_inputs
     bf16 = [{"w": torch.randn(num_outputs, num_inputs).bfloat16()} for _ in copies(2 * num_weights)]
+    packed = [pack_lossless(weight["w"]) for weight in bf16]
     int8 = [random_int8(num_outputs, num_inputs) for _ in copies(num_weights)]
     int4 = [random_int4(num_outputs, num_inputs) for _ in copies(num_weights // 2)]
+    stored = (bf16, bf16, packed, packed, int8, int8, int4, int4)
     rows = []
     for num_tokens in TOKENS:
         inputs = torch.randn(num_tokens, num_inputs).bfloat16()
-        variants: list[tuple[list[Weight], Callable[[Weight], Any]]] = [
-            (bf16, lambda weight, x=inputs: functional.linear(x, weight["w"])),
+        variants = products((num_outputs, num_inputs), inputs)
+        times = [
+            time_us(weights, multiply) if multiply else []
+            for weights, multiply in zip(stored, variants, strict=True)
         ]
-        for weights in (int8, int4):
-            kernel = low_bit.KERNELS[weights[0]["w"].dtype]
-            variants += [
-                (weights, lambda weight, x=inputs, k=kernel: k.multiply(weight, "w", x)),
-                (weights, lambda weight, x=inputs, k=kernel: x @ k.dequantise(weight, "w")),
-            ]
-        times = [time_us(weights, multiply) for weights, multiply in variants]
-        rows.append([num_tokens, *(spread(found, 0) for found in times)])
+        rows.append([num_tokens, *(spread(found, 0) if found else "" for found in times)])
         if num_tokens == 1:
-            for found, weights in zip(times, (bf16, int8, int8, int4, int4), strict=True):
-                found[:] = [weight_bytes(weights[0]) / value / 1e3 for value in found]
-            speeds = ["GB/s at 1", *(spread(found) for found in times)]
-    header = ["tokens", "bf16", "int8 kernel", "dequantised", "int4 kernel", "dequantised"]
-    show(f"{name} [{num_outputs}, {num_inputs}], us a product", header, [*rows, speeds])
+            speeds = [
+                [weight_bytes(weights[0]) / value / 1e3 for value in found]
+                for found, weights in zip(times, stored, strict=True)
+            ]
+            in_bytes = ["GB/s at 1", *(spread(found) if found else "" for found in speeds)]
+    show(f"{name} [{num_outputs}, {num_inputs}], us a product", HEADER, [*rows, in_bytes])
+
+
+def products(shape: tuple[int, int], inputs: Tensor) -> list[Multiply | None]:
+    """As HEADER has them; None: that kernel does not take so many tokens, or not here."""
+    one = inputs.shape[0] == 1
+    low_bit_ways: list[Multiply | None] = []
+    for dtype in (torch.int8, torch.uint8):
+        kernel = low_bit.KERNELS[dtype]
+        low_bit_ways += [
+            lambda weight, k=kernel: k.multiply(weight, "w", inputs),
+            lambda weight, k=kernel: inputs @ k.dequantise(weight, "w"),
+        ]
+    native = one and native_library.load() is not None
+    return [
+        lambda weight: functional.linear(inputs, weight["w"]),
+        (lambda weight: gemv.multiply([weight["w"]], inputs)) if native else None,
+        (lambda weight: lossless.multiply([weight], "w", inputs, shape[0])) if native else None,
+        lambda weight: functional.linear(inputs, lossless.unpack(weight, "w", shape)),
+        *low_bit_ways,
+    ]
+
+
+def pack_lossless(matrix: Tensor) -> Weight:
+    room = max(1, encoder.count_outliers(matrix))
+    names = [f"w{suffix}" for suffix, *_ in lossless_tensors(*matrix.shape, room)]
+    return dict(zip(names, encoder.encode(matrix, room), strict=True))
 
 
 def copies(size_bytes: int) -> range:
