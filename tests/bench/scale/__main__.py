@@ -1,0 +1,182 @@
+"""A model that an 8 GB laptop cannot hold, on routing recorded from a real one, by policy.
+
+    python -m tests.bench.scale TRACE.npz [--quick]
+
+gpt-oss-20b's geometry in int4 with random weights, served from a real store on disk by a real
+expert_store, computed by the node's own code. Needs 11 GB of disk for a while.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from deploy.budget import MemoryPlan, check_shared_memory, plan_memory
+from deploy.settings import ServeSettings, parse_bytes
+from expert_store.manifest import Manifest
+from proto import errors
+from scheduler.forecaster import Forecaster
+from scheduler.trace import AccessTrace
+from tests.bench.policies import splits
+from tests.bench.scale.advice import told_by, trained
+from tests.bench.scale.node import Node
+from tests.bench.scale.random_store import GPT_OSS_20B, make, why_not
+from tests.bench.scale.report import Cell, Results, print_checks, print_table
+from tests.bench.scale.segments import Segment, ranking, replayed_hits, segments
+from tests.bench.table import machine
+from tests.daemons import daemon, store_table
+
+LOCAL = ("lru", "lfru", "decayed")
+FRAME = ("lfu", "min")  # replayed alone, for their hits
+EXPERTS_BYTES = 10_770_000_000
+
+
+@dataclass
+class Bench:
+    """What all runs share."""
+
+    node: Node
+    store_dir: Path
+    plans: dict[str, MemoryPlan]
+    run_dir: Path
+    forecaster: Forecaster | None
+    fresh_steps: int
+    results: Results = field(default_factory=Results)
+
+    def round(self, number: int, segment: Segment) -> None:
+        """Every policy at every ceiling over one segment, who begins takes turns."""
+        told = told_by(segment.trace, self.forecaster)
+        self.results.advice_us = {name: one.us_per_step for name, one in told.items()}
+        names = [*LOCAL, *told]
+        names = names[number % len(names) :] + names[: number % len(names)]
+        if self.fresh_steps and number == 0:
+            self.results.fresh = self.node.fresh(segment, self.fresh_steps)
+        for memory, plan in self.plans.items():
+            for name in (*names, *FRAME):
+                hits = replayed_hits(*ranking(name, segment, told), segment, plan.slots)
+                self.results.replayed[Cell(memory, name, number)] = hits
+            run = self.run_dir / f"{number}-{memory}"
+            run.mkdir()
+            table = store_table(
+                self.store_dir,
+                run,
+                plan.slots + plan.spare_slots,
+                spare_slots=plan.spare_slots,
+            )
+            with daemon("expert_store", run, table):
+                for name in names:
+                    found = self.node.run(segment, name, told.get(name), plan.slots, run)
+                    self.results.runs[Cell(memory, name, number)] = found
+                    speed = f"{found.tokens_per_s:.2f} tokens/s"
+                    print(f"round {number + 1}, {memory}, {name}: {speed}", file=sys.stderr)
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    given = _arguments()
+    trace = AccessTrace.load(given.trace)
+    train, test = splits(trace, 1)[0]
+    chosen = segments(test, given.rounds, given.warmup, given.steps)
+    torch.set_num_threads(given.threads)
+    with _folder(given.keep) as (store_dir, run_dir):
+        manifest = _store(store_dir)
+        plans = _plans(manifest, given.memory.split(","))
+        forecaster = trained(train, manifest, store_dir) if given.learned else None
+        began_s = time.perf_counter()
+        bench = Bench(
+            Node(store_dir, manifest), store_dir, plans, run_dir, forecaster, given.fresh_steps
+        )
+        for number, segment in enumerate(chosen):
+            bench.round(number, segment)
+        _print(given, bench, chosen, manifest, time.perf_counter() - began_s)
+    if not print_checks(bench.results):
+        sys.exit("scale: a check failed, no figure above counts")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("trace", type=Path, help="of gpt-oss-20b: 24 layers x 32 experts, top 4")
+    parser.add_argument("--quick", action="store_true", help="one ceiling, one short round")
+    parser.add_argument("--memory", help="ceilings, as `serve --memory`; default: 4GiB,7GiB,10GiB")
+    parser.add_argument("--rounds", type=int, help="segments of other generations; default: 3")
+    parser.add_argument("--steps", type=int, help="counted, of each round; default: 40")
+    parser.add_argument("--warmup", type=int, default=500, help="steps before; default: 500")
+    parser.add_argument("--fresh-steps", type=int, default=3, help="compared with no cache")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--learned", action="store_true", help="calibrate first: minutes")
+    parser.add_argument("--keep", type=Path, metavar="STORE", help="made there if need be, kept")
+    given = parser.parse_args()
+    given.memory = given.memory or ("7GiB" if given.quick else "4GiB,7GiB,10GiB")
+    given.rounds = given.rounds or (1 if given.quick else 3)
+    given.steps = given.steps or (20 if given.quick else 40)
+    return given
+
+
+@contextmanager
+def _folder(keep: Path | None) -> Iterator[tuple[Path, Path]]:
+    """Where the store is or will be, and a folder that goes at the end."""
+    with tempfile.TemporaryDirectory(prefix="fm-bench-", dir=Path.cwd()) as scratch:
+        yield (keep or Path(scratch) / "store").resolve(), Path(scratch)
+
+
+def _store(store_dir: Path) -> Manifest:
+    """As it was kept, or made. Ends the program where there is no room."""
+    if (store_dir / "manifest.json").exists():
+        return Manifest.load(store_dir)
+    reason = why_not(store_dir.parent, EXPERTS_BYTES)
+    if reason:
+        print(f"skipped: {reason}")
+        sys.exit(0)
+    shutil.rmtree(store_dir, ignore_errors=True)  # of a killed run
+    began_s = time.perf_counter()
+    manifest = make(store_dir, GPT_OSS_20B)
+    print(f"store made in {time.perf_counter() - began_s:.0f} s", file=sys.stderr)
+    return manifest
+
+
+def _plans(manifest: Manifest, ceilings: list[str]) -> dict[str, MemoryPlan]:
+    """What `flashmoe serve --memory` would plan; a ceiling that it refuses is said and left out."""
+    settings, plans = ServeSettings(), {}
+    for memory in ceilings:
+        try:
+            plans[memory] = plan_memory(
+                manifest,
+                parse_bytes(memory, "--memory"),
+                None,
+                context_tokens=settings.context_tokens,
+                chunk_tokens=settings.chunk_tokens,
+                spare_slots=settings.spare_slots(manifest.slot_bytes),
+            )
+            check_shared_memory(plans[memory])
+        except errors.MemoryExceeded as error:
+            print(f"{memory}: {error}\n")
+    return plans
+
+
+def _print(
+    given: argparse.Namespace,
+    bench: Bench,
+    chosen: list[Segment],
+    manifest: Manifest,
+    elapsed_s: float,
+) -> None:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
+    print(f"commit {commit}, {machine()}, torch {torch.__version__}, {given.threads} threads")
+    print_table(bench.results, bench.plans, manifest, chosen, given.trace.stem, round(elapsed_s))
+
+
+if __name__ == "__main__":
+    main()

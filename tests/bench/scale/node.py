@@ -1,0 +1,193 @@
+"""The product's own node in this process, its routers overruled by a recording.
+
+transformers' gpt-oss model, loaded, cached and computed as compute_node does; only what a router
+chose is replaced by what was recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from compute_node.cache.charge import Charge
+from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.engine import Engine, SequenceState
+from compute_node.experts import RoutedExperts
+from compute_node.model import LoadedModel, load_model
+from compute_node.overlap import Overlap
+from compute_node.store_client import StoreClient
+from compute_node.usage import Measure, Usage
+from expert_store.manifest import Manifest
+from proto.expert import ExpertKey, ModelSpec
+from proto.redis_schema import Advice
+from tests.bench.scale.advice import Told
+from tests.bench.scale.fresh import FreshExperts
+from tests.bench.scale.segments import Segment, rows
+from tests.fakes import FakeLender
+
+HALF_LIFE_TOKENS = 16.0  # as compute_node's default, and the scheduler's shadow of it
+CHUNK_TOKENS = 256
+_MAX_TOKEN_ID = 8192  # rows of the embedding that are random: see random_store
+
+
+class RecordedRouters:
+    """Hooks that answer for every router: the experts and gate weights of the step at hand."""
+
+    def __init__(self, routers: dict[int, Any], dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._choice: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers = list(routers)
+        for layer, router in routers.items():
+            router.register_forward_hook(self._answer(layer))
+
+    def set(self, topk_ids: Any, topk_weights: Any) -> None:
+        """[L, K] both, of the step that comes."""
+        ids = torch.from_numpy(topk_ids.astype("int64"))
+        weights = torch.from_numpy(topk_weights).to(self._dtype)
+        for row, layer in enumerate(self._layers):
+            self._choice[layer] = weights[row, None], ids[row, None]
+
+    def _answer(self, layer: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        def overrule(_: Any, __: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
+            return output[0], *self._choice[layer]
+
+        return overrule
+
+
+class StartingWith(StoreClient):
+    """A node's client whose cache begins with these experts, not with whatever the store has."""
+
+    keys: Sequence[ExpertKey] = ()
+
+    def resident(self) -> list[ExpertKey]:
+        return list(self.keys)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One segment under one policy. steps: cost of each counted step; digests: of its logits."""
+
+    steps: list[Usage] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return len(self.steps) / sum(step.wall_s for step in self.steps)
+
+
+class Node:
+    """One model in memory, for many runs."""
+
+    def __init__(self, store_dir: Path, manifest: Manifest) -> None:
+        self.spec: ModelSpec = manifest.spec
+        self._dir = store_dir
+        self._manifest = manifest
+        slots = self.spec.num_experts_total
+        self._loaded: LoadedModel = load_model(
+            store_dir,
+            self.spec,
+            ExpertCache(FakeLender(), self._budget(slots), self._charge("lru")),
+        )
+        self._routers = RecordedRouters(self._loaded.scores.routers, self._loaded.dtype)
+
+    def run(self, segment: Segment, policy: str, told: Told | None, slots: int, run: Path) -> Run:
+        """The counted steps, in a session with the store in `run`.
+
+        policy: a local one, or the name of what is told
+        """
+        advice: list[Advice] = []
+        charge = self._charge(policy, lambda: advice[-1] if advice else None)
+        budget = self._budget(slots)
+
+        def hear(step: int) -> None:
+            if told is not None:
+                advice[:] = [told.advice(step)]
+
+        client = StartingWith(f"unix:{run}/store.sock", "bench", slots, run / "sessions", 30)
+        try:
+            client.keys = warmed(segment, budget, charge, hear)
+            cache = ExpertCache(client, budget, charge)
+            cache.open()
+            self._hang(cache)
+            result = self._decode(segment, cache, hear, segment.num_counted)
+        finally:
+            client.close()
+        assert not charge.num_fallbacks, "a step went by without advice"
+        return result
+
+    def fresh(self, segment: Segment, num_steps: int) -> list[int]:
+        """Digests of the first counted steps, every expert read alone from the file, ascending."""
+        for layer, module in self._loaded.experts_modules.items():
+            module.flashmoe = FreshExperts(layer, self._manifest, self._dir)
+        cache = ExpertCache(FakeLender(), self._budget(self.spec.num_experts_total), self._charge())
+        return self._decode(segment, cache, lambda step: None, num_steps).digests
+
+    def _budget(self, slots: int) -> Budget:
+        return Budget(slots, self.spec.moe_layers, self.spec.top_k, pooled=True)
+
+    def _charge(
+        self, policy: str = "lru", advice: Callable[[], Advice | None] = lambda: None
+    ) -> Charge:
+        return Charge(policy, HALF_LIFE_TOKENS, self.spec.moe_layers, self.spec.num_experts, advice)
+
+    def _hang(self, cache: ExpertCache) -> None:
+        """Let the model borrow from this cache."""
+        loaded, prefetcher = self._loaded, self._loaded.prefetcher
+        prefetcher.resident = cache
+        overlap = Overlap(cache, prefetcher.computed)
+        for layer, module in loaded.experts_modules.items():
+            module.flashmoe = RoutedExperts(layer, cache, loaded.record, prefetcher, overlap)
+
+    def _decode(
+        self, segment: Segment, cache: ExpertCache, hear: Callable[[int], None], num_steps: int
+    ) -> Run:
+        """One sequence that begins where the warm-up ends; its tokens are drawn by number."""
+        engine = Engine(self._loaded, cache, self._dir, num_steps, CHUNK_TOKENS)
+        sequence, result = SequenceState("bench", []), Run()
+        for step, ids, weights in rows(segment):
+            if not 0 <= step - segment.warmup_steps < num_steps:
+                continue
+            hear(step)
+            self._routers.set(ids, weights)
+            sequence.token_ids.append(7919 * (step + 1) % min(_MAX_TOKEN_ID, self._vocab_size))
+            usage = Usage()
+            with Measure(cache, usage, 1):
+                logits = engine.decode([sequence])[0]
+            result.steps.append(usage)
+            result.digests.append(digest(logits))
+        return result
+
+    @property
+    def _vocab_size(self) -> int:
+        return int(self._loaded.model.config.vocab_size)
+
+
+def warmed(
+    segment: Segment, budget: Budget, charge: Charge, hear: Callable[[int], None]
+) -> list[ExpertKey]:
+    """What a node would hold after the warm-up, and its policies' books in `charge`: the cache
+    itself goes through it, over a store that lends nothing.
+    """
+    cache = ExpertCache(FakeLender(budget.slots), budget, charge)
+    cache.open()
+    for step, ids, _ in rows(segment):
+        if step == segment.warmup_steps:
+            break
+        hear(step)
+        for layer, experts in zip(budget.moe_layers, ids.tolist(), strict=True):
+            for _wave in cache.step(layer, sorted(experts))[1]:
+                pass
+    num_experts = segment.trace.num_experts
+    keys = [ExpertKey(layer, e) for layer in budget.moe_layers for e in range(num_experts)]
+    return [key for key in keys if key in cache]
+
+
+def digest(logits: Tensor) -> int:
+    """Of every bit."""
+    return xxhash.xxh3_64_intdigest(logits.contiguous().view(torch.uint8).numpy())
