@@ -22,7 +22,7 @@ PEERS_PACKAGES := tests/bench/peers/requirements.txt
 COMPOSED := $(COMPOSE) --env-file $(CURDIR)/$(CONTAINER)/compose.env -f deploy/docker-compose.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto run serve test system lint format check bench bench-peers trace policies up down logs lock clean
+.PHONY: help setup proto run serve test system lint format check bench bench-peers bench-scale trace policies up down logs lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -88,6 +88,9 @@ $(PEERS_READY): $(PEERS_PACKAGES) $(READY)
 
 bench-peers: $(STUBS) $(PEERS_READY)  ## FlashMoE beside llama.cpp and others (root, 20 GB, hours; ARGS=--quick)
 	@$(PY) -m tests.bench.peers --python $(PEERS)/bin/python $(ARGS)
+
+bench-scale: $(STUBS)  ## gpt-oss-20b's geometry on recorded routing (TRACE=FILE.npz, 11 GB, 12 minutes; ARGS=--quick)
+	@$(PY) -m tests.bench.scale $(TRACE) $(ARGS)
 
 $(TRACES)/tiny-moe-test.npz: tests/bench/record_tiny.py $(wildcard tests/bench/prompts/*.txt $(MODEL)/*) \
     | $(STORE)/manifest.json

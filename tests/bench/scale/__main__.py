@@ -19,9 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
+import psutil
 import torch
 
+from compute_node import native_library
 from deploy.budget import MemoryPlan, check_shared_memory, plan_memory
 from deploy.settings import ServeSettings, parse_bytes
 from expert_store.manifest import Manifest
@@ -30,8 +33,8 @@ from scheduler.forecaster import Forecaster
 from scheduler.trace import AccessTrace
 from tests.bench.policies import splits
 from tests.bench.scale.advice import told_by, trained
-from tests.bench.scale.node import Node
-from tests.bench.scale.random_store import GPT_OSS_20B, make, why_not
+from tests.bench.scale.node import Node, Run
+from tests.bench.scale.random_store import GPT_OSS_20B, NoRoom, file_system, make
 from tests.bench.scale.report import Cell, Results, print_checks, print_table
 from tests.bench.scale.segments import Segment, ranking, replayed_hits, segments
 from tests.bench.table import machine
@@ -39,7 +42,7 @@ from tests.daemons import daemon, store_table
 
 LOCAL = ("lru", "lfru", "decayed")
 FRAME = ("lfu", "min")  # replayed alone, for their hits
-EXPERTS_BYTES = 10_770_000_000
+MEMORY_DISKS = ("tmpfs", "ramfs")
 
 
 @dataclass
@@ -74,12 +77,21 @@ class Bench:
                 plan.slots + plan.spare_slots,
                 spare_slots=plan.spare_slots,
             )
-            with daemon("expert_store", run, table):
+            with daemon("expert_store", run, table) as store:
                 for name in names:
                     found = self.node.run(segment, name, told.get(name), plan.slots, run)
-                    self.results.runs[Cell(memory, name, number)] = found
-                    speed = f"{found.tokens_per_s:.2f} tokens/s"
-                    print(f"round {number + 1}, {memory}, {name}: {speed}", file=sys.stderr)
+                    self._keep(Cell(memory, name, number), found, store.process.pid)
+
+    def _keep(self, cell: Cell, found: Run, store_pid: int) -> None:
+        self.results.runs[cell] = found
+        processes = psutil.Process(), psutil.Process(store_pid)
+        pss_bytes = sum(process.memory_full_info().pss for process in processes)
+        known = self.results.pss_bytes.get(cell.memory, 0)
+        self.results.pss_bytes[cell.memory] = max(known, pss_bytes)
+        speed = f"{found.tokens_per_s:.2f} tokens/s"
+        print(
+            f"round {cell.round_number + 1}, {cell.memory}, {cell.policy}: {speed}", file=sys.stderr
+        )
 
 
 def main() -> None:
@@ -134,15 +146,23 @@ def _store(store_dir: Path) -> Manifest:
     """As it was kept, or made. Ends the program where there is no room."""
     if (store_dir / "manifest.json").exists():
         return Manifest.load(store_dir)
-    reason = why_not(store_dir.parent, EXPERTS_BYTES)
-    if reason:
-        print(f"skipped: {reason}")
-        sys.exit(0)
+    kind = file_system(store_dir.parent)
+    if kind in MEMORY_DISKS:
+        _skip(f"{store_dir.parent} is {kind}, which is memory: run it in a folder on a disk")
     shutil.rmtree(store_dir, ignore_errors=True)  # of a killed run
     began_s = time.perf_counter()
-    manifest = make(store_dir, GPT_OSS_20B)
+    try:
+        manifest = make(store_dir, GPT_OSS_20B)
+    except NoRoom as error:
+        shutil.rmtree(store_dir)
+        _skip(str(error))
     print(f"store made in {time.perf_counter() - began_s:.0f} s", file=sys.stderr)
     return manifest
+
+
+def _skip(reason: str) -> NoReturn:
+    print(f"skipped: {reason}")
+    sys.exit(0)
 
 
 def _plans(manifest: Manifest, ceilings: list[str]) -> dict[str, MemoryPlan]:
@@ -174,7 +194,11 @@ def _print(
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
     ).stdout.strip()
-    print(f"commit {commit}, {machine()}, torch {torch.__version__}, {given.threads} threads")
+    kernel = native_library.obstacle() or "used"
+    print(
+        f"commit {commit}, {machine()}, torch {torch.__version__}, {given.threads} threads, "
+        f"native kernel: {kernel}"
+    )
     print_table(bench.results, bench.plans, manifest, chosen, given.trace.stem, round(elapsed_s))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.engine import Engine, SequenceState
-from compute_node.experts import RoutedExperts
+from compute_node.experts import RoutedExperts, StepRecord
 from compute_node.model import LoadedModel, load_model
 from compute_node.overlap import Overlap
 from compute_node.store_client import StoreClient
@@ -162,6 +162,11 @@ class Node:
             result.steps.append(usage)
             result.digests.append(digest(logits))
         return result
+
+    @property
+    def record(self) -> StepRecord:
+        """What the latest step asked for."""
+        return self._loaded.record
 
     @property
     def _vocab_size(self) -> int:

@@ -44,12 +44,16 @@ _SPREAD = 0.02  # of dense weights, as transformers initialises them
 _SCALE = 0.01  # of codes: weights a few hundredths wide, so that activations stay finite
 
 
+class NoRoom(OSError):
+    """The disk is too full."""
+
+
 class RandomCodes(Int4Encoder):
     """int4 records as the product lays them out, of nothing."""
 
     def __init__(self, architecture: Architecture, seed: int) -> None:
         super().__init__(architecture)
-        self._bytes = np.random.Generator(np.random.SFC64(seed))
+        self._words = np.random.Generator(np.random.SFC64(seed))
         self._floats = torch.Generator().manual_seed(seed)
 
     def encode(
@@ -60,7 +64,9 @@ class RandomCodes(Int4Encoder):
             yield [self._codes(tensor) if tensor.dtype == "U8" else self._numbers(tensor)]
 
     def _codes(self, tensor: TensorLayout) -> bytes:
-        return self._bytes.bytes(tensor.length_bytes)
+        words = -(-tensor.length_bytes // 8)
+        drawn = self._words.integers(0, 1 << 64, words, dtype=np.uint64)
+        return drawn.tobytes()[: tensor.length_bytes]
 
     def _numbers(self, tensor: TensorLayout) -> bytes:
         """Scales with zeros between half and one and a half of _SCALE; biases too."""
@@ -81,7 +87,7 @@ def make(
     """A whole store in `store_dir`, which must not exist. geometry: what differs from the model
     type's own config.
 
-    Raises OSError when the disk has no room.
+    Raises NoRoom, before anything large is written.
     """
     store_dir.mkdir(parents=True)
     config = AutoConfig.for_model(MODEL_TYPE, dtype="bfloat16", **geometry)
@@ -89,9 +95,7 @@ def make(
     config.save_pretrained(store_dir)
     architecture = describe(store_dir)
     writer = RecordWriter(architecture, RandomCodes(architecture, seed), NoSource())
-    reason = why_not(store_dir, writer.total_bytes)
-    if reason:
-        raise OSError(reason)
+    _check_room(store_dir, writer.total_bytes)
     with closing(Journal(store_dir / JOURNAL_NAME, {})) as journal:
         records = writer.write(store_dir / RECORDS_NAME, journal, report)
     (store_dir / JOURNAL_NAME).unlink()
@@ -109,6 +113,12 @@ def make(
     return manifest
 
 
+def _check_room(folder: Path, experts_bytes: int) -> None:
+    free, needed = shutil.disk_usage(folder).free, experts_bytes + POOL_BYTES + _MARGIN_BYTES
+    if free < needed:
+        raise NoRoom(f"the store needs {needed:,} bytes, {folder.parent} has {free:,} free")
+
+
 def describe(model_dir: Path) -> Architecture:
     """As if a checkpoint of that config were there, one bf16 file."""
     model = build_meta(load_config(model_dir))
@@ -119,17 +129,6 @@ def describe(model_dir: Path) -> Architecture:
         tensors[name] = CheckpointTensor(name, "BF16", shape, 0, cursor, length_bytes)
         cursor += length_bytes
     return read_architecture(model_dir, tensors)
-
-
-def why_not(folder: Path, needed_bytes: int) -> str | None:
-    """Why no store of that size can be made there; None when one can."""
-    kind = file_system(folder)
-    if kind in ("tmpfs", "ramfs"):
-        return f"{folder} is {kind}, which is memory: give a folder on a disk"
-    free, needed = shutil.disk_usage(folder).free, needed_bytes + POOL_BYTES + _MARGIN_BYTES
-    if free < needed:
-        return f"the store needs {needed:,} bytes, {folder} has {free:,} free"
-    return None
 
 
 def file_system(folder: Path) -> str:

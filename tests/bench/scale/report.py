@@ -42,12 +42,14 @@ class Results:
     replayed:  hits of each counted step, as the scheduler's shadows count them
     fresh:     digests of the first round's first steps without a cache
     advice_us: what scoring a step takes the scheduler, by policy
+    pss_bytes: of this process and the store, the most after any run, by ceiling
     """
 
     runs: dict[Cell, Run] = field(default_factory=dict)
     replayed: dict[Cell, list[int]] = field(default_factory=dict)
     fresh: list[int] = field(default_factory=list)
     advice_us: dict[str, float] = field(default_factory=dict)
+    pss_bytes: dict[str, int] = field(default_factory=dict)
 
 
 def print_table(
@@ -72,8 +74,12 @@ def print_table(
         f"Advice is a step late, as live, and told by this process between steps: {_costs(results)}"
         "\n"
     )
+    for memory, pss_bytes in results.pss_bytes.items():
+        print(f"{memory}: node and store came to {pss_bytes / MIB:,.0f} MiB (sum of PSS)")
+    print()
     rows = [row for memory, plan in plans.items() for row in _rows(results, memory, plan)]
-    show(f"Median (min-max) of {len(segments)} rounds, policies in turn", HEADER, rows)
+    rounds = f"Median (min-max) of {len(segments)} rounds" if len(segments) > 1 else "One round"
+    show(f"{rounds}, policies in turn", HEADER, rows)
 
 
 def _costs(results: Results) -> str:
@@ -109,16 +115,20 @@ def _figures(runs: Sequence[Run]) -> list[object]:
     walls_ms = [[1000 * step.wall_s for step in run.steps] for run in runs]
 
     def over(figure: Callable[[Sequence[Usage]], float], digits: int = 1) -> str:
-        return spread([figure(run.steps) for run in runs], digits)
+        return _spread([figure(run.steps) for run in runs], digits)
 
     return [
-        spread([run.tokens_per_s for run in runs], 2),
-        spread([percentile(one, 0.5) for one in walls_ms], 0),
-        spread([percentile(one, 0.95) for one in walls_ms], 0),
+        _spread([run.tokens_per_s for run in runs], 2),
+        _spread([percentile(one, 0.5) for one in walls_ms], 0),
+        _spread([percentile(one, 0.95) for one in walls_ms], 0),
         over(lambda steps: statistics.fmean(step.bytes_read for step in steps) / MIB, 0),
         over(lambda s: 100 * _share(s, lambda u: u.hits, lambda u: u.hits + u.misses)),
         over(lambda s: 100 * _share(s, lambda u: u.stall_s, lambda u: u.wall_s), 0),
     ]
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    return spread(values, digits) if len(values) > 1 else f"{values[0]:.{digits}f}"
 
 
 def _share(
