@@ -16,7 +16,7 @@ import pytest
 from compute_node.usage import Usage
 from expert_store.manifest import Manifest
 from expert_store.verify import verify
-from scheduler.trace import AccessTrace
+from scheduler.trace import AccessTrace, TraceInvalid
 from tests.bench.scale import random_store
 from tests.bench.scale.advice import told_by
 from tests.bench.scale.node import Node, Run
@@ -123,7 +123,7 @@ def test_segments_are_of_different_generations_and_as_long_as_asked() -> None:
         list(range(20, 32)),
     ]
     assert [one.trace.seq_offsets.tolist() for one in found] == [[0, 10, 12], [0, 10, 12]]
-    with pytest.raises(ValueError, match="ask for fewer"):
+    with pytest.raises(TraceInvalid, match="ask for fewer"):
         segments(trace, 3, 8, 4)
 
 

@@ -19,15 +19,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import psutil
 import torch
 
 from compute_node import native_library
 from deploy.budget import MemoryPlan, check_shared_memory, plan_memory
+from deploy.calibrate import check_trace
 from deploy.settings import ServeSettings, parse_bytes
-from expert_store.manifest import Manifest
+from expert_store.manifest import MANIFEST_NAME, Manifest
 from proto import errors
 from scheduler.forecaster import Forecaster
 from scheduler.trace import AccessTrace
@@ -95,14 +95,29 @@ class Bench:
 
 
 def main() -> None:
+    """SIGTERM removes what was made, like the end of the program."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     given = _arguments()
+    try:
+        results = _measure(given)
+    except NoRoom as error:
+        print(f"skipped: {error}")
+        return
+    except (OSError, errors.FlashMoEError) as error:
+        sys.exit(f"scale: {error}")
+    if not print_checks(results):
+        sys.exit("scale: a check failed, no figure above counts")
+
+
+def _measure(given: argparse.Namespace) -> Results:
     trace = AccessTrace.load(given.trace)
     train, test = splits(trace, 1)[0]
     chosen = segments(test, given.rounds, given.warmup, given.steps)
     torch.set_num_threads(given.threads)
-    with _folder(given.keep) as (store_dir, run_dir):
+    print(_machine(given.threads))
+    with _folders(given.keep) as (store_dir, run_dir):
         manifest = _store(store_dir)
+        check_trace(trace, manifest)
         plans = _plans(manifest, given.memory.split(","))
         forecaster = trained(train, manifest, store_dir) if given.learned else None
         began_s = time.perf_counter()
@@ -111,9 +126,18 @@ def main() -> None:
         )
         for number, segment in enumerate(chosen):
             bench.round(number, segment)
-        _print(given, bench, chosen, manifest, time.perf_counter() - began_s)
-    if not print_checks(bench.results):
-        sys.exit("scale: a check failed, no figure above counts")
+        elapsed_s = round(time.perf_counter() - began_s)
+        print_table(bench.results, plans, manifest, chosen, trace.name, elapsed_s)
+    return bench.results
+
+
+def _machine(num_threads: int) -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return (
+        f"commit {commit}, {machine()}, torch {torch.__version__}, {num_threads} threads, "
+        f"native kernel: {native_library.obstacle() or 'used'}"
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -136,33 +160,30 @@ def _arguments() -> argparse.Namespace:
 
 
 @contextmanager
-def _folder(keep: Path | None) -> Iterator[tuple[Path, Path]]:
+def _folders(keep: Path | None) -> Iterator[tuple[Path, Path]]:
     """Where the store is or will be, and a folder that goes at the end."""
     with tempfile.TemporaryDirectory(prefix="fm-bench-", dir=Path.cwd()) as scratch:
         yield (keep or Path(scratch) / "store").resolve(), Path(scratch)
 
 
 def _store(store_dir: Path) -> Manifest:
-    """As it was kept, or made. Ends the program where there is no room."""
-    if (store_dir / "manifest.json").exists():
+    """As it was kept, or made. Raises NoRoom, OSError when other files are in the way."""
+    if (store_dir / MANIFEST_NAME).exists():
         return Manifest.load(store_dir)
     kind = file_system(store_dir.parent)
     if kind in MEMORY_DISKS:
-        _skip(f"{store_dir.parent} is {kind}, which is memory: run it in a folder on a disk")
-    shutil.rmtree(store_dir, ignore_errors=True)  # of a killed run
+        raise NoRoom(f"{store_dir.parent} is {kind}, which is memory: run it in a folder on a disk")
+    partial = store_dir.with_name(store_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed run
     began_s = time.perf_counter()
     try:
-        manifest = make(store_dir, GPT_OSS_20B)
-    except NoRoom as error:
-        shutil.rmtree(store_dir)
-        _skip(str(error))
+        make(partial, GPT_OSS_20B)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    partial.rename(store_dir)
     print(f"store made in {time.perf_counter() - began_s:.0f} s", file=sys.stderr)
-    return manifest
-
-
-def _skip(reason: str) -> NoReturn:
-    print(f"skipped: {reason}")
-    sys.exit(0)
+    return Manifest.load(store_dir)
 
 
 def _plans(manifest: Manifest, ceilings: list[str]) -> dict[str, MemoryPlan]:
@@ -182,24 +203,6 @@ def _plans(manifest: Manifest, ceilings: list[str]) -> dict[str, MemoryPlan]:
         except errors.MemoryExceeded as error:
             print(f"{memory}: {error}\n")
     return plans
-
-
-def _print(
-    given: argparse.Namespace,
-    bench: Bench,
-    chosen: list[Segment],
-    manifest: Manifest,
-    elapsed_s: float,
-) -> None:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
-    kernel = native_library.obstacle() or "used"
-    print(
-        f"commit {commit}, {machine()}, torch {torch.__version__}, {given.threads} threads, "
-        f"native kernel: {kernel}"
-    )
-    print_table(bench.results, bench.plans, manifest, chosen, given.trace.stem, round(elapsed_s))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from scheduler.policy.lru import Lru
 from scheduler.ranking import RankingPolicy
 from scheduler.replay import RankedCache
 from scheduler.shadows import ADVISED_LAG_STEPS, Budget
-from scheduler.trace import AccessTrace
+from scheduler.trace import AccessTrace, TraceInvalid
 from tests.bench.scale.advice import Following, Told
 
 
@@ -39,13 +39,13 @@ class Segment:
 def segments(
     trace: AccessTrace, number: int, warmup_steps: int, counted_steps: int
 ) -> list[Segment]:
-    """So many, of different generations. Raises ValueError when the trace is too short."""
+    """So many, of different generations. Raises TraceInvalid when the trace is too short."""
     needed, found, first = warmup_steps + counted_steps, [], 0
     for _ in range(number):
         ends = trace.seq_offsets[first + 1 :] - trace.seq_offsets[first]
         long_enough = np.flatnonzero(ends >= needed)
         if not len(long_enough):
-            raise ValueError(f"{trace.name} has no {number} x {needed} steps: ask for fewer")
+            raise TraceInvalid(f"{trace.name} has no {number} x {needed} steps: ask for fewer")
         following = first + int(long_enough[0]) + 1
         taken = trace.take(np.arange(first, following), trace.name)
         found.append(Segment(_first_steps(taken, needed), warmup_steps))
