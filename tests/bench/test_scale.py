@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,11 @@ def node(store: Path) -> Node:
 
 @pytest.fixture(scope="module")
 def segment() -> Segment:
-    return segments(recorded(), 1, WARMUP, COUNTED)[0]
+    """The recording has no gate weights."""
+    trace = recorded()
+    weights = np.random.default_rng(0).dirichlet([1] * trace.top_k, trace.topk_ids.shape[:2])
+    weighted = replace(trace, topk_weights=weights.astype(np.float16))
+    return segments(weighted, 1, WARMUP, COUNTED)[0]
 
 
 @pytest.fixture
@@ -115,7 +120,7 @@ def test_the_routers_choice_is_the_recordings(node: Node, segment: Segment, serv
 
 def test_segments_are_of_different_generations_and_as_long_as_asked() -> None:
     ids = np.arange(40, dtype=np.uint16).reshape(40, 1, 1)
-    weights = np.zeros((40, 1, 1), np.float16)
+    weights = np.ones((40, 1, 1), np.float16)
     trace = AccessTrace("t", ids, np.array([0, 10, 20, 30, 40]), 40, weights)
     found = segments(trace, 2, 8, 4)
     assert [one.trace.topk_ids.ravel().tolist() for one in found] == [
@@ -125,6 +130,12 @@ def test_segments_are_of_different_generations_and_as_long_as_asked() -> None:
     assert [one.trace.seq_offsets.tolist() for one in found] == [[0, 10, 12], [0, 10, 12]]
     with pytest.raises(TraceInvalid, match="ask for fewer"):
         segments(trace, 3, 8, 4)
+
+
+def test_a_trace_without_gate_weights_is_refused() -> None:
+    """Experts would weigh nothing, and any bits would do."""
+    with pytest.raises(TraceInvalid, match="no gate weights"):
+        segments(recorded(), 1, WARMUP, COUNTED)
 
 
 def test_other_bits_and_other_hits_are_seen() -> None:

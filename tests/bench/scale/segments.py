@@ -39,7 +39,12 @@ class Segment:
 def segments(
     trace: AccessTrace, number: int, warmup_steps: int, counted_steps: int
 ) -> list[Segment]:
-    """So many, of different generations. Raises TraceInvalid when the trace is too short."""
+    """So many, of different generations.
+
+    Raises TraceInvalid for a trace that is too short, or that has no gate weights.
+    """
+    if not trace.topk_weights.any():
+        raise TraceInvalid(f"{trace.name} has no gate weights, so experts would weigh nothing")
     needed, found, first = warmup_steps + counted_steps, [], 0
     for _ in range(number):
         ends = trace.seq_offsets[first + 1 :] - trace.seq_offsets[first]
