@@ -146,7 +146,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one ceiling, one short round")
     parser.add_argument("--memory", help="ceilings, as `serve --memory`; default: 4GiB,7GiB,10GiB")
     parser.add_argument("--rounds", type=int, help="segments of other generations; default: 3")
-    parser.add_argument("--steps", type=int, help="counted, of each round; default: 40")
+    parser.add_argument("--steps", type=int, help="counted, of each round; default: 36")
     parser.add_argument("--warmup", type=int, default=500, help="steps before; default: 500")
     parser.add_argument("--fresh-steps", type=int, default=3, help="compared with no cache")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -155,7 +155,7 @@ def _arguments() -> argparse.Namespace:
     given = parser.parse_args()
     given.memory = given.memory or ("7GiB" if given.quick else "4GiB,7GiB,10GiB")
     given.rounds = given.rounds or (1 if given.quick else 3)
-    given.steps = given.steps or (20 if given.quick else 40)
+    given.steps = given.steps or (20 if given.quick else 36)
     return given
 
 

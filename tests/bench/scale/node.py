@@ -96,8 +96,10 @@ class Node:
         )
         self._routers = RecordedRouters(self._loaded.scores.routers, self._loaded.dtype)
 
-    def run(self, segment: Segment, policy: str, told: Told | None, slots: int, run: Path) -> Run:
-        """The counted steps, in a session with the store in `run`.
+    def run(
+        self, segment: Segment, policy: str, told: Told | None, slots: int, run_dir: Path
+    ) -> Run:
+        """The counted steps, in a session with the store in `run_dir`.
 
         policy: a local one, or the name of what is told
         """
@@ -109,7 +111,9 @@ class Node:
             if told is not None:
                 advice[:] = [told.advice(step)]
 
-        client = StartingWith(f"unix:{run}/store.sock", "bench", slots, run / "sessions", 30)
+        client = StartingWith(
+            f"unix:{run_dir}/store.sock", "bench", slots, run_dir / "sessions", 30
+        )
         try:
             client.keys = warmed(segment, budget, charge, hear)
             cache = ExpertCache(client, budget, charge)
