@@ -78,9 +78,10 @@ class Bench:
                 spare_slots=plan.spare_slots,
             )
             with daemon("expert_store", run, table) as store:
+                pid = store.process.pid
                 for name in names:
-                    found = self.node.run(segment, name, told.get(name), plan.slots, run)
-                    self._keep(Cell(memory, name, number), found, store.process.pid)
+                    found = self.node.run(segment, name, told.get(name), plan.slots, run, pid)
+                    self._keep(Cell(memory, name, number), found, pid)
 
     def _keep(self, cell: Cell, found: Run, store_pid: int) -> None:
         self.results.runs[cell] = found
@@ -88,7 +89,7 @@ class Bench:
         pss_bytes = sum(process.memory_full_info().pss for process in processes)
         known = self.results.pss_bytes.get(cell.memory, 0)
         self.results.pss_bytes[cell.memory] = max(known, pss_bytes)
-        speed = f"{found.tokens_per_s:.2f} tokens/s"
+        speed = f"{found.tokens_per_s:.2f} tokens/s, others' CPU {found.others_ratio:.0%}"
         print(
             f"round {cell.round_number + 1}, {cell.memory}, {cell.policy}: {speed}", file=sys.stderr
         )
@@ -144,18 +145,18 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("trace", type=Path, help="of gpt-oss-20b: 24 layers x 32 experts, top 4")
     parser.add_argument("--quick", action="store_true", help="one ceiling, one short round")
-    parser.add_argument("--memory", help="ceilings, as `serve --memory`; default: 4GiB,7GiB,10GiB")
+    parser.add_argument("--memory", help="ceilings, as `serve --memory`; default: 4GiB,6GiB,7GiB")
     parser.add_argument("--rounds", type=int, help="segments of other generations; default: 3")
-    parser.add_argument("--steps", type=int, help="counted, of each round; default: 36")
+    parser.add_argument("--steps", type=int, help="counted, of each round; default: 24")
     parser.add_argument("--warmup", type=int, default=500, help="steps before; default: 500")
     parser.add_argument("--fresh-steps", type=int, default=3, help="compared with no cache")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--learned", action="store_true", help="calibrate first: minutes")
     parser.add_argument("--keep", type=Path, metavar="STORE", help="made there if need be, kept")
     given = parser.parse_args()
-    given.memory = given.memory or ("7GiB" if given.quick else "4GiB,7GiB,10GiB")
+    given.memory = given.memory or ("7GiB" if given.quick else "4GiB,6GiB,7GiB")
     given.rounds = given.rounds or (1 if given.quick else 3)
-    given.steps = given.steps or (20 if given.quick else 36)
+    given.steps = given.steps or (16 if given.quick else 24)
     return given
 
 

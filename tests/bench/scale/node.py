@@ -6,8 +6,9 @@ chose is replaced by what was recorded.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from compute_node.usage import Measure, Usage
 from expert_store.manifest import Manifest
 from proto.expert import ExpertKey, ModelSpec
 from proto.redis_schema import Advice
+from tests.bench.peers.cpu import CpuMoment
 from tests.bench.scale.advice import Told
 from tests.bench.scale.fresh import FreshExperts
 from tests.bench.scale.segments import Segment, rows
@@ -71,10 +73,16 @@ class StartingWith(StoreClient):
 
 @dataclass(frozen=True)
 class Run:
-    """One segment under one policy. steps: cost of each counted step; digests: of its logits."""
+    """One segment under one policy.
 
-    steps: list[Usage] = field(default_factory=list)
-    digests: list[int] = field(default_factory=list)
+    steps:        cost of each counted step
+    digests:      of its logits
+    others_ratio: of all cores, what neither node nor store took meanwhile
+    """
+
+    steps: list[Usage]
+    digests: list[int]
+    others_ratio: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -97,7 +105,13 @@ class Node:
         self._routers = RecordedRouters(self._loaded.scores.routers, self._loaded.dtype)
 
     def run(
-        self, segment: Segment, policy: str, told: Told | None, slots: int, run_dir: Path
+        self,
+        segment: Segment,
+        policy: str,
+        told: Told | None,
+        slots: int,
+        run_dir: Path,
+        store_pid: int,
     ) -> Run:
         """The counted steps, in a session with the store in `run_dir`.
 
@@ -119,11 +133,13 @@ class Node:
             cache = ExpertCache(client, budget, charge)
             cache.open()
             self._hang(cache)
+            before = CpuMoment.now([store_pid])
             result = self._decode(segment, cache, hear, segment.num_counted)
+            others = CpuMoment.now([store_pid]).others_ratio(before, os.cpu_count() or 1)
         finally:
             client.close()
         assert not charge.num_fallbacks, "a step went by without advice"
-        return result
+        return replace(result, others_ratio=others)
 
     def fresh(self, segment: Segment, num_steps: int) -> list[int]:
         """Digests of the first counted steps, every expert read alone from the file, ascending."""
@@ -153,7 +169,7 @@ class Node:
     ) -> Run:
         """One sequence that begins where the warm-up ends; its tokens are drawn by number."""
         engine = Engine(self._loaded, cache, self._dir, num_steps, CHUNK_TOKENS)
-        sequence, result = SequenceState("bench", []), Run()
+        sequence, result = SequenceState("bench", []), Run([], [])
         for step, ids, weights in rows(segment):
             if not 0 <= step - segment.warmup_steps < num_steps:
                 continue

@@ -24,6 +24,7 @@ HEADER = [
     "MiB/token",
     "hit %",
     "waiting %",
+    "others' CPU",
 ]
 
 
@@ -98,7 +99,7 @@ def _rows(results: Results, memory: str, plan: MemoryPlan) -> list[list[object]]
             per_step = next(iter(results.runs.values())).steps[0]
             num_accesses = per_step.hits + per_step.misses
             ratio = _mean_hits(results, memory, name) / num_accesses
-            figures = ["replayed only", "", "", "", f"{100 * ratio:.1f}", ""]
+            figures = ["replayed only", "", "", "", f"{100 * ratio:.1f}", "", ""]
         rows.append([memory, slots, name, *figures])
     return rows
 
@@ -124,6 +125,7 @@ def _figures(runs: Sequence[Run]) -> list[object]:
         over(lambda steps: statistics.fmean(step.bytes_read for step in steps) / MIB, 0),
         over(lambda s: 100 * _share(s, lambda u: u.hits, lambda u: u.hits + u.misses)),
         over(lambda s: 100 * _share(s, lambda u: u.stall_s, lambda u: u.wall_s), 0),
+        f"{max(run.others_ratio for run in runs):.0%}",
     ]
 
 
