@@ -125,10 +125,12 @@ def _measure(given: argparse.Namespace) -> Results:
         bench = Bench(
             Node(store_dir, manifest), store_dir, plans, run_dir, forecaster, given.fresh_steps
         )
-        for number, segment in enumerate(chosen):
-            bench.round(number, segment)
-        elapsed_s = round(time.perf_counter() - began_s)
-        print_table(bench.results, plans, manifest, chosen, trace.name, elapsed_s)
+        try:
+            for number, segment in enumerate(chosen):
+                bench.round(number, segment)
+        finally:  # what a stopped run has measured is shown
+            elapsed_s = round(time.perf_counter() - began_s)
+            print_table(bench.results, plans, manifest, chosen, trace.name, elapsed_s)
     return bench.results
 
 

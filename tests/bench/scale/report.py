@@ -78,8 +78,10 @@ def print_table(
     for memory, pss_bytes in results.pss_bytes.items():
         print(f"{memory}: node and store came to {pss_bytes / MIB:,.0f} MiB (sum of PSS)")
     print()
-    rows = [row for memory, plan in plans.items() for row in _rows(results, memory, plan)]
-    rounds = f"Median (min-max) of {len(segments)} rounds" if len(segments) > 1 else "One round"
+    measured = {cell.memory: plans[cell.memory] for cell in results.runs}
+    rows = [row for memory, plan in measured.items() for row in _rows(results, memory, plan)]
+    num_rounds = len({cell.round_number for cell in results.runs})
+    rounds = f"Median (min-max) of {num_rounds} rounds" if num_rounds > 1 else "One round"
     show(f"{rounds}, policies in turn", HEADER, rows)
 
 
