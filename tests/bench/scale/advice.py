@@ -60,7 +60,8 @@ class Following:
         self._now = next(self._scores)
 
     def ranks(self) -> Ranks:
-        return self._now.astype(np.float64)
+        ranks: Ranks = self._now.astype(np.float64)
+        return ranks
 
 
 def told_by(trace: AccessTrace, forecaster: Forecaster | None) -> dict[str, Told]:

@@ -215,4 +215,4 @@ def warmed(
 
 def digest(logits: Tensor) -> int:
     """Of every bit."""
-    return xxhash.xxh3_64_intdigest(logits.contiguous().view(torch.uint8).numpy())
+    return xxhash.xxh3_64_intdigest(logits.contiguous().view(torch.uint8).numpy().tobytes())

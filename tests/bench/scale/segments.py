@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -77,6 +77,7 @@ def ranking(name: str, segment: Segment, told: Mapping[str, Told]) -> tuple[Rank
         return Following(told[name]), ADVISED_LAG_STEPS
     if name == "min":
         return Belady(trace.topk_ids, trace.num_experts), 0
+    local: dict[str, Callable[[tuple[int, int]], RankingPolicy]]
     local = {"lru": Lru, "lfu": Lfu, "lfru": Lfru, "decayed": Decayed}
     return local[name](trace.shape), 0
 
