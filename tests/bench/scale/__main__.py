@@ -69,7 +69,8 @@ class Bench:
             for name in (*names, *FRAME):
                 hits = replayed_hits(*ranking(name, segment, told), segment, plan.slots)
                 self.results.replayed[Cell(memory, name, number)] = hits
-            run = self.run_dir / f"{number}-{memory}"
+            # Its name is the segment's too: no other run's may be the same.
+            run = self.run_dir / f"{self.run_dir.name[-8:]}-{number}-{memory}"
             run.mkdir()
             table = store_table(
                 self.store_dir,
