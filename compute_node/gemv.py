@@ -153,7 +153,7 @@ def _gives_same_bits(weight: Tensor, bias: Tensor | None) -> bool:
         weight = torch.empty_like(weight).normal_(generator=generator)
         num_draws = _NUM_DRAWS
     for _ in range(num_draws):
-        for inputs, scale in _probes(weight, generator):
+        for inputs, scale in probes(weight, generator):
             scaled = None if bias is None else bias * scale
             expected = functional.linear(inputs, weight, scaled)
             found = multiply([weight], inputs, [] if scaled is None else [scaled])
@@ -162,9 +162,11 @@ def _gives_same_bits(weight: Tensor, bias: Tensor | None) -> bool:
     return True
 
 
-def _probes(weight: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, float]]:
-    """Inputs [1, K] that tell orders of additions apart, and what to scale a bias by."""
-    shape = (1, weight.shape[1])
+def probes(
+    weight: Tensor, generator: torch.Generator, num_tokens: int = 1
+) -> Iterator[tuple[Tensor, float]]:
+    """Inputs [t, K] that tell orders of additions apart, and what to scale a bias by."""
+    shape = (num_tokens, weight.shape[1])
     typical_output = float(weight[:64].float().std()) * math.sqrt(shape[1])
     tiny = max(_LEAST_INPUT, _NEAR_UNDERFLOW / max(typical_output, _NEAR_UNDERFLOW))
     normal = torch.randn(shape, generator=generator)

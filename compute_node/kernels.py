@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from compute_node import gemv, lossless, low_bit
+from compute_node import gemm, gemv, lossless, low_bit
 
 # From so many on, torch shares the elements of a tensor out to threads at any place, and an
 # activation's bits may depend on where.
@@ -89,7 +88,7 @@ def _project(module: Any, tensors: dict[str, Tensor], name: str, inputs: Tensor)
     if module.is_transposed:
         output = inputs @ weight
         return output + tensors[f"{name}_bias"] if module.has_bias else output
-    return functional.linear(inputs, weight, tensors.get(f"{name}_bias"))
+    return gemm.linear(inputs, weight, tensors.get(f"{name}_bias"))
 
 
 def _project_low_bit(module: Any, tensors: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:

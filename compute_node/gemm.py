@@ -1,0 +1,121 @@
+"""Products of several tokens with a bf16 matrix: by native/gemm.c where it gives torch's own bits,
+which is found out for each shape and number of tokens on this machine.
+
+oneDNN generates a kernel for every number of tokens an expert happens to get, which takes longer
+than most of the products themselves, and a node has no memory to keep them all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compute_node import gemv, native_library
+
+logger = logging.getLogger(__name__)
+
+_MAX_TOKENS = 256  # native/gemm.c has the same number
+_TILE_COLUMNS = 32
+_STEPS = (1024, 512, 2048, 4096)  # after so many columns oneDNN may start a new accumulator
+_POOL_NUMBERS = 1 << 21  # larger matrices are tried out as they are
+
+_steps: dict[tuple[object, ...], int] = {}  # 0: torch multiplies
+
+
+def num_products(native: bool) -> int:
+    """Shapes and numbers of tokens seen so far that the kernel multiplies, or leaves to torch."""
+    return [step > 0 for step in _steps.values()].count(native)
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """functional.linear and its bits. inputs: [t, K]; weight: [N, K]; bias: [N]."""
+    if not _can_take(inputs, weight):
+        return functional.linear(inputs, weight, bias)
+    key = (inputs.shape[0], weight.shape, bias is not None, torch.get_num_threads())
+    if key not in _steps:
+        _steps[key] = _find_step(inputs.shape[0], weight, bias)
+        if not _steps[key]:
+            logger.info("product left to torch", extra={"shape": weight.shape, "tokens": key[0]})
+    if not _steps[key]:
+        return functional.linear(inputs, weight, bias)
+    return multiply(inputs, weight, bias, _steps[key])
+
+
+def multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
+    """inputs: [t, K], contiguous, t at most 256; weight: [N, K], contiguous, K a multiple of 32.
+
+    step: columns after which a new accumulator starts
+
+    Returns [t, N].
+    """
+    num_tokens, (num_outputs, num_inputs) = inputs.shape[0], weight.shape
+    outputs = torch.empty((num_tokens, num_outputs), dtype=torch.bfloat16)
+    _function()(
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        inputs.data_ptr(),
+        outputs.data_ptr(),
+        num_tokens,
+        num_outputs,
+        num_inputs,
+        step,
+        gemv.parallel(),
+        torch.get_num_threads(),
+    )
+    return outputs
+
+
+def _can_take(inputs: Tensor, weight: Tensor) -> bool:
+    return (
+        1 < inputs.shape[0] <= _MAX_TOKENS
+        and inputs.dtype == weight.dtype == torch.bfloat16
+        and weight.shape[1] % _TILE_COLUMNS == 0
+        and inputs.is_contiguous()
+        and weight.is_contiguous()
+        and native_library.load() is not None
+    )
+
+
+@torch.no_grad()
+def _find_step(num_tokens: int, weight: Tensor, bias: Tensor | None) -> int:
+    """The first that gives torch's bits; 0: none does."""
+    if weight.numel() <= _POOL_NUMBERS:  # a real one may be mostly zeros, which prove nothing
+        weight = _pool()[: weight.numel()].view(weight.shape)
+    expected = [
+        (inputs, scaled, functional.linear(inputs, weight, scaled))
+        for inputs, scale in gemv.probes(weight, torch.Generator().manual_seed(0), num_tokens)
+        for scaled in [None if bias is None else bias * scale]
+    ]
+    steps = [step for step in _STEPS if step < weight.shape[1]] or [weight.shape[1]]
+    for step in steps:
+        if all(
+            torch.equal(
+                multiply(inputs, weight, scaled, step).view(torch.int16), found.view(torch.int16)
+            )
+            for inputs, scaled, found in expected
+        ):
+            return step
+    return 0
+
+
+@cache
+def _pool() -> Tensor:
+    """[_POOL_NUMBERS], random."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.empty(_POOL_NUMBERS, dtype=torch.bfloat16).normal_(generator=generator)
+
+
+@cache
+def _function() -> ctypes._NamedFuncPointer:
+    library = native_library.load()
+    assert library is not None
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    function = library.gemm
+    function.argtypes = [*[pointer] * 4, *[size] * 4, pointer, size]
+    function.restype = None
+    return function

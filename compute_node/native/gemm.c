@@ -1,0 +1,128 @@
+/* Several tokens times a bf16 matrix, with the bits of oneDNN's matmul and no kernel generated.
+ *
+ * oneDNN generates code for every number of tokens, which takes longer than a small product, and
+ * keeps it in memory. Its order of additions is that of gemv.c, but for where it starts a new
+ * accumulator: compute_node/gemm.py finds out where, for each shape and number of tokens.
+ *
+ * 16 rows are transposed once, a panel of columns at a time, and multiplied with all tokens.
+ */
+#include <string.h>
+
+#if defined(__x86_64__)
+#include "tiles.h"
+
+enum {
+  PANEL_TILES = 16, /* 16 KiB: half of the first cache */
+  TOKENS = 12,      /* at once: an accumulator a register */
+  MAX_TOKENS = 256
+};
+
+struct job {
+  const uint16_t *weight, *bias, *inputs; /* [rows, columns]; [rows], or null; [tokens, columns] */
+  uint16_t *outputs;                      /* [tokens, rows] */
+  int64_t tokens, rows, columns, accumulator_columns;
+  int64_t next; /* block of 16 rows; threads take one after the other */
+};
+
+/* What the tokens have of 16 rows so far: of the accumulator at hand, and of those before it. */
+struct sums {
+  float present[MAX_TOKENS][ROWS], total[MAX_TOKENS][ROWS];
+};
+
+/* rows: 16 of them, or `count`, the last of which then stands for those that are missing. */
+INLINE void transpose_panel(const uint16_t *rows, int64_t count, int64_t columns, int64_t tiles,
+                            __m512i *panel) {
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    __m512i *numbers = panel + tile * ROWS;
+    for (int r = 0; r < ROWS; r++)
+      numbers[r] =
+          _mm512_loadu_si512(rows + (r < count ? r : count - 1) * columns + tile * COLUMNS);
+    transpose(numbers);
+  }
+}
+
+INLINE void multiply_tokens(const __m512i *panel, int64_t tiles, const uint16_t *inputs,
+                            int64_t stride, const int tokens, float (*present)[ROWS]) {
+  __m512 sum[TOKENS];
+  for (int t = 0; t < tokens; t++) sum[t] = _mm512_loadu_ps(present[t]);
+  for (int64_t c = 0; c < tiles * ROWS; c++)
+    for (int t = 0; t < tokens; t++) {
+      int32_t pair;
+      memcpy(&pair, inputs + t * stride + 2 * c, sizeof pair);
+      sum[t] = _mm512_dpbf16_ps(sum[t], (__m512bh)panel[c], (__m512bh)_mm512_set1_epi32(pair));
+    }
+  for (int t = 0; t < tokens; t++) _mm512_storeu_ps(present[t], sum[t]);
+}
+
+/* Constant numbers of tokens, so that accumulators are registers. */
+INLINE void multiply_panel(const __m512i *panel, int64_t tiles, const uint16_t *inputs,
+                           int64_t stride, int64_t tokens, float (*present)[ROWS]) {
+  for (int64_t at = 0; at < tokens;) {
+    const uint16_t *input = inputs + at * stride;
+    int64_t left = tokens - at;
+    if (left >= TOKENS) {
+      multiply_tokens(panel, tiles, input, stride, TOKENS, present + at);
+      at += TOKENS;
+    } else if (left >= 8) {
+      multiply_tokens(panel, tiles, input, stride, 8, present + at);
+      at += 8;
+    } else if (left >= 4) {
+      multiply_tokens(panel, tiles, input, stride, 4, present + at);
+      at += 4;
+    } else if (left >= 2) {
+      multiply_tokens(panel, tiles, input, stride, 2, present + at);
+      at += 2;
+    } else {
+      multiply_tokens(panel, tiles, input, stride, 1, present + at);
+      at += 1;
+    }
+  }
+}
+
+INLINE void multiply_block(const struct job *job, int64_t block, __m512i *panel,
+                           struct sums *sums) {
+  int64_t row = block * ROWS, left = job->rows - row, count = left < ROWS ? left : ROWS;
+  const uint16_t *rows = job->weight + row * job->columns;
+  const int64_t panel_columns = PANEL_TILES * COLUMNS;
+  for (int64_t begin = 0; begin < job->columns; begin += job->accumulator_columns) {
+    int64_t end = begin + job->accumulator_columns;
+    if (end > job->columns) end = job->columns;
+    memset(sums->present, 0, (size_t)job->tokens * sizeof sums->present[0]);
+    for (int64_t column = begin; column < end; column += panel_columns) {
+      int64_t width = end - column < panel_columns ? end - column : panel_columns;
+      transpose_panel(rows + column, count, job->columns, width / COLUMNS, panel);
+      multiply_panel(panel, width / COLUMNS, job->inputs + column, job->columns, job->tokens,
+                     sums->present);
+    }
+    for (int64_t t = 0; t < job->tokens; t++) {
+      __m512 total = _mm512_loadu_ps(sums->total[t]), sum = _mm512_loadu_ps(sums->present[t]);
+      _mm512_storeu_ps(sums->total[t], add_accumulator(total, sum, begin == 0));
+    }
+  }
+  for (int64_t t = 0; t < job->tokens; t++)
+    finish_rows(_mm512_loadu_ps(sums->total[t]), count, job->bias ? job->bias + row : 0,
+                job->outputs + t * job->rows + row);
+}
+
+__attribute__((target(TARGET))) static void work(void *data) {
+  struct job *job = data;
+  struct sums sums;
+  __m512i panel[PANEL_TILES * ROWS];
+  int64_t block, num_blocks = (job->rows + ROWS - 1) / ROWS;
+  while ((block = take(&job->next)) < num_blocks) multiply_block(job, block, panel, &sums);
+}
+
+/* outputs [tokens, rows] = inputs [tokens, columns] times weight [rows, columns].
+ * tokens: at most 256. columns, accumulator_columns: multiples of 32. parallel: null for one thread.
+ */
+void gemm(const uint16_t *weight, const uint16_t *bias, const uint16_t *inputs, uint16_t *outputs,
+          int64_t tokens, int64_t rows, int64_t columns, int64_t accumulator_columns,
+          parallel_function *parallel, int64_t threads) {
+  struct job job = {weight, bias, inputs, outputs, tokens, rows, columns, accumulator_columns, 0};
+  if (parallel && threads > 1 && tokens * rows * columns * 2 >= PARALLEL_BYTES)
+    parallel(work, &job, (unsigned)threads, 0);
+  else
+    work(&job);
+}
+
+#endif
