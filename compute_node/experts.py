@@ -15,9 +15,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from compute_node import one_token_experts
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.expert_memory import Borrowed
-from compute_node.kernels import combine, feed_forward, feed_forward_each
+from compute_node.kernels import combine, feed_forward_each
 from compute_node.overlap import Overlap
 from compute_node.prefetcher import Prefetcher
+from compute_node.prompt_experts import Prompt
 from proto.expert import ExpertKey
 
 IMPLEMENTATION = "flashmoe"
@@ -155,15 +156,11 @@ def _many_tokens(
     """Prefill: keep each (token, k) output until all waves are through, then sum in eager's
     order.
     """
-    outputs = hidden.new_zeros(*topk_ids.shape, hidden.shape[-1])  # [T, K, D]
+    prompt = Prompt(hidden.contiguous(), topk_ids, topk_weights, module.num_experts)
     for wave in waves:
         for borrowed in wave:
-            # Eager visits (k, token) in this order; a matmul's rows must not be permuted.
-            place, token = torch.where(topk_ids.T.eq(borrowed.key.expert))
-            output = feed_forward(module, borrowed.tensors, hidden[token])  # [t, D]
-            weighted = output * topk_weights[token, place, None]
-            outputs[token, place] = weighted.to(hidden.dtype)
-    return combine(outputs, topk_ids)
+            prompt.add(module, borrowed.tensors, borrowed.key.expert)
+    return combine(prompt.outputs, topk_ids)
 
 
 def _dispatch(module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_TOKENS = 256  # native/gemm.c has the same number
 _TILE_COLUMNS = 32
-_STEPS = (1024, 512, 2048, 4096)  # after so many columns oneDNN may start a new accumulator
+_STEPS = (1024, 512, 2048, 4096)  # oneDNN starts a new accumulator after 1024; 512 for one token
 _POOL_NUMBERS = 1 << 21  # larger matrices are tried out as they are
 
 _steps: dict[tuple[object, ...], int] = {}  # 0: torch multiplies
@@ -34,16 +34,24 @@ def num_products(native: bool) -> int:
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """functional.linear and its bits. inputs: [t, K]; weight: [N, K]; bias: [N]."""
-    if not _can_take(inputs, weight):
-        return functional.linear(inputs, weight, bias)
-    key = (inputs.shape[0], weight.shape, bias is not None, torch.get_num_threads())
-    if key not in _steps:
-        _steps[key] = _find_step(inputs.shape[0], weight, bias)
-        if not _steps[key]:
+    step = 0
+    if inputs.dtype == weight.dtype and inputs.is_contiguous() and inputs.shape[0] > 1:
+        step = step_of(inputs.shape[0], weight, bias)
+    return multiply(inputs, weight, bias, step) if step else functional.linear(inputs, weight, bias)
+
+
+def step_of(num_tokens: int, weight: Tensor, bias: Tensor | None = None) -> int:
+    """After how many columns `multiply` has to start a new accumulator to give torch's bits, for
+    matrices [N, K] of this shape and so many tokens. 0: torch has to multiply.
+    """
+    key = (num_tokens, weight.shape, weight.dtype, bias is not None, torch.get_num_threads())
+    step = _steps.get(key)
+    if step is None:
+        can_take = _can_take(num_tokens, weight)
+        step = _steps[key] = _find_step(num_tokens, weight, bias) if can_take else 0
+        if can_take and not step:
             logger.info("product left to torch", extra={"shape": weight.shape, "tokens": key[0]})
-    if not _steps[key]:
-        return functional.linear(inputs, weight, bias)
-    return multiply(inputs, weight, bias, _steps[key])
+    return step
 
 
 def multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
@@ -70,12 +78,11 @@ def multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> 
     return outputs
 
 
-def _can_take(inputs: Tensor, weight: Tensor) -> bool:
+def _can_take(num_tokens: int, weight: Tensor) -> bool:
     return (
-        1 < inputs.shape[0] <= _MAX_TOKENS
-        and inputs.dtype == weight.dtype == torch.bfloat16
+        num_tokens <= _MAX_TOKENS
+        and weight.dtype == torch.bfloat16
         and weight.shape[1] % _TILE_COLUMNS == 0
-        and inputs.is_contiguous()
         and weight.is_contiguous()
         and native_library.load() is not None
     )

@@ -144,6 +144,12 @@ FUNCTION void gate_of(const uint16_t *gate_up, const uint16_t *table, int64_t co
   apply_gate(gate_up, table, count, inner, activated);
 }
 
+/* weighted = row * weight, columns of them. */
+FUNCTION void weigh(const uint16_t *row, float weight, int64_t columns, uint16_t *weighted) {
+  for (int64_t at = 0; at < columns; at += LANES)
+    store(weighted + at, _mm512_mul_ps(load(row + at), _mm512_set1_ps(weight)));
+}
+
 /* One token through `count` gated experts, their outputs weighted.
  *
  * gate_up:  count times [2 * inner, hidden], down: count times [hidden, inner]

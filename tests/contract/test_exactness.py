@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compute_node import gemv, lossless, native_library
+from compute_node import gemm, gemv, lossless, native_library
 from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.engine import Engine, SequenceState
@@ -175,6 +175,7 @@ def test_native_kernels_are_exact(
     """The tiny checkpoints' matrices are too small for them: torch has another kernel for those."""
     for kernel in (gemv, lossless):
         monkeypatch.setattr(kernel, "_same_bits", {})
+    monkeypatch.setattr(gemm, "_steps", {})
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -189,5 +190,6 @@ def test_native_kernels_are_exact(
     assert tokens == expected.tokens
     by_amx = "amx_bf16" in Path("/proc/cpuinfo").read_text()
     assert gemv.num_shapes(native=True) >= 4 or by_amx, "experts, attention, output"
+    assert gemm.num_products(native=True) >= 4 or by_amx, "experts of the prompt"
     if weight_format == "lossless":
         assert list(lossless._same_bits.values()) == [True, True] or by_amx
