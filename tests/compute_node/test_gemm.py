@@ -1,6 +1,9 @@
 """Several tokens by native/gemm.c: torch's bits where it is trusted, and trusted only there.
 
-Planted faults seen red:
+Planted faults seen red: an accumulator beyond the last column, accumulators not added up, tokens
+done twice, no bias, outputs of the first rows only, accumulators of 512 columns, a wrong order
+trusted; more tokens than there is room for, strides of weights or tokens ignored; the token and its
+place mixed up, another token's gate weight, tokens of another expert or in another order.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from compute_node import gemm, one_token_experts, prompt_experts
 from compute_node.prompt_experts import Prompt
 from tests.compute_node.test_gemv import inputs, matrices, needs_kernel, same_bits
 
-SHAPES = [(192, 256), (17, 1024), (48, 2048), (300, 5120)]
+SHAPES = [(192, 256), (17, 1024), (48, 1536), (48, 2048), (300, 5120)]
 TOKENS = (2, 3, 12, 33, 64)
 
 
