@@ -58,6 +58,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shares", help="percent of the model file, or none for no limit")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one round of four prompts")
+    parser.add_argument(
+        "--only-128", action="store_true", help="no runs at the disk's own read-ahead"
+    )
     parser.add_argument("--fresh", action="store_true", help="forget earlier runs")
     chosen = parser.parse_args()
     if unknown := set(chosen.parts) - PARTS.keys():

@@ -39,7 +39,7 @@ def compare(chosen: argparse.Namespace) -> None:
     if chosen.shares:
         shares = [None if s == "none" else float(s) for s in chosen.shares.split(",")]
     rounds = 1 if chosen.quick else chosen.rounds
-    own = own_read_ahead_bytes(FOLDER)
+    own = None if chosen.only_128 else own_read_ahead_bytes(FOLDER)
     wanted = list(cases(contenders, shares, size, own, len(prompts), rounds))
     runs = laboratory.run(wanted, prompts)
     print(f"\nmodel file {size / MIB:,.0f} MiB, experts of {RECORD_BYTES // MIB} MiB\n")

@@ -19,14 +19,15 @@ def cases(
     contenders: Mapping[str, Contender],
     shares: Sequence[float | None],
     file_bytes: int,
-    own_read_ahead_bytes: int,
+    own_read_ahead_bytes: int | None,
     num_prompts: int,
     rounds: int,
 ) -> Iterator[Case]:
     """Rounds outermost, so that engines take turns; who maps files runs once at the
     disk's own read-ahead too.
 
-    shares: of the model file, in percent; None: no limit
+    shares:               of the model file, in percent; None: no limit
+    own_read_ahead_bytes: None: not at the disk's own
     """
     for number in range(rounds):
         for share in shares:
@@ -39,6 +40,7 @@ def cases(
                 asked = min(num_prompts, contender.num_prompts or num_prompts)
                 tokens = contender.max_tokens
                 yield Case(name, share, limit, READ_AHEAD_BYTES, asked, tokens, number)
-                if contender.maps_files and share in OWN_READ_AHEAD_SHARES and number == 0:
+                mapped = contender.maps_files and share in OWN_READ_AHEAD_SHARES
+                if mapped and number == 0 and own_read_ahead_bytes is not None:
                     few = min(asked, OWN_READ_AHEAD_PROMPTS)
                     yield Case(name, share, limit, own_read_ahead_bytes, few, tokens, number)
