@@ -148,8 +148,8 @@ def check_kernel() -> Finding:
         return Finding("matrix kernel", "avx512_bf16: one token streams weights as memory does")
     fact = f"torch's, about half the speed for one token of bf16: {obstacle}"
     remedy = "install a C compiler (gcc) and run `pip install` of FlashMoE again"
-    compiled = obstacle != native_library.NOT_COMPILED
-    return Finding("matrix kernel", fact, "" if compiled else remedy)
+    cannot = obstacle == native_library.CPU_LACKS_IT
+    return Finding("matrix kernel", fact, "" if cannot else remedy)
 
 
 def check_files() -> Finding:
