@@ -21,7 +21,7 @@ from compute_node.engine import SequenceState
 from expert_store.pack import pack
 from tests import checkpoints
 from tests.bench.peers.fused import fuse
-from tests.bench.peers.mapped_worker import engine
+from tests.bench.peers.mapped_worker import engine, sample
 from tests.bench.widen import widen
 
 PROMPT, MORE = list(range(3, 19)), list(range(40, 47))
@@ -60,6 +60,7 @@ def test_mapped_experts_give_the_bits_of_eager_ones(checkpoint: Path, tmp_path: 
         logits += running.decode([sequence])
     for ours, theirs in zip(logits, expected(checkpoint), strict=True):
         assert torch.equal(ours, theirs)
+    assert len(list(sample(running, list(PROMPT), 4, seed=0))) == 4, "generating counts more"
 
 
 def test_mapped_experts_are_asked_of_the_kernel_before_they_are_lent(

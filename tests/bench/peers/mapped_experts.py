@@ -32,7 +32,7 @@ class MappedExperts:
         self._manifest = manifest
         self.check: Callable[[], None] = lambda: None
         self.counters = {layer: LayerCounters() for layer in manifest.spec.moe_layers}
-        self.read_s = self.stall_s = 0.0
+        self.read_s = self.read_s_per_byte = self.stall_s = 0.0
 
     def __contains__(self, key: ExpertKey) -> bool:
         return True
