@@ -157,13 +157,16 @@ def test_forward_is_one_moe_layer(client: NodeClient, eager: torch.nn.Module) ->
 
 def test_scores_are_those_of_decode(client: NodeClient, eager: torch.nn.Module) -> None:
     """The last bit, one token at a time: a prompt computed at once rounds otherwise."""
-    token_ids, cache = [11, 500, 23, 8000, 23, 500, 77, 1], None
+    token_ids, cache = [11, 500, 23, 8000, 23, 500, 77, *range(100, 1700, 40)], None
     expected = []
     with torch.inference_mode():
         for token_id, following in itertools.pairwise(token_ids):
             step = eager(torch.tensor([[token_id]]), past_key_values=cache, use_cache=True)
             cache = step.past_key_values
             expected.append(float(step.logits[0, -1].double().log_softmax(-1)[following]))
+        at_once = eager(torch.tensor([token_ids])).logits[0].double().log_softmax(-1)
+    picked = at_once[range(len(expected)), token_ids[1:]].tolist()
+    assert picked != expected, "otherwise this proves nothing"
     scored = list(client.score(token_ids))
     assert [token.token_id for token in scored] == token_ids[1:]
     assert [token.log_prob for token in scored] == expected
