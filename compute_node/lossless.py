@@ -51,8 +51,8 @@ def multiply(
     biases = [tensors[f"{name}_bias"] for tensors in experts if f"{name}_bias" in tensors]
     outputs = torch.empty((len(experts), num_outputs), dtype=torch.bfloat16)
     _library().lossless_gemv(
-        _addresses([tensors[name + part] for tensors in experts for part in _PARTS]),
-        _addresses(biases) if biases else None,
+        gemv.addresses([tensors[name + part] for tensors in experts for part in _PARTS]),
+        gemv.addresses(biases) if biases else None,
         len(experts),
         inputs.data_ptr(),
         inputs.shape[1] if inputs.shape[0] > 1 else 0,
@@ -71,7 +71,7 @@ def unpack(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> 
         return unpack_by_torch(tensors, name, shape)
     weight = scratch.empty(shape, torch.bfloat16)
     _library().lossless_unpack(
-        _addresses([tensors[name + part] for part in _PARTS]),
+        gemv.addresses([tensors[name + part] for part in _PARTS]),
         weight.data_ptr(),
         *shape,
         gemv.parallel(),
@@ -140,10 +140,6 @@ def _gives_same_bits(
     found = multiply([tensors], name, inputs, shape[0])
     expected = gemv.multiply([weight], inputs, [] if bias is None else [bias])
     return torch.equal(found.view(torch.int16), expected.view(torch.int16))
-
-
-def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
 @cache

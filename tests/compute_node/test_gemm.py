@@ -8,7 +8,6 @@ place mixed up, another token's gate weight, tokens of another expert or in anot
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -21,16 +20,9 @@ from compute_node import gemm, one_token_experts, prompt_experts
 from compute_node.prompt_experts import Prompt
 from tests.compute_node.test_gemv import inputs, matrices, needs_kernel, same_bits
 
+pytestmark = pytest.mark.usefixtures("threads")
 SHAPES = [(192, 256), (17, 1024), (48, 1536), (48, 2048), (300, 5120)]
 TOKENS = (2, 3, 12, 33, 64)
-
-
-@pytest.fixture(autouse=True, params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

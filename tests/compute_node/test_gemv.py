@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,15 +23,8 @@ needs_kernel = pytest.mark.skipif(
     native_library.obstacle() != "" or "amx_bf16" in Path("/proc/cpuinfo").read_text(),
     reason=native_library.obstacle() or "torch multiplies with AMX here",
 )
+pytestmark = pytest.mark.usefixtures("threads")
 SHAPES = [(192, 256), (256, 96), (17, 1024), (2048, 1536), (300, 5120)]
-
-
-@pytest.fixture(autouse=True, params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

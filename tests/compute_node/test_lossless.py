@@ -8,7 +8,6 @@ unchecked; by torch: outliers of the next block, padding left.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -23,15 +22,8 @@ from proto.expert import ModelSpec, TensorLayout
 from proto.weight_format import OUTLIERS, WeightFormat, lossless_tensors
 from tests.compute_node.test_gemv import inputs, matrices, needs_kernel, same_bits
 
+pytestmark = pytest.mark.usefixtures("threads")
 SHAPES = [(192, 256), (17, 1024), (33, 70), (300, 5120)]
-
-
-@pytest.fixture(autouse=True, params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["native", "torch"])

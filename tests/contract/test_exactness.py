@@ -57,20 +57,9 @@ def reference(
     variant = (name, dtype, *overrides.items())
     if variant not in references:
         root = make(name, folder / "checkpoint", dtype, seed=_SEEDS.get(name, 0), **overrides)
-        model = AutoModelForCausalLM.from_pretrained(root, dtype=dtype).eval()
-        model.set_experts_implementation("eager")
-        align(model)
-        tokens, logits, cache = prompt(), [], None
+        model = eager_model(root, dtype)
+        logits, tokens = decode_eagerly(model, STEPS)
         with torch.inference_mode():
-            chunk = tokens
-            for _ in range(STEPS):
-                output = model(
-                    torch.tensor([chunk]), past_key_values=cache, use_cache=True, logits_to_keep=1
-                )
-                cache = output.past_key_values
-                logits.append(output.logits[:, -1])
-                chunk = [int(logits[-1].argmax())]
-                tokens = tokens + chunk
             generated = model.generate(
                 torch.tensor([prompt()]),
                 attention_mask=torch.ones(1, PROMPT_TOKENS, dtype=torch.long),
@@ -81,6 +70,30 @@ def reference(
             )[0].tolist()
         references[variant] = Reference(root, logits, tokens, generated)
     return references[variant]
+
+
+def eager_model(root: Path, dtype: torch.dtype) -> Any:
+    """transformers' own, with its eager experts."""
+    model = AutoModelForCausalLM.from_pretrained(root, dtype=dtype).eval()
+    model.set_experts_implementation("eager")
+    align(model)
+    return model
+
+
+@torch.inference_mode()
+def decode_eagerly(model: Any, num_steps: int) -> tuple[list[torch.Tensor], list[int]]:
+    """Logits of each step, and the prompt with what was chosen, greedily, after it."""
+    tokens, logits, cache = prompt(), [], None
+    chunk = tokens
+    for _ in range(num_steps):
+        output = model(
+            torch.tensor([chunk]), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        cache = output.past_key_values
+        logits.append(output.logits[:, -1])
+        chunk = [int(logits[-1].argmax())]
+        tokens = tokens + chunk
+    return logits, tokens
 
 
 def align(model: torch.nn.Module) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from compute_node import low_bit
 from compute_node.engine import Engine, SequenceState
@@ -27,7 +26,7 @@ from expert_store.records import RECORDS_NAME
 from proto import errors
 from proto.expert import ExpertKey
 from tests.checkpoints import ARCHITECTURES, make
-from tests.contract.test_exactness import align, engine, prompt
+from tests.contract.test_exactness import decode_eagerly, eager_model, engine, prompt
 
 STEPS = 12
 
@@ -61,9 +60,7 @@ def stored(store_dir: Path) -> dict[ExpertKey, dict[str, torch.Tensor]]:
 
 def dequantised_model(root: Path, store_dir: Path, dtype: torch.dtype) -> Any:
     """transformers' eager experts on what the store's codes mean."""
-    model = AutoModelForCausalLM.from_pretrained(root, dtype=dtype).eval()
-    model.set_experts_implementation("eager")
-    align(model)
+    model = eager_model(root, dtype)
     modules = [m for m in model.modules() if hasattr(m, "is_transposed")]
     layers = dict(zip(Manifest.load(store_dir).spec.moe_layers, modules, strict=True))
     with torch.no_grad():
@@ -77,21 +74,6 @@ def dequantised_model(root: Path, store_dir: Path, dtype: torch.dtype) -> Any:
                     assert 0 < (weight - slot).norm() / slot.norm() < 0.1, "no quantised copy"
                     slot.copy_(weight)
     return model
-
-
-def reference(model: Any) -> tuple[list[torch.Tensor], list[int]]:
-    tokens, logits, cache = prompt(), [], None
-    with torch.inference_mode():
-        chunk = tokens
-        for _ in range(STEPS):
-            output = model(
-                torch.tensor([chunk]), past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            cache = output.past_key_values
-            logits.append(output.logits[:, -1])
-            chunk = [int(logits[-1].argmax())]
-            tokens = tokens + chunk
-    return logits, tokens
 
 
 def run(engine: Engine) -> tuple[list[torch.Tensor], list[int]]:
@@ -118,7 +100,7 @@ def test_experts_compute_what_their_codes_mean(
     root = make(name, tmp_path / "checkpoint", torch.bfloat16)
     manifest = pack(root, tmp_path / "store", weight_format=weight_format)
     assert manifest.spec.weight_format.lossy
-    expected = reference(dequantised_model(root, tmp_path / "store", torch.bfloat16))
+    expected = decode_eagerly(dequantised_model(root, tmp_path / "store", torch.bfloat16), STEPS)
     with engine(tmp_path / "store", tmp_path) as node:
         check_same(run(node), expected)
         dequantising.undo()
@@ -133,7 +115,9 @@ def test_low_bit_kernels_are_near(name: str, weight_format: str, tmp_path: Path)
     """In fp32, where no rounding tips a router over. Padded groups; transposed, with biases."""
     root = make(name, tmp_path / "checkpoint", torch.float32)
     pack(root, tmp_path / "store", weight_format=weight_format)
-    logits, tokens = reference(dequantised_model(root, tmp_path / "store", torch.float32))
+    logits, tokens = decode_eagerly(
+        dequantised_model(root, tmp_path / "store", torch.float32), STEPS
+    )
     with engine(tmp_path / "store", tmp_path) as node:
         ours, our_tokens = run(node)
     assert our_tokens == tokens
@@ -148,11 +132,9 @@ def test_lossless_is_exact(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     root = make(name, tmp_path / "checkpoint", torch.bfloat16)
     manifest = pack(root, tmp_path / "store", weight_format="lossless")
     assert not manifest.spec.weight_format.lossy
-    model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.bfloat16).eval()
-    model.set_experts_implementation("eager")
-    align(model)
+    model = eager_model(root, torch.bfloat16)
     with engine(tmp_path / "store", tmp_path) as node:
-        check_same(run(node), reference(model))
+        check_same(run(node), decode_eagerly(model, STEPS))
 
 
 def test_lossless_needs_bf16_and_must_pay(tmp_path: Path) -> None:
@@ -182,16 +164,14 @@ def test_bf16_of_an_fp32_checkpoint_is_rounded(tmp_path: Path) -> None:
     root = make("gpt_oss", tmp_path / "checkpoint", torch.float32)
     manifest = pack(root, tmp_path / "store", weight_format="bf16")
     assert manifest.spec.weight_format.lossy
-    model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
-    model.set_experts_implementation("eager")
-    align(model)
+    model = eager_model(root, torch.float32)
     for module in model.modules():
         if hasattr(module, "is_transposed"):
             for parameter in module.parameters(recurse=False):
                 if parameter.dim() == 3:
                     parameter.data = parameter.data.to(torch.bfloat16).float()
     with engine(tmp_path / "store", tmp_path) as node:
-        check_same(run(node), reference(model))
+        check_same(run(node), decode_eagerly(model, STEPS))
 
 
 def test_codes_laid_for_another_cpu_are_refused(
