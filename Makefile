@@ -63,11 +63,12 @@ test: $(STUBS)  ## the whole test suite, system tests included
 system: $(STUBS)  ## only the tests that start real processes
 	$(PY) -m pytest -q -m system
 
-lint: $(STUBS)  ## style, types, import layers; changes nothing
+lint: $(STUBS)  ## style, types, import layers, tests that import; changes nothing
 	$(PY) -m ruff format --check $(SOURCES)
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m mypy
 	$(BIN)/lint-imports
+	$(PY) -m pytest -qq --collect-only
 
 format: $(STUBS)  ## rewrite the sources in our style
 	$(PY) -m ruff format $(SOURCES)

@@ -21,8 +21,8 @@ from expert_store.index import index
 from expert_store.pack import pack
 from proto import errors
 from tests.checkpoints import make
-from tests.contract.test_exactness import align, engine
-from tests.contract.test_formats import check_same, reference, run, stored
+from tests.contract.test_exactness import align, decode_eagerly, engine
+from tests.contract.test_formats import STEPS, check_same, run, stored
 
 INNER = 96
 
@@ -75,7 +75,7 @@ def test_bf16_store_equals_transformers_dequantised(vendor: Path, tmp_path: Path
                 for name, parameter in module.named_parameters(recurse=False):
                     assert torch.equal(tensors[name], parameter[key.expert]), f"{key} {name}"
     with engine(tmp_path / "store", tmp_path) as node:
-        check_same(run(node), reference(model))
+        check_same(run(node), decode_eagerly(model, STEPS))
     config = json.loads((tmp_path / "store" / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
 
