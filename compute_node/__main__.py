@@ -34,7 +34,9 @@ logger = logging.getLogger("compute_node")
 async def run(config: ComputeNodeConfig) -> None:
     """Serve until signalled. The order of lines is the order of start, reversed for stop."""
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    # Only the compute thread has OpenMP threads: with two teams in a process libgomp sees more
+    # threads than CPUs and lets all of them sleep between operations (tests/bench/LOG.md).
+    torch.set_num_threads(1)
     rpc.check_socket_free(config.address)
     with ExitStack() as stack:
         store = connect_store(config)
@@ -80,7 +82,9 @@ async def run(config: ComputeNodeConfig) -> None:
             evidence,
         )
         compute = stack.enter_context(
-            ComputeThread(config.max_queued_requests, cache.let_go_if_lost)
+            ComputeThread(
+                config.max_queued_requests, lambda: set_num_threads(config), cache.let_go_if_lost
+            )
         )
         service = ComputeNodeService(engine, compute, store, access_log, advice)
         metrics = NodeCollector(engine, compute, access_log, advice)
@@ -96,6 +100,11 @@ async def run(config: ComputeNodeConfig) -> None:
         ):
             logger.info("ready", extra={"address": config.address, "slots": slots})
             await rpc.until_signalled()
+
+
+def set_num_threads(config: ComputeNodeConfig) -> None:
+    """Let the calling thread compute with the configured number of threads, or every CPU's."""
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
 
 
 def connect_store(config: ComputeNodeConfig) -> StoreClient:

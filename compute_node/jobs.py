@@ -59,10 +59,17 @@ class Job:
 class ComputeThread:
     """Runs jobs one at a time, in order. Use as a context manager.
 
+    begin: called on the thread once, before its first job
     idle: called on the thread now and then while there is nothing to do
     """
 
-    def __init__(self, max_queued: int, idle: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        max_queued: int,
+        begin: Callable[[], None] = lambda: None,
+        idle: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._begin = begin
         self._idle = idle
         self._jobs: queue.Queue[Job] = queue.Queue(max_queued)
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
@@ -118,6 +125,7 @@ class ComputeThread:
             ) from None
 
     def _run(self) -> None:
+        self._begin()
         while True:
             try:
                 job = self._jobs.get(timeout=_IDLE_S)
