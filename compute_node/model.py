@@ -5,11 +5,13 @@ materialise.
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._device import DeviceContext
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -77,15 +79,12 @@ def load_model(
 
     Raises CheckpointUnsupported, WeightsDamaged, ConfigInvalid.
     """
-    config = AutoConfig.from_pretrained(model_dir)
-    dtype = config.dtype or torch.float32
-    with _OnMeta("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.eval()
-    modules = _experts_modules(model, spec)
-    for weight_format in (lossless, low_bit):
-        weight_format.check_format(spec, {layer: found[1] for layer, found in modules.items()})
-    _load_dense(model, model_dir, spec, dtype)
+    with ThreadPoolExecutor(1, "dense-weights") as reader:
+        # The disk is busy while Python imports the model's class and builds it.
+        dense = reader.submit(read_dense, model_dir, spec.dense)
+        model, modules = _build(model_dir, spec)
+        tokenizer = _load_tokenizer(model_dir)
+        _fill(model, dense.result())
     record, scores = StepRecord(), RouterScores()
     for layer, (path, _) in modules.items():
         scores.hook(model, layer, path)
@@ -100,7 +99,7 @@ def load_model(
     one_token_norm.adopt(model)
     return LoadedModel(
         model=model,
-        tokenizer=_load_tokenizer(model_dir),
+        tokenizer=tokenizer,
         spec=spec,
         record=record,
         scores=scores,
@@ -108,6 +107,20 @@ def load_model(
         experts_modules={layer: module for layer, (_, module) in modules.items()},
         dense_bytes=sum(_bytes(p) for p in model.parameters() if not p.is_meta),
     )
+
+
+def _build(model_dir: Path, spec: ModelSpec) -> tuple[Any, dict[int, tuple[str, Any]]]:
+    """The checkpoint's own model class without a weight, and its experts modules as
+    `_experts_modules` has them. Raises CheckpointUnsupported.
+    """
+    config = AutoConfig.from_pretrained(model_dir)
+    with _OnMeta("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    model.eval()
+    modules = _experts_modules(model, spec)
+    for weight_format in (lossless, low_bit):
+        weight_format.check_format(spec, {layer: found[1] for layer, found in modules.items()})
+    return model, modules
 
 
 class _OnMeta(DeviceContext):
@@ -160,16 +173,19 @@ def _experts_modules(model: Any, spec: ModelSpec) -> dict[int, tuple[str, Any]]:
     return dict(sorted(found.items()))
 
 
-def _load_dense(model: Any, model_dir: Path, spec: ModelSpec, dtype: torch.dtype) -> None:
-    """Load through transformers' renaming, re-create what is not stored, tie what is shared."""
+def _fill(model: Any, dense: dict[str, Tensor]) -> None:
+    """Load through transformers' renaming, re-create what is not stored, tie what is shared.
+
+    dense: by checkpoint name; emptied
+    """
+    dtype = model.config.dtype or torch.float32
     load_config = LoadStateDictConfig(
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=get_model_conversion_mapping(model),
     )
-    dense = read_dense(model_dir, spec.dense)
     info, _ = convert_and_load_state_dict_in_model(model, dense, load_config)
-    del dense
+    dense.clear()
     borrowed = _mark_experts(model)
     missing = info.missing_keys - borrowed - set(model.all_tied_weights_keys)
     if missing or info.conversion_errors or info.mismatched_keys:
