@@ -7,7 +7,6 @@ than most of the products themselves, and a node has no memory to keep them all.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from functools import cache
 
@@ -63,7 +62,7 @@ def multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> 
     """
     num_tokens, (num_outputs, num_inputs) = inputs.shape[0], weight.shape
     outputs = torch.empty((num_tokens, num_outputs), dtype=torch.bfloat16)
-    _function()(
+    native_library.kernels().gemm(
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
         inputs.data_ptr(),
@@ -115,14 +114,3 @@ def _pool() -> Tensor:
     """[_POOL_NUMBERS], random."""
     generator = torch.Generator().manual_seed(0)
     return torch.empty(_POOL_NUMBERS, dtype=torch.bfloat16).normal_(generator=generator)
-
-
-@cache
-def _function() -> ctypes._NamedFuncPointer:
-    library = native_library.load()
-    assert library is not None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function = library.gemm
-    function.argtypes = [*[pointer] * 4, *[size] * 4, pointer, size]
-    function.restype = None
-    return function

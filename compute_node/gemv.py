@@ -60,7 +60,7 @@ def multiply(weights: Sequence[Tensor], inputs: Tensor, biases: Sequence[Tensor]
     """
     count, (num_outputs, num_inputs) = len(weights), weights[0].shape
     outputs = torch.empty((count, num_outputs), dtype=torch.bfloat16)
-    _function()(
+    native_library.kernels().gemv(
         addresses(weights),
         addresses(biases) if biases else None,
         count,
@@ -84,7 +84,7 @@ def multiply_one(weight: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
     """
     num_outputs, num_inputs = weight.shape
     output = torch.empty((*inputs.shape[:-1], num_outputs), dtype=torch.bfloat16)
-    _function_of_one()(
+    native_library.kernels().gemv_one(
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
         inputs.data_ptr(),
@@ -99,28 +99,6 @@ def multiply_one(weight: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
-
-
-@cache
-def _function() -> ctypes._NamedFuncPointer:
-    library = native_library.load()
-    assert library is not None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function = library.gemv
-    function.argtypes = [pointer, pointer, size, pointer, size, pointer, size, size, pointer, size]
-    function.restype = None
-    return function
-
-
-@cache
-def _function_of_one() -> ctypes._NamedFuncPointer:
-    library = native_library.load()
-    assert library is not None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function = library.gemv_one
-    function.argtypes = [pointer, pointer, pointer, pointer, size, size, pointer, size]
-    function.restype = None
-    return function
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compute_node import gemm, gemv, lossless, low_bit
+from compute_node import gemm, gemv, lossless, low_bit, matrices
 
 # From so many on, torch shares the elements of a tensor out to threads at any place, and an
 # activation's bits may depend on where.
@@ -62,7 +62,7 @@ def _is_native(module: Any, tensors: dict[str, Tensor], name: str, hidden: Tenso
     if module.is_transposed:
         return False
     if lossless.is_packed(tensors, name):
-        return lossless.is_exact(tensors, name, lossless.matrix_shape(module, name))
+        return lossless.is_exact(tensors, name, matrices.shape_of(module, name))
     same_dtype = tensors[name].dtype == hidden.dtype  # not where packed as bf16 of another
     return same_dtype and gemv.is_exact(tensors[name], tensors.get(f"{name}_bias"))
 
@@ -79,7 +79,7 @@ def _multiply(
 
 def _project(module: Any, tensors: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:
     if lossless.is_packed(tensors, name):
-        weight = lossless.unpack(tensors, name, lossless.matrix_shape(module, name))
+        weight = lossless.unpack(tensors, name, matrices.shape_of(module, name))
         weight = weight.T.contiguous() if module.is_transposed else weight
     elif tensors[name].dtype in low_bit.KERNELS:
         return _project_low_bit(module, tensors, name, inputs)
@@ -92,7 +92,7 @@ def _project(module: Any, tensors: dict[str, Tensor], name: str, inputs: Tensor)
 
 
 def _project_low_bit(module: Any, tensors: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:
-    num_outputs = getattr(module, name).shape[-1 if module.is_transposed else 1]
+    num_outputs, _ = matrices.shape_of(module, name)
     output = low_bit.project(tensors, name, inputs, num_outputs)
     return output + tensors[f"{name}_bias"] if module.has_bias else output
 

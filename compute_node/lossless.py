@@ -4,18 +4,15 @@ themselves: by native/lossless.c for one token, unpacked for many.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compute_node import gemv, native_library, scratch
-from proto import errors
-from proto.expert import ModelSpec
+from compute_node import gemv, matrices, native_library, scratch
+from proto.expert import ModelSpec, TensorLayout
 from proto.weight_format import BASES, CODES, OUTLIER_ENDS, OUTLIERS, lossless_tensors
 
 _PARTS = ("", CODES, BASES, OUTLIER_ENDS, OUTLIERS)  # as native/lossless.c takes them
@@ -50,7 +47,7 @@ def multiply(
     """
     biases = [tensors[f"{name}_bias"] for tensors in experts if f"{name}_bias" in tensors]
     outputs = torch.empty((len(experts), num_outputs), dtype=torch.bfloat16)
-    _library().lossless_gemv(
+    native_library.kernels().lossless_gemv(
         gemv.addresses([tensors[name + part] for tensors in experts for part in _PARTS]),
         gemv.addresses(biases) if biases else None,
         len(experts),
@@ -70,7 +67,7 @@ def unpack(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> 
     if native_library.load() is None:
         return unpack_by_torch(tensors, name, shape)
     weight = scratch.empty(shape, torch.bfloat16)
-    _library().lossless_unpack(
+    native_library.kernels().lossless_unpack(
         gemv.addresses([tensors[name + part] for part in _PARTS]),
         weight.data_ptr(),
         *shape,
@@ -103,29 +100,19 @@ def check_format(spec: ModelSpec, modules: Mapping[int, Any]) -> None:
 
     Raises ManifestInvalid for records that have not the shapes that the modules ask for.
     """
-    if spec.weight_format.name != "lossless":
-        return
-    for layer, module in modules.items():
-        stored = {t.name: t for t in spec.layouts[layer]}
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() != 3:
-                continue
-            outliers = stored.get(name + OUTLIERS)
-            shape = matrix_shape(module, name)
-            expected = lossless_tensors(*shape, prod(outliers.shape) if outliers else 1)
-            for suffix, dtype, found in expected:
-                tensor = stored.get(name + suffix)
-                if tensor is None or (tensor.dtype, tensor.shape) != (dtype, found):
-                    raise errors.ManifestInvalid(
-                        f"layer {layer}: {name}{suffix} is not as {spec.weight_format} has it: "
-                        "pack the checkpoint again"
-                    )
+    if spec.weight_format.name == "lossless":
+        matrices.check_records(spec, modules, _expected)
 
 
-def matrix_shape(module: Any, name: str) -> tuple[int, int]:
-    """Outputs and inputs of an expert's matrix, whatever way round the module has it."""
-    first, second = getattr(module, name).shape[1:]
-    return (second, first) if module.is_transposed else (first, second)
+def _expected(module: Any, stored: Mapping[str, TensorLayout]) -> Iterator[matrices.Described]:
+    """Any number of outliers will do."""
+    for name in matrices.names_of(module):
+        outliers = stored.get(name + OUTLIERS)
+        num_outliers = prod(outliers.shape) if outliers else 1
+        for suffix, dtype, shape in lossless_tensors(
+            *matrices.shape_of(module, name), num_outliers
+        ):
+            yield name + suffix, dtype, shape
 
 
 def _gives_same_bits(
@@ -140,16 +127,3 @@ def _gives_same_bits(
     found = multiply([tensors], name, inputs, shape[0])
     expected = gemv.multiply([weight], inputs, [] if bias is None else [bias])
     return torch.equal(found.view(torch.int16), expected.view(torch.int16))
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    library = native_library.load()
-    assert library is not None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    shape_and_threads = (size, size, pointer, size)
-    matrices = (pointer, pointer, size)
-    library.lossless_gemv.argtypes = (*matrices, pointer, size, pointer, *shape_and_threads)
-    library.lossless_unpack.argtypes = (pointer, pointer, *shape_and_threads)
-    library.lossless_gemv.restype = library.lossless_unpack.restype = None
-    return library

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node import scratch
+from compute_node import matrices, scratch
 from compute_node.expert_memory import TORCH_DTYPES
 from proto import errors
-from proto.expert import ModelSpec
+from proto.expert import ModelSpec, TensorLayout
 from proto.weight_format import (
     BLOCK_ROWS,
     INT4_OUTPUTS,
@@ -139,27 +140,16 @@ def check_format(spec: ModelSpec, modules: Mapping[int, Any]) -> None:
     """
     if spec.weight_format.name not in ("int8", "int4"):
         return
-    for layer, module in modules.items():
-        stored = {(t.name, t.dtype, t.shape) for t in spec.layouts[layer]}
-        missing = {t[0] for t in set(_expected(spec.weight_format, module)) - stored}
-        if missing:
-            raise errors.ManifestInvalid(
-                f"layer {layer}: {sorted(missing)} are not as {spec.weight_format} has them: pack "
-                "the checkpoint again"
-            )
+    matrices.check_records(spec, modules, partial(_expected, spec.weight_format))
     if spec.weight_format.name == "int4":
         Int4(BLOCK_ROWS[spec.weight_format.layout]).check_kernel()
 
 
 def _expected(
-    weight_format: WeightFormat, module: Any
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of every low-bit tensor of an expert."""
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() != 3:
-            continue
-        first, second = parameter.shape[1:]
-        outputs_and_inputs = (second, first) if module.is_transposed else (first, second)
-        dtype = next(n for n, found in TORCH_DTYPES.items() if found == parameter.dtype)
-        for suffix, *described in low_bit_tensors(weight_format, *outputs_and_inputs, dtype):
-            yield (name + suffix, *described)
+    weight_format: WeightFormat, module: Any, stored: Mapping[str, TensorLayout]
+) -> Iterator[matrices.Described]:
+    for name in matrices.names_of(module):
+        dtype = next(n for n, d in TORCH_DTYPES.items() if d == getattr(module, name).dtype)
+        shape = matrices.shape_of(module, name)
+        for suffix, held_dtype, held_shape in low_bit_tensors(weight_format, *shape, dtype):
+            yield name + suffix, held_dtype, held_shape

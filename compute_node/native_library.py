@@ -1,4 +1,6 @@
-"""Finds native/*.c compiled, and says why it cannot be used. Imports no torch."""
+"""Finds native/*.c compiled, declares its functions, and says why it cannot be used. Imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +14,60 @@ NOT_COMPILED = "it was not compiled when FlashMoE was installed"
 OUTDATED = "it was compiled from older sources (install FlashMoE again)"
 CPU_LACKS_IT = "this CPU has no avx512_bf16"
 
-_LATEST = "prompt_expert"  # the function that came last
+_POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_THREADS = (_POINTER, _SIZE)  # OpenMP's entry, how many
+_SHAPE = (_SIZE, _SIZE)
+_NORM = (_POINTER, _POINTER, _FLOAT, _SIZE, _SIZE, _SIZE, _POINTER)
+# What every function takes, in the order of its declaration in C; none returns anything.
+_ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "gemv": (_POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, *_SHAPE, *_THREADS),
+    "gemv_one": (*[_POINTER] * 4, *_SHAPE, *_THREADS),
+    "gemm": (*[_POINTER] * 4, _SIZE, *_SHAPE, _SIZE, *_THREADS),
+    "lossless_gemv": (*[_POINTER] * 2, _SIZE, _POINTER, _SIZE, _POINTER, *_SHAPE, *_THREADS),
+    "lossless_unpack": (_POINTER, _POINTER, *_SHAPE, *_THREADS),
+    "rms_norm": _NORM,
+    "rms_norm_wide": _NORM,
+    "experts": (*[_POINTER] * 2, _SIZE, *[_POINTER] * 5, *_SHAPE, *_THREADS),
+    "add_rows": (_POINTER, *_SHAPE, _POINTER),
+    "gate_of": (_POINTER, _POINTER, *_SHAPE, _POINTER),
+    "prompt_expert": (*[_POINTER] * 3, _SIZE, *[_POINTER] * 6, *_THREADS),
+}
+
+
+@cache
+def kernels() -> ctypes.CDLL:
+    """The functions. Call it only where `load` is not None."""
+    library = load()
+    assert library is not None
+    return library
 
 
 @cache
 def load() -> ctypes.CDLL | None:
     """None: see `obstacle`."""
-    path = _path()
-    if path is None:
+    library = _open()
+    if library is None or not library.kernels_usable() or _missing(library):
         return None
-    library = ctypes.CDLL(str(path))
-    return library if library.gemv_usable() and hasattr(library, _LATEST) else None
-
-
-def _path() -> Path | None:
-    return next(_FOLDER.glob("gemv.*so"), None)
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library
 
 
 def obstacle() -> str:
     """Why the library is of no use here; empty when it is."""
-    if load() is not None:
-        return ""
-    path = _path()
-    if path is None:
+    library = _open()
+    if library is None:
         return NOT_COMPILED
-    return OUTDATED if ctypes.CDLL(str(path)).gemv_usable() else CPU_LACKS_IT
+    if not library.kernels_usable():
+        return CPU_LACKS_IT
+    return OUTDATED if _missing(library) else ""
+
+
+def _open() -> ctypes.CDLL | None:
+    path = next(_FOLDER.glob("kernels.*so"), None)
+    return None if path is None else ctypes.CDLL(str(path))
+
+
+def _missing(library: ctypes.CDLL) -> list[str]:
+    return [name for name in _ARGUMENTS if not hasattr(library, name)]

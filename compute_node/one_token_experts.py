@@ -8,7 +8,6 @@ import ctypes
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ def feed_forward(
     count, (num_outputs, inner) = len(experts), experts[0]["down_proj"].shape
     outputs = torch.empty((count, num_outputs), dtype=torch.bfloat16)
     scratch = torch.empty(3 * count * inner, dtype=torch.bfloat16)
-    _functions()[0](
+    native_library.kernels().experts(
         gemv.addresses([tensors["gate_up_proj"] for tensors in experts]),
         gemv.addresses([tensors["down_proj"] for tensors in experts]),
         count,
@@ -83,7 +82,9 @@ def add_rows(rows: Tensor) -> Tensor:
     `feed_forward` returns them. Returns [1, D].
     """
     total = torch.empty((1, rows.shape[1]), dtype=torch.bfloat16)
-    _functions()[1](rows.data_ptr(), rows.shape[0], rows.shape[1], total.data_ptr())
+    native_library.kernels().add_rows(
+        rows.data_ptr(), rows.shape[0], rows.shape[1], total.data_ptr()
+    )
     return total
 
 
@@ -141,22 +142,7 @@ def _gate_of_kernel(gate_up: Tensor, table: Tensor) -> Tensor:
     """[E, 2F] to [E, F]."""
     count, inner = gate_up.shape[0], gate_up.shape[1] // 2
     activated = torch.empty((count, inner), dtype=torch.bfloat16)
-    _functions()[2](gate_up.data_ptr(), table.data_ptr(), count, inner, activated.data_ptr())
+    native_library.kernels().gate_of(
+        gate_up.data_ptr(), table.data_ptr(), count, inner, activated.data_ptr()
+    )
     return activated
-
-
-@cache
-def _functions() -> tuple[ctypes._NamedFuncPointer, ...]:
-    library = native_library.load()
-    assert library is not None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.experts.argtypes = [
-        *(pointer, pointer, size, pointer, pointer, pointer, pointer, pointer),
-        *(size, size, pointer, size),
-    ]
-    library.add_rows.argtypes = [pointer, size, size, pointer]
-    library.gate_of.argtypes = [pointer, pointer, size, size, pointer]
-    functions = library.experts, library.add_rows, library.gate_of
-    for function in functions:
-        function.restype = None
-    return functions

@@ -5,13 +5,11 @@ own bits, which is found out for each module and number of rows on this machine.
 from __future__ import annotations
 
 import copy
-import ctypes
 import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterator
 from enum import IntEnum
-from functools import cache
 from typing import Any
 
 import torch
@@ -126,7 +124,9 @@ def norm(inputs: Tensor, weight: Tensor, epsilon: float, form: int) -> Tensor:
 def _norm(inputs: Tensor, weight: Tensor, epsilon: float, form: int, dtype: torch.dtype) -> Tensor:
     outputs = torch.empty_like(inputs, dtype=dtype)
     columns = weight.shape[0]
-    _functions()[dtype](
+    kernels = native_library.kernels()
+    function = kernels.rms_norm if dtype == torch.bfloat16 else kernels.rms_norm_wide
+    function(
         inputs.data_ptr(),
         weight.data_ptr(),
         epsilon,
@@ -196,16 +196,3 @@ def _one_token_class(own: type[nn.Module]) -> type[nn.Module]:
         attributes = {"__module__": own.__module__}
         _classes[own] = type(f"OneToken{own.__name__}", (OneTokenNorm, own), attributes)
     return _classes[own]
-
-
-@cache
-def _functions() -> dict[torch.dtype, ctypes._NamedFuncPointer]:
-    """By the dtype of their outputs."""
-    library = native_library.load()
-    assert library is not None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    functions = {torch.bfloat16: library.rms_norm, torch.float32: library.rms_norm_wide}
-    for function in functions.values():
-        function.argtypes = [pointer, pointer, ctypes.c_float, size, size, size, pointer]
-        function.restype = None
-    return functions

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ class Prompt:
             return False
         numbers = len(places) * (2 * sizes.hidden + 3 * sizes.inner)
         scratch = torch.empty(numbers, dtype=torch.bfloat16)
-        _function()(
+        native_library.kernels().prompt_expert(
             tensors["gate_up_proj"].data_ptr(),
             tensors["down_proj"].data_ptr(),
             places.data_ptr(),
@@ -92,14 +91,3 @@ class Prompt:
             up_step=gemm.step_of(count, gate_up),
             down_step=gemm.step_of(count, down),
         )
-
-
-@cache
-def _function() -> ctypes._NamedFuncPointer:
-    library = native_library.load()
-    assert library is not None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function = library.prompt_expert
-    function.argtypes = [*[pointer] * 3, size, *[pointer] * 7, size]
-    function.restype = None
-    return function

@@ -83,7 +83,7 @@ __attribute__((target(TARGET))) static void work(void *data) {
   }
 }
 
-int gemv_usable(void) {
+int kernels_usable(void) {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
@@ -113,6 +113,6 @@ void gemv_one(const uint16_t *weight, const uint16_t *bias, const uint16_t *inpu
 
 #else
 
-int gemv_usable(void) { return 0; }
+int kernels_usable(void) { return 0; }
 
 #endif

@@ -135,7 +135,7 @@ def test_without_the_library_torch_multiplies(
 
 @needs_kernel
 def test_a_library_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_library, "_LATEST", "a_function_of_tomorrow")
+    monkeypatch.setitem(native_library._ARGUMENTS, "a_function_of_tomorrow", ())
     native_library.load.cache_clear()
     try:
         assert native_library.load() is None

@@ -113,5 +113,5 @@ def test_records_of_other_shapes_are_refused() -> None:
             shorter = replace(tensor, shape=(tensor.shape[0] - 1, *tensor.shape[1:]))
             changed.append((*others, shorter))
         for found in changed:
-            with pytest.raises(errors.ManifestInvalid, match=f"layer 1: {tensor.name} is not"):
+            with pytest.raises(errors.ManifestInvalid, match=rf"layer 1: \['{tensor.name}'\] are not"):
                 lossless.check_format(replace(spec, layouts={1: found}), {1: module})
