@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 from compute_node.expert_memory import TORCH_DTYPES
 from proto import errors
 from proto.expert import DenseTensor
+
+_READS_AT_ONCE = 4  # 1.4 GB/s where one after another gives 0.7 to 1.3; one hashes, others read
 
 
 def read_dense(model_dir: Path, tensors: Sequence[DenseTensor]) -> dict[str, Tensor]:
@@ -33,9 +37,10 @@ def read_dense(model_dir: Path, tensors: Sequence[DenseTensor]) -> dict[str, Ten
                 f"cannot open {path} ({error.strerror}): set model_dir to the checkpoint's folder"
             ) from error
         try:
-            for tensor in tensors:
-                if tensor.file == file:
-                    loaded[tensor.name] = _read(descriptor, path, tensor)
+            here = [tensor for tensor in tensors if tensor.file == file]
+            with ThreadPoolExecutor(_READS_AT_ONCE, "dense-weights") as pool:
+                read = pool.map(partial(_read, descriptor, path), here)
+                loaded |= {t.name: weight for t, weight in zip(here, read, strict=True)}
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)

@@ -132,7 +132,7 @@ def _weighted(
 ) -> Tensor:
     """One token's output of each expert, times its gate weight. Returns [E, D]."""
     if table is not None:
-        return one_token_experts.feed_forward(experts, hidden, weights, table)
+        return one_token_experts.feed_forward(module, experts, hidden, weights, table)
     outputs = feed_forward_each(module, experts, hidden)
     pairs = zip(outputs[:, None].unbind(), weights, strict=True)
     return torch.cat([output * weight for output, weight in pairs])

@@ -8,6 +8,7 @@ than most of the products themselves, and a node has no memory to keep them all.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -60,10 +61,18 @@ def multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> 
 
     Returns [t, N].
     """
-    num_tokens, (num_outputs, num_inputs) = inputs.shape[0], weight.shape
+    return multiply_arrays(inputs, [weight], weight.shape[0], bias, step)
+
+
+def multiply_arrays(
+    inputs: Tensor, arrays: Sequence[Tensor], num_outputs: int, bias: Tensor | None, step: int
+) -> Tensor:
+    """The same with a matrix of either kind: arrays as `lossless.arrays_of` has them."""
+    num_tokens, num_inputs = inputs.shape
     outputs = torch.empty((num_tokens, num_outputs), dtype=torch.bfloat16)
     native_library.kernels().gemm(
-        weight.data_ptr(),
+        gemv.addresses(arrays),
+        len(arrays) > 1,
         None if bias is None else bias.data_ptr(),
         inputs.data_ptr(),
         outputs.data_ptr(),

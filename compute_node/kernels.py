@@ -71,7 +71,7 @@ def _multiply(
     module: Any, experts: Sequence[dict[str, Tensor]], name: str, inputs: Tensor
 ) -> Tensor:
     if lossless.is_packed(experts[0], name):
-        return lossless.multiply(experts, name, inputs, getattr(module, name).shape[1])
+        return lossless.multiply(experts, name, inputs, matrices.shape_of(module, name)[0])
     bias = f"{name}_bias"
     biases = [tensors[bias] for tensors in experts if bias in tensors]
     return gemv.multiply([tensors[name] for tensors in experts], inputs, biases)
@@ -79,8 +79,10 @@ def _multiply(
 
 def _project(module: Any, tensors: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:
     if lossless.is_packed(tensors, name):
-        weight = lossless.unpack(tensors, name, matrices.shape_of(module, name))
-        weight = weight.T.contiguous() if module.is_transposed else weight
+        shape = matrices.shape_of(module, name)
+        if not module.is_transposed:
+            return lossless.linear(inputs, tensors, name, shape)
+        weight = lossless.unpack(tensors, name, shape).T.contiguous()
     elif tensors[name].dtype in low_bit.KERNELS:
         return _project_low_bit(module, tensors, name, inputs)
     else:

@@ -1,5 +1,5 @@
 """Products with bf16 matrices kept in twelve bits a number, bit for bit those with the matrices
-themselves: by native/lossless.c for one token, unpacked for many.
+themselves: by native kernels as they lie, or unpacked for torch.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from compute_node import gemv, matrices, native_library, scratch
+from compute_node import gemm, gemv, matrices, native_library, scratch
 from proto.expert import ModelSpec, TensorLayout
 from proto.weight_format import BASES, CODES, OUTLIER_ENDS, OUTLIERS, lossless_tensors
 
@@ -19,10 +20,17 @@ _PARTS = ("", CODES, BASES, OUTLIER_ENDS, OUTLIERS)  # as native/lossless.c take
 _PLACE_BITS = 24
 
 _same_bits: dict[tuple[object, ...], bool] = {}
+_steps: dict[tuple[object, ...], int] = {}  # 0: unpacked for torch
 
 
 def is_packed(tensors: Mapping[str, Tensor], name: str) -> bool:
     return name + BASES in tensors
+
+
+def arrays_of(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """What kernels for either kind take of matrix `name`: itself, or the arrays of a packed one."""
+    parts = _PARTS if is_packed(tensors, name) else ("",)
+    return [tensors[name + part] for part in parts]
 
 
 def is_exact(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> bool:
@@ -48,7 +56,7 @@ def multiply(
     biases = [tensors[f"{name}_bias"] for tensors in experts if f"{name}_bias" in tensors]
     outputs = torch.empty((len(experts), num_outputs), dtype=torch.bfloat16)
     native_library.kernels().lossless_gemv(
-        gemv.addresses([tensors[name + part] for tensors in experts for part in _PARTS]),
+        gemv.addresses([array for tensors in experts for array in arrays_of(tensors, name)]),
         gemv.addresses(biases) if biases else None,
         len(experts),
         inputs.data_ptr(),
@@ -62,13 +70,40 @@ def multiply(
     return outputs
 
 
+def linear(
+    inputs: Tensor, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]
+) -> Tensor:
+    """functional.linear with matrix `name` and its bias, and its bits. inputs: [t, K]; shape:
+    [N, K]. Returns [t, N].
+    """
+    bias, step = tensors.get(f"{name}_bias"), 0
+    if inputs.dtype == torch.bfloat16 and inputs.is_contiguous() and inputs.shape[0] > 1:
+        step = step_of(inputs.shape[0], tensors, name, shape)
+    if step:
+        return gemm.multiply_arrays(inputs, arrays_of(tensors, name), shape[0], bias, step)
+    return functional.linear(inputs, unpack(tensors, name, shape), bias)
+
+
+def step_of(
+    num_tokens: int, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]
+) -> int:
+    """`gemm.step_of` for a packed matrix [N, K]. The first of a shape and number of tokens is tried
+    out.
+    """
+    bias = tensors.get(f"{name}_bias")
+    key = (num_tokens, shape, bias is not None, torch.get_num_threads())
+    if key not in _steps:
+        _steps[key] = _find_step(num_tokens, tensors, name, shape, bias)
+    return _steps[key]
+
+
 def unpack(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
     """Matrix `name` as [N, K] bf16; valid until the next on this thread."""
     if native_library.load() is None:
         return unpack_by_torch(tensors, name, shape)
     weight = scratch.empty(shape, torch.bfloat16)
     native_library.kernels().lossless_unpack(
-        gemv.addresses([tensors[name + part] for part in _PARTS]),
+        gemv.addresses(arrays_of(tensors, name)),
         weight.data_ptr(),
         *shape,
         gemv.parallel(),
@@ -113,6 +148,25 @@ def _expected(module: Any, stored: Mapping[str, TensorLayout]) -> Iterator[matri
             *matrices.shape_of(module, name), num_outliers
         ):
             yield name + suffix, dtype, shape
+
+
+def _find_step(
+    num_tokens: int,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+) -> int:
+    """Where gemm has torch's bits, and has them of the packed matrix, too; else 0."""
+    weight = unpack(tensors, name, shape)
+    step = gemm.step_of(num_tokens, weight, bias)
+    if not step:
+        return 0
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn((num_tokens, shape[1]), generator=generator).bfloat16()
+    found = gemm.multiply_arrays(inputs, arrays_of(tensors, name), shape[0], bias, step)
+    expected = gemm.multiply(inputs, weight, bias, step)
+    return step if torch.equal(found.view(torch.int16), expected.view(torch.int16)) else 0
 
 
 def _gives_same_bits(

@@ -22,15 +22,15 @@ _NORM = (_POINTER, _POINTER, _FLOAT, _SIZE, _SIZE, _SIZE, _POINTER)
 _ARGUMENTS: dict[str, tuple[type, ...]] = {
     "gemv": (_POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, *_SHAPE, *_THREADS),
     "gemv_one": (*[_POINTER] * 4, *_SHAPE, *_THREADS),
-    "gemm": (*[_POINTER] * 4, _SIZE, *_SHAPE, _SIZE, *_THREADS),
+    "gemm": (_POINTER, _SIZE, *[_POINTER] * 3, _SIZE, *_SHAPE, _SIZE, *_THREADS),
     "lossless_gemv": (*[_POINTER] * 2, _SIZE, _POINTER, _SIZE, _POINTER, *_SHAPE, *_THREADS),
     "lossless_unpack": (_POINTER, _POINTER, *_SHAPE, *_THREADS),
     "rms_norm": _NORM,
     "rms_norm_wide": _NORM,
-    "experts": (*[_POINTER] * 2, _SIZE, *[_POINTER] * 5, *_SHAPE, *_THREADS),
+    "experts": (*[_POINTER] * 2, _SIZE, _SIZE, *[_POINTER] * 5, *_SHAPE, *_THREADS),
     "add_rows": (_POINTER, *_SHAPE, _POINTER),
     "gate_of": (_POINTER, _POINTER, *_SHAPE, _POINTER),
-    "prompt_expert": (*[_POINTER] * 3, _SIZE, *[_POINTER] * 6, *_THREADS),
+    "prompt_expert": (*[_POINTER] * 2, _SIZE, _POINTER, _SIZE, *[_POINTER] * 6, *_THREADS),
 }
 
 

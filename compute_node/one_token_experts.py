@@ -7,13 +7,13 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compute_node import gemv, native_library
+from compute_node import gemv, lossless, matrices, native_library
 
 logger = logging.getLogger(__name__)
 
@@ -36,33 +36,57 @@ def table_of(module: Any, tensors: dict[str, Tensor], hidden: Tensor) -> Tensor 
     """
     if not module.has_gate or module.is_transposed or module.has_bias:
         return None
-    gate_up, down = tensors["gate_up_proj"], tensors["down_proj"]
-    if not gate_up.dtype == down.dtype == hidden.dtype == torch.bfloat16:
+    if hidden.dtype != torch.bfloat16:
         return None
-    if not (gemv.is_exact(gate_up) and gemv.is_exact(down)):
+    if not all(_is_exact(module, tensors, name) for name in ("gate_up_proj", "down_proj")):
         return None
     if module not in _tables:
-        _tables[module] = table = _find_table(module, down.shape[1])
+        _, inner = shape_of(module, tensors, "down_proj")
+        _tables[module] = table = _find_table(module, inner)
         by = "torch" if table is None else "native"
         logger.info("gate chosen", extra={"experts": type(module).__name__, "kernel": by})
     return _tables[module]
 
 
+def shape_of(module: Any, tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """[N, K] of a matrix that may be packed."""
+    if lossless.is_packed(tensors, name):
+        return matrices.shape_of(module, name)
+    rows, columns = tensors[name].shape
+    return rows, columns
+
+
+def _is_exact(module: Any, tensors: Mapping[str, Tensor], name: str) -> bool:
+    if lossless.is_packed(tensors, name):
+        return lossless.is_exact(tensors, name, matrices.shape_of(module, name))
+    return tensors[name].dtype == torch.bfloat16 and gemv.is_exact(tensors[name])
+
+
 def feed_forward(
-    experts: Sequence[dict[str, Tensor]], hidden: Tensor, gates: Sequence[float], table: Tensor
+    module: Any,
+    experts: Sequence[dict[str, Tensor]],
+    hidden: Tensor,
+    gates: Sequence[float],
+    table: Tensor,
 ) -> Tensor:
     """What each expert makes of the token, times its gate weight.
 
+    experts: all as they are in the checkpoint, or all lossless
     hidden: [1, D]; gates: a weight an expert; table: from `table_of`
 
     Returns [E, D].
     """
-    count, (num_outputs, inner) = len(experts), experts[0]["down_proj"].shape
+    count, (num_outputs, inner) = len(experts), shape_of(module, experts[0], "down_proj")
+    gate_up, down = (
+        [array for tensors in experts for array in lossless.arrays_of(tensors, name)]
+        for name in ("gate_up_proj", "down_proj")
+    )
     outputs = torch.empty((count, num_outputs), dtype=torch.bfloat16)
     scratch = torch.empty(3 * count * inner, dtype=torch.bfloat16)
     native_library.kernels().experts(
-        gemv.addresses([tensors["gate_up_proj"] for tensors in experts]),
-        gemv.addresses([tensors["down_proj"] for tensors in experts]),
+        gemv.addresses(gate_up),
+        gemv.addresses(down),
+        len(down) > count,
         count,
         hidden.data_ptr(),
         table.data_ptr(),

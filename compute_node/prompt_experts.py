@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compute_node import gemm, gemv, native_library, one_token_experts
+from compute_node import gemm, gemv, lossless, native_library, one_token_experts
 from compute_node.kernels import feed_forward
 
 
@@ -60,14 +60,15 @@ class Prompt:
         table = one_token_experts.table_of(module, tensors, self._hidden)
         if table is None:
             return False
-        sizes = self._sizes(tensors, len(places))
+        sizes = self._sizes(module, tensors, len(places))
         if not (sizes.up_step and sizes.down_step):
             return False
         numbers = len(places) * (2 * sizes.hidden + 3 * sizes.inner)
         scratch = torch.empty(numbers, dtype=torch.bfloat16)
         native_library.kernels().prompt_expert(
-            tensors["gate_up_proj"].data_ptr(),
-            tensors["down_proj"].data_ptr(),
+            gemv.addresses(lossless.arrays_of(tensors, "gate_up_proj")),
+            gemv.addresses(lossless.arrays_of(tensors, "down_proj")),
+            lossless.is_packed(tensors, "down_proj"),
             places.data_ptr(),
             len(places),
             self._hidden.data_ptr(),
@@ -81,13 +82,21 @@ class Prompt:
         )
         return True
 
-    def _sizes(self, tensors: Mapping[str, Tensor], count: int) -> _Sizes:
-        gate_up, down = tensors["gate_up_proj"], tensors["down_proj"]
+    def _sizes(self, module: Any, tensors: Mapping[str, Tensor], count: int) -> _Sizes:
+        hidden, inner = one_token_experts.shape_of(module, tensors, "down_proj")
         return _Sizes(
             tokens=len(self._hidden),
             top_k=self._weights.shape[1],
-            hidden=down.shape[0],
-            inner=down.shape[1],
-            up_step=gemm.step_of(count, gate_up),
-            down_step=gemm.step_of(count, down),
+            hidden=hidden,
+            inner=inner,
+            up_step=_step_of(count, tensors, "gate_up_proj", (2 * inner, hidden)),
+            down_step=_step_of(count, tensors, "down_proj", (hidden, inner)),
         )
+
+
+def _step_of(
+    num_tokens: int, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]
+) -> int:
+    if lossless.is_packed(tensors, name):
+        return lossless.step_of(num_tokens, tensors, name, shape)
+    return gemm.step_of(num_tokens, tensors[name])

@@ -4,12 +4,11 @@
  * keeps it in memory. Its order of additions is that of gemv.c, but for where it starts a new
  * accumulator: compute_node/gemm.py finds out where, for each shape and number of tokens.
  *
- * 16 rows are transposed once, a panel of columns at a time, and multiplied with all tokens.
+ * 16 rows are transposed once, or unpacked where they are lossless, a panel of columns at a time, and
+ * multiplied with all tokens.
  */
-#include <string.h>
-
 #if defined(__x86_64__)
-#include "tiles.h"
+#include "lossless.h"
 
 enum {
   PANEL_TILES = 16, /* 16 KiB: half of the first cache */
@@ -18,8 +17,10 @@ enum {
 };
 
 struct job {
-  const uint16_t *weight, *bias, *inputs; /* [rows, columns]; [rows], or null; [tokens, columns] */
-  uint16_t *outputs;                      /* [tokens, rows] */
+  const void *const *weight;     /* one array [rows, columns], or PARTS of them */
+  int64_t lossless;              /* the latter */
+  const uint16_t *bias, *inputs; /* [rows], or null; [tokens, columns] */
+  uint16_t *outputs;             /* [tokens, rows] */
   int64_t tokens, rows, columns, accumulator_columns;
   int64_t next; /* block of 16 rows; threads take one after the other */
 };
@@ -29,15 +30,43 @@ struct sums {
   float present[MAX_TOKENS][ROWS], total[MAX_TOKENS][ROWS];
 };
 
-/* rows: 16 of them, or `count`, the last of which then stands for those that are missing. */
-INLINE void transpose_panel(const uint16_t *rows, int64_t count, int64_t columns, int64_t tiles,
-                            __m512i *panel) {
-  for (int64_t tile = 0; tile < tiles; tile++) {
-    __m512i *numbers = panel + tile * ROWS;
+/* Where a block of 16 rows comes from. */
+struct source {
+  const uint16_t *rows; /* 16 of them, or `count`, the last of which stands for those missing */
+  int64_t count, columns;
+  struct matrix matrix; /* of a lossless one, and what of its block is to come */
+  struct cursor cursor;
+  __m512i bases;
+  int64_t block;
+};
+
+INLINE struct source source_of(const struct job *job, int64_t block) {
+  int64_t left = job->rows - block * ROWS;
+  struct source source = {.count = left < ROWS ? left : ROWS, .columns = job->columns, .block = block};
+  if (job->lossless) {
+    source.matrix = matrix_of(job->weight);
+    source.cursor = cursor_of(&source.matrix, block);
+    source.bases = bases_of(&source.matrix, block);
+  } else
+    source.rows = (const uint16_t *)job->weight[0] + block * ROWS * job->columns;
+  return source;
+}
+
+/* Tiles `begin` to `end` of a block's rows, register by register as they are multiplied; called for
+ * one range after the other. */
+INLINE void fill_panel(struct source *source, int64_t lossless, int64_t begin, int64_t end,
+                       __m512i *panel) {
+  for (int64_t tile = begin; tile < end; tile++, panel += ROWS) {
+    if (lossless) {
+      int64_t at = (source->block * (source->columns / COLUMNS) + tile) * TILE;
+      unpack_tile(&source->matrix, at, tile, source->bases, &source->cursor, panel);
+      continue;
+    }
+    const uint16_t *rows = source->rows + tile * COLUMNS;
     for (int r = 0; r < ROWS; r++)
-      numbers[r] =
-          _mm512_loadu_si512(rows + (r < count ? r : count - 1) * columns + tile * COLUMNS);
-    transpose(numbers);
+      panel[r] =
+          _mm512_loadu_si512(rows + (r < source->count ? r : source->count - 1) * source->columns);
+    transpose(panel);
   }
 }
 
@@ -81,8 +110,8 @@ INLINE void multiply_panel(const __m512i *panel, int64_t tiles, const uint16_t *
 
 INLINE void multiply_block(const struct job *job, int64_t block, __m512i *panel,
                            struct sums *sums) {
-  int64_t row = block * ROWS, left = job->rows - row, count = left < ROWS ? left : ROWS;
-  const uint16_t *rows = job->weight + row * job->columns;
+  int64_t row = block * ROWS;
+  struct source source = source_of(job, block);
   const int64_t panel_columns = PANEL_TILES * COLUMNS;
   for (int64_t begin = 0; begin < job->columns; begin += job->accumulator_columns) {
     int64_t end = begin + job->accumulator_columns;
@@ -90,7 +119,8 @@ INLINE void multiply_block(const struct job *job, int64_t block, __m512i *panel,
     memset(sums->present, 0, (size_t)job->tokens * sizeof sums->present[0]);
     for (int64_t column = begin; column < end; column += panel_columns) {
       int64_t width = end - column < panel_columns ? end - column : panel_columns;
-      transpose_panel(rows + column, count, job->columns, width / COLUMNS, panel);
+      int64_t tile = column / COLUMNS;
+      fill_panel(&source, job->lossless, tile, tile + width / COLUMNS, panel);
       multiply_panel(panel, width / COLUMNS, job->inputs + column, job->columns, job->tokens,
                      sums->present);
     }
@@ -100,7 +130,7 @@ INLINE void multiply_block(const struct job *job, int64_t block, __m512i *panel,
     }
   }
   for (int64_t t = 0; t < job->tokens; t++)
-    finish_rows(_mm512_loadu_ps(sums->total[t]), count, job->bias ? job->bias + row : 0,
+    finish_rows(_mm512_loadu_ps(sums->total[t]), source.count, job->bias ? job->bias + row : 0,
                 job->outputs + t * job->rows + row);
 }
 
@@ -112,13 +142,15 @@ __attribute__((target(TARGET))) static void work(void *data) {
   while ((block = take(&job->next)) < num_blocks) multiply_block(job, block, panel, &sums);
 }
 
-/* outputs [tokens, rows] = inputs [tokens, columns] times weight [rows, columns].
+/* outputs [tokens, rows] = inputs [tokens, columns] times the matrix [rows, columns]: one array of bf16,
+ * or the arrays of a lossless one.
  * tokens: at most 256. columns, accumulator_columns: multiples of 32. parallel: null for one thread.
  */
-void gemm(const uint16_t *weight, const uint16_t *bias, const uint16_t *inputs, uint16_t *outputs,
-          int64_t tokens, int64_t rows, int64_t columns, int64_t accumulator_columns,
-          parallel_function *parallel, int64_t threads) {
-  struct job job = {weight, bias, inputs, outputs, tokens, rows, columns, accumulator_columns, 0};
+void gemm(const void *const *weight, int64_t lossless, const uint16_t *bias, const uint16_t *inputs,
+          uint16_t *outputs, int64_t tokens, int64_t rows, int64_t columns,
+          int64_t accumulator_columns, parallel_function *parallel, int64_t threads) {
+  struct job job = {weight, lossless, bias, inputs, outputs, tokens,
+                    rows,   columns,  accumulator_columns,   0};
   if (parallel && threads > 1 && tokens * rows * columns * 2 >= PARALLEL_BYTES)
     parallel(work, &job, (unsigned)threads, 0);
   else

@@ -24,6 +24,9 @@ enum { WEIGHT_AFTER_ROUNDING = 0, WEIGHT_BEFORE_ROUNDING = 1, ONE_PLUS_WEIGHT = 
 void gemv(const uint16_t *const *weights, const uint16_t *const *biases, int64_t count,
           const uint16_t *inputs, int64_t input_stride, uint16_t *outputs, int64_t rows,
           int64_t columns, parallel_function *parallel, int64_t threads);
+void lossless_gemv(const void *const *parts, const uint16_t *const *biases, int64_t count,
+                   const uint16_t *inputs, int64_t input_stride, uint16_t *outputs, int64_t rows,
+                   int64_t columns, parallel_function *parallel, int64_t threads);
 
 INLINE __m512 widen(__m256i numbers) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
@@ -150,20 +153,32 @@ FUNCTION void weigh(const uint16_t *row, float weight, int64_t columns, uint16_t
     store(weighted + at, _mm512_mul_ps(load(row + at), _mm512_set1_ps(weight)));
 }
 
+/* Products of `count` matrices, of either kind. */
+static void multiply(const void *const *arrays, int64_t lossless, int64_t count,
+                     const uint16_t *inputs, int64_t input_stride, uint16_t *outputs, int64_t rows,
+                     int64_t columns, parallel_function *parallel, int64_t threads) {
+  if (lossless)
+    lossless_gemv(arrays, 0, count, inputs, input_stride, outputs, rows, columns, parallel, threads);
+  else
+    gemv((const uint16_t *const *)arrays, 0, count, inputs, input_stride, outputs, rows, columns,
+         parallel, threads);
+}
+
 /* One token through `count` gated experts, their outputs weighted.
  *
- * gate_up:  count times [2 * inner, hidden], down: count times [hidden, inner]
+ * gate_up:  count times [2 * inner, hidden], down: count times [hidden, inner]; one array each, or
+ *           those of lossless.h
  * input:    [hidden], table: [65536], gates: [count]
  * scratch:  room for 3 * count * inner numbers
  * outputs:  [count, hidden] */
-FUNCTION void experts(const uint16_t *const *gate_up, const uint16_t *const *down, int64_t count,
-                      const uint16_t *input, const uint16_t *table, const float *gates,
-                      uint16_t *scratch, uint16_t *outputs, int64_t hidden, int64_t inner,
-                      parallel_function *parallel, int64_t threads) {
+FUNCTION void experts(const void *const *gate_up, const void *const *down, int64_t lossless,
+                      int64_t count, const uint16_t *input, const uint16_t *table,
+                      const float *gates, uint16_t *scratch, uint16_t *outputs, int64_t hidden,
+                      int64_t inner, parallel_function *parallel, int64_t threads) {
   uint16_t *activated = scratch + 2 * count * inner;
-  gemv(gate_up, 0, count, input, 0, scratch, 2 * inner, hidden, parallel, threads);
+  multiply(gate_up, lossless, count, input, 0, scratch, 2 * inner, hidden, parallel, threads);
   apply_gate(scratch, table, count, inner, activated);
-  gemv(down, 0, count, activated, inner, outputs, hidden, inner, parallel, threads);
+  multiply(down, lossless, count, activated, inner, outputs, hidden, inner, parallel, threads);
   for (int64_t row = 0; row < count; row++)
     for (int64_t at = row * hidden; at < (row + 1) * hidden; at += LANES)
       store(outputs + at, _mm512_mul_ps(load(outputs + at), _mm512_set1_ps(gates[row])));

@@ -3,7 +3,8 @@
 Planted faults seen red: an accumulator beyond the last column, accumulators not added up, tokens
 done twice, no bias, outputs of the first rows only, accumulators of 512 columns, a wrong order
 trusted; more tokens than there is room for, strides of weights or tokens ignored; the token and its
-place mixed up, another token's gate weight, tokens of another expert or in another order.
+place mixed up, another token's gate weight, tokens of another expert or in another order; of a
+lossless matrix, the first tile of each panel alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers.integrations.moe import _default_apply_gate
 from compute_node import gemm, one_token_experts, prompt_experts
 from compute_node.prompt_experts import Prompt
 from tests.compute_node.test_gemv import inputs, matrices, needs_kernel, same_bits
+from tests.compute_node.test_lossless import packed_expert
 
 pytestmark = pytest.mark.usefixtures("threads")
 SHAPES = [(192, 256), (17, 1024), (48, 1536), (48, 2048), (300, 5120)]
@@ -86,8 +88,9 @@ class Experts(SimpleNamespace):
 
 
 @needs_kernel
+@pytest.mark.parametrize("is_lossless", [False, True], ids=["exact", "lossless"])
 @torch.inference_mode()
-def test_a_prompt_through_its_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_through_its_experts(is_lossless: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one call an expert, the bits of torch's own operations; nobody's token stays zero."""
     num_tokens, num_experts, top_k, hidden_size, inner = 24, 5, 2, 64, 96
     topk_ids = torch.rand(num_tokens, num_experts - 1).topk(top_k).indices  # the last has none
@@ -95,7 +98,10 @@ def test_a_prompt_through_its_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         weights = torch.rand(num_tokens, top_k).to(dtype)
         x = torch.randn(num_tokens, hidden_size).bfloat16()
-        module = Experts()
+        module = Experts(
+            gate_up_proj=torch.empty(num_experts, 2 * inner, hidden_size, device="meta"),
+            down_proj=torch.empty(num_experts, hidden_size, inner, device="meta"),
+        )
         monkeypatch.setattr(one_token_experts, "_tables", {})
         prompts = [Prompt(x, topk_ids, weights, num_experts) for _ in range(2)]
         for expert in set(topk_ids.flatten().tolist()) - {num_experts}:
@@ -103,9 +109,10 @@ def test_a_prompt_through_its_experts(monkeypatch: pytest.MonkeyPatch) -> None:
                 "gate_up_proj": (torch.randn(2 * inner, hidden_size) * 0.2).bfloat16(),
                 "down_proj": (torch.randn(hidden_size, inner) * 0.2).bfloat16(),
             }
+            stored = packed_expert(tensors) if is_lossless else tensors
             with monkeypatch.context() as patched:
                 patched.setattr(prompt_experts, "feed_forward", None)
-                prompts[0].add(module, tensors, expert)
+                prompts[0].add(module, stored, expert)
             with monkeypatch.context() as patched:
                 patched.setattr(one_token_experts, "table_of", lambda *_: None)
                 prompts[1].add(module, tensors, expert)

@@ -2,20 +2,22 @@
 
 Planted faults seen red: bases of other rows, a base added to exponent 0, outliers of a tile too
 late or unlisted, ends not added up, zeros counted as outliers, accumulators of 256 columns, an edge
-written beyond its row, one input for all experts, a kernel with other bits trusted, shapes
-unchecked; by torch: outliers of the next block, padding left.
+written beyond its row, one input for all experts, a kernel with other bits trusted (for one token
+and for several), shapes unchecked; by torch: outliers of the next block, padding left.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from compute_node import gemv, lossless, native_library
+from compute_node import gemm, gemv, lossless, native_library
 from expert_store import lossless as encoder
 from proto import errors
 from proto.expert import ModelSpec, TensorLayout
@@ -34,12 +36,20 @@ def unpacking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         pytest.skip(native_library.obstacle())
 
 
-def packed(matrix: Tensor, spare: int = 1) -> dict[str, Tensor]:
+def packed(matrix: Tensor, name: str = "w", spare: int = 1) -> dict[str, Tensor]:
     room = encoder.count_outliers(matrix) + spare
     described = lossless_tensors(*matrix.shape, room)
     tensors = encoder.encode(matrix, room)
     assert [tuple(tensor.shape) for tensor in tensors] == [shape for _, _, shape in described]
-    return {f"w{suffix}": t for (suffix, _, _), t in zip(described, tensors, strict=True)}
+    return {f"{name}{suffix}": t for (suffix, _, _), t in zip(described, tensors, strict=True)}
+
+
+def packed_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        part: array
+        for name, matrix in tensors.items()
+        for part, array in packed(matrix, name).items()
+    }
 
 
 @pytest.mark.usefixtures("unpacking")
@@ -81,6 +91,40 @@ def test_products_have_the_bits_of_the_matrix(shape: tuple[int, int]) -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] % 32 == 0])
+def test_products_of_several_tokens_have_the_bits_of_the_matrix(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the matrix is unpacked once, to try the kernel out."""
+    plain = matrices(shape, 2)[1]
+    plain[3, 5], plain[-1, -1], plain[0] = 1e-20, 1e3, 0
+    tensors, bias = packed(plain), torch.randn(shape[0]).bfloat16()
+    monkeypatch.setattr(lossless, "_steps", {})
+    for num_tokens in (2, 5, 12, 33):
+        x = inputs(shape[1], num_tokens)
+        for b, stored in ((None, tensors), (bias, tensors | {"w_bias": bias})):
+            assert lossless.step_of(num_tokens, stored, "w", shape)
+            with monkeypatch.context() as patched:
+                patched.setattr(lossless, "unpack", None)
+                found = lossless.linear(x, stored, "w", shape)
+            assert same_bits(found, functional.linear(x, plain, b))
+
+
+@needs_kernel
+def test_several_tokens_with_other_bits_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lossless, "_steps", {})
+    plain, x = matrices((64, 128))[0], inputs(128, 5)
+    right = gemm.multiply_arrays
+
+    def wrong(*args: Any) -> Tensor:
+        return right(*args).nextafter(torch.ones(1)) if len(args[1]) > 1 else right(*args)
+
+    monkeypatch.setattr(gemm, "multiply_arrays", wrong)
+    found = lossless.linear(x, packed(plain), "w", (64, 128))
+    assert same_bits(found, functional.linear(x, plain))
+
+
+@needs_kernel
 def test_a_kernel_with_other_bits_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lossless, "_same_bits", {})
     tensors = packed(matrices((64, 128))[0])
@@ -113,5 +157,7 @@ def test_records_of_other_shapes_are_refused() -> None:
             shorter = replace(tensor, shape=(tensor.shape[0] - 1, *tensor.shape[1:]))
             changed.append((*others, shorter))
         for found in changed:
-            with pytest.raises(errors.ManifestInvalid, match=rf"layer 1: \['{tensor.name}'\] are not"):
+            with pytest.raises(
+                errors.ManifestInvalid, match=rf"layer 1: \['{tensor.name}'\] are not"
+            ):
                 lossless.check_format(replace(spec, layouts={1: found}), {1: module})

@@ -3,7 +3,7 @@
 Planted faults seen red: a norm's four sums added in another order, norms compared after rounding
 alone, its inputs' dtype or strides not looked at, the sum over experts rounded once, gate weights
 left out, a gate not tried out, an activation tabulated of neighbouring numbers alone, a table of
-its own for each layer.
+its own for each layer, lossless arrays taken for plain ones.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 
 from compute_node import gemv, kernels, native_library, one_token_experts, one_token_norm
 from compute_node.one_token_norm import Form, OneTokenNorm
+from tests.compute_node.test_lossless import packed_expert
 
 needs_kernel = pytest.mark.skipif(
     native_library.obstacle() != "" or "amx_bf16" in Path("/proc/cpuinfo").read_text(),
@@ -138,6 +139,8 @@ class Gated(nn.Module):
 
     def __init__(self, act: str = "silu") -> None:
         super().__init__()
+        self.gate_up_proj = torch.empty(E, 2 * F, D, device="meta")
+        self.down_proj = torch.empty(E, D, F, device="meta")
         self.act_fn = ACT2FN[act]
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
@@ -173,13 +176,15 @@ def reference(module: Gated, experts: list[dict[str, Tensor]], hidden: Tensor) -
     return torch.cat([kernels.feed_forward(module, tensors, hidden) for tensors in experts])
 
 
+@pytest.mark.parametrize("is_lossless", [False, True], ids=["exact", "lossless"])
 @pytest.mark.parametrize("act", ["silu", "relu", "relu2"])
-def test_experts_keep_their_bits(act: str) -> None:
+def test_experts_keep_their_bits(act: str, is_lossless: bool) -> None:
     module, experts, gates = Gated(act), weights(), [0.5, 0.123, 1.7, 0.001, 0.25]
     hidden = tokens(1, D)
-    table = one_token_experts.table_of(module, experts[0], hidden)
+    stored = [packed_expert(tensors) for tensors in experts] if is_lossless else experts
+    table = one_token_experts.table_of(module, stored[0], hidden)
     assert table is not None
-    found = one_token_experts.feed_forward(experts, hidden, gates, table)
+    found = one_token_experts.feed_forward(module, stored, hidden, gates, table)
     rows = reference(module, experts, hidden)
     expected = [row * gate for row, gate in zip(rows[:, None].unbind(), gates, strict=True)]
     assert one_token_norm.same_bits(found, torch.cat(expected))
