@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from compute_node.client import Generation, NodeClient, Phase, Result
+from compute_node.client import NodeClient
+from compute_node.generation import Generation, Phase, Result
 from deploy import console, local
 from deploy.budget import MemoryPlan, check_shared_memory, forecaster_room, plan_memory
 from deploy.memory import MemoryReport

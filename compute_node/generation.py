@@ -1,0 +1,170 @@
+"""A generation as a Python user meets it: pieces of text as they come, then what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from proto import compute_node_pb2 as pb
+from proto import errors
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token. text may be empty while a character or a stop string is incomplete."""
+
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What prefill or decode of one request cost."""
+
+    tokens: int
+    hits: int
+    misses: int
+    bytes_read: int
+    stall_s: float
+    wall_s: float
+    uncovered_s: float = 0.0
+    device_s: float = 0.0
+
+    @property
+    def hit_ratio(self) -> float:
+        """Hits over routed experts; 0 when nothing was routed."""
+        total = self.hits + self.misses
+        return self.hits / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """What one decode step asked of the experts. L MoE layers, K experts a token, E experts a
+    layer.
+
+    topk_ids:      [L, K], in the router's order
+    topk_weights:  [L, K], their gate weights
+    router_scores: [L, E], as the router gave them; None when not asked for
+    """
+
+    num_experts: int
+    topk_ids: NDArray[np.uint16]
+    topk_weights: NDArray[np.float16]
+    router_scores: NDArray[np.float16] | None
+
+    @classmethod
+    def from_pb(cls, message: pb.StepAccess) -> Self:
+        """Raises MessageInvalid when the arrays have not the shape they are said to have."""
+        chosen = message.num_layers, message.top_k
+        scored = message.num_layers, message.num_experts
+        has_scores = message.HasField("router_scores")
+        try:
+            return cls(
+                message.num_experts,
+                np.frombuffer(message.topk_ids, "<u2").reshape(chosen),
+                np.frombuffer(message.topk_weights, "<f2").reshape(chosen),
+                np.frombuffer(message.router_scores, "<f2").reshape(scored) if has_scores else None,
+            )
+        except ValueError as error:
+            raise errors.MessageInvalid(f"a step that does not decode ({error})") from error
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished generation. steps: one for each decode step, when recorded."""
+
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    finish_reason: str
+    ttft_s: float
+    tokens_per_s: float
+    queued_s: float
+    prefill: Phase
+    decode: Phase
+    steps: list[RecordedStep] = field(default_factory=list, repr=False)
+
+
+class Generation:
+    """An iterator over pieces; `result` is there once it is exhausted. Leaving early: call
+    `cancel`.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._prompt_token_ids: list[int] = []
+        self._token_ids: list[int] = []
+        self._text: list[str] = []
+        self._steps: list[RecordedStep] = []
+        self.result: Result | None = None
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Raises the typed error the node ended with (proto/errors.py)."""
+        try:
+            for reply in self._call:
+                piece = self._take(reply)
+                if piece is not None:
+                    yield piece
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error) from None
+
+    def run(self) -> Result:
+        """Exhaust the iterator and return the result. Raises as iterating does."""
+        for _ in self:
+            pass
+        if self.result is None:
+            raise errors.Unavailable("the node ended the stream before the result: retry")
+        return self.result
+
+    def cancel(self) -> None:
+        """Tell the node to stop; it does so between layers."""
+        self._call.cancel()
+
+    def _take(self, reply: pb.GenerateReply) -> Piece | None:
+        match reply.WhichOneof("kind"):
+            case "started":
+                self._prompt_token_ids = list(reply.started.prompt_token_ids)
+            case "token":
+                self._token_ids.append(reply.token.id)
+                self._text.append(reply.token.text)
+                return Piece(reply.token.id, reply.token.text)
+            case "step_access":
+                self._steps.append(RecordedStep.from_pb(reply.step_access))
+            case "finished":
+                return self._finish(reply.finished)
+        return None
+
+    def _finish(self, finished: pb.Finished) -> Piece | None:
+        self._text.append(finished.text)
+        self.result = Result(
+            text="".join(self._text),
+            token_ids=self._token_ids,
+            prompt_token_ids=self._prompt_token_ids,
+            finish_reason=finished.finish_reason,
+            ttft_s=finished.ttft_s,
+            tokens_per_s=finished.tokens_per_s,
+            queued_s=finished.queued_s,
+            prefill=_phase(finished.prefill),
+            decode=_phase(finished.decode),
+            steps=self._steps,
+        )
+        # What was held back belongs to the last token.
+        return Piece(self._token_ids[-1], finished.text) if finished.text else None
+
+
+def _phase(usage: pb.PhaseUsage) -> Phase:
+    return Phase(
+        usage.tokens,
+        usage.hits,
+        usage.misses,
+        usage.bytes_read,
+        usage.stall_s,
+        usage.wall_s,
+        usage.uncovered_s,
+        usage.device_s,
+    )
