@@ -1,6 +1,7 @@
 """Keeps out of a node's memory what it does not need: the compiler, distributed tensors, scipy and
 sympy that transformers imports (110 MiB of 350, measured; a second and a half of start), and
-kernels that oneDNN generated for shapes of long ago (250 MiB after six prompts).
+kernels that oneDNN generated for shapes of long ago (250 MiB after six prompts); and OpenMP's idle
+threads off the cores.
 
 Imported before torch, by the daemon alone. Nothing is taken away: the compiler is loaded when
 somebody asks for more of it than its decorators; a kernel is generated again.
@@ -16,9 +17,16 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-# Two caches of generated kernels, 1,024 shapes each unless told otherwise, read at torch's import.
-for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_name, "24")
+# Read at torch's import. Two caches of generated kernels, 1,024 shapes each unless told otherwise; and
+# for how long OpenMP's threads look out for work before they sleep, in turns of a loop: by default
+# 3 ms, for which they take the cores from whoever they wait for (tests/bench/LOG.md).
+_SETTINGS = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "24",
+    "LRU_CACHE_CAPACITY": "24",
+    "GOMP_SPINCOUNT": "1000",
+}
+for _name, _value in _SETTINGS.items():
+    os.environ.setdefault(_name, _value)
 
 import torch.distributed  # noqa: E402
 import transformers.utils  # noqa: E402
