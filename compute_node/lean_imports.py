@@ -17,9 +17,9 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-# Read at torch's import. Two caches of generated kernels, 1,024 shapes each unless told otherwise; and
-# for how long OpenMP's threads look out for work before they sleep, in turns of a loop: by default
-# 3 ms, for which they take the cores from whoever they wait for (tests/bench/LOG.md).
+# Read at torch's import. Two caches of generated kernels, 1,024 shapes each unless told otherwise.
+# And how often OpenMP's threads look out for work before they sleep, a hundred times a microsecond:
+# by default for 3 ms, on cores that others need (tests/bench/LOG.md).
 _SETTINGS = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "24",
     "LRU_CACHE_CAPACITY": "24",
