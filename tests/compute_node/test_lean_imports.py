@@ -1,0 +1,22 @@
+"""What a node sets for the libraries below it has to be there before they are loaded.
+
+Planted fault seen red: torch imported before the settings are made.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+
+def test_openmp_hears_of_its_spinning() -> None:
+    """As its runtime itself displays it."""
+    shown = subprocess.run(
+        [sys.executable, "-c", "import compute_node.lean_imports"],
+        env=os.environ | {"OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    assert "GOMP_SPINCOUNT = '1000'" in shown
