@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import redis
 import torch
@@ -23,11 +24,12 @@ from compute_node.engine import Engine
 from compute_node.evidence import Evidence
 from compute_node.jobs import ComputeThread
 from compute_node.metrics import NodeCollector
-from compute_node.model import Lookahead, load_model
+from compute_node.model import LoadedModel, Lookahead, load_model
 from compute_node.service import SERVICE_NAME, ComputeNodeService
 from compute_node.store_client import StoreClient
 from proto import daemon, rpc
 from proto.compute_node_pb2_grpc import add_ComputeNodeServicer_to_server
+from proto.expert import ModelSpec
 
 logger = logging.getLogger("compute_node")
 
@@ -35,9 +37,7 @@ logger = logging.getLogger("compute_node")
 async def run(config: ComputeNodeConfig) -> None:
     """Serve until signalled. The order of lines is the order of start, reversed for stop."""
     transformers_logging.disable_progress_bar()
-    # Only the compute thread has OpenMP threads: with two teams in a process libgomp sees more
-    # threads than CPUs and lets all of them sleep between operations (tests/bench/LOG.md).
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # here: what this thread makes of tensors is small
     rpc.check_socket_free(config.address)
     with ExitStack() as stack:
         store = connect_store(config)
@@ -67,7 +67,10 @@ async def run(config: ComputeNodeConfig) -> None:
             description.num_spare,
             description.piece_bytes,
         )
-        loaded = load_model(model_dir, spec, cache, lookahead)
+        compute = stack.enter_context(
+            ComputeThread(config.max_queued_requests, cache.let_go_if_lost)
+        )
+        loaded = compute.do(lambda: load(config, model_dir, spec, cache, lookahead))
         cache.open()
         evidence = None
         if access_log:
@@ -82,16 +85,13 @@ async def run(config: ComputeNodeConfig) -> None:
             config.prefill_chunk_tokens,
             evidence,
         )
-        compute = stack.enter_context(
-            ComputeThread(
-                config.max_queued_requests, lambda: set_num_threads(config), cache.let_go_if_lost
-            )
-        )
         service = ComputeNodeService(engine, compute, store, access_log, advice)
         metrics = NodeCollector(engine, compute, access_log, advice)
         stack.enter_context(
             daemon.serving_metrics(metrics, config.metrics_port, config.metrics_port_file)
         )
+        gc.collect()
+        gc.freeze()  # a full collection would walk all of transformers: 0.2 s within some token
         async with rpc.serving(
             config.listen,
             lambda server: add_ComputeNodeServicer_to_server(service, server),
@@ -99,14 +99,22 @@ async def run(config: ComputeNodeConfig) -> None:
             config.stop_grace_s,
             compute.drain,
         ):
-            gc.freeze()  # a full collection walks all of transformers: 0.2 s within some token
             logger.info("ready", extra={"address": config.address, "slots": slots})
             await rpc.until_signalled()
 
 
-def set_num_threads(config: ComputeNodeConfig) -> None:
-    """Let the calling thread compute with the configured number of threads, or every CPU's."""
+def load(
+    config: ComputeNodeConfig,
+    model_dir: Path,
+    spec: ModelSpec,
+    cache: ExpertCache,
+    lookahead: Lookahead,
+) -> LoadedModel:
+    """On the thread that computes: kernels are tried out with as many threads as they are used
+    with, and OpenMP has one team in this process (DECISIONS.md).
+    """
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    return load_model(model_dir, spec, cache, lookahead)
 
 
 def connect_store(config: ComputeNodeConfig) -> StoreClient:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import grpc
 
-from compute_node.generation import Generation
+from compute_node.result import Generation
 from proto import compute_node_pb2 as pb
 from proto import compute_node_pb2_grpc as pb_grpc
 from proto import errors, rpc

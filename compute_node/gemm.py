@@ -61,18 +61,23 @@ def multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> 
 
     Returns [t, N].
     """
-    return multiply_arrays(inputs, [weight], weight.shape[0], bias, step)
+    return multiply_arrays(inputs, [weight], False, weight.shape[0], bias, step)
 
 
 def multiply_arrays(
-    inputs: Tensor, arrays: Sequence[Tensor], num_outputs: int, bias: Tensor | None, step: int
+    inputs: Tensor,
+    arrays: Sequence[Tensor],
+    is_lossless: bool,
+    num_outputs: int,
+    bias: Tensor | None,
+    step: int,
 ) -> Tensor:
-    """The same with a matrix of either kind: arrays as `lossless.arrays_of` has them."""
+    """The same with a matrix of either kind. arrays: the matrix, or those of native/lossless.h."""
     num_tokens, num_inputs = inputs.shape
     outputs = torch.empty((num_tokens, num_outputs), dtype=torch.bfloat16)
     native_library.kernels().gemm(
         gemv.addresses(arrays),
-        len(arrays) > 1,
+        is_lossless,
         None if bias is None else bias.data_ptr(),
         inputs.data_ptr(),
         outputs.data_ptr(),

@@ -45,7 +45,10 @@ def is_exact(weight: Tensor, bias: Tensor | None = None) -> bool:
     if key not in _same_bits:
         _same_bits[key] = _can_take(weight) and _gives_same_bits(weight, bias)
         by = "native" if _same_bits[key] else "torch"
-        logger.info("kernel chosen", extra={"shape": shape, "kernel": by})
+        logger.info(
+            "kernel chosen",
+            extra={"shape": shape, "kernel": by, "threads": torch.get_num_threads()},
+        )
     return _same_bits[key]
 
 

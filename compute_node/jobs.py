@@ -8,14 +8,17 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from proto import errors
 
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 0.2
+
+Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
@@ -56,26 +59,36 @@ class Job:
         self.loop.call_soon_threadsafe(self.results.put_nowait, result)
 
 
+@dataclass(eq=False)
+class _Errand:
+    """A job of the node's own."""
+
+    work: Callable[[], Any]
+    done: Future[Any] = field(default_factory=Future)
+
+    def run(self) -> None:
+        try:
+            self.done.set_result(self.work())
+        except Exception as error:  # noqa: BLE001  carried to who waits, whatever it is
+            self.done.set_exception(error)
+
+    def cancel(self) -> None:
+        """Who asked waits for it: it is done."""
+
+
 class ComputeThread:
     """Runs jobs one at a time, in order. Use as a context manager.
 
-    begin: called on the thread once, before its first job
     idle: called on the thread now and then while there is nothing to do
     """
 
-    def __init__(
-        self,
-        max_queued: int,
-        begin: Callable[[], None] = lambda: None,
-        idle: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._begin = begin
+    def __init__(self, max_queued: int, idle: Callable[[], None] = lambda: None) -> None:
         self._idle = idle
-        self._jobs: queue.Queue[Job] = queue.Queue(max_queued)
+        self._jobs: queue.Queue[Job | _Errand] = queue.Queue(max_queued)
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._draining = False
         self._stopping = threading.Event()
-        self._current: Job | None = None
+        self._current: Job | _Errand | None = None
 
     def __enter__(self) -> ComputeThread:
         self._thread.start()
@@ -87,6 +100,16 @@ class ComputeThread:
         if self._current is not None:
             self._current.cancel()
         self._thread.join()
+
+    def do(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns, done on the thread; waits for it. Raises what it raises.
+
+        For what has to be done by this thread before there are jobs.
+        """
+        errand = _Errand(work)
+        self._jobs.put(errand)
+        result: Result = errand.done.result()
+        return result
 
     @property
     def num_queued(self) -> int:
@@ -125,7 +148,6 @@ class ComputeThread:
             ) from None
 
     def _run(self) -> None:
-        self._begin()
         while True:
             try:
                 job = self._jobs.get(timeout=_IDLE_S)

@@ -20,11 +20,9 @@ from typing import Any
 # Read at torch's import. Two caches of generated kernels, 1,024 shapes each unless told otherwise.
 # And how often OpenMP's threads look out for work before they sleep, a hundred times a microsecond:
 # by default for 3 ms, on cores that others need (tests/bench/LOG.md).
-_SETTINGS = {
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "24",
-    "LRU_CACHE_CAPACITY": "24",
-    "GOMP_SPINCOUNT": "1000",
-}
+_SETTINGS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "24", "LRU_CACHE_CAPACITY": "24"}
+if "OMP_WAIT_POLICY" not in os.environ:
+    _SETTINGS["GOMP_SPINCOUNT"] = "1000"
 for _name, _value in _SETTINGS.items():
     os.environ.setdefault(_name, _value)
 

@@ -4,6 +4,7 @@ themselves: by native kernels as they lie, or unpacked for torch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
@@ -16,7 +17,9 @@ from compute_node import gemm, gemv, matrices, native_library, scratch
 from proto.expert import ModelSpec, TensorLayout
 from proto.weight_format import BASES, CODES, OUTLIER_ENDS, OUTLIERS, lossless_tensors
 
-_PARTS = ("", CODES, BASES, OUTLIER_ENDS, OUTLIERS)  # as native/lossless.c takes them
+logger = logging.getLogger(__name__)
+
+_PARTS = ("", CODES, BASES, OUTLIER_ENDS, OUTLIERS)  # as native/lossless.h has them
 _PLACE_BITS = 24
 
 _same_bits: dict[tuple[object, ...], bool] = {}
@@ -41,6 +44,8 @@ def is_exact(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -
     key = (shape, bias is not None, torch.get_num_threads())
     if key not in _same_bits:
         _same_bits[key] = _gives_same_bits(tensors, name, shape, bias)
+        if not _same_bits[key]:
+            logger.info("lossless product left to torch", extra={"shape": shape, "tokens": 1})
     return _same_bits[key]
 
 
@@ -80,7 +85,7 @@ def linear(
     if inputs.dtype == torch.bfloat16 and inputs.is_contiguous() and inputs.shape[0] > 1:
         step = step_of(inputs.shape[0], tensors, name, shape)
     if step:
-        return gemm.multiply_arrays(inputs, arrays_of(tensors, name), shape[0], bias, step)
+        return gemm.multiply_arrays(inputs, arrays_of(tensors, name), True, shape[0], bias, step)
     return functional.linear(inputs, unpack(tensors, name, shape), bias)
 
 
@@ -94,6 +99,10 @@ def step_of(
     key = (num_tokens, shape, bias is not None, torch.get_num_threads())
     if key not in _steps:
         _steps[key] = _find_step(num_tokens, tensors, name, shape, bias)
+        if not _steps[key]:
+            logger.info(
+                "lossless product left to torch", extra={"shape": shape, "tokens": num_tokens}
+            )
     return _steps[key]
 
 
@@ -164,7 +173,7 @@ def _find_step(
         return 0
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn((num_tokens, shape[1]), generator=generator).bfloat16()
-    found = gemm.multiply_arrays(inputs, arrays_of(tensors, name), shape[0], bias, step)
+    found = gemm.multiply_arrays(inputs, arrays_of(tensors, name), True, shape[0], bias, step)
     expected = gemm.multiply(inputs, weight, bias, step)
     return step if torch.equal(found.view(torch.int16), expected.view(torch.int16)) else 0
 

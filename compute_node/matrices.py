@@ -30,7 +30,7 @@ def check_records(
     modules: Mapping[int, Any],
     expected: Callable[[Any, Mapping[str, TensorLayout]], Iterable[Described]],
 ) -> None:
-    """Whether a store's records have what kernels of its format take.
+    """That a store's records have what kernels of its format take.
 
     modules:  model layer number -> experts module
     expected: of a module, and of what its records hold by name: what they must hold

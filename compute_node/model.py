@@ -5,7 +5,6 @@ materialise.
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from compute_node import experts, lossless, low_bit, one_token_linear, one_token_norm
 from compute_node.cache.expert_cache import ExpertCache
-from compute_node.dense_weights import read_dense
+from compute_node.dense_weights import reading_dense
 from compute_node.experts import RoutedExperts, StepRecord
 from compute_node.overlap import Overlap
 from compute_node.prefetcher import NextRouter, Prefetcher
@@ -77,14 +76,13 @@ def load_model(
 ) -> LoadedModel:
     """Build the checkpoint's own model class around borrowed experts.
 
-    Raises CheckpointUnsupported, WeightsDamaged, ConfigInvalid.
+    Raises CheckpointUnsupported, ManifestInvalid, WeightsDamaged, ConfigInvalid.
     """
-    with ThreadPoolExecutor(1, "dense-weights") as reader:
+    with reading_dense(model_dir, spec.dense) as dense:
         # The disk is busy while Python imports the model's class and builds it.
-        dense = reader.submit(read_dense, model_dir, spec.dense)
         model, modules = _build(model_dir, spec)
         tokenizer = _load_tokenizer(model_dir)
-        _fill(model, dense.result())
+        _fill(model, dense())
     record, scores = StepRecord(), RouterScores()
     for layer, (path, _) in modules.items():
         scores.hook(model, layer, path)
@@ -111,7 +109,7 @@ def load_model(
 
 def _build(model_dir: Path, spec: ModelSpec) -> tuple[Any, dict[int, tuple[str, Any]]]:
     """The checkpoint's own model class without a weight, and its experts modules as
-    `_experts_modules` has them. Raises CheckpointUnsupported.
+    `_experts_modules` has them. Raises CheckpointUnsupported, ManifestInvalid.
     """
     config = AutoConfig.from_pretrained(model_dir)
     with _OnMeta("meta"), no_init_weights():

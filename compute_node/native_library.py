@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "native"
+_VERSION = 0x7D8D2A10D4BDB7D2  # native/version.h has the same
 
 NOT_COMPILED = "it was not compiled when FlashMoE was installed"
 OUTDATED = "it was compiled from older sources (install FlashMoE again)"
@@ -46,7 +47,7 @@ def kernels() -> ctypes.CDLL:
 def load() -> ctypes.CDLL | None:
     """None: see `obstacle`."""
     library = _open()
-    if library is None or not library.kernels_usable() or _missing(library):
+    if library is None or not library.kernels_usable() or _is_outdated(library):
         return None
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
@@ -61,7 +62,7 @@ def obstacle() -> str:
         return NOT_COMPILED
     if not library.kernels_usable():
         return CPU_LACKS_IT
-    return OUTDATED if _missing(library) else ""
+    return OUTDATED if _is_outdated(library) else ""
 
 
 def _open() -> ctypes.CDLL | None:
@@ -69,5 +70,8 @@ def _open() -> ctypes.CDLL | None:
     return None if path is None else ctypes.CDLL(str(path))
 
 
-def _missing(library: ctypes.CDLL) -> list[str]:
-    return [name for name in _ARGUMENTS if not hasattr(library, name)]
+def _is_outdated(library: ctypes.CDLL) -> bool:
+    if not hasattr(library, "kernels_version"):
+        return True
+    library.kernels_version.restype = _SIZE
+    return bool(library.kernels_version() != _VERSION)

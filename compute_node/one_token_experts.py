@@ -41,19 +41,11 @@ def table_of(module: Any, tensors: dict[str, Tensor], hidden: Tensor) -> Tensor 
     if not all(_is_exact(module, tensors, name) for name in ("gate_up_proj", "down_proj")):
         return None
     if module not in _tables:
-        _, inner = shape_of(module, tensors, "down_proj")
+        _, inner = matrices.shape_of(module, "down_proj")
         _tables[module] = table = _find_table(module, inner)
         by = "torch" if table is None else "native"
         logger.info("gate chosen", extra={"experts": type(module).__name__, "kernel": by})
     return _tables[module]
-
-
-def shape_of(module: Any, tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
-    """[N, K] of a matrix that may be packed."""
-    if lossless.is_packed(tensors, name):
-        return matrices.shape_of(module, name)
-    rows, columns = tensors[name].shape
-    return rows, columns
 
 
 def _is_exact(module: Any, tensors: Mapping[str, Tensor], name: str) -> bool:
@@ -76,7 +68,7 @@ def feed_forward(
 
     Returns [E, D].
     """
-    count, (num_outputs, inner) = len(experts), shape_of(module, experts[0], "down_proj")
+    count, (num_outputs, inner) = len(experts), matrices.shape_of(module, "down_proj")
     gate_up, down = (
         [array for tensors in experts for array in lossless.arrays_of(tensors, name)]
         for name in ("gate_up_proj", "down_proj")
@@ -86,7 +78,7 @@ def feed_forward(
     native_library.kernels().experts(
         gemv.addresses(gate_up),
         gemv.addresses(down),
-        len(down) > count,
+        lossless.is_packed(experts[0], "down_proj"),
         count,
         hidden.data_ptr(),
         table.data_ptr(),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compute_node import gemm, gemv, lossless, native_library, one_token_experts
+from compute_node import gemm, gemv, lossless, matrices, native_library, one_token_experts
 from compute_node.kernels import feed_forward
 
 
@@ -83,7 +83,7 @@ class Prompt:
         return True
 
     def _sizes(self, module: Any, tensors: Mapping[str, Tensor], count: int) -> _Sizes:
-        hidden, inner = one_token_experts.shape_of(module, tensors, "down_proj")
+        hidden, inner = matrices.shape_of(module, "down_proj")
         return _Sizes(
             tokens=len(self._hidden),
             top_k=self._weights.shape[1],

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from compute_node.client import NodeClient
-from compute_node.generation import Generation, Phase, Result
+from compute_node.result import Generation, Phase, Result
 from deploy import console, local
 from deploy.budget import MemoryPlan, check_shared_memory, forecaster_room, plan_memory
 from deploy.memory import MemoryReport

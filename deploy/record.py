@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from compute_node.client import NodeClient
-from compute_node.generation import Result
+from compute_node.result import Result
 from deploy import console, online
 from deploy.prompts import Prompt, read_prompts
 from deploy.recorder import Drawing, Recorder, to_trace

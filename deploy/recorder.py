@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compute_node.client import NodeClient
-from compute_node.generation import Generation, RecordedStep, Result
+from compute_node.result import Generation, RecordedStep, Result
 from deploy.prompts import Prompt
 from proto import errors
 from scheduler.trace import AccessTrace

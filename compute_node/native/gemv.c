@@ -8,6 +8,8 @@
  */
 #include <string.h>
 
+#include "version.h"
+
 #if defined(__x86_64__)
 #include "tiles.h"
 
@@ -83,6 +85,8 @@ __attribute__((target(TARGET))) static void work(void *data) {
   }
 }
 
+int64_t kernels_version(void) { return KERNELS_VERSION; }
+
 int kernels_usable(void) {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -112,6 +116,9 @@ void gemv_one(const uint16_t *weight, const uint16_t *bias, const uint16_t *inpu
 }
 
 #else
+#include <stdint.h>
+
+int64_t kernels_version(void) { return KERNELS_VERSION; }
 
 int kernels_usable(void) { return 0; }
 

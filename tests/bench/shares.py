@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 from compute_node.client import NodeClient
-from compute_node.generation import Result
+from compute_node.result import Result
 from expert_store.index import index
 from tests.bench.table import show, spread
 from tests.stack import MODEL, served

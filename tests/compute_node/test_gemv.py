@@ -134,17 +134,6 @@ def test_without_the_library_torch_multiplies(
 
 
 @needs_kernel
-def test_a_library_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(native_library._ARGUMENTS, "a_function_of_tomorrow", ())
-    native_library.load.cache_clear()
-    try:
-        assert native_library.load() is None
-        assert native_library.obstacle() == native_library.OUTDATED
-    finally:
-        native_library.load.cache_clear()
-
-
-@needs_kernel
 @torch.inference_mode()
 def test_linear_layers_keep_their_bits() -> None:
     model = nn.Sequential(

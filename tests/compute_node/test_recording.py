@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compute_node.client import NodeClient
-from compute_node.generation import RecordedStep, Result
+from compute_node.result import RecordedStep, Result
 from proto import compute_node_pb2 as pb
 from proto import errors, rpc
 from proto.compute_node_pb2_grpc import ComputeNodeStub
