@@ -158,8 +158,7 @@ def _many_tokens(
     """
     prompt = Prompt(hidden.contiguous(), topk_ids, topk_weights, module.num_experts)
     for wave in waves:
-        for borrowed in wave:
-            prompt.add(module, borrowed.tensors, borrowed.key.expert)
+        prompt.add(module, {borrowed.key.expert: borrowed.tensors for borrowed in wave})
     return combine(prompt.outputs, topk_ids)
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "native"
-_VERSION = 0x7D8D2A10D4BDB7D2  # native/version.h has the same
+_VERSION = 0x2965518163DA2D77  # native/version.h has the same
 
 NOT_COMPILED = "it was not compiled when FlashMoE was installed"
 OUTDATED = "it was compiled from older sources (install FlashMoE again)"
@@ -31,7 +31,7 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
     "experts": (*[_POINTER] * 2, _SIZE, _SIZE, *[_POINTER] * 5, *_SHAPE, *_THREADS),
     "add_rows": (_POINTER, *_SHAPE, _POINTER),
     "gate_of": (_POINTER, _POINTER, *_SHAPE, _POINTER),
-    "prompt_expert": (*[_POINTER] * 2, _SIZE, _POINTER, _SIZE, *[_POINTER] * 6, *_THREADS),
+    "prompt_experts": (_POINTER, _POINTER, _SIZE, *_THREADS),
 }
 
 

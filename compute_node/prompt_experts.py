@@ -1,11 +1,12 @@
-"""Many tokens through the experts of a layer, one expert after another: in one call of
-native/prompt.c where every step of it is known to give torch's bits, else by torch.
+"""Many tokens through the experts of a layer: all that are there at once in one call of
+native/prompt.c where every step of it is known to give torch's bits, else one by one by torch.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +15,43 @@ from torch import Tensor
 from compute_node import gemm, gemv, lossless, matrices, native_library, one_token_experts
 from compute_node.kernels import feed_forward
 
+_MATRICES = ("gate_up_proj", "down_proj")
 
-class _Sizes(ctypes.Structure):
+
+class _Expert(ctypes.Structure):
     """As native/prompt.c has it."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in ("tokens", "top_k", "hidden", "inner", "up_step", "down_step")
+    _fields_ = (
+        ("gate_up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("up_step", ctypes.c_int64),
+        ("down_step", ctypes.c_int64),
     )
+
+
+class _Prompt(ctypes.Structure):
+    """As native/prompt.c has it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("states", "weights", "table", "outputs", "scratch")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("scratch_numbers", "tokens", "top_k", "hidden", "inner", "lossless")
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Share:
+    """An expert, and the tokens that chose it.
+
+    tensors: of its record; places: [t] int64, k * T + token of each choice
+    """
+
+    tensors: dict[str, Tensor]
+    places: Tensor
 
 
 class Prompt:
@@ -43,55 +73,82 @@ class Prompt:
         counts = torch.bincount(chosen, minlength=num_experts + 1)
         self._ends = counts.cumsum(0).tolist()
 
-    def add(self, module: Any, tensors: dict[str, Tensor], expert: int) -> None:
-        """Compute the tokens that chose `expert`."""
-        places = self._order[self._ends[expert - 1] if expert else 0 : self._ends[expert]]
-        if not self._add_native(module, tensors, places):
-            self._add_by_torch(module, tensors, places)
+    def add(self, module: Any, experts: Mapping[int, dict[str, Tensor]]) -> None:
+        """Compute the tokens that chose them. experts: the tensors of each by its number."""
+        if not experts:
+            return
+        some = next(iter(experts.values()))  # all are alike
+        table = one_token_experts.table_of(module, some, self._hidden)
+        native = []
+        for expert, tensors in experts.items():
+            share = _Share(tensors, self._places(expert))
+            steps = (0, 0) if table is None else _steps_of(module, share)
+            if all(steps):
+                native.append((share, steps))
+            else:
+                self._add_by_torch(module, share)
+        if native and table is not None:
+            self._add_native(module, native, table)
 
-    def _add_by_torch(self, module: Any, tensors: dict[str, Tensor], places: Tensor) -> None:
-        place, token = places // len(self._hidden), places % len(self._hidden)
-        output = feed_forward(module, tensors, self._hidden[token])  # [t, D]
+    def _places(self, expert: int) -> Tensor:
+        return self._order[self._ends[expert - 1] if expert else 0 : self._ends[expert]]
+
+    def _add_by_torch(self, module: Any, share: _Share) -> None:
+        place, token = share.places // len(self._hidden), share.places % len(self._hidden)
+        output = feed_forward(module, share.tensors, self._hidden[token])  # [t, D]
         weighted = output * self._weights[token, place, None]
         self.outputs[token, place] = weighted.to(self._hidden.dtype)
 
-    def _add_native(self, module: Any, tensors: dict[str, Tensor], places: Tensor) -> bool:
-        """Whether it could be done so."""
-        table = one_token_experts.table_of(module, tensors, self._hidden)
-        if table is None:
-            return False
-        sizes = self._sizes(module, tensors, len(places))
-        if not (sizes.up_step and sizes.down_step):
-            return False
-        numbers = len(places) * (2 * sizes.hidden + 3 * sizes.inner)
-        scratch = torch.empty(numbers, dtype=torch.bfloat16)
-        native_library.kernels().prompt_expert(
-            gemv.addresses(lossless.arrays_of(tensors, "gate_up_proj")),
-            gemv.addresses(lossless.arrays_of(tensors, "down_proj")),
-            lossless.is_packed(tensors, "down_proj"),
-            places.data_ptr(),
-            len(places),
+    def _add_native(
+        self, module: Any, shares: Sequence[tuple[_Share, tuple[int, int]]], table: Tensor
+    ) -> None:
+        """The busiest first, so that threads end together."""
+        ordered = sorted(shares, key=lambda pair: len(pair[0].places), reverse=True)
+        hidden, inner = matrices.shape_of(module, "down_proj")
+        threads = torch.get_num_threads()
+        numbers = len(ordered[0][0].places) * (2 * hidden + 3 * inner)
+        scratch = torch.empty(threads * numbers, dtype=torch.bfloat16)
+        arrays = [
+            [gemv.addresses(lossless.arrays_of(share.tensors, name)) for name in _MATRICES]
+            for share, _ in ordered
+        ]
+        experts = [
+            _Expert(
+                *map(ctypes.addressof, pair), share.places.data_ptr(), len(share.places), *steps
+            )
+            for (share, steps), pair in zip(ordered, arrays, strict=True)
+        ]
+        prompt = _Prompt(
             self._hidden.data_ptr(),
             self._wide_weights.data_ptr(),
             table.data_ptr(),
-            scratch.data_ptr(),
             self.outputs.data_ptr(),
-            ctypes.byref(sizes),
+            scratch.data_ptr(),
+            numbers,
+            len(self._hidden),
+            self._weights.shape[1],
+            hidden,
+            inner,
+            lossless.is_packed(ordered[0][0].tensors, "down_proj"),
+        )
+        native_library.kernels().prompt_experts(
+            ctypes.byref(prompt),
+            (_Expert * len(experts))(*experts),
+            len(experts),
             gemv.parallel(),
-            torch.get_num_threads(),
+            threads,
         )
-        return True
 
-    def _sizes(self, module: Any, tensors: Mapping[str, Tensor], count: int) -> _Sizes:
-        hidden, inner = matrices.shape_of(module, "down_proj")
-        return _Sizes(
-            tokens=len(self._hidden),
-            top_k=self._weights.shape[1],
-            hidden=hidden,
-            inner=inner,
-            up_step=_step_of(count, tensors, "gate_up_proj", (2 * inner, hidden)),
-            down_step=_step_of(count, tensors, "down_proj", (hidden, inner)),
-        )
+
+def _steps_of(module: Any, share: _Share) -> tuple[int, int]:
+    """Of both products; 0 where torch has to multiply."""
+    hidden, inner = matrices.shape_of(module, "down_proj")
+    shapes = (2 * inner, hidden), (hidden, inner)
+    up, down = (
+        _step_of(len(share.places), share.tensors, name, shape)
+        for name, shape in zip(_MATRICES, shapes, strict=True)
+    )
+    return up, down
 
 
 def _step_of(

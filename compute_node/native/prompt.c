@@ -1,4 +1,4 @@
-/* The tokens of a prompt that chose one expert, from their hidden states to their weighted outputs.
+/* The tokens of a prompt through the experts that they chose, from hidden states to weighted outputs.
  *
  * Between the two products every number is rounded where torch's own operations round it;
  * compute_node/prompt_experts.py takes this way where each step is known to give torch's bits.
@@ -15,36 +15,69 @@ void gate_of(const uint16_t *gate_up, const uint16_t *table, int64_t count, int6
              uint16_t *activated);
 void weigh(const uint16_t *row, float weight, int64_t columns, uint16_t *weighted);
 
-struct sizes {
-  int64_t tokens, top_k, hidden, inner;
-  int64_t up_step, down_step; /* columns of an accumulator in either product */
+/* What one expert has to do. */
+struct expert {
+  const void *const *gate_up, *down; /* one array of bf16, or the arrays of a lossless matrix */
+  const int64_t *places;             /* [count], k * tokens + token of each choice of it */
+  int64_t count;
+  int64_t up_step, down_step;        /* columns of an accumulator in either product */
 };
 
-/* gate_up, down: one array of bf16, or the arrays of a lossless matrix
- * places:  [count], k * tokens + token of each choice of this expert
- * states:  [tokens, hidden], weights: [tokens, top_k], outputs: [tokens, top_k, hidden]
- * table:   the activation of every bf16 number
- * scratch: room for count * (2 * hidden + 3 * inner) numbers */
-void prompt_expert(const void *const *gate_up, const void *const *down, int64_t lossless,
-                   const int64_t *places, int64_t count, const uint16_t *states,
-                   const float *weights, const uint16_t *table, uint16_t *scratch,
-                   uint16_t *outputs, const struct sizes *sizes, parallel_function *parallel,
-                   int64_t threads) {
-  int64_t hidden = sizes->hidden, inner = sizes->inner;
+struct prompt {
+  const uint16_t *states; /* [tokens, hidden] */
+  const float *weights;   /* [tokens, top_k] */
+  const uint16_t *table;  /* the activation of every bf16 number */
+  uint16_t *outputs;      /* [tokens, top_k, hidden] */
+  uint16_t *scratch;      /* a thread: most tokens of an expert times (2 * hidden + 3 * inner) */
+  int64_t scratch_numbers; /* of a thread */
+  int64_t tokens, top_k, hidden, inner, lossless;
+};
+
+struct job {
+  const struct prompt *prompt;
+  const struct expert *experts;
+  int64_t num_experts;
+  int64_t next, next_scratch; /* whoever asks first */
+};
+
+static void compute(const struct prompt *prompt, const struct expert *expert, uint16_t *scratch,
+                    parallel_function *parallel, int64_t threads) {
+  int64_t hidden = prompt->hidden, inner = prompt->inner, count = expert->count;
   uint16_t *chosen = scratch, *made = chosen + count * hidden;
   uint16_t *projected = made + count * hidden, *activated = projected + count * 2 * inner;
   for (int64_t i = 0; i < count; i++)
-    memcpy(chosen + i * hidden, states + places[i] % sizes->tokens * hidden, (size_t)hidden * 2);
-  gemm(gate_up, lossless, 0, chosen, projected, count, 2 * inner, hidden, sizes->up_step, parallel,
-       threads);
-  gate_of(projected, table, count, inner, activated);
-  gemm(down, lossless, 0, activated, made, count, hidden, inner, sizes->down_step, parallel,
-       threads);
+    memcpy(chosen + i * hidden, prompt->states + expert->places[i] % prompt->tokens * hidden,
+           (size_t)hidden * 2);
+  gemm(expert->gate_up, prompt->lossless, 0, chosen, projected, count, 2 * inner, hidden,
+       expert->up_step, parallel, threads);
+  gate_of(projected, prompt->table, count, inner, activated);
+  gemm(expert->down, prompt->lossless, 0, activated, made, count, hidden, inner, expert->down_step,
+       parallel, threads);
   for (int64_t i = 0; i < count; i++) {
-    int64_t token = places[i] % sizes->tokens, k = places[i] / sizes->tokens;
-    int64_t at = token * sizes->top_k + k;
-    weigh(made + i * hidden, weights[at], hidden, outputs + at * hidden);
+    int64_t token = expert->places[i] % prompt->tokens, k = expert->places[i] / prompt->tokens;
+    int64_t at = token * prompt->top_k + k;
+    weigh(made + i * hidden, prompt->weights[at], hidden, prompt->outputs + at * hidden);
   }
+}
+
+__attribute__((target(TARGET))) static void work(void *data) {
+  struct job *job = data;
+  uint16_t *scratch = job->prompt->scratch + take(&job->next_scratch) * job->prompt->scratch_numbers;
+  int64_t number;
+  while ((number = take(&job->next)) < job->num_experts)
+    compute(job->prompt, job->experts + number, scratch, 0, 1);
+}
+
+/* Several experts: each by one thread where there are enough of them, else each by all threads.
+ * Entering a parallel region wakes a thread, which takes as long as a small product. */
+void prompt_experts(const struct prompt *prompt, const struct expert *experts, int64_t num_experts,
+                    parallel_function *parallel, int64_t threads) {
+  struct job job = {prompt, experts, num_experts, 0, 0};
+  if (parallel && threads > 1 && num_experts >= 2 * threads)
+    parallel(work, &job, (unsigned)threads, 0);
+  else
+    for (int64_t number = 0; number < num_experts; number++)
+      compute(prompt, experts + number, prompt->scratch, parallel, threads);
 }
 
 #endif

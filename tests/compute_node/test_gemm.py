@@ -4,11 +4,13 @@ Planted faults seen red: an accumulator beyond the last column, accumulators not
 done twice, no bias, outputs of the first rows only, accumulators of 512 columns, a wrong order
 trusted; more tokens than there is room for, strides of weights or tokens ignored; the token and its
 place mixed up, another token's gate weight, tokens of another expert or in another order; of a
-lossless matrix, the first tile of each panel alone.
+lossless matrix, the first tile of each panel alone; the last expert of a wave left out, one scratch
+for two threads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -89,9 +91,18 @@ class Experts(SimpleNamespace):
 
 @needs_kernel
 @pytest.mark.parametrize("is_lossless", [False, True], ids=["exact", "lossless"])
+@pytest.mark.parametrize(
+    "waves",
+    [lambda experts: [experts], lambda experts: [experts[:1], experts[1:]]],
+    ids=["a thread an expert", "all threads an expert"],
+)
 @torch.inference_mode()
-def test_a_prompt_through_its_experts(is_lossless: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one call an expert, the bits of torch's own operations; nobody's token stays zero."""
+def test_a_prompt_through_its_experts(
+    waves: Callable[[list[int]], list[list[int]]],
+    is_lossless: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In one call a wave, the bits of torch's own operations; nobody's token stays zero."""
     num_tokens, num_experts, top_k, hidden_size, inner = 24, 5, 2, 64, 96
     topk_ids = torch.rand(num_tokens, num_experts - 1).topk(top_k).indices  # the last has none
     topk_ids[3, 1] = num_experts  # transformers' mark for none
@@ -104,18 +115,24 @@ def test_a_prompt_through_its_experts(is_lossless: bool, monkeypatch: pytest.Mon
         )
         monkeypatch.setattr(one_token_experts, "_tables", {})
         prompts = [Prompt(x, topk_ids, weights, num_experts) for _ in range(2)]
-        for expert in set(topk_ids.flatten().tolist()) - {num_experts}:
-            tensors = {
+        experts = {
+            expert: {
                 "gate_up_proj": (torch.randn(2 * inner, hidden_size) * 0.2).bfloat16(),
                 "down_proj": (torch.randn(hidden_size, inner) * 0.2).bfloat16(),
             }
-            stored = packed_expert(tensors) if is_lossless else tensors
-            with monkeypatch.context() as patched:
-                patched.setattr(prompt_experts, "feed_forward", None)
-                prompts[0].add(module, stored, expert)
-            with monkeypatch.context() as patched:
-                patched.setattr(one_token_experts, "table_of", lambda *_: None)
-                prompts[1].add(module, tensors, expert)
+            for expert in set(topk_ids.flatten().tolist()) - {num_experts}
+        }
+        stored = {
+            expert: packed_expert(tensors) if is_lossless else tensors
+            for expert, tensors in experts.items()
+        }
+        with monkeypatch.context() as patched:
+            patched.setattr(prompt_experts, "feed_forward", None)
+            for wave in waves(sorted(stored)):
+                prompts[0].add(module, {expert: stored[expert] for expert in wave})
+        with monkeypatch.context() as patched:
+            patched.setattr(one_token_experts, "table_of", lambda *_: None)
+            prompts[1].add(module, experts)
         assert same_bits(prompts[0].outputs, prompts[1].outputs)
         computed = prompts[0].outputs.ne(0).any(dim=2)
         assert computed.sum() == num_tokens * top_k - 1 and not computed[3, 1]
