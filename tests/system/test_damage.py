@@ -118,7 +118,10 @@ def test_damaged_dense_weight_stops_the_node(copied: tuple[Path, Path], run_dir:
     flip_byte(root / damaged.file, damaged.offset_bytes)
     with daemon("expert_store", run_dir, store_table(store_dir, run_dir, 40)):
         node = DaemonProcess("compute_node", run_dir, node_table(run_dir, "n", 32))
-        assert node.process.wait(60) == 2
+        try:
+            assert node.process.wait(60) == 2
+        finally:
+            node.stop()
     assert (
         f"compute_node: {damaged.name} in {root / damaged.file} is damaged" in node.log.read_text()
     )
