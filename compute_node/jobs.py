@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 _IDLE_S = 0.2
 
-Result = TypeVar("Result")
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(eq=False)
@@ -101,15 +101,15 @@ class ComputeThread:
             self._current.cancel()
         self._thread.join()
 
-    def do(self, work: Callable[[], Result]) -> Result:
+    def do(self, work: Callable[[], Outcome]) -> Outcome:
         """What `work` returns, done on the thread; waits for it. Raises what it raises.
 
         For what has to be done by this thread before there are jobs.
         """
         errand = _Errand(work)
         self._jobs.put(errand)
-        result: Result = errand.done.result()
-        return result
+        outcome: Outcome = errand.done.result()
+        return outcome
 
     @property
     def num_queued(self) -> int:

@@ -19,6 +19,7 @@ from compute_node import dense_weights
 from compute_node.dense_weights import reading_dense
 from proto import errors
 from proto.expert import DenseTensor
+from tests.expert_store.stores import flip
 
 NUM_TENSORS = 9
 
@@ -65,11 +66,7 @@ def test_a_damaged_tensor_is_named(
     stored: dict[str, tuple[DenseTensor, torch.Tensor]], tmp_path: Path
 ) -> None:
     damaged, _ = stored[f"t{NUM_TENSORS - 1}"]
-    with (tmp_path / damaged.file).open("r+b") as file:
-        file.seek(damaged.offset_bytes + 5)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1]))
+    flip(tmp_path / damaged.file, damaged.offset_bytes + 5)
     with (
         reading_dense(tmp_path, [tensor for tensor, _ in stored.values()]) as dense,
         pytest.raises(errors.WeightsDamaged, match=rf"{damaged.name} in .*{damaged.file} .*verify"),

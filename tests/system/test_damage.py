@@ -23,6 +23,7 @@ from proto.expert_store_pb2 import ResidentRequest
 from proto.expert_store_pb2_grpc import ExpertStoreStub
 from tests.checkpoints import make
 from tests.daemons import DaemonProcess, daemon, node_table, store_stats, store_table
+from tests.expert_store.stores import flip
 from tests.stack import MODEL, ROOT, flashmoe
 
 pytestmark = pytest.mark.system
@@ -42,23 +43,12 @@ def copy_of_shipped_model(tmp_path: Path) -> tuple[Path, Path]:
     return root, store_dir
 
 
-def flip_byte(path: Path, offset_bytes: int) -> None:
-    """As a disk does: the file's times tell nothing."""
-    times = path.stat()
-    with path.open("r+b") as file:
-        file.seek(offset_bytes)
-        byte = file.read(1)[0]
-        file.seek(offset_bytes)
-        file.write(bytes([byte ^ 1]))
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
 def flip_expert(root: Path, store_dir: Path, key: ExpertKey) -> None:
     """Change one byte of an expert, and leave the file's size and time as they were."""
     manifest = Manifest.load(store_dir)
     extent = manifest.records[key].extents[0]
     path = root / manifest.files[extent.file].path
-    flip_byte(path, extent.offset_bytes + extent.length_bytes // 2)
+    flip(path, extent.offset_bytes + extent.length_bytes // 2)
 
 
 def first_used_expert(store_dir: Path, run_dir: Path) -> ExpertKey:
@@ -115,7 +105,7 @@ def start_store(store_dir: Path, run_dir: Path) -> subprocess.CompletedProcess[s
 def test_damaged_dense_weight_stops_the_node(copied: tuple[Path, Path], run_dir: Path) -> None:
     root, store_dir = copied
     damaged = Manifest.load(store_dir).spec.dense[-1]
-    flip_byte(root / damaged.file, damaged.offset_bytes)
+    flip(root / damaged.file, damaged.offset_bytes)
     with daemon("expert_store", run_dir, store_table(store_dir, run_dir, 40)):
         node = DaemonProcess("compute_node", run_dir, node_table(run_dir, "n", 32))
         try:
