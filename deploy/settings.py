@@ -59,7 +59,7 @@ class ServeSettings(BaseModel):
         """Slots beside those of the plan, for reads under way and guesses that came: as many as the
         read depth, fewer where one expert is many reads, two at least.
         """
-        piece_bytes = self._count("expert_store", "piece_bytes", 1024 * 1024)
+        piece_bytes = self._count("expert_store", "piece_bytes", 2 * 1024 * 1024)
         needed = -(-self.read_depth * piece_bytes // slot_bytes) + 1
         return self._count("expert_store", "spare_slots", max(2, min(self.read_depth, needed)))
 

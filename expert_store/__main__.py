@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable
 
-from expert_store import resident_list, segment
+from expert_store import kernel_queue, resident_list, segment
 from expert_store.config import ExpertStoreConfig
 from expert_store.doorbell import Doorbell
 from expert_store.manifest import Manifest, check_sources
@@ -36,6 +36,7 @@ async def run(
     with (
         segment.create(config.segment_path, config.num_slots, manifest.slot_bytes) as shared,
         open_files(manifest, root, config.direct_io) as files,
+        kernel_queue.opened(files, config.read_depth) as device,
     ):
         lock = threading.RLock()
         slots = SlotPool(shared)
@@ -52,6 +53,7 @@ async def run(
             config.max_queued_reads,
             config.piece_bytes,
             files.direct,
+            device,
         )
         service = ExpertStoreService(store, str(root), config.doorbell_path)
         with Readers(store, files), Doorbell(config.doorbell_path, store):
@@ -82,6 +84,8 @@ async def _serve(
                 "experts": len(store.manifest.records),
                 "slots": config.num_slots,
                 "segment_bytes": store.segment.layout.segment_bytes,
+                "huge_bytes": store.segment.huge_bytes,
+                "device": type(store.device).__name__,
             }
             logger.info("ready", extra=facts)
             await until_stopped()

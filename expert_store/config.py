@@ -25,7 +25,7 @@ class ExpertStoreConfig(BaseModel):
     read_depth: Annotated[int, Field(ge=1, le=64)] = 4
     spare_slots: PositiveInt | None = None
     max_queued_reads: PositiveInt = 4096
-    piece_bytes: Annotated[int, Field(ge=4096, multiple_of=4096)] = 1024 * 1024
+    piece_bytes: Annotated[int, Field(ge=4096, multiple_of=4096)] = 2 * 1024 * 1024
     direct_io: bool = True
     resident_list: Path | None = None
     lock_poll_s: PositiveFloat = 0.1

@@ -1,5 +1,5 @@
-"""One exchange of a session, whichever way its messages came: releases, withdrawals, prefetches,
-acquires.
+"""One exchange of a session, whichever way its messages came: releases, withdrawals, acquires,
+prefetches.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from proto.expert import ExpertKey
 def perform(store: ExpertStore, session: Session, exchange: pb.Exchange, deliver: Deliver) -> None:
     """Do what the message says; `deliver` hears of every acquire, as `ExpertStore.acquire` has it.
 
-    Raises what releases, prefetches and acquires raise; what was done before stays done.
+    Raises what releases, acquires and prefetches raise; what was done before stays done.
     """
     store.sessions.release(session, _keys(exchange.releases))
     store.withdraw(session, _keys(exchange.withdrawals))
-    store.prefetch(session, _keys(exchange.prefetches))
     store.acquire(session, _keys(exchange.acquires), deliver)
+    store.prefetch(session, _keys(exchange.prefetches))
 
 
 def is_acknowledged(exchange: pb.Exchange) -> bool:

@@ -18,7 +18,7 @@ from proto.shm import PAGE_BYTES, align_up
 
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES = 1024 * 1024  # measured: tests/bench/LOG.md
+PIECE_BYTES = 2 * 1024 * 1024  # measured: tests/bench/LOG.md
 
 
 class SourceFiles:
@@ -33,11 +33,14 @@ class SourceFiles:
             stack.callback(os.close, descriptor)
             self._descriptors.append(descriptor)
 
-    def read(self, piece: Piece, slot: memoryview) -> None:
-        """Fill the landing of `piece`. Raises OSError, and EOFError when the file ends before the
-        payload does.
+    def descriptor(self, file: int) -> int:
+        return self._descriptors[file]
+
+    def read(self, piece: Piece, slot: memoryview, done: int = 0) -> None:
+        """Fill the landing of `piece` from its byte `done` on. Raises OSError, and EOFError when
+        the file ends before the payload does.
         """
-        descriptor, done = self._descriptors[piece.file], 0
+        descriptor = self._descriptors[piece.file]
         landing, end = piece.landing_bytes, piece.landing_bytes + piece.length_bytes
         while done < piece.needed_bytes:
             # Given back at once: a view kept by an error's traceback keeps the segment mapped.
@@ -85,10 +88,12 @@ def _open_direct(path: Path, flags: int) -> int:
     return descriptor
 
 
-def read_piece(files: SourceFiles, record: ExpertRecord, piece: Piece, slot: memoryview) -> None:
-    """One piece of a record. Raises ExpertDamaged."""
+def read_piece(
+    files: SourceFiles, record: ExpertRecord, piece: Piece, slot: memoryview, done: int = 0
+) -> None:
+    """One piece of a record, from its byte `done` on. Raises ExpertDamaged."""
     try:
-        files.read(piece, slot)
+        files.read(piece, slot, done)
     except (OSError, EOFError) as error:
         raise files.damaged(record, piece.file, str(error)) from error
 

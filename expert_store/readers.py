@@ -1,4 +1,6 @@
-"""The threads that read: each asks the store what is next, reads that piece, hashes what it can."""
+"""The threads that take what the device brings: each piece is completed, hashed, and said to be
+there.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,8 @@ import logging
 import threading
 from types import TracebackType
 
-from expert_store.fills import Fill
+from expert_store.device import Issued
 from expert_store.reader import SourceFiles, add_piece, read_piece
-from expert_store.sessions import Session
 from expert_store.store import ExpertStore
 from proto import errors
 
@@ -18,17 +19,15 @@ _SHORT_BYTES = 256 * 1024 + 4096
 
 
 class Readers:
-    """As many as the read depth, and one more: while it hashes, the device keeps its depth.
-
-    Use as a context manager; leaving it lets reads under way end.
-    """
+    """Use as a context manager; leaving it lets reads under way end."""
 
     def __init__(self, store: ExpertStore, files: SourceFiles) -> None:
         self._store = store
+        self._device = store.device
         self._files = files
         self._threads = [
             threading.Thread(target=self._run, name=f"read-{number}")
-            for number in range(store.read_depth + 1)
+            for number in range(self._device.num_readers)
         ]
 
     def __enter__(self) -> Readers:
@@ -43,34 +42,36 @@ class Readers:
         traceback: TracebackType | None,
     ) -> None:
         self._store.stop()
+        self._device.stop()
         for thread in self._threads:
             thread.join()
         self._store.give_up()
 
     def _run(self) -> None:
-        while (issued := self._store.next_piece()) is not None:
-            self._read(*issued)
+        while (came := self._device.wait()) is not None:
+            self._take(*came)
 
-    def _read(self, fill: Fill[Session], number: int) -> None:
-        assert fill.assembly is not None
+    def _take(self, issued: Issued, done_bytes: int) -> None:
         is_whole = False
         problem: errors.FlashMoEError | None = None
-        # Hashed sooner than another reader wakes up: this one goes on by itself.
-        is_short = fill.assembly.pieces[number].length_bytes <= _SHORT_BYTES
+        # Hashed sooner than the device could be asked: both are said at once.
+        is_short = issued.piece.length_bytes <= _SHORT_BYTES
         try:
-            is_whole = self._read_and_add(fill, number, is_short)
+            is_whole = self._read_and_add(issued, done_bytes, is_short)
         except errors.ExpertDamaged as error:
             problem = error
         except Exception as error:  # carried to whoever waits: a reader outlives it
             logger.exception("read failed")
             problem = errors.FlashMoEError(f"the store failed: {error!r}")
-        self._store.piece_done(fill, is_whole, problem, came_now=is_short)
+        self._store.piece_done(issued, is_whole, problem, came_now=is_short)
 
-    def _read_and_add(self, fill: Fill[Session], number: int, is_short: bool) -> bool:
+    def _read_and_add(self, issued: Issued, done_bytes: int, is_short: bool) -> bool:
+        fill, piece = issued.fill, issued.piece
         assert fill.assembly is not None and fill.view is not None
         try:
-            read_piece(self._files, fill.record, fill.assembly.pieces[number], fill.view)
+            if done_bytes < piece.needed_bytes:
+                read_piece(self._files, fill.record, piece, fill.view, done_bytes)
         finally:
             if not is_short:
-                self._store.piece_came(fill)
-        return add_piece(self._files, fill.record, fill.assembly, number)
+                self._store.piece_came(issued)
+        return add_piece(self._files, fill.record, fill.assembly, issued.number)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from expert_store import huge_pages
 from proto import errors, shm
 
 
@@ -19,11 +20,18 @@ class Segment:
     """Slots as writable views, and the generation of each."""
 
     def __init__(
-        self, path: Path, mapping: mmap.mmap, layout: shm.SegmentLayout, epoch: int
+        self,
+        path: Path,
+        mapping: mmap.mmap,
+        layout: shm.SegmentLayout,
+        epoch: int,
+        huge_bytes: int,
     ) -> None:
+        """huge_bytes: of the segment's, those that lie in huge pages."""
         self.path = path
         self.layout = layout
         self.epoch = epoch
+        self.huge_bytes = huge_bytes
         self._view = memoryview(mapping)
 
     def slot(self, slot: int) -> memoryview:
@@ -54,9 +62,9 @@ def create(path: Path, num_slots: int, slot_bytes: int) -> Iterator[Segment]:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _open_claimed(path)
     try:
-        _allocate(descriptor, path, layout)
+        huge_bytes = _allocate(descriptor, path, layout)
         with mmap.mmap(descriptor, layout.segment_bytes) as mapping:
-            segment = Segment(path, mapping, layout, epoch=time.time_ns())
+            segment = Segment(path, mapping, layout, time.time_ns(), huge_bytes)
             _format(mapping, segment)
             try:
                 yield segment
@@ -90,10 +98,11 @@ def _claim(descriptor: int, path: Path) -> None:
         ) from error
 
 
-def _allocate(descriptor: int, path: Path, layout: shm.SegmentLayout) -> None:
-    """A full tmpfs is an error here and not a SIGBUS later."""
+def _allocate(descriptor: int, path: Path, layout: shm.SegmentLayout) -> int:
+    """How much of it is huge pages. A full tmpfs is an error here and not a SIGBUS later."""
     try:
         os.ftruncate(descriptor, layout.segment_bytes)
+        huge_bytes = huge_pages.lay_out(descriptor, layout.segment_bytes)
         os.posix_fallocate(descriptor, 0, layout.segment_bytes)
     except OSError as error:
         path.unlink(missing_ok=True)
@@ -102,6 +111,7 @@ def _allocate(descriptor: int, path: Path, layout: shm.SegmentLayout) -> None:
             f"({error.strerror}): "
             "give fewer experts memory, or run container-config again with a larger --memory"
         ) from error
+    return huge_bytes
 
 
 def _format(mapping: mmap.mmap, segment: Segment) -> None:

@@ -1,6 +1,6 @@
 """Lends experts: finds them or has them read, accounts for leases, quarantines what is damaged.
 
-Called from any thread; nothing here waits for the disk but `next_piece`, which readers call.
+Called from any thread; nothing here waits for the disk but `stop`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from expert_store.assembly import Assembly
+from expert_store.device import Device, Issued
 from expert_store.extents import ExpertRecord
 from expert_store.fills import Fill, FillQueue, Priority
 from expert_store.manifest import Manifest
@@ -71,6 +72,7 @@ class ExpertStore:
     max_queued: records that may wait for it
     piece_bytes: the longest read
     direct_io: whether reads bypass the page cache
+    device: what pieces are asked of
     """
 
     manifest: Manifest
@@ -82,6 +84,7 @@ class ExpertStore:
     max_queued: int
     piece_bytes: int
     direct_io: bool
+    device: Device
     counters: Counters = field(default_factory=Counters)
     quarantined: dict[ExpertKey, str] = field(default_factory=dict)
     _fills: dict[ExpertKey, Fill[Session]] = field(default_factory=dict)
@@ -91,7 +94,7 @@ class ExpertStore:
     _is_stopping: bool = False
 
     def __post_init__(self) -> None:
-        self._changed = threading.Condition(self.lock)
+        self._left = threading.Condition(self.lock)  # the device has nothing left to do
         self.num_spare = self.segment.layout.num_slots - self.sessions.max_leased
 
     def acquire(self, session: Session, keys: Sequence[ExpertKey], deliver: Deliver) -> None:
@@ -105,6 +108,7 @@ class ExpertStore:
             self._check(keys)
             self.sessions.reserve(session, keys)
             found = [self._find_or_read(session, key, deliver) for key in keys]
+            self._ask_device()
         lent = [item for item in found if item is not None]
         if lent:
             deliver(lent)
@@ -128,9 +132,13 @@ class ExpertStore:
                     self.counters.prefetches_dropped += 1
                 else:
                     self._start(record, Priority.PREFETCH).wishers.add(session)
+            self._ask_device()
 
     def withdraw(self, session: Session, keys: Sequence[ExpertKey]) -> None:
-        """Prefetches that `session` no longer wants: what nobody else wants is read no further."""
+        """Prefetches that `session` no longer wants: what nobody else wants is read no further.
+
+        Nothing new is asked of the device: what comes after it may be more urgent.
+        """
         with self.lock:
             for key in keys:
                 fill = self._fills.get(key)
@@ -152,6 +160,7 @@ class ExpertStore:
             for key in known:
                 if self.slots.find(key) is None and key not in self._fills:
                     self._start(self.manifest.records[key], Priority.REFILL)
+            self._ask_device()
         logger.info("refilling", extra={"experts": len(known)})
 
     def wanted(self) -> list[ExpertKey]:
@@ -159,27 +168,15 @@ class ExpertStore:
         with self.lock:
             return self.slots.leased()
 
-    def next_piece(self) -> tuple[Fill[Session], int] | None:
-        """What to ask of the device next, and the number of the piece; waits for it. None: stop."""
-        with self._changed:
-            while not self._is_stopping:
-                fill = self._queue.first() if self._num_at_device < self.read_depth else None
-                if fill is not None and (fill.slot or self._give_slot(fill)):
-                    return fill, self._issue(fill)
-                if fill is None or not fill.is_withdrawn:
-                    self._changed.wait()
-        return None
-
-    def piece_came(self, fill: Fill[Session]) -> None:
+    def piece_came(self, issued: Issued) -> None:
         """The device is free for another; said whether or not the read went well."""
-        with self._changed:
-            self._leave_device(fill)
-            if self._queue.first() is not None:
-                self._changed.notify()
+        with self.lock:
+            self._leave_device(issued.fill)
+            self._ask_device()
 
     def piece_done(
         self,
-        fill: Fill[Session],
+        issued: Issued,
         is_whole: bool,
         error: errors.FlashMoEError | None,
         *,
@@ -187,22 +184,24 @@ class ExpertStore:
     ) -> None:
         """A piece was read and hashed, or failed; lends the record once it is whole.
 
-        came_now: `piece_came` was not said; the reader that says this goes on itself
+        came_now: `piece_came` was not said
         """
-        with self._changed:
+        fill = issued.fill
+        with self.lock:
             if came_now:
                 self._leave_device(fill)
             fill.num_in_flight -= 1
             fill.error = fill.error or error
             lent = self._seal(fill) if is_whole else self._settle(fill)
+            self._ask_device()
         for deliver, item in lent:
             deliver([item])
 
     def stop(self) -> None:
-        """Ask nothing more of the device."""
-        with self._changed:
+        """Ask nothing more of the device, and wait for what it was asked."""
+        with self._left:
             self._is_stopping = True
-            self._changed.notify_all()
+            self._left.wait_for(lambda: self._num_at_device == 0)
 
     def give_up(self) -> None:
         """After `stop`, when no reader is left: nothing stays half filled, who waits is told."""
@@ -251,7 +250,6 @@ class ExpertStore:
     def _start(self, record: ExpertRecord, priority: Priority) -> Fill[Session]:
         fill = self._fills[record.key] = Fill[Session](record, priority)
         self._queue.add(fill)
-        self._changed.notify()
         return fill
 
     def _revive(self, fill: Fill[Session], priority: Priority) -> None:
@@ -260,7 +258,6 @@ class ExpertStore:
             fill.is_withdrawn = False
             fill.priority = min(priority, fill.priority)
             self._queue.add(fill)
-            self._changed.notify()
 
     def _give_slot(self, fill: Fill[Session]) -> bool:
         """Whether there is one now; a refill takes a free one or none."""
@@ -279,15 +276,29 @@ class ExpertStore:
         fill.start_ns = time.perf_counter_ns()
         return True
 
-    def _issue(self, fill: Fill[Session]) -> int:
+    def _ask_device(self) -> None:
+        """For pieces up to the depth, the most urgent first. Whoever changes what is wanted, what
+        is at the device or which slots are free ends with this.
+        """
+        issued: list[Issued] = []
+        while not self._is_stopping and self._num_at_device < self.read_depth:
+            fill = self._queue.first()
+            if fill is None:
+                break
+            if fill.slot or self._give_slot(fill):
+                issued.append(self._issue(fill))
+            elif not fill.is_withdrawn:
+                break
+        if issued:
+            self.device.submit(issued)
+
+    def _issue(self, fill: Fill[Session]) -> Issued:
         if self._num_at_device == 0:
             self._busy_since_ns = time.perf_counter_ns()
         self._num_at_device += 1
         fill.num_issued += 1
         fill.num_in_flight += 1
-        if self._num_at_device < self.read_depth and self._queue.first() is not None:
-            self._changed.notify()  # one reader wakes the next
-        return fill.num_issued - 1
+        return Issued(fill, fill.num_issued - 1)
 
     def _seal(self, fill: Fill[Session]) -> list[tuple[Deliver, Lent]]:
         """The record is whole: its slot is readable, and everybody who waits has a lease."""
@@ -325,8 +336,6 @@ class ExpertStore:
         del self._fills[fill.record.key]
         if fill.view is not None:
             fill.view.release()
-        if self._queue.first() is not None:
-            self._changed.notify()  # a slot may be free for who waits for one
         return fill.slot
 
     def _leave_device(self, fill: Fill[Session]) -> None:
@@ -334,6 +343,7 @@ class ExpertStore:
         self._num_at_device -= 1
         if self._num_at_device == 0:
             self.counters.busy_s += (fill.arrived_ns - self._busy_since_ns) / 1e9
+            self._left.notify_all()
 
     def _bytes_issued(self, fill: Fill[Session]) -> int:
         if fill.assembly is None:

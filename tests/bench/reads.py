@@ -1,5 +1,5 @@
-"""Record reads against fio on the same file, size and depth, in one run; how they are cut, and what
-else was tried.
+"""Record reads against fio on the same file, size and depth, in one run: in memory as it comes and
+in huge pages; how they are cut, and what else was tried.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from mmap import mmap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
+from unittest import mock
 
 import aiofiles
 import xxhash
 
-from expert_store import segment
+from expert_store import huge_pages, kernel_queue, segment
+from expert_store.device import Device, ReadersThemselves
 from expert_store.extents import ExpertRecord, Extent
 from expert_store.manifest import Manifest
 from expert_store.reader import SourceFiles
@@ -40,7 +42,8 @@ KIB, MIB = 1024, 1024 * 1024
 SIZES = (256 * KIB, MIB, 3 * MIB, 12 * MIB)
 FILE_BYTES = 1024 * MIB
 READS_BYTES = 384 * MIB
-DEPTH, ROUNDS = 4, 5
+DEPTH, WANTED, ROUNDS = 4, 8, 5
+SHIPPED = "the kernel's queue, pieces of 2 MiB, huge pages, each record verified"
 FIO_S = 1
 
 Sample = tuple[float, list[float]]  # bytes/s, seconds of each record
@@ -57,35 +60,43 @@ def main(folder: Path) -> None:
     rows = [row for size in SIZES for row in measure(path, size)]
     if shutil.which("fio") is None:
         print("fio is not installed: ratios are of raw preadv (apt-get install fio)")
+    first, second = list(ways())[:2]
     show(
-        f"Reads of random records, direct, {DEPTH} records at once, {ROUNDS} rounds in turn: "
-        "median (min-max)",
-        ["record", "how", "GB/s", "of the first", "p50 ms", "p99 ms"],
+        f"Reads of random records, direct, {DEPTH} at the disk at once, {ROUNDS} rounds in any "
+        f"order: median (min-max). The store as shipped: {SHIPPED}",
+        ["record", "how", "GB/s", f"of {first}", f"of {second}", "p50 ms", "p99 ms"],
         rows,
     )
 
 
 def ways() -> dict[str, Way]:
-    """The first is what the others are compared with."""
+    """The first two are what the others are compared with."""
     fio: dict[str, Way] = {}
     if shutil.which("fio"):
-        fio = {f"fio {engine}": partial(_fio, engine) for engine in ("libaio", "io_uring")}
+        fio = {
+            "fio libaio": partial(_fio, "libaio", False),
+            "fio libaio, huge pages": partial(_fio, "libaio", True),
+            "fio io_uring, huge pages": partial(_fio, "io_uring", True),
+        }
     return {
         **fio,
         "raw preadv": _raw,
-        "store, 256 KiB pieces": partial(_store, 256 * KIB),
+        "store": partial(_store, 2 * MIB),
         "store, 1 MiB pieces": partial(_store, MIB),
         "store, whole": partial(_store, 64 * MIB),
+        "store, single pages": partial(_in_single_pages, 2 * MIB),
+        "store, a thread a read": partial(_by_threads, 2 * MIB),
         "aiofiles": _aiofiles,
     }
 
 
 def measure(path: Path, size: int) -> list[list[object]]:
     found: dict[str, list[Sample]] = {name: [] for name in ways()}
+    order = random.Random(size)
     for round_number in range(ROUNDS):
-        for name, way in ways().items():
+        for name, way in order.sample(sorted(ways().items()), len(ways())):
             found[name].append(way(path, size, round_number))
-    first = [speed for speed, _ in next(iter(found.values()))]
+    first, second = ([speed for speed, _ in found[name]] for name in list(ways())[:2])
     label = f"{size // KIB} KiB" if size < MIB else f"{size // MIB} MiB"
     rows: list[list[object]] = []
     for name, samples in found.items():
@@ -97,6 +108,7 @@ def measure(path: Path, size: int) -> list[list[object]]:
                 name,
                 spread([speed / 1e9 for speed in speeds], 2),
                 spread([a / b for a, b in zip(speeds, first, strict=True)], 2),
+                spread([a / b for a, b in zip(speeds, second, strict=True)], 2),
                 *(f"{percentile(latencies, share) * 1e3:.2f}" for share in (0.5, 0.99)),
             ]
         )
@@ -107,15 +119,32 @@ def _numbers(size: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(FILE_BYTES // size), READS_BYTES // size)
 
 
-def _fio(engine: str, path: Path, size: int, seed: int) -> Sample:
+def _fio(engine: str, is_huge: bool, path: Path, size: int, seed: int) -> Sample:
     command = ["fio", "--name=x", f"--filename={path}", "--rw=randread", f"--bs={size}"]
     command += ["--direct=1", "--readonly", "--time_based", f"--runtime={FIO_S}"]
     command += [f"--ioengine={engine}", f"--iodepth={DEPTH}", f"--randseed={seed + 1}"]
-    done = subprocess.run([*command, "--output-format=json"], capture_output=True, check=True)
+    with _memory(DEPTH * size) if is_huge else nullcontext() as memory:
+        command += [f"--mem=mmapshared:{memory}"] if memory else []
+        done = subprocess.run([*command, "--output-format=json"], capture_output=True, check=True)
     read = json.loads(done.stdout)["jobs"][0]["read"]
     shares = read["clat_ns"]["percentile"]
     middle, worst = shares["50.000000"] / 1e9, shares["99.000000"] / 1e9
     return read["bw_bytes"], [middle] * 98 + [worst] * 2
+
+
+@contextmanager
+def _memory(length_bytes: int) -> Iterator[Path]:
+    """A file of shared memory in huge pages, a little longer than that."""
+    memory = Path(f"/dev/shm/flashmoe-bench-fio-{os.getpid()}")
+    descriptor = os.open(memory, os.O_RDWR | os.O_CREAT)
+    try:
+        os.ftruncate(descriptor, length_bytes + 4 * MIB)
+        huge_pages.lay_out(descriptor, length_bytes + 4 * MIB)
+        os.posix_fallocate(descriptor, 0, length_bytes + 4 * MIB)
+        yield memory
+    finally:
+        os.close(descriptor)
+        memory.unlink()
 
 
 def _raw(path: Path, size: int, seed: int) -> Sample:
@@ -138,11 +167,11 @@ def _raw(path: Path, size: int, seed: int) -> Sample:
 
 
 def _store(piece_bytes: int, path: Path, size: int, seed: int) -> Sample:
-    """The store's own read path, verified, asked for `DEPTH` records at a time."""
+    """The store's own read path, verified, `WANTED` records asked for at any time."""
     numbers, latencies = _numbers(size, seed), list[float]()
     came: queue.SimpleQueue[Lent] = queue.SimpleQueue()
     with _a_store(path, size, piece_bytes) as store:
-        session = store.sessions.open("bench", DEPTH, None)
+        session = store.sessions.open("bench", WANTED, None)
 
         def ask(number: int) -> None:
             asked[ExpertKey(0, number)] = time.perf_counter()
@@ -150,9 +179,9 @@ def _store(piece_bytes: int, path: Path, size: int, seed: int) -> Sample:
 
         asked: dict[ExpertKey, float] = {}
         start_s = time.perf_counter()
-        for number in numbers[:DEPTH]:
+        for number in numbers[:WANTED]:
             ask(number)
-        for following in [*numbers[DEPTH:], *[None] * DEPTH]:
+        for following in [*numbers[WANTED:], *[None] * WANTED]:
             lent = came.get()
             assert lent.error is None and lent.bytes_read == size
             latencies.append(time.perf_counter() - asked[lent.key])
@@ -164,18 +193,31 @@ def _store(piece_bytes: int, path: Path, size: int, seed: int) -> Sample:
     return len(numbers) * size / wall_s, latencies
 
 
+def _in_single_pages(piece_bytes: int, path: Path, size: int, seed: int) -> Sample:
+    with mock.patch.object(huge_pages, "lay_out", lambda descriptor, length_bytes: 0):
+        return _store(piece_bytes, path, size, seed)
+
+
+def _by_threads(piece_bytes: int, path: Path, size: int, seed: int) -> Sample:
+    def opened(files: SourceFiles, read_depth: int) -> AbstractContextManager[Device]:
+        return nullcontext(ReadersThemselves(read_depth))
+
+    with mock.patch.object(kernel_queue, "opened", opened):
+        return _store(piece_bytes, path, size, seed)
+
+
 @contextmanager
 def _a_store(path: Path, size: int, piece_bytes: int) -> Iterator[ExpertStore]:
     with ExitStack() as stack:
         shm = Path(f"/dev/shm/flashmoe-bench-{os.getpid()}")
-        shared = stack.enter_context(segment.create(shm, 2 * DEPTH, size))
+        shared = stack.enter_context(segment.create(shm, WANTED + DEPTH, size))
         files = SourceFiles([path], True, stack)
         slots, lock = SlotPool(shared), threading.RLock()
         manifest = cast(Manifest, SimpleNamespace(records=_records(path, size)))
-        sessions = SessionTable(slots, lock, DEPTH, path.parent, 0.1)
-        store = ExpertStore(
-            manifest, shared, slots, sessions, lock, DEPTH, 4096, piece_bytes, files.direct
-        )
+        sessions = SessionTable(slots, lock, WANTED, path.parent, 0.1)
+        device = stack.enter_context(kernel_queue.opened(files, DEPTH))
+        limits = (DEPTH, 4096, piece_bytes)
+        store = ExpertStore(manifest, shared, slots, sessions, lock, *limits, files.direct, device)
         stack.enter_context(Readers(store, files))
         yield store
 

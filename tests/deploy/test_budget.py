@@ -52,7 +52,8 @@ def test_experts_memory_in_three_spellings(manifest: Manifest, text: str, slots:
     [
         (0.25, {}, 4),
         (1, {}, 4),
-        (3, {}, 3),
+        (3, {}, 4),
+        (6, {}, 3),
         (24, {}, 2),
         (24, {"spare_slots": 7}, 7),
         (24, {"piece_bytes": 64 * MIB}, 4),

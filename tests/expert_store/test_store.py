@@ -3,14 +3,16 @@
 Planted faults seen red: a read for every waiter, no quarantine, what is withdrawn and wanted again
 not revived, another session's guess withdrawn, a prefetch somebody waits for not moved up, priority
 ignored, a refill into spare slots, no read depth, a reader that dies, waiters not told at stop, a
-slot not given back by a failed read.
+slot not given back by a failed read, a piece taken for whole that came in part, a device that is
+idle while a piece is hashed, a stop that does not wait, guesses asked for before their message's
+demands.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,17 @@ import pytest
 
 from expert_store import readers as module
 from expert_store import segment
+from expert_store.device import Device, Issued, ReadersThemselves
+from expert_store.exchanges import perform
+from expert_store.kernel_queue import KernelQueue
 from expert_store.manifest import Manifest
-from expert_store.reader import open_files, read_piece
+from expert_store.reader import SourceFiles, add_piece, open_files
 from expert_store.readers import Readers
 from expert_store.sessions import Session, SessionTable
 from expert_store.slots import SlotPool
 from expert_store.store import ExpertStore, Lent
 from proto import errors
+from proto import expert_store_pb2 as pb
 from proto.expert import ExpertKey
 from tests.expert_store.raw_session import DEADLINE_S, counts_add_up, until
 from tests.expert_store.stores import (
@@ -43,38 +49,74 @@ WHOLE = 1 << 20
 
 @dataclass
 class Disk:
-    """Real reads, that can be held up and are listed in the order they were started."""
+    """A real device, that can be held up; lists what it was asked for in order.
 
+    brings_bytes: of each piece, at most
+    """
+
+    kind: Callable[[SourceFiles, int], AbstractContextManager[Device]]
+    brings_bytes: int = WHOLE
     order: list[ExpertKey] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
     most: int = 0
-    _reading: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    device: Device = field(init=False)
+    _num_asked: int = 0
+    _num_came: int = 0
 
-    def read(self, files: Any, record: Any, piece: Any, slot: memoryview) -> None:
-        with self._lock:
-            self.order.append(record.key)
-            self._reading += 1
-            self.most = max(self.most, self._reading)
+    @property
+    def num_readers(self) -> int:
+        return self.device.num_readers
+
+    def submit(self, issued: Sequence[Issued]) -> None:
+        self.order += [item.fill.record.key for item in issued]
+        self._num_asked += len(issued)
+        self.most = max(self.most, self._num_asked - self._num_came)
+        self.device.submit(issued)
+
+    def wait(self) -> tuple[Issued, int] | None:
+        came = self.device.wait()
+        if came is None:
+            return None
         assert self.gate.wait(DEADLINE_S)
-        try:
-            read_piece(files, record, piece, slot)
-        finally:
-            with self._lock:
-                self._reading -= 1
+        self._num_came += 1
+        return came[0], self._cut(*came)
+
+    def _cut(self, issued: Issued, came_bytes: int) -> int:
+        piece, slot = issued.piece, issued.fill.view
+        assert slot is not None
+        kept = min(came_bytes, self.brings_bytes)
+        start, end = piece.landing_bytes + kept, piece.landing_bytes + piece.length_bytes
+        slot[start:end] = bytes(end - start)
+        return kept
+
+    def stop(self) -> None:
+        self.device.stop()
+
+    @contextmanager
+    def opened(self, files: SourceFiles, read_depth: int) -> Iterator[Disk]:
+        with self.kind(files, read_depth) as self.device:
+            yield self
 
 
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    disk = Disk()
+def readers_themselves(files: SourceFiles, depth: int) -> AbstractContextManager[Device]:
+    return nullcontext(ReadersThemselves(depth))
+
+
+def kernel_queue(files: SourceFiles, depth: int) -> AbstractContextManager[Device]:
+    return closing(KernelQueue(files, depth))
+
+
+@pytest.fixture(params=[readers_themselves, kernel_queue])
+def disk(request: pytest.FixtureRequest) -> Disk:
+    disk = Disk(request.param)
     disk.gate.set()
-    monkeypatch.setattr(module, "read_piece", disk.read)
     return disk
 
 
 @contextmanager
 def a_store(
     folder: Path,
+    disk: Disk,
     read_depth: int = 2,
     max_queued: int = 16,
     num_slots: int = NUM_SLOTS,
@@ -85,12 +127,12 @@ def a_store(
     with (
         segment.create(folder / "segment", num_slots, manifest.slot_bytes) as shared,
         open_files(manifest, folder, True) as files,
+        disk.opened(files, read_depth) as device,
     ):
         slots, lock = SlotPool(shared), threading.RLock()
         sessions = SessionTable(slots, lock, num_slots - read_depth, folder / "sessions", 0.01)
-        store = ExpertStore(
-            manifest, shared, slots, sessions, lock, read_depth, max_queued, piece_bytes, True
-        )
+        limits = (read_depth, max_queued, piece_bytes)
+        store = ExpertStore(manifest, shared, slots, sessions, lock, *limits, True, device)
         with Readers(store, files):
             yield store
             until(lambda: store.is_idle)
@@ -108,9 +150,9 @@ class Borrower:
         self.came: dict[ExpertKey, Lent] = {}
 
     def ask(self, *keys: ExpertKey) -> None:
-        self.store.acquire(self.session, keys, self._take)
+        self.store.acquire(self.session, keys, self.take)
 
-    def _take(self, lent: list[Lent]) -> None:
+    def take(self, lent: list[Lent]) -> None:
         self.came.update({item.key: item for item in lent})
 
     def get(self, *keys: ExpertKey) -> list[Lent]:
@@ -133,7 +175,7 @@ class Borrower:
 def test_experts_come_whole_however_they_are_cut(
     piece_bytes: int, store_dir: Path, disk: Disk
 ) -> None:
-    with a_store(store_dir, piece_bytes=piece_bytes) as store:
+    with a_store(store_dir, disk, piece_bytes=piece_bytes) as store:
         borrower = Borrower(store)
         lent = borrower.get(*KEYS[:3])
         assert all(borrower.content(key) == expert_bytes(store_dir, key) for key in KEYS[:3])
@@ -143,8 +185,35 @@ def test_experts_come_whole_however_they_are_cut(
         assert store.counters.busy_s > 0
 
 
+def test_what_comes_in_part_is_read_on(store_dir: Path, disk: Disk) -> None:
+    disk.brings_bytes = 1024
+    with a_store(store_dir, disk, piece_bytes=4096) as store:
+        borrower = Borrower(store)
+        borrower.get(*KEYS[:3])
+        assert all(borrower.content(key) == expert_bytes(store_dir, key) for key in KEYS[:3])
+
+
+def test_the_device_goes_on_while_a_piece_is_hashed(
+    store_dir: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashing = threading.Event()
+
+    def add(*arguments: Any) -> bool:
+        assert hashing.wait(DEADLINE_S)
+        return add_piece(*arguments)
+
+    monkeypatch.setattr(module, "add_piece", add)
+    monkeypatch.setattr(module, "_SHORT_BYTES", 0)
+    with a_store(store_dir, disk, read_depth=1) as store:
+        borrower = Borrower(store)
+        borrower.ask(*KEYS[:2])
+        until(lambda: disk.order == KEYS[:2])
+        hashing.set()
+        borrower.wait(*KEYS[:2])
+
+
 def test_the_depth_is_kept(store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir, read_depth=2, piece_bytes=4096) as store:
+    with a_store(store_dir, disk, read_depth=2, piece_bytes=4096) as store:
         disk.gate.clear()
         borrower = Borrower(store, 5)
         borrower.ask(*KEYS[:5])
@@ -155,7 +224,7 @@ def test_the_depth_is_kept(store_dir: Path, disk: Disk) -> None:
 
 
 def test_two_sessions_share_one_read(store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir) as store:
+    with a_store(store_dir, disk) as store:
         disk.gate.clear()
         one, other = Borrower(store), Borrower(store)
         one.ask(KEYS[0])
@@ -170,7 +239,7 @@ def test_two_sessions_share_one_read(store_dir: Path, disk: Disk) -> None:
 
 def test_a_session_ends_while_it_waits_and_the_other_is_served(store_dir: Path, disk: Disk) -> None:
     """The one that ends is the one whose demand started the read."""
-    with a_store(store_dir) as store:
+    with a_store(store_dir, disk) as store:
         disk.gate.clear()
         leaver, stayer = Borrower(store), Borrower(store)
         leaver.ask(KEYS[0], KEYS[1])
@@ -187,7 +256,7 @@ def test_a_session_ends_while_it_waits_and_the_other_is_served(store_dir: Path, 
 
 def test_a_damaged_expert_is_quarantined_and_the_others_come(store_dir: Path, disk: Disk) -> None:
     flip(store_dir / FILE_NAME, expert_range(KEYS[1])[9])
-    with a_store(store_dir, piece_bytes=4096) as store:
+    with a_store(store_dir, disk, piece_bytes=4096) as store:
         borrower = Borrower(store)
         good, bad, other = borrower.get(*KEYS[:3])
         assert isinstance(bad.error, errors.ExpertDamaged)
@@ -203,18 +272,18 @@ def test_a_damaged_expert_is_quarantined_and_the_others_come(store_dir: Path, di
 
 
 def test_a_reader_outlives_what_nobody_foresaw(
-    store_dir: Path, monkeypatch: pytest.MonkeyPatch
+    store_dir: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Red when the thread dies: whoever waits would wait for ever."""
     failures = iter([RuntimeError("a bug")])
 
-    def read(*arguments: Any) -> None:
+    def add(*arguments: Any) -> bool:
         for failure in failures:
             raise failure
-        read_piece(*arguments)
+        return add_piece(*arguments)
 
-    monkeypatch.setattr(module, "read_piece", read)
-    with a_store(store_dir, read_depth=1) as store:
+    monkeypatch.setattr(module, "add_piece", add)
+    with a_store(store_dir, disk, read_depth=1) as store:
         borrower = Borrower(store)
         [failed] = borrower.get(KEYS[0])
         assert "a bug" in str(failed.error) and not store.quarantined
@@ -223,7 +292,7 @@ def test_a_reader_outlives_what_nobody_foresaw(
 
 
 def test_a_prefetch_reads_when_nobody_waits(store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir, read_depth=1, num_slots=9) as store:
+    with a_store(store_dir, disk, read_depth=1, num_slots=9) as store:
         borrower = Borrower(store)
         disk.gate.clear()
         store.prefetch(borrower.session, KEYS[:2])
@@ -239,8 +308,18 @@ def test_a_prefetch_reads_when_nobody_waits(store_dir: Path, disk: Disk) -> None
         assert (store.counters.prefetches_used, store.counters.prefetch_bytes_wasted) == (2, 0)
 
 
+def test_a_demand_goes_before_the_guesses_of_its_own_message(store_dir: Path, disk: Disk) -> None:
+    with a_store(store_dir, disk, read_depth=1) as store:
+        borrower = Borrower(store)
+        exchange = pb.Exchange(prefetches=[KEYS[0].to_pb()], acquires=[KEYS[5].to_pb()])
+        perform(store, borrower.session, exchange, borrower.take)
+        borrower.wait(KEYS[5])
+        until(lambda: store.is_idle)
+        assert disk.order == [KEYS[5], KEYS[0]]
+
+
 def test_a_demand_goes_between_the_pieces_of_a_prefetch(store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir, read_depth=1, piece_bytes=4096) as store:
+    with a_store(store_dir, disk, read_depth=1, piece_bytes=4096) as store:
         borrower = Borrower(store)
         disk.gate.clear()
         store.prefetch(borrower.session, [KEYS[0]])
@@ -257,7 +336,7 @@ def test_a_demand_goes_between_the_pieces_of_a_prefetch(store_dir: Path, disk: D
 
 
 def test_a_prefetch_somebody_asks_for_is_moved_up(store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir, read_depth=1) as store:
+    with a_store(store_dir, disk, read_depth=1) as store:
         borrower = Borrower(store)
         disk.gate.clear()
         store.prefetch(borrower.session, KEYS[:4])
@@ -271,7 +350,7 @@ def test_a_prefetch_somebody_asks_for_is_moved_up(store_dir: Path, disk: Disk) -
 
 
 def test_what_is_withdrawn_is_not_read(store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir, read_depth=1, num_slots=9) as store:
+    with a_store(store_dir, disk, read_depth=1, num_slots=9) as store:
         borrower = Borrower(store)
         disk.gate.clear()
         store.prefetch(borrower.session, KEYS[:4])
@@ -285,7 +364,7 @@ def test_what_is_withdrawn_is_not_read(store_dir: Path, disk: Disk) -> None:
 
 def test_what_is_withdrawn_half_read_is_read_no_further(store_dir: Path, disk: Disk) -> None:
     """And its slot comes back, its bytes are counted as wasted, and it can be had afterwards."""
-    with a_store(store_dir, read_depth=1, piece_bytes=4096) as store:
+    with a_store(store_dir, disk, read_depth=1, piece_bytes=4096) as store:
         borrower = Borrower(store)
         disk.gate.clear()
         store.prefetch(borrower.session, [KEYS[0]])
@@ -300,7 +379,7 @@ def test_what_is_withdrawn_half_read_is_read_no_further(store_dir: Path, disk: D
 
 
 def test_what_is_withdrawn_and_guessed_again_is_read_on(store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir, read_depth=1, piece_bytes=4096) as store:
+    with a_store(store_dir, disk, read_depth=1, piece_bytes=4096) as store:
         borrower = Borrower(store)
         disk.gate.clear()
         store.prefetch(borrower.session, [KEYS[0]])
@@ -313,7 +392,7 @@ def test_what_is_withdrawn_and_guessed_again_is_read_on(store_dir: Path, disk: D
 
 
 def test_what_is_withdrawn_and_asked_for_after_all_is_read_on(store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir, read_depth=1, piece_bytes=4096) as store:
+    with a_store(store_dir, disk, read_depth=1, piece_bytes=4096) as store:
         borrower = Borrower(store)
         disk.gate.clear()
         store.prefetch(borrower.session, [KEYS[0]])
@@ -326,7 +405,7 @@ def test_what_is_withdrawn_and_asked_for_after_all_is_read_on(store_dir: Path, d
 
 
 def test_what_another_session_wants_too_is_not_withdrawn(store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir, read_depth=1) as store:
+    with a_store(store_dir, disk, read_depth=1) as store:
         one, other = Borrower(store), Borrower(store)
         disk.gate.clear()
         store.prefetch(one.session, KEYS[:2])
@@ -339,7 +418,7 @@ def test_what_another_session_wants_too_is_not_withdrawn(store_dir: Path, disk: 
 
 def test_prefetches_take_spare_slots_alone(store_dir: Path, disk: Disk) -> None:
     """What is lent stays, and what a guess brought goes for the next guess, counted as wasted."""
-    with a_store(store_dir, read_depth=2, num_slots=5) as store:
+    with a_store(store_dir, disk, read_depth=2, num_slots=5) as store:
         borrower = Borrower(store, 3)
         borrower.get(*KEYS[:3])
         for key in KEYS[4:8]:
@@ -351,7 +430,7 @@ def test_prefetches_take_spare_slots_alone(store_dir: Path, disk: Disk) -> None:
 
 
 def test_guesses_never_keep_a_demand_from_its_slot(store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir, read_depth=2, num_slots=4, piece_bytes=4096) as store:
+    with a_store(store_dir, disk, read_depth=2, num_slots=4, piece_bytes=4096) as store:
         borrower = Borrower(store, 2)
         disk.gate.clear()
         store.prefetch(borrower.session, KEYS[2:8])
@@ -362,7 +441,7 @@ def test_guesses_never_keep_a_demand_from_its_slot(store_dir: Path, disk: Disk) 
 
 
 def test_prefetches_beyond_the_queue_are_dropped_and_counted(store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir, read_depth=1, max_queued=3) as store:
+    with a_store(store_dir, disk, read_depth=1, max_queued=3) as store:
         borrower = Borrower(store)
         disk.gate.clear()
         store.prefetch(borrower.session, KEYS[:8])
@@ -375,7 +454,7 @@ def test_prefetches_beyond_the_queue_are_dropped_and_counted(store_dir: Path, di
 
 
 def test_a_full_queue_refuses_demands(store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir, read_depth=1, max_queued=2) as store:
+    with a_store(store_dir, disk, read_depth=1, max_queued=2) as store:
         borrower, other = Borrower(store), Borrower(store)
         disk.gate.clear()
         borrower.ask(*KEYS[:3])
@@ -388,7 +467,7 @@ def test_a_full_queue_refuses_demands(store_dir: Path, disk: Disk) -> None:
 
 
 def test_a_quota_is_not_counted_twice_while_siblings_are_read(store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir) as store:
+    with a_store(store_dir, disk) as store:
         borrower = Borrower(store, quota_slots=4)
         borrower.get(KEYS[0])
         disk.gate.clear()
@@ -403,7 +482,7 @@ def test_a_quota_is_not_counted_twice_while_siblings_are_read(store_dir: Path, d
 
 @pytest.mark.parametrize("key", [ExpertKey(2, 0), ExpertKey(1, 6), ExpertKey((1 << 32) - 1, 0)])
 def test_unknown_experts_are_refused(key: ExpertKey, store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir) as store:
+    with a_store(store_dir, disk) as store:
         borrower = Borrower(store)
         with pytest.raises(errors.UnknownExpert, match=str(key)):
             borrower.ask(KEYS[0], key)
@@ -413,7 +492,7 @@ def test_unknown_experts_are_refused(key: ExpertKey, store_dir: Path, disk: Disk
 
 
 def test_an_expert_is_asked_for_once(store_dir: Path, disk: Disk) -> None:
-    with a_store(store_dir) as store:
+    with a_store(store_dir, disk) as store:
         borrower = Borrower(store)
         with pytest.raises(errors.InvalidRequest, match="twice"):
             borrower.ask(KEYS[0], KEYS[0])
@@ -424,7 +503,7 @@ def test_an_expert_is_asked_for_once(store_dir: Path, disk: Disk) -> None:
 
 def test_every_slot_serves_many_experts_in_turn(store_dir: Path, disk: Disk) -> None:
     """More experts than slots, guesses right and wrong between: bytes are right each time."""
-    with a_store(store_dir, num_slots=4, piece_bytes=4096) as store:
+    with a_store(store_dir, disk, num_slots=4, piece_bytes=4096) as store:
         borrower = Borrower(store, quota_slots=2)
         for number in range(3 * len(KEYS)):
             key = KEYS[number % len(KEYS)]
@@ -437,7 +516,7 @@ def test_every_slot_serves_many_experts_in_turn(store_dir: Path, disk: Disk) -> 
 
 def test_a_refill_fills_free_slots_last_of_all(store_dir: Path, disk: Disk) -> None:
     """Demand and guesses go before it, what is lent stays, and spare slots stay spare."""
-    with a_store(store_dir, read_depth=1, num_slots=6) as store:
+    with a_store(store_dir, disk, read_depth=1, num_slots=6) as store:
         borrower = Borrower(store)
         borrower.get(KEYS[0])
         disk.gate.clear()
@@ -459,13 +538,19 @@ def test_stopping_leaves_nothing_half_filled(store_dir: Path, disk: Disk) -> Non
     """Whoever still waits is told, and readers are gone."""
     before = threading.active_count()
     told: list[Lent] = []
-    with a_store(store_dir, read_depth=1) as store:
+    with a_store(store_dir, disk, read_depth=1) as store:
         borrower = Borrower(store)
         disk.gate.clear()
         store.acquire(borrower.session, KEYS[:2], told.extend)
         until(lambda: bool(disk.order))
-        store.stop()
+        stopping = threading.Thread(target=store.stop)
+        stopping.start()
+        until(lambda: store._is_stopping)
+        stopping.join(0.05)
+        assert stopping.is_alive(), "it waits for what the device was asked"
         disk.gate.set()
+        stopping.join(DEADLINE_S)
+        disk.stop()
         until(lambda: threading.active_count() == before)
         store.give_up()
     assert {item.key: type(item.error) for item in told} == {
