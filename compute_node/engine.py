@@ -18,8 +18,9 @@ from transformers import GenerationConfig
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.evidence import Evidence
 from compute_node.model import LoadedModel
+from compute_node.result import RecordedStep
 from compute_node.sampling import Sampler, SamplingOptions
-from compute_node.step_access import Recording, StepAccess
+from compute_node.step_access import Recording, latest_step
 from compute_node.text import Detokenizer, StopStrings
 from compute_node.usage import Measure, Usage
 from proto import errors
@@ -68,7 +69,7 @@ class Finished:
         return self.decode.tokens / self.decode.wall_s if self.decode.wall_s else 0.0
 
 
-Event = Token | StepAccess | Finished
+Event = Token | RecordedStep | Finished
 
 
 @dataclass
@@ -244,11 +245,11 @@ class Engine:
         logits: Tensor = output.logits[:, -1, :]
         return logits
 
-    def _step_access(self, recording: Recording) -> StepAccess:
+    def _step_access(self, recording: Recording) -> RecordedStep:
         """Of the latest decode step."""
         loaded = self.loaded
         scores = loaded.scores if recording.router_scores else None
-        return StepAccess.of(loaded.spec, loaded.record, scores)
+        return latest_step(loaded.spec, loaded.record, scores)
 
 
 class _Writer:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from compute_node.access_log import AccessLog
 from compute_node.experts import LayerAccess, StepRecord
-from compute_node.step_access import StepAccess, layers_of
+from compute_node.step_access import latest_step, layers_of
 from proto.expert import ModelSpec
 from proto.redis_schema import DecodeAccess, PrefillAccess
 
@@ -36,7 +36,7 @@ class Evidence:
         self._policy = policy
 
     def decode(self, sequence: str, step: int, record: StepRecord) -> None:
-        access = StepAccess.of(self._spec, record)
+        access = latest_step(self._spec, record)
         self._log.append(
             DecodeAccess(
                 node=self._node,

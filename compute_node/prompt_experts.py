@@ -48,10 +48,12 @@ class _Share:
     """An expert, and the tokens that chose it.
 
     tensors: of its record; places: [t] int64, k * T + token of each choice
+    steps: how native/prompt.c goes through both products; 0 where torch has to multiply
     """
 
     tensors: dict[str, Tensor]
     places: Tensor
+    steps: tuple[int, int]
 
 
 class Prompt:
@@ -81,10 +83,11 @@ class Prompt:
         table = one_token_experts.table_of(module, some, self._hidden)
         native = []
         for expert, tensors in experts.items():
-            share = _Share(tensors, self._places(expert))
-            steps = (0, 0) if table is None else _steps_of(module, share)
+            places = self._places(expert)
+            steps = (0, 0) if table is None else _steps_of(module, tensors, len(places))
+            share = _Share(tensors, places, steps)
             if all(steps):
-                native.append((share, steps))
+                native.append(share)
             else:
                 self._add_by_torch(module, share)
         if native and table is not None:
@@ -99,24 +102,25 @@ class Prompt:
         weighted = output * self._weights[token, place, None]
         self.outputs[token, place] = weighted.to(self._hidden.dtype)
 
-    def _add_native(
-        self, module: Any, shares: Sequence[tuple[_Share, tuple[int, int]]], table: Tensor
-    ) -> None:
+    def _add_native(self, module: Any, shares: Sequence[_Share], table: Tensor) -> None:
         """The busiest first, so that threads end together."""
-        ordered = sorted(shares, key=lambda pair: len(pair[0].places), reverse=True)
+        ordered = sorted(shares, key=lambda share: len(share.places), reverse=True)
         hidden, inner = matrices.shape_of(module, "down_proj")
         threads = torch.get_num_threads()
-        numbers = len(ordered[0][0].places) * (2 * hidden + 3 * inner)
+        numbers = len(ordered[0].places) * (2 * hidden + 3 * inner)
         scratch = torch.empty(threads * numbers, dtype=torch.bfloat16)
         arrays = [
             [gemv.addresses(lossless.arrays_of(share.tensors, name)) for name in _MATRICES]
-            for share, _ in ordered
+            for share in ordered
         ]
         experts = [
             _Expert(
-                *map(ctypes.addressof, pair), share.places.data_ptr(), len(share.places), *steps
+                *map(ctypes.addressof, pair),
+                share.places.data_ptr(),
+                len(share.places),
+                *share.steps,
             )
-            for (share, steps), pair in zip(ordered, arrays, strict=True)
+            for share, pair in zip(ordered, arrays, strict=True)
         ]
         prompt = _Prompt(
             self._hidden.data_ptr(),
@@ -129,7 +133,7 @@ class Prompt:
             self._weights.shape[1],
             hidden,
             inner,
-            lossless.is_packed(ordered[0][0].tensors, "down_proj"),
+            lossless.is_packed(ordered[0].tensors, "down_proj"),
         )
         native_library.kernels().prompt_experts(
             ctypes.byref(prompt),
@@ -140,12 +144,12 @@ class Prompt:
         )
 
 
-def _steps_of(module: Any, share: _Share) -> tuple[int, int]:
-    """Of both products; 0 where torch has to multiply."""
+def _steps_of(module: Any, tensors: Mapping[str, Tensor], num_tokens: int) -> tuple[int, int]:
+    """As `_Share` has them."""
     hidden, inner = matrices.shape_of(module, "down_proj")
     shapes = (2 * inner, hidden), (hidden, inner)
     up, down = (
-        _step_of(len(share.places), share.tensors, name, shape)
+        _step_of(num_tokens, tensors, name, shape)
         for name, shape in zip(_MATRICES, shapes, strict=True)
     )
     return up, down

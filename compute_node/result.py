@@ -55,7 +55,20 @@ class RecordedStep:
     num_experts: int
     topk_ids: NDArray[np.uint16]
     topk_weights: NDArray[np.float16]
-    router_scores: NDArray[np.float16] | None
+    router_scores: NDArray[np.float16] | None = None
+
+    def to_pb(self) -> pb.StepAccess:
+        num_layers, top_k = self.topk_ids.shape
+        message = pb.StepAccess(
+            num_layers=num_layers,
+            top_k=top_k,
+            num_experts=self.num_experts,
+            topk_ids=self.topk_ids.astype("<u2").tobytes(),
+            topk_weights=self.topk_weights.astype("<f2").tobytes(),
+        )
+        if self.router_scores is not None:
+            message.router_scores = self.router_scores.astype("<f2").tobytes()
+        return message
 
     @classmethod
     def from_pb(cls, message: pb.StepAccess) -> Self:

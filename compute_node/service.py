@@ -13,9 +13,10 @@ from compute_node import engine as core
 from compute_node.access_log import AccessLog
 from compute_node.advice import AdviceFeed
 from compute_node.jobs import ComputeThread
+from compute_node.result import RecordedStep
 from compute_node.sampling import SamplingOptions
 from compute_node.scoring import ScoredText, ScoredToken, check_text, score
-from compute_node.step_access import Recording, StepAccess
+from compute_node.step_access import Recording
 from compute_node.store_client import StoreClient
 from compute_node.text import encode_chat, encode_prompt
 from proto import compute_node_pb2 as pb
@@ -223,8 +224,8 @@ def _recording(request: pb.GenerateRequest) -> Recording | None:
 def _reply(event: core.Event, queued_s: float) -> pb.GenerateReply:
     if isinstance(event, core.Token):
         return pb.GenerateReply(token=pb.Token(id=event.token_id, text=event.text))
-    if isinstance(event, StepAccess):
-        return pb.GenerateReply(step_access=_step_access(event))
+    if isinstance(event, RecordedStep):
+        return pb.GenerateReply(step_access=event.to_pb())
     return pb.GenerateReply(
         finished=pb.Finished(
             finish_reason=event.reason,
@@ -236,17 +237,3 @@ def _reply(event: core.Event, queued_s: float) -> pb.GenerateReply:
             decode=pb.PhaseUsage(**asdict(event.decode)),
         )
     )
-
-
-def _step_access(access: StepAccess) -> pb.StepAccess:
-    num_layers, top_k = access.topk_ids.shape
-    reply = pb.StepAccess(
-        num_layers=num_layers,
-        top_k=top_k,
-        num_experts=access.num_experts,
-        topk_ids=access.topk_ids.astype("<u2").tobytes(),
-        topk_weights=access.topk_weights.astype("<f2").tobytes(),
-    )
-    if access.router_scores is not None:
-        reply.router_scores = access.router_scores.astype("<f2").tobytes()
-    return reply

@@ -7,9 +7,9 @@ import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from mmap import mmap
 from pathlib import Path
 
+from expert_store import huge_pages
 from expert_store.extents import ExpertRecord
 from expert_store.manifest import Manifest
 from expert_store.reader import open_files, read_record
@@ -49,7 +49,7 @@ def measure_disk(manifest: Manifest, root: Path, read_depth: int = 4) -> DiskSpe
         start_s = time.perf_counter()
 
         def read(share: list[ExpertRecord]) -> None:
-            with mmap(-1, manifest.slot_bytes) as slot, memoryview(slot) as view:
+            with huge_pages.buffer(manifest.slot_bytes) as view:
                 for record in share:
                     if time.perf_counter() - start_s > _BUDGET_S:
                         return

@@ -82,3 +82,12 @@ class FillQueue(Generic[Owner]):
                 return fill
             heapq.heappop(self._heap)
         return None
+
+    def first_begun(self) -> Fill[Owner] | None:
+        """Whose piece is read next of those that have a slot."""
+        begun = [
+            (priority, number, fill)
+            for priority, number, fill in self._heap
+            if priority is fill.priority and fill.slot and not fill.is_issued
+        ]
+        return min(begun)[2] if begun else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from proto.shm import PAGE_BYTES, align_up
 
 logger = logging.getLogger(__name__)
 
+# What a disk says of bytes that it has lost; anything else may pass.
+_LOST = {errno.EIO, errno.EILSEQ, errno.ENODATA, errno.EBADMSG}
 PIECE_BYTES = 2 * 1024 * 1024  # measured: tests/bench/LOG.md
 
 
@@ -36,11 +39,12 @@ class SourceFiles:
     def descriptor(self, file: int) -> int:
         return self._descriptors[file]
 
-    def read(self, piece: Piece, slot: memoryview, done: int = 0) -> None:
-        """Fill the landing of `piece` from its byte `done` on. Raises OSError, and EOFError when
-        the file ends before the payload does.
+    def read(self, piece: Piece, slot: memoryview, done_bytes: int = 0) -> None:
+        """Fill the landing of `piece`, of which `done_bytes` are there. Raises OSError, and
+        EOFError when the file ends before the payload does.
         """
         descriptor = self._descriptors[piece.file]
+        done = done_bytes - done_bytes % PAGE_BYTES
         landing, end = piece.landing_bytes, piece.landing_bytes + piece.length_bytes
         while done < piece.needed_bytes:
             # Given back at once: a view kept by an error's traceback keeps the segment mapped.
@@ -89,13 +93,22 @@ def _open_direct(path: Path, flags: int) -> int:
 
 
 def read_piece(
-    files: SourceFiles, record: ExpertRecord, piece: Piece, slot: memoryview, done: int = 0
+    files: SourceFiles, record: ExpertRecord, piece: Piece, slot: memoryview, done_bytes: int = 0
 ) -> None:
-    """One piece of a record, from its byte `done` on. Raises ExpertDamaged."""
+    """One piece of a record, of which `done_bytes` are there. Raises ExpertDamaged, and
+    Unavailable for what may pass, such as a lack of memory.
+    """
     try:
-        files.read(piece, slot, done)
-    except (OSError, EOFError) as error:
+        files.read(piece, slot, done_bytes)
+    except EOFError as error:
         raise files.damaged(record, piece.file, str(error)) from error
+    except OSError as error:
+        if error.errno in _LOST:
+            raise files.damaged(record, piece.file, str(error)) from error
+        path = files.paths[piece.file]
+        raise errors.Unavailable(
+            f"expert {record.key} in {path} cannot be read now ({error.strerror}): retry"
+        ) from error
 
 
 def add_piece(files: SourceFiles, record: ExpertRecord, assembly: Assembly, number: int) -> bool:
@@ -112,7 +125,8 @@ def add_piece(files: SourceFiles, record: ExpertRecord, assembly: Assembly, numb
 def read_record(files: SourceFiles, record: ExpertRecord, slot: memoryview) -> None:
     """Read a record into a slot, piece by piece on this thread.
 
-    Raises ExpertDamaged naming file, expert and remedy; the slot's content is then worthless.
+    Raises ExpertDamaged naming file, expert and remedy, or Unavailable; the slot's content is then
+    worthless.
     """
     assembly = Assembly(record, slot, PIECE_BYTES)
     for number, piece in enumerate(assembly.pieces):

@@ -5,6 +5,7 @@ there.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from types import TracebackType
 
@@ -48,8 +49,12 @@ class Readers:
         self._store.give_up()
 
     def _run(self) -> None:
-        while (came := self._device.wait()) is not None:
-            self._take(*came)
+        try:
+            while (came := self._device.wait()) is not None:
+                self._take(*came)
+        except BaseException:
+            logger.critical("a reader failed, the store ends", exc_info=True)
+            _end_process()  # whoever waits would wait for ever; another store starts clean
 
     def _take(self, issued: Issued, done_bytes: int) -> None:
         is_whole = False
@@ -58,7 +63,7 @@ class Readers:
         is_short = issued.piece.length_bytes <= _SHORT_BYTES
         try:
             is_whole = self._read_and_add(issued, done_bytes, is_short)
-        except errors.ExpertDamaged as error:
+        except errors.FlashMoEError as error:
             problem = error
         except Exception as error:  # carried to whoever waits: a reader outlives it
             logger.exception("read failed")
@@ -75,3 +80,8 @@ class Readers:
             if not is_short:
                 self._store.piece_came(issued)
         return add_piece(self._files, fill.record, fill.assembly, issued.number)
+
+
+def _end_process() -> None:
+    logging.shutdown()
+    os._exit(1)

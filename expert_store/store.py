@@ -277,18 +277,20 @@ class ExpertStore:
         return True
 
     def _ask_device(self) -> None:
-        """For pieces up to the depth, the most urgent first. Whoever changes what is wanted, what
-        is at the device or which slots are free ends with this.
+        """For pieces up to the depth, the most urgent first; what waits for a slot is passed by
+        what has one. Whoever wants more, or leaves the device, ends with this; slots that are
+        released are looked at by the next to do so.
         """
         issued: list[Issued] = []
         while not self._is_stopping and self._num_at_device < self.read_depth:
             fill = self._queue.first()
+            if fill is not None and not fill.slot and not self._give_slot(fill):
+                if fill.is_withdrawn:
+                    continue
+                fill = self._queue.first_begun()
             if fill is None:
                 break
-            if fill.slot or self._give_slot(fill):
-                issued.append(self._issue(fill))
-            elif not fill.is_withdrawn:
-                break
+            issued.append(self._issue(fill))
         if issued:
             self.device.submit(issued)
 
@@ -304,6 +306,7 @@ class ExpertStore:
         """The record is whole: its slot is readable, and everybody who waits has a lease."""
         slot = self._close(fill)
         assert slot is not None
+        fill.is_withdrawn = False  # too late: nothing of it is given up any more
         self.slots.seal(slot, fill.record.key)
         slot.is_speculative = fill.priority is Priority.PREFETCH
         self._count(fill)

@@ -71,6 +71,13 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 
 @pytest.fixture
+def shared_memory() -> Iterator[Path]:
+    """A folder there, as the segment's is."""
+    with tempfile.TemporaryDirectory(prefix="flashmoe-test-", dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
 def store_dir(tmp_path: Path) -> Path:
     write_store(tmp_path / "store")
     return tmp_path / "store"

@@ -2,11 +2,12 @@
 test_store.py, for both devices.
 
 Planted faults seen red: refused pieces forgotten, a short read taken for whole, no word to the log,
-buffered files asked of the kernel, closed while reads are in flight.
+buffered files asked of the kernel, no trial read, no io_destroy.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
@@ -24,7 +25,13 @@ from expert_store.kernel_queue import KernelQueue
 from expert_store.manifest import Manifest
 from expert_store.reader import SourceFiles, open_files
 from expert_store.sessions import Session
-from tests.expert_store.stores import FILE_NAME, KEYS, expert_bytes, expert_range
+from tests.expert_store.stores import (
+    FILE_NAME,
+    KEYS,
+    expert_bytes,
+    expert_range,
+    write_store,
+)
 
 DEPTH = 4
 
@@ -76,15 +83,18 @@ def test_what_fails_on_the_way_comes_back_unread(store_dir: Path) -> None:
 
 
 def test_what_the_kernel_does_not_take_comes_back_unread(
-    store_dir: Path, monkeypatch: pytest.MonkeyPatch
+    store_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with a_queue(store_dir) as device, pieces(store_dir) as asked:
         monkeypatch.setattr(SourceFiles, "descriptor", lambda files, file: 1 << 20)
         device.submit(asked[:1])
+        device.submit(asked[1:2])
         monkeypatch.undo()
-        device.submit(asked[1:])
+        device.submit(asked[2:])
         came = dict(item for item in (device.wait() for _ in asked) if item)
-        assert [came[item] > 0 for item in asked] == [False, *[True] * len(asked[1:])]
+        assert [came[item] > 0 for item in asked] == [False, False, *[True] * len(asked[2:])]
+    reasons = [record.__dict__["reason"] for record in caplog.records]
+    assert reasons == [os.strerror(errno.EBADF)], "said once"
 
 
 def test_a_file_that_ends_early_brings_what_there_is(store_dir: Path) -> None:
@@ -111,6 +121,25 @@ def test_buffered_files_are_left_to_the_readers(store_dir: Path) -> None:
         assert device.num_readers == 4
 
 
+def test_a_file_system_that_reads_while_it_is_asked_is_left_to_the_readers(
+    shared_memory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The store's lock is held meanwhile. tmpfs takes direct reads since Linux 6.6."""
+    write_store(shared_memory / "store")
+    with (
+        caplog.at_level(logging.WARNING),
+        files_of(shared_memory / "store") as files,
+        kernel_queue.opened(files, 3) as device,
+    ):
+        assert isinstance(device, ReadersThemselves)
+    assert len(caplog.records) == 1
+
+
+def test_a_disk_is_asked_and_reads_by_itself(store_dir: Path) -> None:
+    with files_of(store_dir) as files, kernel_queue.opened(files, 3) as device:
+        assert isinstance(device, KernelQueue)
+
+
 @pytest.mark.parametrize("numbers", [{}, {os.uname().machine: (1 << 20,) * 4}])
 def test_falls_back_loudly_where_there_is_no_queue(
     numbers: dict[str, tuple[int, int, int, int]],
@@ -130,9 +159,12 @@ def test_falls_back_loudly_where_there_is_no_queue(
 
 
 def test_closing_gives_everything_back(store_dir: Path) -> None:
-    before = os.listdir("/proc/self/fd")
+    def held() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count("[aio]")
+
+    before = held()
     with files_of(store_dir) as files, pieces(store_dir) as asked:
         device = KernelQueue(files, DEPTH)
         device.submit(asked)
         device.close()
-    assert os.listdir("/proc/self/fd") == before
+    assert held() == before

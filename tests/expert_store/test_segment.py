@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from expert_store import segment
+from expert_store import huge_pages, segment
 from proto import errors, shm
 from tests.expert_store.conftest import SmallDisk
 
@@ -109,3 +109,13 @@ def test_an_error_inside_leaves_no_file(tmp_path: Path) -> None:
         raise ValueError("mine")
     assert not (tmp_path / "segment").exists()
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_its_slots_lie_in_huge_pages(shared_memory: Path) -> None:
+    """Red when nobody lays it out, or says how much."""
+    with segment.create(shared_memory / "segment", 8, huge_pages.HUGE_BYTES) as created:
+        probe = shared_memory / "probe"
+        with probe.open("w+b") as file:
+            file.truncate(huge_pages.HUGE_BYTES)
+            is_given = huge_pages.lay_out(file.fileno(), huge_pages.HUGE_BYTES)
+        assert created.huge_bytes == (8 * huge_pages.HUGE_BYTES if is_given else 0)

@@ -5,11 +5,14 @@ not revived, another session's guess withdrawn, a prefetch somebody waits for no
 ignored, a refill into spare slots, no read depth, a reader that dies, waiters not told at stop, a
 slot not given back by a failed read, a piece taken for whole that came in part, a device that is
 idle while a piece is hashed, a stop that does not wait, guesses asked for before their message's
-demands.
+demands, a guess given up that is lent, a demand that waits for a slot for ever, every error taken
+for damage.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -414,6 +417,87 @@ def test_what_another_session_wants_too_is_not_withdrawn(store_dir: Path, disk: 
         disk.gate.set()
         until(lambda: store.is_idle)
         assert disk.order == KEYS[:2]
+
+
+def test_what_is_withdrawn_when_all_of_it_came_stays(
+    store_dir: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader of its first piece is told so after the one of its last: red when that gives up
+    what is lent already.
+    """
+    first_is_late = threading.Event()
+
+    def add(*arguments: Any) -> bool:
+        if add_piece(*arguments):
+            return True
+        assert first_is_late.wait(DEADLINE_S)
+        return False
+
+    monkeypatch.setattr(module, "add_piece", add)
+    with a_store(store_dir, disk, read_depth=2, piece_bytes=8192) as store:
+        borrower = Borrower(store)
+        disk.gate.clear()
+        store.prefetch(borrower.session, [KEYS[0]])
+        until(lambda: len(disk.order) == 2)
+        store.withdraw(borrower.session, [KEYS[0]])
+        disk.gate.set()
+        until(lambda: store.slots.resident() == [KEYS[0]])
+        first_is_late.set()
+        for key in KEYS[1:4]:
+            borrower.get(key)
+            store.sessions.release(borrower.session, [key])
+        assert KEYS[0] in store.slots.resident()
+
+
+def test_a_demand_without_a_slot_waits_for_those_that_have_one(store_dir: Path, disk: Disk) -> None:
+    """Half read guesses are finished when nothing else can be: their slots are needed."""
+    with a_store(store_dir, disk, read_depth=1, num_slots=3, piece_bytes=4096) as store:
+        borrower = Borrower(store, 2)
+        disk.gate.clear()
+        store.prefetch(borrower.session, [KEYS[0]])
+        store.prefetch(borrower.session, KEYS[1:3])
+        fills = [store._fills[key] for key in KEYS[:3]]
+        with store.lock:
+            assert store._give_slot(fills[1]) and store._give_slot(fills[2])
+        borrower.ask(*KEYS[4:6])
+        disk.gate.set()
+        borrower.wait(*KEYS[4:6])
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"), [(errno.EIO, True), (errno.ENOMEM, False), (errno.ESTALE, False)]
+)
+def test_only_what_is_lost_is_quarantined(
+    error: int, is_lost: bool, store_dir: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*arguments: Any) -> int:
+        raise OSError(error, os.strerror(error))
+
+    disk.brings_bytes = 0
+    with a_store(store_dir, disk) as store:
+        borrower = Borrower(store)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "preadv", read)
+            [lent] = borrower.get(KEYS[0])
+        assert type(lent.error) is (errors.ExpertDamaged if is_lost else errors.Unavailable)
+        assert list(store.quarantined) == [KEYS[0]] * is_lost
+        [again] = borrower.get(KEYS[0])
+        assert (again.error is not None) == is_lost
+
+
+def test_a_reader_that_fails_ends_the_process(
+    store_dir: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when it dies alone: whoever waits would wait for ever."""
+    ended = threading.Event()
+    monkeypatch.setattr(module, "_end_process", ended.set)
+
+    def deliver(lent: list[Lent]) -> None:
+        raise RuntimeError("a bug")
+
+    with a_store(store_dir, disk) as store:
+        store.acquire(Borrower(store).session, [KEYS[0]], deliver)
+        assert ended.wait(DEADLINE_S)
 
 
 def test_prefetches_take_spare_slots_alone(store_dir: Path, disk: Disk) -> None:
