@@ -126,6 +126,8 @@ def test_a_file_system_that_reads_while_it_is_asked_is_left_to_the_readers(
 ) -> None:
     """The store's lock is held meanwhile. tmpfs takes direct reads since Linux 6.6."""
     write_store(shared_memory / "store")
+    with (shared_memory / "store" / FILE_NAME).open("ab") as file:
+        file.write(bytes(4 << 20))  # so that reading takes longer than asking
     with (
         caplog.at_level(logging.WARNING),
         files_of(shared_memory / "store") as files,
