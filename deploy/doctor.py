@@ -124,8 +124,7 @@ def check_huge_pages() -> Finding:
     """Never wrong: without them some disks are half as fast, and nothing else changes."""
     try:
         with tempfile.TemporaryFile(dir="/dev/shm") as file:
-            file.truncate(huge_pages.HUGE_BYTES)
-            gathered_bytes = huge_pages.lay_out(file.fileno(), huge_pages.HUGE_BYTES)
+            gathered_bytes = huge_pages.allocate(file.fileno(), huge_pages.HUGE_BYTES)
     except OSError as error:
         return Finding("huge pages", f"not tried ({error.strerror})")
     if gathered_bytes:

@@ -29,6 +29,17 @@ _C.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _C.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
+def allocate(descriptor: int, length_bytes: int) -> int:
+    """A shared-memory file of that length, all of it allocated: how many bytes lie in huge pages.
+
+    Raises OSError when the file system is full.
+    """
+    os.ftruncate(descriptor, length_bytes)
+    gathered_bytes = lay_out(descriptor, length_bytes)
+    os.posix_fallocate(descriptor, 0, length_bytes)
+    return gathered_bytes
+
+
 def lay_out(descriptor: int, length_bytes: int) -> int:
     """How many bytes of a shared-memory file now lie in huge pages: 0 where the kernel has none of
     2 MiB. The rest may not be allocated yet.

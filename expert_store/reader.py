@@ -43,7 +43,7 @@ class SourceFiles:
         """Fill the landing of `piece`, of which `done_bytes` are there. Raises OSError, and
         EOFError when the file ends before the payload does.
         """
-        descriptor = self._descriptors[piece.file]
+        descriptor = self.descriptor(piece.file)
         done = done_bytes - done_bytes % PAGE_BYTES
         landing, end = piece.landing_bytes, piece.landing_bytes + piece.length_bytes
         while done < piece.needed_bytes:

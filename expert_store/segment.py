@@ -101,9 +101,7 @@ def _claim(descriptor: int, path: Path) -> None:
 def _allocate(descriptor: int, path: Path, layout: shm.SegmentLayout) -> int:
     """How much of it is huge pages. A full tmpfs is an error here and not a SIGBUS later."""
     try:
-        os.ftruncate(descriptor, layout.segment_bytes)
-        huge_bytes = huge_pages.lay_out(descriptor, layout.segment_bytes)
-        os.posix_fallocate(descriptor, 0, layout.segment_bytes)
+        return huge_pages.allocate(descriptor, layout.segment_bytes)
     except OSError as error:
         path.unlink(missing_ok=True)
         raise errors.MemoryExceeded(
@@ -111,7 +109,6 @@ def _allocate(descriptor: int, path: Path, layout: shm.SegmentLayout) -> int:
             f"({error.strerror}): "
             "give fewer experts memory, or run container-config again with a larger --memory"
         ) from error
-    return huge_bytes
 
 
 def _format(mapping: mmap.mmap, segment: Segment) -> None:

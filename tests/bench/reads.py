@@ -138,9 +138,7 @@ def _memory(length_bytes: int) -> Iterator[Path]:
     memory = Path(f"/dev/shm/flashmoe-bench-fio-{os.getpid()}")
     descriptor = os.open(memory, os.O_RDWR | os.O_CREAT)
     try:
-        os.ftruncate(descriptor, length_bytes + 4 * MIB)
-        huge_pages.lay_out(descriptor, length_bytes + 4 * MIB)
-        os.posix_fallocate(descriptor, 0, length_bytes + 4 * MIB)
+        huge_pages.allocate(descriptor, length_bytes + 4 * MIB)
         yield memory
     finally:
         os.close(descriptor)
