@@ -7,7 +7,6 @@ import compute_node.lean_imports  # noqa: F401  isort: skip  before transformers
 import gc
 import logging
 import os
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -134,4 +133,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    daemon.leave(main())

@@ -12,7 +12,7 @@ from proto.rpc import DOORBELL_MESSAGE_BYTES
 
 
 class HungUp(errors.Unavailable):
-    """The store let go of the doorbell: its session is gone, or it is."""
+    """The store let go of the doorbell: the session is gone, or the store is."""
 
 
 class Doorbell:
@@ -45,8 +45,10 @@ class Doorbell:
             raise HungUp(f"the store hung up ({error})") from error
 
     def receive(self) -> pb.Exchanged | None:
-        """The next answer, None after some time without one. Raises HungUp, and the error that ends
-        the session.
+        """The next answer, None after some time without one.
+
+        Raises HungUp, also when the store says that the session is gone, and the error of any other
+        refusal, which ends the session too.
         """
         try:
             length = self._socket.recv_into(self._buffer)
@@ -58,7 +60,10 @@ class Doorbell:
             raise HungUp("the store hung up")
         reply = pb.Exchanged.FromString(bytes(memoryview(self._buffer)[:length]))
         if reply.HasField("error"):
-            raise errors.from_kind(reply.error.kind, reply.error.message)
+            problem = errors.from_kind(reply.error.kind, reply.error.message)
+            if isinstance(problem, errors.Unavailable):
+                raise HungUp(str(problem))
+            raise problem
         return reply
 
     def close(self) -> None:

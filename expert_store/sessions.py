@@ -94,12 +94,12 @@ class SessionTable:
         return session
 
     def find(self, session_id: str) -> Session:
-        """The open session of that name. Raises InvalidRequest."""
+        """The open session of that name. Raises Unavailable."""
         with self._lock:
             for session in self._open:
                 if session.session_id == session_id:
                     return session
-        raise errors.InvalidRequest("no open session has this name: open one first")
+        raise errors.Unavailable("no open session has this name: open one first")
 
     def reserve(self, session: Session, keys: Sequence[ExpertKey]) -> None:
         """Room for acquires under way.

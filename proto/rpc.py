@@ -47,7 +47,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
     *OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # how long an attempt may take, not a pause
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 

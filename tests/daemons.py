@@ -107,14 +107,21 @@ def is_store_idle(address: str) -> bool:
 
 
 class CuttableProxy:
-    """A Unix socket in front of another, whose connections a test can cut."""
+    """A Unix socket in front of another, whose connections a test can cut.
 
-    def __init__(self, listen: Path, target: Path) -> None:
+    accepting: at once, else callers wait until `accept`
+    """
+
+    def __init__(self, listen: Path, target: Path, accepting: bool = True) -> None:
         self._target = target
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(listen))
         self._listener.listen()
         self._open: list[socket.socket] = []
+        if accepting:
+            self.accept()
+
+    def accept(self) -> None:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:

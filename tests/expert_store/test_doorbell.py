@@ -102,7 +102,9 @@ def test_what_is_refused_is_named_and_hung_up_on(
 def test_a_stranger_is_refused(wire: Wire) -> None:
     for name in ("nobody", "\0\0", "x" * 5000):
         with ringer(wire, name=name) as rings:
-            assert "no open session" in rings.next().error.message
+            refusal = rings.next().error
+            assert "no open session" in refusal.message
+            assert errors.KINDS[refusal.kind] is errors.Unavailable, "the node may open another"
 
 
 def test_a_session_whose_stream_ended_lends_no_more(wire: Wire) -> None:

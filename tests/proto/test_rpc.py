@@ -2,7 +2,7 @@
 
 Planted faults seen red: the interceptor guarding unary calls alone, details not cut to what fits a
 trailer, any file removed for a dead socket, health left SERVING while draining, check_exposure
-passing `0.0.0.0`, client certificates not required.
+passing `0.0.0.0`, client certificates not required, 50 ms for an attempt to connect.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from proto import errors, rpc
 from proto.errors import KINDS
 from proto.rpc import Listen, TlsFiles
+from tests.daemons import CuttableProxy
 
 NAME, DEADLINE_S = "flashmoe.v1.ExpertStore", 10.0
 LONG = "é" * 40_000
@@ -127,6 +129,21 @@ async def test_health_turns_before_work_is_drained(run_dir: Path) -> None:
 
         assert is_serving()
     assert seen == [False]
+
+
+async def test_a_server_that_is_slow_to_answer_is_waited_for(run_dir: Path) -> None:
+    """On a busy box a daemon may need more than a moment to say that it is there."""
+    address, busy = run_dir / "s", run_dir / "busy"
+    proxy = CuttableProxy(busy, address, accepting=False)
+    async with serve(f"unix:{address}"):
+        with rpc.connect(f"unix:{busy}") as channel, ThreadPoolExecutor() as threads:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            asked = threads.submit(check, health_pb2.HealthCheckRequest(), timeout=DEADLINE_S)
+            done, _ = await asyncio.to_thread(wait, [asked], 0.5)
+            assert not done, "an attempt that had not failed was given up"
+            proxy.accept()
+            assert (await asyncio.wrap_future(asked)).status == rpc.SERVING
+            proxy.close()
 
 
 async def test_reflection_lists_the_services(run_dir: Path) -> None:

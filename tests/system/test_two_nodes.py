@@ -55,7 +55,7 @@ def stack(
         yield store, nodes, proxy
         for node in nodes:
             if node.process.poll() is None:
-                assert node.stop() == 0
+                assert node.stop() == 0, node.log.read_text()[-2000:]
         wait_for(lambda: is_store_idle(store.address), 20, "every lease to come back")
 
 
