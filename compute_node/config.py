@@ -38,7 +38,7 @@ class ComputeNodeConfig(BaseModel):
     redis_url: str | None = None
     advice_poll_s: PositiveFloat = 0.02
     max_context_tokens: PositiveInt = 2048
-    prefill_chunk_tokens: PositiveInt = 256
+    prefill_chunk_tokens: PositiveInt = 512
     prefetch_depth: Annotated[int, Field(ge=0, le=8)] = 3
     max_queued_requests: PositiveInt = 16
     deadline_s: PositiveFloat = 30.0

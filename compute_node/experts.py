@@ -15,10 +15,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from compute_node import one_token_experts
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.expert_memory import Borrowed
-from compute_node.kernels import combine, feed_forward_each
+from compute_node.kernels import feed_forward_each
 from compute_node.overlap import Overlap
 from compute_node.prefetcher import Prefetcher
-from compute_node.prompt_experts import Prompt
+from compute_node.prompt_experts import Prompt, combine
 from proto.expert import ExpertKey
 
 IMPLEMENTATION = "flashmoe"

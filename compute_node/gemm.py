@@ -8,7 +8,7 @@ than most of the products themselves, and a node has no memory to keep them all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -19,9 +19,10 @@ from compute_node import gemv, native_library
 
 logger = logging.getLogger(__name__)
 
-_MAX_TOKENS = 256  # native/gemm.c has the same number
 _TILE_COLUMNS = 32
+_MAX_WORK = 1 << 31  # multiplications, 10 ms; generating a kernel for more is a small part of it
 _STEPS = (1024, 512, 2048, 4096)  # oneDNN starts a new accumulator after 1024; 512 for one token
+_MIXED_TOKENS = 17  # from so many on one product tries out every kind of input
 _POOL_NUMBERS = 1 << 21  # larger matrices are tried out as they are
 
 _steps: dict[tuple[object, ...], int] = {}  # 0: torch multiplies
@@ -55,7 +56,7 @@ def step_of(num_tokens: int, weight: Tensor, bias: Tensor | None = None) -> int:
 
 
 def multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
-    """inputs: [t, K], contiguous, t at most 256; weight: [N, K], contiguous, K a multiple of 32.
+    """inputs: [t, K], contiguous; weight: [N, K], contiguous, K a multiple of 32.
 
     step: columns after which a new accumulator starts
 
@@ -93,7 +94,7 @@ def multiply_arrays(
 
 def _can_take(num_tokens: int, weight: Tensor) -> bool:
     return (
-        num_tokens <= _MAX_TOKENS
+        num_tokens * weight.numel() <= _MAX_WORK
         and weight.dtype == torch.bfloat16
         and weight.shape[1] % _TILE_COLUMNS == 0
         and weight.is_contiguous()
@@ -108,8 +109,7 @@ def _find_step(num_tokens: int, weight: Tensor, bias: Tensor | None) -> int:
         weight = _pool()[: weight.numel()].view(weight.shape)
     expected = [
         (inputs, scaled, functional.linear(inputs, weight, scaled))
-        for inputs, scale in gemv.probes(weight, torch.Generator().manual_seed(0), num_tokens)
-        for scaled in [None if bias is None else bias * scale]
+        for inputs, scaled in _probes(num_tokens, weight, bias)
     ]
     steps = [step for step in _STEPS if step < weight.shape[1]] or [weight.shape[1]]
     for step in steps:
@@ -121,6 +121,21 @@ def _find_step(num_tokens: int, weight: Tensor, bias: Tensor | None) -> int:
         ):
             return step
     return 0
+
+
+def _probes(
+    num_tokens: int, weight: Tensor, bias: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Inputs [t, K] and what becomes of the bias: what `gemv.probes` has, all in one where there
+    is no bias to scale, a row of each kind in turn; from numbers drawn once.
+    """
+    if bias is not None or num_tokens < _MIXED_TOKENS:
+        for inputs, scale in gemv.probes(weight, torch.Generator().manual_seed(0), num_tokens):
+            yield inputs, None if bias is None else bias * scale
+        return
+    kinds = list(gemv.probes(weight, torch.Generator().manual_seed(0), _MIXED_TOKENS))
+    mixed = torch.stack([inputs for inputs, _ in kinds], dim=1).flatten(0, 1)  # [51, K]
+    yield mixed.repeat(-(-num_tokens // len(mixed)), 1)[:num_tokens], None
 
 
 @cache

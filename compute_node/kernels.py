@@ -99,18 +99,10 @@ def _project_low_bit(module: Any, tensors: dict[str, Tensor], name: str, inputs:
     return output + tensors[f"{name}_bias"] if module.has_bias else output
 
 
-def combine(outputs: Tensor, topk_ids: Tensor) -> Tensor:
-    """Sum each token's weighted expert outputs in ascending expert order, one rounding an addition.
-
-    This is what eager's index_add_ over ascending experts does, whatever order the experts were
-    computed in.
-
-    outputs:  [T, K, D], place k belongs to topk_ids[:, k]
-    topk_ids: [T, K]
-
-    Returns [T, D].
+def add_in_order(outputs: Tensor, order: Tensor) -> Tensor:
+    """The sum of each token's rows, one rounding an addition. outputs: [T, K, D]; order: [T, K],
+    which row comes when. Returns [T, D].
     """
-    order = topk_ids.argsort(dim=1)  # [T, K]
     rows = torch.arange(outputs.shape[0])
     total = torch.zeros_like(outputs[:, 0])
     for k in range(outputs.shape[1]):

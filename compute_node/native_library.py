@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "native"
-_VERSION = 0x2965518163DA2D77  # native/version.h has the same
+_VERSION = 0x7BFEDA3FA93C9278  # native/version.h has the same
 
 NOT_COMPILED = "it was not compiled when FlashMoE was installed"
 OUTDATED = "it was compiled from older sources (install FlashMoE again)"
@@ -29,9 +29,10 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
     "rms_norm": _NORM,
     "rms_norm_wide": _NORM,
     "experts": (*[_POINTER] * 2, _SIZE, _SIZE, *[_POINTER] * 5, *_SHAPE, *_THREADS),
-    "add_rows": (_POINTER, *_SHAPE, _POINTER),
+    "add_rows": (_POINTER, _POINTER, *_SHAPE, _POINTER),
     "gate_of": (_POINTER, _POINTER, *_SHAPE, _POINTER),
     "prompt_experts": (_POINTER, _POINTER, _SIZE, *_THREADS),
+    "add_rows_of_each": (_POINTER, _POINTER, _SIZE, *_SHAPE, _POINTER, *_THREADS),
 }
 
 

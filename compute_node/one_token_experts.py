@@ -99,7 +99,7 @@ def add_rows(rows: Tensor) -> Tensor:
     """
     total = torch.empty((1, rows.shape[1]), dtype=torch.bfloat16)
     native_library.kernels().add_rows(
-        rows.data_ptr(), rows.shape[0], rows.shape[1], total.data_ptr()
+        rows.data_ptr(), None, rows.shape[0], rows.shape[1], total.data_ptr()
     )
     return total
 

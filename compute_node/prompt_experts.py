@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from compute_node import gemm, gemv, lossless, matrices, native_library, one_token_experts
-from compute_node.kernels import feed_forward
+from compute_node.kernels import add_in_order, feed_forward
 
 _MATRICES = ("gate_up_proj", "down_proj")
+_LANES = 16  # of native/one_token.c, which adds rows up
 
 
 class _Expert(ctypes.Structure):
@@ -142,6 +143,33 @@ class Prompt:
             gemv.parallel(),
             threads,
         )
+
+
+def combine(outputs: Tensor, topk_ids: Tensor) -> Tensor:
+    """Sum each token's weighted expert outputs in ascending expert order, one rounding an addition.
+
+    This is what eager's index_add_ over ascending experts does, whatever order the experts were
+    computed in.
+
+    outputs:  [T, K, D], contiguous, place k belongs to topk_ids[:, k]
+    topk_ids: [T, K]
+
+    Returns [T, D].
+    """
+    order = topk_ids.argsort(dim=1)  # [T, K]
+    native = native_library.load() is not None and outputs.dtype == torch.bfloat16
+    if not native or outputs.shape[2] % _LANES:
+        return add_in_order(outputs, order)
+    totals = torch.empty_like(outputs[:, 0])
+    native_library.kernels().add_rows_of_each(
+        outputs.data_ptr(),
+        order.data_ptr(),
+        *outputs.shape,
+        totals.data_ptr(),
+        gemv.parallel(),
+        torch.get_num_threads(),
+    )
+    return totals
 
 
 def _steps_of(module: Any, tensors: Mapping[str, Tensor], num_tokens: int) -> tuple[int, int]:

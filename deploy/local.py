@@ -53,6 +53,7 @@ def compose(
             "store_address": run.address("expert_store"),
             "session_dir": str(run.path / "sessions"),
             "slots": plan.slots,
+            "prefill_chunk_tokens": settings.chunk_tokens(manifest.sizing),
             "policy": settings.policy,
             "redis_url": redis_url,
             "metrics_port": 0,
@@ -93,6 +94,7 @@ _CONFIGS: dict[str, type[BaseModel]] = {
 _OVERRIDABLE = {
     "read_depth",
     "spare_slots",
+    "prefill_chunk_tokens",
     "policy",
     "decayed_half_life_tokens",
     "redis_url",

@@ -113,7 +113,7 @@ def plan(
             ceiling_bytes,
             experts_memory,
             context_tokens=settings.context_tokens,
-            chunk_tokens=settings.chunk_tokens,
+            chunk_tokens=settings.chunk_tokens(manifest.sizing),
             spare_slots=settings.spare_slots(manifest.slot_bytes),
             embedded_valkey=settings.redis is None,
             forecaster_bytes=forecaster_room(store_dir),

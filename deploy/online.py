@@ -224,7 +224,7 @@ def prepare(settings: ServeSettings) -> tuple[Path, Manifest, MemoryPlan]:
         parse_bytes(settings.memory, "--memory") if settings.memory else None,
         settings.experts_memory,
         context_tokens=settings.context_tokens,
-        chunk_tokens=settings.chunk_tokens,
+        chunk_tokens=settings.chunk_tokens(manifest.sizing),
         spare_slots=settings.spare_slots(manifest.slot_bytes),
         embedded_valkey=settings.redis is None,
         forecaster_bytes=forecaster_room(settings.model),

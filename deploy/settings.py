@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 
+from expert_store.sizing import Sizing
 from proto import errors
 from proto.redis_schema import PolicySetting
 
@@ -67,9 +68,12 @@ class ServeSettings(BaseModel):
     def context_tokens(self) -> int:
         return self._count("compute_node", "max_context_tokens", 2048)
 
-    @property
-    def chunk_tokens(self) -> int:
-        return self._count("compute_node", "prefill_chunk_tokens", 256)
+    def chunk_tokens(self, sizing: Sizing) -> int:
+        """Prompt tokens computed at once, fewer where attention holds a score for each pair of
+        positions.
+        """
+        default = 256 if sizing.eager_attention_heads else 512
+        return self._count("compute_node", "prefill_chunk_tokens", default)
 
     @property
     def half_life_tokens(self) -> Any:

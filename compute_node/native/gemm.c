@@ -13,7 +13,7 @@
 enum {
   PANEL_TILES = 16, /* 16 KiB: half of the first cache */
   TOKENS = 12,      /* at once: an accumulator a register */
-  MAX_TOKENS = 256
+  GROUP_TOKENS = 256 /* that go through a panel before the next is made */
 };
 
 struct job {
@@ -27,7 +27,7 @@ struct job {
 
 /* What the tokens have of 16 rows so far: of the accumulator at hand, and of those before it. */
 struct sums {
-  float present[MAX_TOKENS][ROWS], total[MAX_TOKENS][ROWS];
+  float present[GROUP_TOKENS][ROWS], total[GROUP_TOKENS][ROWS];
 };
 
 /* Where a block of 16 rows comes from. */
@@ -144,17 +144,21 @@ __attribute__((target(TARGET))) static void work(void *data) {
 
 /* outputs [tokens, rows] = inputs [tokens, columns] times the matrix [rows, columns]: one array of bf16,
  * or the arrays of a lossless one.
- * tokens: at most 256. columns, accumulator_columns: multiples of 32. parallel: null for one thread.
- */
+ * columns, accumulator_columns: multiples of 32. parallel: null for one thread. */
 void gemm(const void *const *weight, int64_t lossless, const uint16_t *bias, const uint16_t *inputs,
           uint16_t *outputs, int64_t tokens, int64_t rows, int64_t columns,
           int64_t accumulator_columns, parallel_function *parallel, int64_t threads) {
-  struct job job = {weight, lossless, bias, inputs, outputs, tokens,
-                    rows,   columns,  accumulator_columns,   0};
-  if (parallel && threads > 1 && tokens * rows * columns * 2 >= PARALLEL_BYTES)
-    parallel(work, &job, (unsigned)threads, 0);
-  else
-    work(&job);
+  for (; tokens > 0; tokens -= GROUP_TOKENS) {
+    int64_t group = tokens < GROUP_TOKENS ? tokens : GROUP_TOKENS;
+    struct job job = {weight, lossless, bias, inputs, outputs, group,
+                      rows,   columns,  accumulator_columns,   0};
+    if (parallel && threads > 1 && group * rows * columns * 2 >= PARALLEL_BYTES)
+      parallel(work, &job, (unsigned)threads, 0);
+    else
+      work(&job);
+    inputs += group * columns;
+    outputs += group * rows;
+  }
 }
 
 #endif

@@ -184,12 +184,15 @@ FUNCTION void experts(const void *const *gate_up, const void *const *down, int64
       store(outputs + at, _mm512_mul_ps(load(outputs + at), _mm512_set1_ps(gates[row])));
 }
 
-/* total [columns] = the rows [count, columns] added to zero one after the other, rounded each time. */
-FUNCTION void add_rows(const uint16_t *rows, int64_t count, int64_t columns, uint16_t *total) {
+/* total [columns] = the rows [count, columns] added to zero one after the other, rounded each time.
+ * order: [count], which row comes when; null: as they lie. */
+FUNCTION void add_rows(const uint16_t *rows, const int64_t *order, int64_t count, int64_t columns,
+                       uint16_t *total) {
   for (int64_t at = 0; at < columns; at += LANES) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t row = 0; row < count; row++)
-      sum = widen(narrow(_mm512_add_ps(sum, load(rows + row * columns + at))));
+      sum = widen(
+          narrow(_mm512_add_ps(sum, load(rows + (order ? order[row] : row) * columns + at))));
     store(total + at, sum);
   }
 }

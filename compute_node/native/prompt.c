@@ -14,6 +14,10 @@ void gemm(const void *const *weight, int64_t lossless, const uint16_t *bias, con
 void gate_of(const uint16_t *gate_up, const uint16_t *table, int64_t count, int64_t inner,
              uint16_t *activated);
 void weigh(const uint16_t *row, float weight, int64_t columns, uint16_t *weighted);
+void add_rows(const uint16_t *rows, const int64_t *order, int64_t count, int64_t columns,
+              uint16_t *total);
+
+enum { GROUP_TOKENS = 16 /* whose outputs a thread adds up at a time */ };
 
 /* What one expert has to do. */
 struct expert {
@@ -78,6 +82,34 @@ void prompt_experts(const struct prompt *prompt, const struct expert *experts, i
   else
     for (int64_t number = 0; number < num_experts; number++)
       compute(prompt, experts + number, prompt->scratch, parallel, threads);
+}
+
+struct sum {
+  const uint16_t *rows; /* [tokens, count, columns] */
+  const int64_t *order; /* [tokens, count] */
+  int64_t tokens, count, columns;
+  uint16_t *totals; /* [tokens, columns] */
+  int64_t next;     /* group of tokens; threads take one after the other */
+};
+
+__attribute__((target(TARGET))) static void add_groups(void *data) {
+  struct sum *sum = data;
+  int64_t token;
+  while ((token = take(&sum->next) * GROUP_TOKENS) < sum->tokens)
+    for (int64_t end = token + GROUP_TOKENS; token < end && token < sum->tokens; token++)
+      add_rows(sum->rows + token * sum->count * sum->columns, sum->order + token * sum->count,
+               sum->count, sum->columns, sum->totals + token * sum->columns);
+}
+
+/* What each token's experts made, added up in the order told, rounded each time. */
+void add_rows_of_each(const uint16_t *rows, const int64_t *order, int64_t tokens, int64_t count,
+                      int64_t columns, uint16_t *totals, parallel_function *parallel,
+                      int64_t threads) {
+  struct sum sum = {rows, order, tokens, count, columns, totals, 0};
+  if (parallel && threads > 1 && tokens * count * columns * 2 >= PARALLEL_BYTES)
+    parallel(add_groups, &sum, (unsigned)threads, 0);
+  else
+    add_groups(&sum);
 }
 
 #endif

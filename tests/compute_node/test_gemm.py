@@ -5,7 +5,8 @@ done twice, no bias, outputs of the first rows only, accumulators of 512 columns
 trusted; more tokens than there is room for, strides of weights or tokens ignored; the token and its
 place mixed up, another token's gate weight, tokens of another expert or in another order; of a
 lossless matrix, the first tile of each panel alone; the last expert of a wave left out, one scratch
-for two threads.
+for two threads; of more tokens than go through at once, the first ones again; rows added up in the
+order of places, the last tokens left out.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from torch.nn import functional
 from transformers.integrations.moe import _default_apply_gate
 
 from compute_node import gemm, one_token_experts, prompt_experts
-from compute_node.prompt_experts import Prompt
+from compute_node.prompt_experts import Prompt, combine
 from tests.compute_node.test_gemv import inputs, matrices, needs_kernel, same_bits
 from tests.compute_node.test_lossless import packed_expert
 
 pytestmark = pytest.mark.usefixtures("threads")
 SHAPES = [(192, 256), (17, 1024), (48, 1536), (48, 2048), (300, 5120)]
-TOKENS = (2, 3, 12, 33, 64)
+TOKENS = (2, 3, 12, 33, 64, 300)
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +55,13 @@ def test_bits_of_torch(shape: tuple[int, int]) -> None:
         (torch.ones(3, 32).bfloat16(), torch.ones(64, 64).bfloat16()[:, :32]),
         (torch.ones(64, 3).bfloat16().T, torch.ones(64, 64).bfloat16()),
     ],
-    ids=["float32", "columns", "tokens", "strides", "transposed tokens"],
+    ids=["float32", "columns", "work", "strides", "transposed tokens"],
 )
 def test_what_the_kernel_cannot_take_is_left_to_torch(
     x: Tensor, weight: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gemm, "multiply", None)
+    monkeypatch.setattr(gemm, "_MAX_WORK", 256 * 64 * 64)
     assert torch.equal(gemm.linear(x, weight), functional.linear(x, weight))
 
 
@@ -136,3 +138,17 @@ def test_a_prompt_through_its_experts(
         assert same_bits(prompts[0].outputs, prompts[1].outputs)
         computed = prompts[0].outputs.ne(0).any(dim=2)
         assert computed.sum() == num_tokens * top_k - 1 and not computed[3, 1]
+
+
+@needs_kernel
+@pytest.mark.parametrize(("num_tokens", "columns"), [(1, 64), (40, 64), (515, 256), (8, 72)])
+def test_a_tokens_outputs_are_added_up_by_expert(num_tokens: int, columns: int) -> None:
+    """As eager's index_add_ over ascending experts; 72 columns are left to torch."""
+    topk_ids = torch.rand(num_tokens, 32).topk(4).indices
+    outputs = torch.randn(num_tokens, 4, columns).bfloat16()
+    outputs[0, :, 0] = -0.0
+    expected = torch.zeros(num_tokens, columns).bfloat16()
+    for expert in range(32):
+        token, place = (topk_ids == expert).nonzero(as_tuple=True)
+        expected.index_add_(0, token, outputs[token, place])
+    assert same_bits(combine(outputs, topk_ids), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,18 @@ def test_spare_slots_follow_what_is_read_at_once(
     """A record of many pieces needs fewer."""
     settings = ServeSettings(expert_store=table)
     assert settings.spare_slots(int(slot_mib * MIB)) == spare
+
+
+@pytest.mark.parametrize(
+    ("heads", "table", "tokens"),
+    [(0, {}, 512), (64, {}, 256), (64, {"prefill_chunk_tokens": 1024}, 1024)],
+)
+def test_chunks_follow_what_attention_holds(
+    heads: int, table: dict[str, int], tokens: int, manifest: Manifest
+) -> None:
+    """Half a GB of scores for a gpt-oss whose chunks are 256 tokens."""
+    sizing = replace(manifest.sizing, eager_attention_heads=heads)
+    assert ServeSettings(compute_node=table).chunk_tokens(sizing) == tokens
 
 
 @pytest.mark.parametrize("text", ["0%", "120%", "x%", "many", "-3"])

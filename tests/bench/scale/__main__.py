@@ -200,7 +200,7 @@ def _plans(manifest: Manifest, ceilings: list[str]) -> dict[str, MemoryPlan]:
                 parse_bytes(memory, "--memory"),
                 None,
                 context_tokens=settings.context_tokens,
-                chunk_tokens=settings.chunk_tokens,
+                chunk_tokens=settings.chunk_tokens(manifest.sizing),
                 spare_slots=settings.spare_slots(manifest.slot_bytes),
             )
             check_shared_memory(plans[memory])
