@@ -13,7 +13,7 @@ enum {
   COLUMNS = 32,               /* of a tile: bf16 numbers of a cache line */
   ACCUMULATOR_COLUMNS = 512,  /* oneDNN's */
   LINE_BYTES = 64,
-  PARALLEL_BYTES = 256 << 10  /* less is not worth a second thread */
+  PARALLEL_BYTES = 1024 << 10  /* less is done before a second thread has woken */
 };
 
 /* OpenMP's entry into a parallel region, as GCC's runtime has it. */
