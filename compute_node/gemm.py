@@ -41,14 +41,20 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return multiply(inputs, weight, bias, step) if step else functional.linear(inputs, weight, bias)
 
 
-def step_of(num_tokens: int, weight: Tensor, bias: Tensor | None = None) -> int:
+def step_of(
+    num_tokens: int, weight: Tensor, bias: Tensor | None = None, max_work: float | None = None
+) -> int:
     """After how many columns `multiply` has to start a new accumulator to give torch's bits, for
     matrices [N, K] of this shape and so many tokens. 0: torch has to multiply.
+
+    max_work: multiplications beyond which torch does, untried; None: 10 ms of them
     """
+    if num_tokens * weight.numel() > (_MAX_WORK if max_work is None else max_work):
+        return 0
     key = (num_tokens, weight.shape, weight.dtype, bias is not None, torch.get_num_threads())
     step = _steps.get(key)
     if step is None:
-        can_take = _can_take(num_tokens, weight)
+        can_take = _can_take(weight)
         step = _steps[key] = _find_step(num_tokens, weight, bias) if can_take else 0
         if can_take and not step:
             logger.info("product left to torch", extra={"shape": weight.shape, "tokens": key[0]})
@@ -92,10 +98,9 @@ def multiply_arrays(
     return outputs
 
 
-def _can_take(num_tokens: int, weight: Tensor) -> bool:
+def _can_take(weight: Tensor) -> bool:
     return (
-        num_tokens * weight.numel() <= _MAX_WORK
-        and weight.dtype == torch.bfloat16
+        weight.dtype == torch.bfloat16
         and weight.shape[1] % _TILE_COLUMNS == 0
         and weight.is_contiguous()
         and native_library.load() is not None
@@ -127,7 +132,8 @@ def _probes(
     num_tokens: int, weight: Tensor, bias: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Inputs [t, K] and what becomes of the bias: what `gemv.probes` has, all in one where there
-    is no bias to scale, a row of each kind in turn; from numbers drawn once.
+    is no bias to scale: a row of each kind in turn, the last one near underflow, where another
+    order of additions shows best.
     """
     if bias is not None or num_tokens < _MIXED_TOKENS:
         for inputs, scale in gemv.probes(weight, torch.Generator().manual_seed(0), num_tokens):
@@ -135,7 +141,8 @@ def _probes(
         return
     kinds = list(gemv.probes(weight, torch.Generator().manual_seed(0), _MIXED_TOKENS))
     mixed = torch.stack([inputs for inputs, _ in kinds], dim=1).flatten(0, 1)  # [51, K]
-    yield mixed.repeat(-(-num_tokens // len(mixed)), 1)[:num_tokens], None
+    first = (2 - num_tokens) % len(kinds)
+    yield mixed.repeat(num_tokens // len(mixed) + 2, 1)[first : first + num_tokens], None
 
 
 @cache

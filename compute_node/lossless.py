@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -168,7 +168,7 @@ def _find_step(
 ) -> int:
     """Where gemm has torch's bits, and has them of the packed matrix, too; else 0."""
     weight = unpack(tensors, name, shape)
-    step = gemm.step_of(num_tokens, weight, bias)
+    step = gemm.step_of(num_tokens, weight, bias, max_work=inf)  # torch would need it unpacked
     if not step:
         return 0
     generator = torch.Generator().manual_seed(0)

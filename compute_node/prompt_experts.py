@@ -151,14 +151,14 @@ def combine(outputs: Tensor, topk_ids: Tensor) -> Tensor:
     This is what eager's index_add_ over ascending experts does, whatever order the experts were
     computed in.
 
-    outputs:  [T, K, D], contiguous, place k belongs to topk_ids[:, k]
+    outputs:  [T, K, D], place k belongs to topk_ids[:, k]
     topk_ids: [T, K]
 
     Returns [T, D].
     """
-    order = topk_ids.argsort(dim=1)  # [T, K]
+    order = topk_ids.argsort(dim=1).contiguous()  # [T, K]
     native = native_library.load() is not None and outputs.dtype == torch.bfloat16
-    if not native or outputs.shape[2] % _LANES:
+    if not native or not outputs.is_contiguous() or outputs.shape[2] % _LANES:
         return add_in_order(outputs, order)
     totals = torch.empty_like(outputs[:, 0])
     native_library.kernels().add_rows_of_each(

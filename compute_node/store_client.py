@@ -50,6 +50,7 @@ class StoreClient:
         self._session: StoreSession | None = None
         self._description: StoreDescription | None = None
         self.num_opened = 0
+        self._num_fruitless = 0  # sessions in a row that lent nothing
 
     def describe(self) -> StoreDescription:
         """Wait for the store and ask what it serves.
@@ -84,9 +85,11 @@ class StoreClient:
         """Open a session, waiting for the store if it is away; what was borrowed before is gone.
 
         check: called while waiting; may raise to give up
-        Raises StoreUnavailable after the deadline, SlotsExhausted, VersionMismatch (another model).
+        Raises StoreUnavailable after the deadline, also when sessions keep breaking before anything
+        was lent; SlotsExhausted, VersionMismatch (another model).
         """
         self.abort()
+        self._pause_if_fruitless(check)
         description = self._description or self.describe()
         self._session = self._until_deadline(lambda: self._open_once(description), check)
         self.num_opened += 1
@@ -150,9 +153,25 @@ class StoreClient:
         self.abort()
         self._channel.close()
 
+    def _pause_if_fruitless(self, check: Callable[[], None]) -> None:
+        """A store that opens sessions and serves none is not asked without end, nor at full speed.
+        Raises StoreUnavailable, and what `check` raises.
+        """
+        if self._num_fruitless * _RETRY_S > self._deadline_s:
+            self._num_fruitless = 0
+            raise errors.StoreUnavailable(
+                f"expert_store at {self._address} opens sessions and lends nothing: see its log"
+            )
+        if self._num_fruitless:
+            check()
+            time.sleep(_RETRY_S)
+        self._num_fruitless += 1
+
     def _arrivals(self, loan: Loan, check: Callable[[], None]) -> Iterator[list[Arrival]]:
         try:
-            yield from loan.arrivals(self._deadline_s, check)
+            for arrived in loan.arrivals(self._deadline_s, check):
+                self._num_fruitless = 0
+                yield arrived
         except errors.ExpertDamaged:
             raise
         except BaseException:

@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,9 @@ def main(
     except OSError as error:
         sys.stderr.write(f"{name}: {error} [OSError]\n")
         return FAILURE
+    except Exception:  # noqa: BLE001  a defect of ours: told whole, and left like the others
+        traceback.print_exc()
+        return FAILURE
     return 0
 
 
@@ -93,10 +97,12 @@ def leave(status: int) -> NoReturn:
     The interpreter's own way out ends threads of gRPC's inside C++ calls, for which a process may
     be aborted (grpc issue 11804): a drain that went well would look like a crash.
     """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
 
 
 def refusal(last_line: str) -> errors.FlashMoEError:

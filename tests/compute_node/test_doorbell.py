@@ -2,21 +2,29 @@
 
 The other end is played with the messages of `expert_store/doorbell.py`, whose kinds
 `tests/expert_store/test_doorbell.py` holds. Planted fault seen red: every refusal raised as it is,
-which ended a request whose session the store had just closed.
+which ended a request whose session the store had just closed; sessions opened again at full speed
+and without end while a doorbell refuses them all.
 """
 
 from __future__ import annotations
 
 import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from compute_node.doorbell import Doorbell, HungUp
+from compute_node.store_client import StoreClient
+from compute_node.store_session import SessionLost
 from expert_store.exchanges import to_detail
 from proto import errors
 from proto import expert_store_pb2 as pb
+from proto.expert import ExpertKey
+from tests.local_store import local_store
 
 NAME = "a session"
 
@@ -60,3 +68,49 @@ def test_a_store_that_goes_is_hung_up_on(ends: tuple[Doorbell, socket.socket]) -
     store.close()
     with pytest.raises(HungUp):
         doorbell.receive()
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[list[int]]:
+    """Another store's doorbell in the place of the right one; yields how often it was rung."""
+    path.unlink()
+    rung = [0]
+
+    def refuse_all() -> None:
+        while True:
+            try:
+                store, _ = listener.accept()
+            except OSError:  # shut down
+                return
+            with store:
+                store.recv(100)
+                rung[0] += 1
+                refuse(store, errors.Unavailable("no open session has this name"))
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        thread = threading.Thread(target=refuse_all)
+        thread.start()
+        try:
+            yield rung
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def test_a_doorbell_that_refuses_every_session_is_given_up(tiny_store: Path, run_dir: Path) -> None:
+    with local_store(tiny_store, run_dir, 8) as address, ExitStack() as closing:
+        client = StoreClient(address, "n", 4, run_dir / "sessions", deadline_s=0.5)
+        closing.callback(client.close)
+        client.open()
+        assert client.exchange([], [ExpertKey(0, 0)])
+        with refusing(run_dir / "sessions/doorbell.sock") as rung:
+            start_s = time.monotonic()
+            client.open()
+            with pytest.raises(errors.StoreUnavailable, match="lends nothing"):
+                while True:
+                    with pytest.raises(SessionLost):
+                        client.exchange([], [ExpertKey(0, 1)])
+                    client.open()
+            assert rung[0] > 1 and time.monotonic() - start_s >= 0.5, "not for as long as it may"

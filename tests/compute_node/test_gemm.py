@@ -144,7 +144,7 @@ def test_a_prompt_through_its_experts(
 @pytest.mark.parametrize(("num_tokens", "columns"), [(1, 64), (40, 64), (515, 256), (8, 72)])
 def test_a_tokens_outputs_are_added_up_by_expert(num_tokens: int, columns: int) -> None:
     """As eager's index_add_ over ascending experts; 72 columns are left to torch."""
-    topk_ids = torch.rand(num_tokens, 32).topk(4).indices
+    topk_ids = torch.rand(32, num_tokens).topk(4, dim=0).indices.T  # strides of a column
     outputs = torch.randn(num_tokens, 4, columns).bfloat16()
     outputs[0, :, 0] = -0.0
     expected = torch.zeros(num_tokens, columns).bfloat16()

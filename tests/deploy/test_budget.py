@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from deploy.budget import plan_memory
+from deploy.local import compose
+from deploy.run_dir import RunDir
 from deploy.settings import ServeSettings, parse_bytes, parse_experts_memory
 from expert_store.manifest import Manifest
 from expert_store.pack import pack
@@ -74,11 +76,16 @@ def test_spare_slots_follow_what_is_read_at_once(
     [(0, {}, 512), (64, {}, 256), (64, {"prefill_chunk_tokens": 1024}, 1024)],
 )
 def test_chunks_follow_what_attention_holds(
-    heads: int, table: dict[str, int], tokens: int, manifest: Manifest
+    heads: int, table: dict[str, int], tokens: int, manifest: Manifest, tmp_path: Path
 ) -> None:
-    """Half a GB of scores for a gpt-oss whose chunks are 256 tokens."""
+    """The scores of 256 tokens take 400 MB of a gpt-oss; the node does what was planned."""
+    settings = ServeSettings(compute_node=table)
     sizing = replace(manifest.sizing, eager_attention_heads=heads)
-    assert ServeSettings(compute_node=table).chunk_tokens(sizing) == tokens
+    assert settings.chunk_tokens(sizing) == tokens
+    found = plan(manifest, 1024 * MIB, None)
+    run = RunDir(tmp_path)
+    tables = compose(run, settings, tmp_path, replace(manifest, sizing=sizing), found)
+    assert tables["compute_node"]["prefill_chunk_tokens"] == tokens
 
 
 @pytest.mark.parametrize("text", ["0%", "120%", "x%", "many", "-3"])

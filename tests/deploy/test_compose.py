@@ -186,7 +186,6 @@ def test_paths_of_a_box_do_not_reach_the_containers(tiny_store: Path, run_dir: P
     assert node["address"] == "unix:/run/flashmoe/compute_node.sock"
     assert node["redis_url"] == "unix:///run/flashmoe/valkey.sock"
     assert node["threads"] == 3
-    assert node["prefill_chunk_tokens"] == 512, "what the memory plan reckons with"
     settings.write_text('[serve]\nmemory = "1GiB"\n[compute_node]\naddress = "0.0.0.0:1"\n')
     with pytest.raises(errors.ConfigInvalid, match="'address', which the launcher derives"):
         container_config(tiny_store, run_dir / "other", config=settings)

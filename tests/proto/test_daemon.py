@@ -1,7 +1,7 @@
 """How a daemon ends: with its status and its last words, or with what it was doing.
 
-Planted faults seen red: leaving without flushing, leaving by the interpreter's own way, no fault
-handler.
+Planted faults seen red: leaving without flushing, leaving by the interpreter's own way, also after
+a defect, no fault handler.
 """
 
 from __future__ import annotations
@@ -11,34 +11,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.stack import ROOT
 
-LEAVE = """
-import atexit, sys
-from proto import daemon
-atexit.register(print, "the interpreter took its own way out", file=sys.stderr)
-print("the last words")
-daemon.leave(3)
-"""
-
+OWN_WAY = "the interpreter took its own way out"
 DAEMON = """
-import os, signal, sys
+import atexit, os, signal, sys
 from proto import daemon
 
 class Config:
     log_level = "INFO"
 
 async def run(config):
-    os.kill(os.getpid(), signal.SIGABRT)
+    print("the last words")
+    {ending}
 
+atexit.register(print, {own_way!r}, file=sys.stderr)
 sys.argv = ["d", "--config", "none"]
 daemon.leave(daemon.main("d", "", lambda path: Config(), run))
 """
 
 
-def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def ended(ending: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What becomes of a daemon whose work ends so. It prints to a pipe, and so to a buffer."""
     script = folder / "script.py"
-    script.write_text(code)
+    script.write_text(DAEMON.format(ending=ending, own_way=OWN_WAY))
     return subprocess.run(
         [sys.executable, script],
         cwd=ROOT,
@@ -49,14 +47,23 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_leaves_with_its_status_and_what_it_said(tmp_path: Path) -> None:
-    """Printed to a pipe, so that it waits in a buffer."""
-    ended = python(LEAVE, tmp_path)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "the last words\n", "")
+@pytest.mark.parametrize(
+    ("ending", "status", "told"), [("pass", 0, ""), ("1 / 0", 1, "ZeroDivisionError")]
+)
+def test_leaves_with_its_status_and_what_it_said(
+    ending: str, status: int, told: str, tmp_path: Path
+) -> None:
+    found = ended(ending, tmp_path)
+    assert (found.returncode, found.stdout) == (status, "the last words\n")
+    assert told in found.stderr and OWN_WAY not in found.stderr
+
+
+def test_leaves_also_when_nobody_hears_its_last_words(tmp_path: Path) -> None:
+    assert ended("os.close(1)", tmp_path).returncode == 0
 
 
 def test_an_aborted_daemon_tells_what_it_was_doing(tmp_path: Path) -> None:
-    ended = python(DAEMON, tmp_path)
-    assert ended.returncode == -signal.SIGABRT
-    assert "Fatal Python error: Aborted" in ended.stderr
-    assert "in run" in ended.stderr
+    found = ended("os.kill(os.getpid(), signal.SIGABRT)", tmp_path)
+    assert found.returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in found.stderr
+    assert "in run" in found.stderr
