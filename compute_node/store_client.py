@@ -93,6 +93,7 @@ class StoreClient:
         description = self._description or self.describe()
         self._session = self._until_deadline(lambda: self._open_once(description), check)
         self.num_opened += 1
+        self._num_fruitless += 1
 
     def borrow(
         self,
@@ -165,7 +166,6 @@ class StoreClient:
         if self._num_fruitless:
             check()
             time.sleep(_RETRY_S)
-        self._num_fruitless += 1
 
     def _arrivals(self, loan: Loan, check: Callable[[], None]) -> Iterator[list[Arrival]]:
         try:
