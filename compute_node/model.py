@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._device import DeviceContext
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -21,9 +22,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 from compute_node import experts, lossless, low_bit, one_token_linear, one_token_norm
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.dense_weights import reading_dense
+from compute_node.expert_memory import TORCH_DTYPES
 from compute_node.experts import RoutedExperts, StepRecord
 from compute_node.overlap import Overlap
-from compute_node.prefetcher import NextRouter, Prefetcher
+from compute_node.prefetcher import Prefetcher
 from compute_node.routers import RouterScores
 from proto import errors
 from proto.expert import ModelSpec
@@ -85,7 +87,7 @@ def load_model(
         _fill(model, dense())
     record, scores = StepRecord(), RouterScores()
     for layer, (path, _) in modules.items():
-        scores.hook(model, layer, path)
+        scores.watch(model, layer, path)
     prefetcher = _prefetcher(spec, cache, scores, lookahead)
     overlap = Overlap(cache, prefetcher.computed)
     for layer, (_, module) in modules.items():
@@ -112,8 +114,9 @@ def _build(model_dir: Path, spec: ModelSpec) -> tuple[Any, dict[int, tuple[str, 
     `_experts_modules` has them. Raises CheckpointUnsupported, ManifestInvalid.
     """
     config = AutoConfig.from_pretrained(model_dir)
+    config.dtype = config.dtype or _weights_dtype(spec)
     with _OnMeta("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     model.eval()
     modules = _experts_modules(model, spec)
     for weight_format in (lossless, low_bit):
@@ -121,9 +124,16 @@ def _build(model_dir: Path, spec: ModelSpec) -> tuple[Any, dict[int, tuple[str, 
     return model, modules
 
 
+def _weights_dtype(spec: ModelSpec) -> torch.dtype:
+    """Of the first floating-point weight: what transformers takes where the config says nothing."""
+    found = (TORCH_DTYPES[t.dtype] for t in spec.dense if t.dtype in ("F32", "BF16", "F16"))
+    return next(found, torch.float32)
+
+
 class _OnMeta(DeviceContext):
     """Parameters without memory. Position tables are made on the CPU: a few floats, where the meta
-    device would import sympy for its arange (45 MiB).
+    device would import sympy for its arange (45 MiB). What mixes them with other tables (longrope,
+    proportional) goes to the meta device; `_fill` makes all of them again.
     """
 
     def __torch_function__(
@@ -131,17 +141,20 @@ class _OnMeta(DeviceContext):
     ) -> Any:
         if func is torch.arange:
             return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if len({t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}) > 1:
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
         return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
 def _prefetcher(
     spec: ModelSpec, cache: ExpertCache, scores: RouterScores, lookahead: Lookahead
 ) -> Prefetcher:
-    layers = sorted(scores.routers)
-    expert_bytes = max(spec.expert_bytes(layer) for layer in layers)
+    expert_bytes = max(spec.expert_bytes(layer) for layer in spec.moe_layers)
     piece_share = min(1.0, lookahead.piece_bytes / expert_bytes)
     return Prefetcher(
-        routers={layer: NextRouter.of(scores.routers[layer]) for layer in layers},
+        layers=spec.moe_layers,
+        routers=scores.next_routers,
         top_k=spec.top_k,
         resident=cache,
         read_s=lambda: cache.read_s,
@@ -185,12 +198,15 @@ def _fill(model: Any, dense: dict[str, Tensor]) -> None:
     info, _ = convert_and_load_state_dict_in_model(model, dense, load_config)
     dense.clear()
     borrowed = _mark_experts(model)
+    not_stored = set(info.missing_keys)
+    model._adjust_missing_and_unexpected_keys(info)
     missing = info.missing_keys - borrowed - set(model.all_tied_weights_keys)
     if missing or info.conversion_errors or info.mismatched_keys:
         problem = sorted(missing) or info.conversion_errors or sorted(info.mismatched_keys)
         raise errors.CheckpointUnsupported(f"the checkpoint does not fill the model: {problem}")
     model.mark_tied_weights_as_initialized(info)
-    model._move_missing_keys_from_meta_to_device(set(), {"": "cpu"}, None, None)
+    may_be_missing = not_stored - info.missing_keys
+    model._move_missing_keys_from_meta_to_device(may_be_missing, {"": "cpu"}, None, None)
     model._initialize_missing_keys(False)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
 

@@ -8,7 +8,7 @@ holds a demand up by a piece of a read at most.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -39,19 +39,25 @@ class NextRouter:
     correction: Tensor | None
 
     @classmethod
-    def of(cls, router: Any) -> NextRouter:
+    def of(cls, router: Any, num_inputs: int, num_experts: int) -> NextRouter | None:
+        """None: it has no weight that can be asked."""
+        weight = getattr(router, "weight", None)
+        if not isinstance(weight, Tensor) or weight.shape != (num_experts, num_inputs):
+            return None
         return cls(
-            router.weight,
+            weight,
             getattr(router, "bias", None),
             getattr(router, "e_score_correction_bias", None),
         )
 
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Higher: sooner chosen. hidden: [T, D]. Returns [T, E]."""
+        scores = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        return scores if self.correction is None else scores.sigmoid() + self.correction
+
     def choose(self, hidden: Tensor, top_k: int) -> list[int]:
         """Experts by falling score. hidden: [1, D]."""
-        scores = functional.linear(hidden, self.weight, self.bias)[0]
-        if self.correction is not None:
-            scores = scores.sigmoid() + self.correction
-        chosen: list[int] = scores.topk(top_k).indices.tolist()
+        chosen: list[int] = self.scores(hidden)[0].topk(top_k).indices.tolist()
         return chosen
 
 
@@ -93,7 +99,8 @@ class LayerNeed:
 class Prefetcher:
     """One node's. Pure guesses: what is read, and when, is the store's business.
 
-    routers:   by MoE layer, in the order in which they run
+    layers:    with experts, in the order in which they run
+    routers:   of those of them whose choices can be guessed; may grow
     resident:  what need not be guessed
     read_s:    seconds that one expert takes from the device, as last measured
     piece_s:   of those, what a demand may wait for behind a wrong guess
@@ -103,7 +110,8 @@ class Prefetcher:
     num_unguessed: misses that no guess was open about; latest_unguessed: of the latest step
     """
 
-    routers: dict[int, NextRouter]
+    layers: tuple[int, ...]
+    routers: Mapping[int, NextRouter]
     top_k: int
     resident: Residency
     read_s: Callable[[], float]
@@ -120,9 +128,8 @@ class Prefetcher:
     _cost_s: float = 1e-4
 
     def __post_init__(self) -> None:
-        self._order = tuple(self.routers)
-        self._place = {layer: place for place, layer in enumerate(self._order)}
-        self._needs = {layer: LayerNeed() for layer in self._order}
+        self._place = {layer: place for place, layer in enumerate(self.layers)}
+        self._needs = {layer: LayerNeed() for layer in self.layers}
         self.distances = [Distance.fresh(self.top_k) for _ in range(self.max_depth)]
 
     @property
@@ -203,6 +210,7 @@ class Prefetcher:
         start, read_s = self._place[layer] + 1, self.read_s()
         return [
             (number, following)
-            for number, following in enumerate(self._order[start : start + self.max_depth])
-            if self._needs[following].misses * min(read_s, self._lead_s(number)) > self._cost_s
+            for number, following in enumerate(self.layers[start : start + self.max_depth])
+            if following in self.routers
+            and self._needs[following].misses * min(read_s, self._lead_s(number)) > self._cost_s
         ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from compute_node.experts import LayerAccess, StepRecord
 from compute_node.result import RecordedStep
 from compute_node.routers import RouterScores
+from proto import errors
 from proto.expert import ModelSpec
 
 
@@ -25,16 +26,30 @@ class Recording:
 def latest_step(
     spec: ModelSpec, record: StepRecord, scores: RouterScores | None = None
 ) -> RecordedStep:
-    """Of the latest forward pass, which was of one token. scores: to be told with it."""
+    """Of the latest forward pass, which was of one token. scores: to be told with it.
+
+    Raises InvalidRequest when scores are wanted of a layer whose router is not recognised.
+    """
     layers = layers_of(spec, record)
     ids = torch.stack([access.ids[0] for access in layers])
-    latest = [scores.latest[layer][0] for layer in spec.moe_layers] if scores else None
+    latest = _latest_scores(spec, scores) if scores else None
     return RecordedStep(
         num_experts=spec.num_experts,
         topk_ids=ids.numpy().astype(np.uint16),
         topk_weights=_half([access.weights[0] for access in layers]),
         router_scores=_half(latest) if latest else None,
     )
+
+
+def _latest_scores(spec: ModelSpec, scores: RouterScores) -> list[Tensor]:
+    """[E] of each MoE layer."""
+    unknown = [layer for layer in spec.moe_layers if layer not in scores.latest]
+    if unknown:
+        raise errors.InvalidRequest(
+            f"{spec.model_type}: layer {unknown[0]} chooses experts without scores that could be "
+            "recorded: record without router scores"
+        )
+    return [scores.latest[layer][0] for layer in spec.moe_layers]
 
 
 def layers_of(spec: ModelSpec, record: StepRecord) -> list[LayerAccess]:

@@ -1,43 +1,44 @@
-"""What a checkpoint's model is: its experts modules and their parameters, its dense tensors, its
-per-sequence state. Offline only, imports torch; the model is built on the meta device (no memory).
+"""What a checkpoint's model is: its experts modules and their parameters, its dense tensors, what a
+dry run of it tells. Offline only, imports torch; the model's weights take no memory.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.initialization import no_init_weights
 
 from expert_store.checkpoint import CheckpointTensor
-from expert_store.parameters import ExpertParameter, ParameterSources
+from expert_store.dry_run import DryRun, dry_run, explained
+from expert_store.parameters import TORCH_DTYPES, ExpertParameter, ParameterSources
 from proto import errors
 from proto.expert import ExpertKey
 
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-_TOP_K_NAMES = (
-    "num_experts_per_tok",
-    "moe_topk",
-    "moe_k",
-    "top_k_experts",
-    "num_experts_per_token",
-)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What index and pack need to know of a model."""
+    """What index and pack need to know of a model.
+
+    dense:   what the model takes besides its experts; skipped: what it does not take (other heads,
+             layers that only training uses)
+    dry_run: what the model told when it ran
+    """
 
     model_type: str
     num_experts: int
     top_k: int
     layers: dict[int, tuple[ExpertParameter, ...]]
     dense: tuple[CheckpointTensor, ...]
+    skipped: tuple[CheckpointTensor, ...]
+    dry_run: DryRun
     model: Any
 
     @property
@@ -76,14 +77,12 @@ def build_meta(config: Any) -> Any:
     """The model without memory. Raises CheckpointUnsupported when it is no causal language model
     of transformers.
     """
-    dtype = config.dtype or torch.float32
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
+    if type(config) not in AutoModelForCausalLM._model_mapping:
         raise errors.CheckpointUnsupported(
             f"architecture {config.model_type!r} is no causal language model of transformers"
-        ) from error
+        )
+    with explained(config.model_type), torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
     return model.eval()
 
 
@@ -129,6 +128,7 @@ def read_architecture(root: Path, tensors: Mapping[str, CheckpointTensor]) -> Ar
     Raises CheckpointUnsupported naming the architecture, the conversion or the dtype in the way.
     """
     config = load_config(root)
+    config.dtype = config.dtype or weights_dtype(tensors)
     model = build_meta(config)
     modules = experts_modules(model)
     sources = ParameterSources(model, tensors)
@@ -144,59 +144,57 @@ def read_architecture(root: Path, tensors: Mapping[str, CheckpointTensor]) -> Ar
         raise errors.CheckpointUnsupported(
             f"its layers have different numbers of experts: {counts}"
         )
+    dense = sources.dense()
+    found = dry_run(model, modules)
     return Architecture(
         model_type=config.model_type,
         num_experts=counts.pop(),
-        top_k=_top_k(model),
+        top_k=_same_top_k(found),
         layers=layers,
-        dense=sources.dense(),
+        dense=dense,
+        skipped=sources.skipped(),
+        dry_run=found,
         model=model,
     )
 
 
-def _top_k(model: Any) -> int:
-    config = model.config.get_text_config()
-    for name in _TOP_K_NAMES:
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
-    raise errors.CheckpointUnsupported(
-        f"{config.model_type}: its config does not say how many experts a token uses"
+def weights_dtype(tensors: Mapping[str, CheckpointTensor]) -> torch.dtype:
+    """Of the first floating-point tensor: what transformers takes where the config says nothing."""
+    found = (TORCH_DTYPES[t.dtype] for t in tensors.values() if t.dtype in TORCH_DTYPES)
+    return next(found, torch.float32)
+
+
+def _same_top_k(found: DryRun) -> int:
+    counts = set(found.top_k.values())
+    if len(counts) != 1:
+        raise errors.CheckpointUnsupported(
+            "its layers use different numbers of experts a token, which is not supported: "
+            + ", ".join(f"layer {layer}: {k}" for layer, k in found.top_k.items())
+        )
+    return counts.pop()
+
+
+def remarks(architecture: Architecture) -> list[str]:
+    """What its user should know: a sentence each."""
+    return [*_about_skipped(architecture.skipped), *_about_routers(architecture.dry_run)]
+
+
+def _about_skipped(skipped: Sequence[CheckpointTensor]) -> Iterator[str]:
+    if not skipped:
+        return
+    names = sorted(tensor.name for tensor in skipped)
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    mib = sum(tensor.length_bytes for tensor in skipped) / (1 << 20)
+    yield (
+        f"skipped {len(names)} tensors ({mib:.1f} MiB) that this model does not use: "
+        f"{', '.join(names[:2])}{more}"
     )
 
 
-def cache_bytes(model: Any, num_tokens: int) -> int:
-    """Bytes of per-sequence state (KV, recurrent) after `num_tokens`, from a forward pass without
-    memory.
-
-    model: on the meta device
-    """
-
-    def skip(module: Any, hidden_states: Any, *_: Any) -> Any:
-        return torch.empty_like(hidden_states)
-
-    ALL_EXPERTS_FUNCTIONS["flashmoe_meta"] = skip
-    previous = model.config._experts_implementation
-    model.set_experts_implementation("flashmoe_meta")
-    try:
-        with torch.no_grad():
-            ids = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
-            output = model(ids, use_cache=True, logits_to_keep=1)
-    finally:
-        model.set_experts_implementation(previous)
-    return sum(t.numel() * t.element_size() for t in cache_tensors(output.past_key_values))
-
-
-def cache_tensors(cache: Any) -> list[Any]:
-    """Every tensor a transformers cache holds, once."""
-    seen: dict[int, Any] = {}
-    pending: list[Any] = [vars(layer) for layer in cache.layers]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, torch.Tensor):
-            seen[id(value)] = value
-        elif isinstance(value, dict):
-            pending.extend(value.values())
-        elif isinstance(value, (list, tuple)):
-            pending.extend(value)
-    return list(seen.values())
+def _about_routers(found: DryRun) -> Iterator[str]:
+    if found.unforeseen:
+        layers = ", ".join(map(str, found.unforeseen))
+        yield (
+            f"experts of layers {layers} are computed exactly but not read ahead: their routers "
+            "have no weight that can be asked early"
+        )

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import xxhash
 
-from expert_store.architecture import Architecture, cache_bytes, read_architecture
+from expert_store.architecture import Architecture, read_architecture, remarks
 from expert_store.checkpoint import Checkpoint, CheckpointTensor, read_chunks
 from expert_store.encoders import ExactEncoder, check_plain, record_layouts
 from expert_store.extents import ExpertRecord, Extent, slot_bytes_needed
 from expert_store.manifest import MANIFEST_NAME, Manifest
 from expert_store.parameters import ExpertParameter, Part
-from expert_store.progress import Journal, Report, silent
+from expert_store.progress import Journal, Report, Say, silent, unsaid
 from expert_store.sizing import Sizing
 from expert_store.sources import SourceFile, resolve_inside
 from proto import errors
@@ -90,9 +90,9 @@ def expert_parts(layer: Sequence[ExpertParameter], expert: int) -> list[tuple[Pa
     return [parameter.parts[expert] for parameter in layer]
 
 
-def index(root: Path, store_dir: Path, report: Report = silent) -> Manifest:
+def index(root: Path, store_dir: Path, report: Report = silent, say: Say = unsaid) -> Manifest:
     """Write a manifest over the checkpoint in `root` to `store_dir`; reads every byte once for
-    the checksums.
+    the checksums. `say` is given what the user should know of the model, before the reading.
 
     Killed and started again, it goes on where it was.
     Raises CheckpointUnsupported, ManifestInvalid (a shard missing or damaged, the disk full).
@@ -104,6 +104,8 @@ def index(root: Path, store_dir: Path, report: Report = silent) -> Manifest:
     for file in checkpoint.files:
         resolve_inside(root, file.path)  # the daemon would refuse it, after all the reading
     _make_folder(store_dir)
+    for remark in remarks(architecture):
+        say(remark)
     with ExitStack() as stack:
         journal = _open_journal(store_dir / "index.journal", checkpoint, stack)
         hasher = _Hasher(checkpoint, journal, report, architecture, stack)
@@ -165,9 +167,7 @@ def make_spec(
 
 
 def measure(architecture: Architecture) -> Sizing:
-    """What the planner needs; per-sequence state comes from forward passes without memory."""
-    short, long = cache_bytes(architecture.model, 64), cache_bytes(architecture.model, 128)
-    per_token = max(0, -(-(long - short) // 64))
+    """What the planner needs."""
     config = architecture.model.config.get_text_config()
     dense_bytes = sum(tensor.length_bytes for tensor in architecture.dense)
     embedding = architecture.model.get_input_embeddings().weight
@@ -176,8 +176,8 @@ def measure(architecture: Architecture) -> Sizing:
     looked_up = 0 if tied else embedding.numel() * embedding.element_size()
     return Sizing(
         dense_bytes=dense_bytes,
-        cache_bytes_per_token=per_token,
-        cache_bytes_fixed=max(0, short - 64 * per_token),
+        cache_bytes_per_token=architecture.dry_run.cache_bytes_per_token,
+        cache_bytes_fixed=architecture.dry_run.cache_bytes_fixed,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         max_position_embeddings=int(getattr(config, "max_position_embeddings", None) or 1 << 20),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import xxhash
 
-from expert_store.architecture import read_architecture
+from expert_store.architecture import read_architecture, remarks
 from expert_store.card import Card
 from expert_store.checkpoint import Checkpoint, read_header
 from expert_store.companions import DENSE_NAME, copy_side_files, write_dense
@@ -23,7 +23,7 @@ from expert_store.durable import sync_folder
 from expert_store.encoders import make_encoder
 from expert_store.index import make_spec, measure
 from expert_store.manifest import MANIFEST_NAME, Manifest
-from expert_store.progress import Journal, Report, silent
+from expert_store.progress import Journal, Report, Say, silent, unsaid
 from expert_store.records import RECORDS_NAME, RecordWriter
 from expert_store.sources import SourceFile
 from expert_store.weight_source import WeightSource
@@ -37,12 +37,14 @@ def pack(
     root: Path,
     store_dir: Path,
     report: Report = silent,
+    say: Say = unsaid,
     *,
     weight_format: str = EXACT.name,
     overwrite: bool = False,
 ) -> Manifest:
     """Write a packed store of the checkpoint in `root` to `store_dir`.
 
+    say:           given what the user should know of the model, before the copying
     weight_format: one of proto.weight_format.NAMES
 
     Holds one tensor in memory at a time; of formats that are not exact, one expert's matrix and
@@ -60,6 +62,8 @@ def pack(
         writer = RecordWriter(architecture, encoder, source)
         _check_target(root, store_dir, overwrite)
         _check_space(writer, partial, store_dir)
+        for remark in remarks(architecture):
+            say(remark)
         partial.mkdir(parents=True, exist_ok=True)
         manifest = _write_store(writer, checkpoint, partial, report)
         manifest.write(partial)

@@ -66,14 +66,14 @@ class ParameterSources:
         mapping = get_model_conversion_mapping(model)
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        state = model.state_dict()
+        self._model = model
+        self._state = state = model.state_dict()
+        prefix = model.base_model_prefix
         self._by_target: dict[str, list[tuple[CheckpointTensor, str | None]]] = {}
         for name, tensor in tensors.items():
-            target, pattern = rename_source_key(
-                name, renamings, self._converters, model.base_model_prefix, state
-            )
+            target, pattern = rename_source_key(name, renamings, self._converters, prefix, state)
             if target not in state and name in state:
-                target, pattern = name, None
+                target, pattern = rename_source_key(name, [], [], prefix, state)
             self._by_target.setdefault(target, []).append((tensor, pattern))
         self._taken: set[str] = set()
 
@@ -103,6 +103,7 @@ class ParameterSources:
         """Blocks [E, N, K / 32, 16] and scales [E, N, K / 32] of a transposed parameter
         [E, K, N].
         """
+        self._taken.add(target)
         num_experts, num_inputs, num_outputs = parameter.shape
         prefix = (num_experts, num_outputs, num_inputs // 32)
         blocks = self._take_bytes(f"{target}_blocks", (*prefix, 16))
@@ -116,12 +117,60 @@ class ParameterSources:
         return _slice_fused(tensor, shape, target)
 
     def dense(self) -> tuple[CheckpointTensor, ...]:
+        """What the model takes besides what was taken as experts; call it after that.
+
+        Raises CheckpointUnsupported when the model wants what the checkpoint has not, or in another
+        shape.
+        """
+        self._check_complete()
+        targets = [t for t in self._by_target if t in self._state and t not in self._taken]
+        for target in targets:
+            for tensor, pattern in self._by_target[target]:
+                if pattern is None and tensor.shape != tuple(self._state[target].shape):
+                    raise errors.CheckpointUnsupported(
+                        f"{tensor.name} has shape {tensor.shape} on disk, its config makes it "
+                        f"{tuple(self._state[target].shape)}: config and weights do not belong "
+                        "together"
+                    )
+        return tuple(tensor for target in targets for tensor, _ in self._by_target[target])
+
+    def skipped(self) -> tuple[CheckpointTensor, ...]:
+        """What the model does not take: layers for training, other heads, other modalities."""
         return tuple(
             tensor
             for target, found in self._by_target.items()
-            if target not in self._taken
+            if target not in self._state and target not in self._taken
             for tensor, _ in found
         )
+
+    def _check_complete(self) -> None:
+        filled = set(self._taken)
+        for target, found in self._by_target.items():
+            filled.update(self._targets_beside(target, found[0][1]))
+        ignored = self._model._keys_to_ignore_on_load_missing or ()
+        missing = [
+            name
+            for name in self._state
+            if name not in filled
+            and name not in self._model.all_tied_weights_keys
+            and not any(re.search(pattern, name) for pattern in ignored)
+        ]
+        if missing:
+            raise errors.CheckpointUnsupported(
+                f"the checkpoint has no tensor for {missing[0]}, nor for {len(missing) - 1} others "
+                "that the model needs: download it again, or check config.json"
+                if len(missing) > 1
+                else f"the checkpoint has no tensor for {missing[0]}, which the model needs: "
+                "download it again, or check config.json"
+            )
+
+    def _targets_beside(self, target: str, pattern: str | None) -> list[str]:
+        """What a conversion by `pattern` fills, `target` being its first."""
+        if pattern is None:
+            return [target]
+        converter = next(c for c in self._converters if pattern in c.source_patterns)
+        first, *others = converter.target_patterns
+        return [target, *(target.replace(first, other) for other in others)]
 
     def _gather(
         self, found: list[tuple[CheckpointTensor, str | None]], num_experts: int, target: str
@@ -170,8 +219,8 @@ def _check_operations(converter: Any, target: str) -> None:
     if not (stacked and joined):
         names = ", ".join(kind.__name__ for kind in kinds)
         raise errors.CheckpointUnsupported(
-            f"{target} needs a conversion that cannot be read in place ({names}): "
-            "save the checkpoint again with transformers' save_pretrained"
+            f"{target} needs a conversion that cannot be read in place ({names}): save the "
+            "checkpoint again with transformers' save_pretrained(DIR, save_original_format=False)"
         )
 
 

