@@ -92,8 +92,8 @@ def check_same(ours: Any, theirs: Any) -> None:
 
 
 def check_meant(ours: Any, theirs: Any) -> None:
-    """Bit for bit where torch adds alike for a matrix and for its transpose. Without avx512_bf16 its
-    bits depend on how they lie: the last may differ, for as long as both chose the same tokens.
+    """Bit for bit where torch adds alike for a matrix and for its transpose. Without avx512_bf16
+    bits depend on how they lie: the last may differ, while both choose the same tokens.
     """
     if "avx512_bf16" in Path("/proc/cpuinfo").read_text():
         check_same(ours, theirs)
