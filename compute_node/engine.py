@@ -224,9 +224,6 @@ class Engine:
             )
         if not ((topk_ids >= 0) & (topk_ids < self.loaded.spec.num_experts)).all():
             raise errors.InvalidRequest("topk_ids name experts the model does not have")
-        ordered = topk_ids.sort(dim=1).values
-        if (ordered[:, 1:] == ordered[:, :-1]).any():
-            raise errors.InvalidRequest("topk_ids name an expert twice for one token")
         self.cache.check = check
         output: Tensor = module(hidden, topk_ids, topk_weights)
         return output

@@ -7,8 +7,9 @@ holds a demand up by a piece of a read at most.
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -39,7 +40,12 @@ class NextRouter:
     correction: Tensor | None
 
     @classmethod
-    def of(cls, router: Any) -> NextRouter:
+    def of(cls, router: Any) -> NextRouter | None:
+        """None for a router that is told the token ids (it looks its choice up in a table of them):
+        its weight only weighs what was chosen.
+        """
+        if "input_ids" in inspect.signature(router.forward).parameters:
+            return None
         return cls(
             router.weight,
             getattr(router, "bias", None),
@@ -93,7 +99,7 @@ class LayerNeed:
 class Prefetcher:
     """One node's. Pure guesses: what is read, and when, is the store's business.
 
-    routers:   by MoE layer, in the order in which they run
+    routers:   by MoE layer, in the order in which they run; None: that layer is never guessed
     resident:  what need not be guessed
     read_s:    seconds that one expert takes from the device, as last measured
     piece_s:   of those, what a demand may wait for behind a wrong guess
@@ -103,7 +109,7 @@ class Prefetcher:
     num_unguessed: misses that no guess was open about; latest_unguessed: of the latest step
     """
 
-    routers: dict[int, NextRouter]
+    routers: Mapping[int, NextRouter | None]
     top_k: int
     resident: Residency
     read_s: Callable[[], float]
@@ -166,17 +172,19 @@ class Prefetcher:
             return found
         is_probe = self._num_steps % _PROBE_STEPS == 0
         depth = min(self.depth + is_probe, self.max_depth)
-        for number, following in asked:
+        for number, following, router in asked:
             if number >= depth or len(self._open) >= self.max_guesses:
                 break
-            found += self._guesses(following, number, hidden, is_probe)
+            found += self._guesses(following, router, number, hidden, is_probe)
         if found:
             self._cost_s += _SMOOTHING * (time.perf_counter() - start_s - self._cost_s)
         return found
 
-    def _guesses(self, layer: int, number: int, hidden: Tensor, is_probe: bool) -> list[ExpertKey]:
+    def _guesses(
+        self, layer: int, router: NextRouter, number: int, hidden: Tensor, is_probe: bool
+    ) -> list[ExpertKey]:
         fresh = []
-        for rank, expert in enumerate(self.routers[layer].choose(hidden, self.top_k)):
+        for rank, expert in enumerate(router.choose(hidden, self.top_k)):
             key = ExpertKey(layer, expert)
             if len(self._open) == self.max_guesses:
                 break
@@ -198,11 +206,12 @@ class Prefetcher:
         saved_s = min(self.read_s(), self._lead_s(number))
         return precision * saved_s > (1 - precision) * self.piece_s()
 
-    def _worth_asking(self, layer: int) -> list[tuple[int, int]]:
+    def _worth_asking(self, layer: int) -> list[tuple[int, int, NextRouter]]:
         """What comes so far after `layer` and misses often enough to pay for asking its router."""
         start, read_s = self._place[layer] + 1, self.read_s()
         return [
-            (number, following)
+            (number, following, router)
             for number, following in enumerate(self._order[start : start + self.max_depth])
-            if self._needs[following].misses * min(read_s, self._lead_s(number)) > self._cost_s
+            if (router := self.routers[following]) is not None
+            and self._needs[following].misses * min(read_s, self._lead_s(number)) > self._cost_s
         ]

@@ -2,13 +2,18 @@
 
 Planted faults seen red: residents guessed, right guesses withdrawn, no bound, one precision for all
 ranks, guessing though it does not pay, never trying again, asking layers that never miss, no
-correction after the sigmoid, guessed misses counted as unguessed.
+correction after the sigmoid, guessed misses counted as unguessed, a hash router's weight asked.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4HashRouter,
+    DeepseekV4TopKRouter,
+)
 
 from compute_node.prefetcher import NextRouter, Prefetcher
 from proto.expert import ExpertKey
@@ -140,3 +145,16 @@ def test_routers_choose_as_models_do() -> None:
     assert router().choose(HIDDEN[4:5], 2) == [4, 3]
     assert router(bias=pull).choose(HIDDEN[4:5], 2) == [6, 4]
     assert router(correction=pull).choose(HIDDEN[4:5], 2) == [6, 4]
+
+
+def test_a_router_that_looks_token_ids_up_is_not_asked() -> None:
+    """Its weight says nothing about whom it chooses; the layers after it are guessed as before."""
+    config = AutoConfig.for_model(
+        "deepseek_v4", hidden_size=NUM_EXPERTS, n_routed_experts=NUM_EXPERTS, vocab_size=16
+    )
+    node = Node()
+    for layer, kind in ((3, DeepseekV4HashRouter), (5, DeepseekV4TopKRouter)):
+        module = kind(config)
+        module.weight.data = router().weight
+        node.prefetcher.routers[layer] = NextRouter.of(module)
+    assert node.guess(1) == ["L05E004", "L05E003"]
