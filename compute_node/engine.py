@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.evidence import Evidence
+from compute_node.finite import fault_of, is_usable
 from compute_node.model import LoadedModel
 from compute_node.result import RecordedStep
 from compute_node.sampling import Sampler, SamplingOptions
@@ -156,8 +157,8 @@ class Engine:
         """Tokens as they come, each decode step's accesses if they are recorded, then how it ended.
         `check` may raise between layers to abandon the request.
 
-        Raises InvalidRequest, StoreUnavailable, WeightsDamaged, StaleLease, and what `check`
-        raises.
+        Raises InvalidRequest, StoreUnavailable, WeightsDamaged, NotFinite, StaleLease, and what
+        `check` raises.
         """
         self.check_request(request)
         self.cache.check = check
@@ -240,7 +241,20 @@ class Engine:
         if len(chunk) > 1 or sequence.num_computed % _WEIGHED_TOKENS == 0:
             self.peak_cache_bytes = max(self.peak_cache_bytes, sequence.cache_bytes)
         logits: Tensor = output.logits[:, -1, :]
+        if not is_usable(logits):
+            raise fault_of(self.loaded.model, lambda: self._compute_again(sequence))
         return logits
+
+    def _compute_again(self, sequence: SequenceState) -> None:
+        """All positions up to the latest, in chunks, from nothing; the sequence is given up."""
+        sequence.cache, cache = None, None
+        for start in range(0, sequence.num_computed, self._chunk_tokens):
+            end = min(start + self._chunk_tokens, sequence.num_computed)
+            chunk = torch.tensor([sequence.token_ids[start:end]])
+            output = self.loaded.model(
+                chunk, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            cache = output.past_key_values
 
     def _step_access(self, recording: Recording) -> RecordedStep:
         """Of the latest decode step."""

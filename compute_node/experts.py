@@ -53,7 +53,7 @@ class RoutedExperts:
         prefetcher: Prefetcher,
         overlap: Overlap,
     ) -> None:
-        self._layer = layer
+        self.layer = layer
         self._cache = cache
         self._record = record
         self._prefetcher = prefetcher
@@ -72,19 +72,19 @@ class RoutedExperts:
         experts = _distinct(topk_ids, module.num_experts)
         if hidden.shape[0] == 1:
             hits, waves = self._decode_step(experts, hidden)
-            self._record.layers[self._layer] = LayerAccess(topk_ids, topk_weights, hits)
+            self._record.layers[self.layer] = LayerAccess(topk_ids, topk_weights, hits)
             compute = _one_token if len(experts) == topk_ids.shape[1] else _many_tokens
             return compute(module, hidden, topk_ids, topk_weights, waves)
         self._overlap.leave()
-        hits, waves = self._cache.step(self._layer, experts)
-        self._record.layers[self._layer] = LayerAccess(topk_ids, topk_weights, hits)
+        hits, waves = self._cache.step(self.layer, experts)
+        self._record.layers[self.layer] = LayerAccess(topk_ids, topk_weights, hits)
         return _many_tokens(module, hidden, topk_ids, topk_weights, waves)
 
     def _decode_step(
         self, experts: list[int], hidden: Tensor
     ) -> tuple[set[int], Iterator[list[Borrowed]]]:
         """Its misses are asked for, wrong guesses about it withdrawn, the next layers' guessed."""
-        layer, prefetcher = self._layer, self._prefetcher
+        layer, prefetcher = self.layer, self._prefetcher
         disproved = prefetcher.settle(layer, [ExpertKey(layer, expert) for expert in experts])
         self._overlap.enter(layer, prefetcher.latest_unguessed)
         return self._cache.step(layer, experts, disproved, lambda: prefetcher.guess(layer, hidden))

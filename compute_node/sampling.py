@@ -57,10 +57,18 @@ class Sampler:
             self._generator.manual_seed(options.seed)
 
     def draw(self, token_ids: list[int], logits: Tensor) -> int:
-        """token_ids: so far, prompt included. logits: [1, V], of the last position."""
+        """token_ids: so far, prompt included. logits: [1, V], of the last position.
+
+        Raises InvalidRequest for options that make them infinite.
+        """
         scores = logits.to(torch.float32)
         if self._processors:
             scores = self._processors(torch.tensor([token_ids]), scores)
+            if not scores.max().isfinite():
+                raise errors.InvalidRequest(
+                    "this model's logits become infinite by this temperature or "
+                    "repetition_penalty: choose values nearer to 1"
+                )
         if self._greedy:
             return int(scores.argmax(dim=-1))
         probabilities = torch.softmax(scores, dim=-1)

@@ -1,4 +1,4 @@
-"""A token that names one expert twice: both choices are computed, in eager's order, to the last bit.
+"""A token that names one expert twice: both choices count, in eager's order, to the last bit.
 
 Planted faults seen red: one choice of the two kept (as a dict by expert does), the two added one
 after the other (torch's index_add_ rounds their sum once).
