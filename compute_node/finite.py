@@ -86,7 +86,7 @@ def _faulty_expert(
     module: Any, routed: RoutedExperts, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
 ) -> ExpertKey | str:
     """The first that makes them alone."""
-    for expert in topk_ids.unique().tolist():
+    for expert in sorted(set(topk_ids.flatten().tolist())):
         others = topk_ids.masked_fill(topk_ids != expert, module.num_experts)
         if not _is_finite(routed.forward(module, hidden, others, topk_weights)):
             return ExpertKey(routed.layer, expert)

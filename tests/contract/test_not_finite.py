@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compute_node.engine import Engine, Request
-from compute_node.sampling import SamplingOptions
+from compute_node.engine import Engine
+from compute_node.request import Request
+from compute_node.sampling_options import SamplingOptions
 from compute_node.scoring import ScoredText, score
 from expert_store.index import index
 from proto import errors
