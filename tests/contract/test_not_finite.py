@@ -20,6 +20,7 @@ from compute_node.engine import Engine
 from compute_node.request import Request
 from compute_node.sampling_options import SamplingOptions
 from compute_node.scoring import ScoredText, score
+from deploy import console
 from expert_store.index import index
 from proto import errors
 from tests.checkpoints import make
@@ -125,3 +126,7 @@ def test_options_that_make_logits_infinite_are_refused(node: Engine) -> None:
             list(node.generate(Request(tuple(prompt()), 4, options)))
     finally:
         hook.remove()
+
+
+def test_the_command_ends_as_it_does_for_damage() -> None:
+    assert console.exit_code(errors.NotFinite("")) == console.DAMAGED
