@@ -67,7 +67,7 @@ async def run(config: ComputeNodeConfig) -> None:
             description.piece_bytes,
         )
         compute = stack.enter_context(
-            ComputeThread(config.max_queued_requests, cache.let_go_if_lost)
+            ComputeThread(config.max_queued_requests, cache.let_go_if_lost, config.stop_grace_s)
         )
         loaded = compute.do(lambda: load(config, model_dir, spec, cache, lookahead))
         cache.open()

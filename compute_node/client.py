@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import grpc
 
+from compute_node import arguments
 from compute_node.result import Generation
 from proto import compute_node_pb2 as pb
 from proto import compute_node_pb2_grpc as pb_grpc
@@ -72,7 +73,7 @@ class NodeClient:
 
     def generate(
         self,
-        prompt: str | Sequence[int] | Sequence[dict[str, str]],
+        prompt: arguments.Prompt,
         *,
         max_tokens: int = 128,
         temperature: float = 0.0,
@@ -80,9 +81,10 @@ class NodeClient:
         top_p: float = 0.0,
         repetition_penalty: float = 0.0,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
+        skip_special_tokens: bool = True,
         max_prompt_tokens: int = 0,
         record: bool = False,
         router_scores: bool = False,
@@ -91,28 +93,29 @@ class NodeClient:
         """Start generating.
 
         prompt: text, token ids, or chat messages ({"role": ..., "content": ...})
+        max_tokens: new ones at most, one or more
         temperature: 0 is greedy, and exact
+        stop: one or several strings that end the text and are not part of it
+        skip_special_tokens: leave them out of the text; else it shows the one that ends it, too
         max_prompt_tokens: a longer prompt is cut to its first so many tokens; 0: never
         record: keep what each decode step asked of the experts, in `Result.steps`
         router_scores: record the router's scores of all experts, too
+
+        Raises InvalidRequest before anything is sent. Iterating raises what the node ends with.
         """
         request = pb.GenerateRequest(
-            max_tokens=max_tokens,
-            sampling=pb.Sampling(
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                repetition_penalty=repetition_penalty,
-                seed=seed,
-            ),
-            stop=stop,
-            stop_token_ids=stop_token_ids,
-            ignore_eos=ignore_eos,
-            max_prompt_tokens=max_prompt_tokens,
-            recording=pb.Recording(router_scores=router_scores) if record else None,
+            max_tokens=arguments.count_of("max_tokens", max_tokens, least=1),
+            sampling=arguments.sampling_of(temperature, top_k, top_p, repetition_penalty, seed),
+            stop=arguments.stops_of(stop),
+            stop_token_ids=arguments.ids_of("stop_token_ids", stop_token_ids),
+            ignore_eos=arguments.flag_of("ignore_eos", ignore_eos),
+            show_special_tokens=not arguments.flag_of("skip_special_tokens", skip_special_tokens),
+            max_prompt_tokens=arguments.count_of("max_prompt_tokens", max_prompt_tokens),
+            recording=arguments.recording_of(record, router_scores),
         )
-        _set_input(request, prompt)
-        return Generation(self._stub.Generate(request, timeout=timeout_s))
+        arguments.set_prompt(request, prompt)
+        arguments.check_size(request)
+        return Generation(self._stub.Generate(request, timeout=arguments.timeout_of(timeout_s)))
 
     def score(
         self,
@@ -127,39 +130,35 @@ class NodeClient:
         text: text or token ids
         max_tokens: a longer text is cut to its first so many tokens; 0: never
         context_tokens: a longer text is scored in pieces of so many; 0: 512
+
+        Raises InvalidRequest before anything is sent. Iterating raises what the node ends with.
         """
-        request = pb.ScoreRequest(max_tokens=max_tokens, context_tokens=context_tokens)
+        request = pb.ScoreRequest(
+            max_tokens=arguments.count_of("max_tokens", max_tokens),
+            context_tokens=arguments.count_of("context_tokens", context_tokens),
+        )
         if isinstance(text, str):
-            request.text = text
+            request.text = arguments.text_of("text", text)
         else:
-            request.token_ids.ids.extend(text)
-        return Scoring(self._stub.Score(request, timeout=timeout_s))
+            request.token_ids.ids.extend(arguments.ids_of("text", text))
+        arguments.check_size(request)
+        return Scoring(self._stub.Score(request, timeout=arguments.timeout_of(timeout_s)))
 
     def forward(self, request: pb.ForwardRequest, timeout_s: float | None = None) -> bytes:
         """One MoE layer's routed experts on raw arrays, as proto/compute_node.proto lays them
-        out.
+        out. Raises InvalidRequest, and what the node ends with.
         """
+        arguments.check_size(request)
         try:
-            return self._stub.Forward(request, timeout=timeout_s).hidden_states
+            return self._stub.Forward(
+                request, timeout=arguments.timeout_of(timeout_s)
+            ).hidden_states
         except grpc.RpcError as error:
             raise errors.from_rpc(error) from None
 
     def stats(self, timeout_s: float = 5.0) -> pb.NodeStatsReply:
-        """Counters since the node started. Raises Unavailable."""
+        """Counters since the node started. Raises Unavailable, InvalidRequest."""
         try:
-            return self._stub.Stats(pb.NodeStatsRequest(), timeout=timeout_s)
+            return self._stub.Stats(pb.NodeStatsRequest(), timeout=arguments.timeout_of(timeout_s))
         except grpc.RpcError as error:
             raise errors.from_rpc(error) from None
-
-
-def _set_input(
-    request: pb.GenerateRequest, prompt: str | Sequence[int] | Sequence[dict[str, str]]
-) -> None:
-    if isinstance(prompt, str):
-        request.prompt = prompt
-        return
-    for item in prompt:
-        if isinstance(item, dict):
-            request.chat.messages.add(role=item["role"], content=item["content"])
-        else:
-            request.token_ids.ids.append(item)

@@ -5,9 +5,10 @@ Takes a list of sequences, computes one after another.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,52 +18,33 @@ from transformers import GenerationConfig
 
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.evidence import Evidence
+from compute_node.finite import fault_of, is_usable
 from compute_node.model import LoadedModel
+from compute_node.request import Request
 from compute_node.result import RecordedStep
-from compute_node.sampling import Sampler, SamplingOptions
 from compute_node.step_access import Recording, latest_step
-from compute_node.text import Detokenizer, StopStrings
+from compute_node.text import check_stops
+from compute_node.trained_context import trained_context_tokens
 from compute_node.usage import Measure, Usage
+from compute_node.writer import Token, Writer
 from proto import errors
+
+logger = logging.getLogger(__name__)
 
 _MAX_CHARACTERS_A_TOKEN = 64
 _WEIGHED_TOKENS = 16  # a cache grows little; weighing it looks at every tensor
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to generate from.
-
-    token_ids: the prompt, never empty
-    recording: what to tell of every decode step; None: nothing
-    """
-
-    token_ids: tuple[int, ...]
-    max_tokens: int = 128
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    stop: tuple[str, ...] = ()
-    stop_token_ids: frozenset[int] = frozenset()
-    ignore_eos: bool = False
-    recording: Recording | None = None
-
-
-@dataclass(frozen=True)
-class Token:
-    """text may be empty: a character or a stop string is not complete yet."""
-
-    token_id: int
-    text: str
-
-
-@dataclass(frozen=True)
 class Finished:
-    """text: what was held back and is no stop string."""
+    """text: what was held back and is no stop string; warnings: a sentence each"""
 
     reason: str
     text: str
     ttft_s: float
     prefill: Usage
     decode: Usage
+    warnings: tuple[str, ...] = ()
 
     @property
     def tokens_per_s(self) -> float:
@@ -112,10 +94,16 @@ class Engine:
         self._eos_ids = _eos_ids(loaded.model, model_dir)
         self._vocab_size = int(loaded.model.config.get_text_config().vocab_size)
         self._num_sequences = 0
+        self._trained_tokens = trained_context_tokens(loaded.model.config)
+        if self._trained_tokens and max_context_tokens > self._trained_tokens:
+            logger.warning(
+                "max_context_tokens exceeds what the model was trained for",
+                extra={"tokens": max_context_tokens, "trained_tokens": self._trained_tokens},
+            )
 
     def check_request(self, request: Request) -> None:
-        """Raises InvalidRequest for an empty or too long prompt, or token ids the model does not
-        have.
+        """Raises InvalidRequest for an empty or too long prompt, token ids the model does not
+        have, or a stop string that can never come.
         """
         if not request.token_ids:
             raise errors.InvalidRequest("the prompt is empty: give at least one token")
@@ -131,6 +119,16 @@ class Engine:
             raise errors.InvalidRequest(
                 f"token id {max(request.token_ids)} is beyond the vocabulary of {self._vocab_size}"
             )
+        check_stops(self.loaded.tokenizer, request.stop, request.skip_special_tokens)
+
+    def _warnings(self, request: Request) -> tuple[str, ...]:
+        total = len(request.token_ids) + request.max_tokens
+        if self._trained_tokens is None or total <= self._trained_tokens:
+            return ()
+        return (
+            f"prompt and max_tokens make {total} tokens, the model was trained for "
+            f"{self._trained_tokens}: what goes beyond may be nonsense",
+        )
 
     def check_length(self, num_characters: int) -> None:
         """Before tokenising. Raises InvalidRequest for text that no tokenizer makes short
@@ -156,8 +154,8 @@ class Engine:
         """Tokens as they come, each decode step's accesses if they are recorded, then how it ended.
         `check` may raise between layers to abandon the request.
 
-        Raises InvalidRequest, StoreUnavailable, WeightsDamaged, StaleLease, and what `check`
-        raises.
+        Raises InvalidRequest, StoreUnavailable, WeightsDamaged, NotFinite, StaleLease, and what
+        `check` raises.
         """
         self.check_request(request)
         self.cache.check = check
@@ -167,10 +165,10 @@ class Engine:
         start_s = time.perf_counter()
         with Measure(self.cache, prefill, len(request.token_ids)):
             logits = self.prefill(sequence)
-        writer = _Writer(request, self.loaded.tokenizer, self._eos_ids)
+        writer = Writer(request, self.loaded.tokenizer, self._eos_ids)
         ttft_s = time.perf_counter() - start_s
         while True:
-            token = writer.next(sequence, logits)
+            token = writer.next(sequence.token_ids, logits)
             yield token
             if writer.finish_reason:
                 break
@@ -178,7 +176,9 @@ class Engine:
                 logits = self.decode([sequence])[0]
             if request.recording:
                 yield self._step_access(request.recording)
-        yield Finished(writer.finish_reason, writer.flush(), ttft_s, prefill, decode)
+        text = writer.flush()
+        warnings = self._warnings(request)
+        yield Finished(writer.finish_reason, text, ttft_s, prefill, decode, warnings)
 
     @torch.inference_mode()
     def prefill(self, sequence: SequenceState) -> Tensor:
@@ -224,9 +224,6 @@ class Engine:
             )
         if not ((topk_ids >= 0) & (topk_ids < self.loaded.spec.num_experts)).all():
             raise errors.InvalidRequest("topk_ids name experts the model does not have")
-        ordered = topk_ids.sort(dim=1).values
-        if (ordered[:, 1:] == ordered[:, :-1]).any():
-            raise errors.InvalidRequest("topk_ids name an expert twice for one token")
         self.cache.check = check
         output: Tensor = module(hidden, topk_ids, topk_weights)
         return output
@@ -243,42 +240,26 @@ class Engine:
         if len(chunk) > 1 or sequence.num_computed % _WEIGHED_TOKENS == 0:
             self.peak_cache_bytes = max(self.peak_cache_bytes, sequence.cache_bytes)
         logits: Tensor = output.logits[:, -1, :]
+        if not is_usable(logits):
+            raise fault_of(self.loaded.model, lambda: self._compute_again(sequence))
         return logits
+
+    def _compute_again(self, sequence: SequenceState) -> None:
+        """All positions up to the latest, in chunks, from nothing; the sequence is given up."""
+        sequence.cache, cache = None, None
+        for start in range(0, sequence.num_computed, self._chunk_tokens):
+            end = min(start + self._chunk_tokens, sequence.num_computed)
+            chunk = torch.tensor([sequence.token_ids[start:end]])
+            output = self.loaded.model(
+                chunk, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            cache = output.past_key_values
 
     def _step_access(self, recording: Recording) -> RecordedStep:
         """Of the latest decode step."""
         loaded = self.loaded
         scores = loaded.scores if recording.router_scores else None
         return latest_step(loaded.spec, loaded.record, scores)
-
-
-class _Writer:
-    """Draws tokens, spells them, and knows when to stop."""
-
-    def __init__(self, request: Request, tokenizer: Any, eos_ids: frozenset[int]) -> None:
-        self._sampler = Sampler(request.sampling)
-        self._detokenizer = Detokenizer(tokenizer, request.token_ids)
-        self._stops = StopStrings(request.stop)
-        self._stop_ids = request.stop_token_ids | (frozenset() if request.ignore_eos else eos_ids)
-        self._left = request.max_tokens
-        self.finish_reason = ""
-
-    def next(self, sequence: SequenceState, logits: Tensor) -> Token:
-        token_id = self._sampler.draw(sequence.token_ids, logits)
-        sequence.token_ids.append(token_id)
-        self._left -= 1
-        if token_id in self._stop_ids:
-            self.finish_reason = "stop"
-            return Token(token_id, "")
-        text = self._stops.add(self._detokenizer.add(token_id))
-        if self._stops.found:
-            self.finish_reason = "stop"
-        elif self._left == 0:
-            self.finish_reason = "length"
-        return Token(token_id, text)
-
-    def flush(self) -> str:
-        return self._stops.flush()
 
 
 def _eos_ids(model: Any, model_dir: Path) -> frozenset[int]:

@@ -18,7 +18,7 @@ from compute_node.expert_memory import Borrowed
 from compute_node.kernels import feed_forward_each
 from compute_node.overlap import Overlap
 from compute_node.prefetcher import Prefetcher
-from compute_node.prompt_experts import Prompt, combine
+from compute_node.prompt_experts import Prompt
 from proto.expert import ExpertKey
 
 IMPLEMENTATION = "flashmoe"
@@ -53,7 +53,7 @@ class RoutedExperts:
         prefetcher: Prefetcher,
         overlap: Overlap,
     ) -> None:
-        self._layer = layer
+        self.layer = layer
         self._cache = cache
         self._record = record
         self._prefetcher = prefetcher
@@ -72,18 +72,19 @@ class RoutedExperts:
         experts = _distinct(topk_ids, module.num_experts)
         if hidden.shape[0] == 1:
             hits, waves = self._decode_step(experts, hidden)
-            self._record.layers[self._layer] = LayerAccess(topk_ids, topk_weights, hits)
-            return _one_token(module, hidden, topk_ids, topk_weights, waves)
+            self._record.layers[self.layer] = LayerAccess(topk_ids, topk_weights, hits)
+            compute = _one_token if len(experts) == topk_ids.shape[1] else _many_tokens
+            return compute(module, hidden, topk_ids, topk_weights, waves)
         self._overlap.leave()
-        hits, waves = self._cache.step(self._layer, experts)
-        self._record.layers[self._layer] = LayerAccess(topk_ids, topk_weights, hits)
+        hits, waves = self._cache.step(self.layer, experts)
+        self._record.layers[self.layer] = LayerAccess(topk_ids, topk_weights, hits)
         return _many_tokens(module, hidden, topk_ids, topk_weights, waves)
 
     def _decode_step(
         self, experts: list[int], hidden: Tensor
     ) -> tuple[set[int], Iterator[list[Borrowed]]]:
         """Its misses are asked for, wrong guesses about it withdrawn, the next layers' guessed."""
-        layer, prefetcher = self._layer, self._prefetcher
+        layer, prefetcher = self.layer, self._prefetcher
         disproved = prefetcher.settle(layer, [ExpertKey(layer, expert) for expert in experts])
         self._overlap.enter(layer, prefetcher.latest_unguessed)
         return self._cache.step(layer, experts, disproved, lambda: prefetcher.guess(layer, hidden))
@@ -101,7 +102,9 @@ def _one_token(
     topk_weights: Tensor,
     waves: Iterable[list[Borrowed]],
 ) -> Tensor:
-    """Decode: add in ascending expert order, whatever order they came in."""
+    """Decode: add in ascending expert order, whatever order they came in. No expert is named
+    twice.
+    """
     gates = dict(zip(topk_ids[0].tolist(), topk_weights[0].tolist(), strict=True))
     table: Tensor | None = None
     parts: list[Tensor] = []
@@ -153,13 +156,14 @@ def _many_tokens(
     topk_weights: Tensor,
     waves: Iterable[list[Borrowed]],
 ) -> Tensor:
-    """Prefill: keep each (token, k) output until all waves are through, then sum in eager's
-    order.
+    """Prefill, and a token that names an expert twice (eager multiplies both choices at once, which
+    rounds otherwise than one after the other): keep each (token, k) output until all waves are
+    through, then sum in eager's order.
     """
     prompt = Prompt(hidden.contiguous(), topk_ids, topk_weights, module.num_experts)
     for wave in waves:
         prompt.add(module, {borrowed.key.expert: borrowed.tensors for borrowed in wave})
-    return combine(prompt.outputs, topk_ids)
+    return prompt.total()
 
 
 def _dispatch(module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from proto import errors
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 0.2
+_TELLING_S = 1.0
 
 Outcome = TypeVar("Outcome")
 
@@ -30,16 +32,24 @@ class Job:
     loop: asyncio.AbstractEventLoop
     results: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     queued_s: float = 0.0
-    _cancelled: threading.Event = field(default_factory=threading.Event)
+    _end: errors.FlashMoEError | None = None
     _submitted_s: float = field(default_factory=time.monotonic)
 
     def cancel(self) -> None:
-        self._cancelled.set()
+        """Nobody waits for results any more."""
+        self._end = self._end or errors.Cancelled("the caller went away")
+
+    def end(self, error: errors.FlashMoEError) -> None:
+        """The caller hears it at once; the work ends between layers."""
+        self._end = error
+        self._put(error)
 
     def check(self) -> None:
-        """Raises Cancelled or DeadlineExceeded; called between layers."""
-        if self._cancelled.is_set():
-            raise errors.Cancelled("the caller went away")
+        """Raises Cancelled, DeadlineExceeded, or what the job was ended with; called between
+        layers.
+        """
+        if self._end is not None:
+            raise self._end
         if self.deadline_s is not None and time.monotonic() > self.deadline_s:
             raise errors.DeadlineExceeded("the request's deadline passed")
 
@@ -79,11 +89,21 @@ class _Errand:
 class ComputeThread:
     """Runs jobs one at a time, in order. Use as a context manager.
 
-    idle: called on the thread now and then while there is nothing to do
+    idle:    called on the thread now and then while there is nothing to do
+    grace_s: after `drain`, when gRPC ends what is left; a little before, jobs end by themselves and
+             their callers hear why
     """
 
-    def __init__(self, max_queued: int, idle: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        max_queued: int,
+        idle: Callable[[], None] = lambda: None,
+        grace_s: float = threading.TIMEOUT_MAX,
+    ) -> None:
         self._idle = idle
+        finish_s = max(grace_s - _TELLING_S, grace_s / 2)
+        self._end_of_grace = threading.Timer(finish_s, self._end_all)
+        self._end_of_grace.daemon = True
         self._jobs: queue.Queue[Job | _Errand] = queue.Queue(max_queued)
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._draining = False
@@ -96,6 +116,7 @@ class ComputeThread:
 
     def __exit__(self, *_: object) -> None:
         self._draining = True
+        self._end_of_grace.cancel()
         self._stopping.set()
         if self._current is not None:
             self._current.cancel()
@@ -116,8 +137,10 @@ class ComputeThread:
         return self._jobs.qsize()
 
     def drain(self) -> None:
-        """Take nothing more; what was taken is finished."""
-        self._draining = True
+        """Take nothing more; what was taken has until shortly before grace_s to finish."""
+        if not self._draining:
+            self._draining = True
+            self._end_of_grace.start()
 
     async def run(
         self, work: Callable[[Callable[[], None]], Iterator[Any]], timeout_s: float | None
@@ -135,7 +158,22 @@ class ComputeThread:
                     raise result
                 yield job, result
         finally:
-            job.cancel()
+            self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        """Its place in the queue is free at once."""
+        job.cancel()
+        with self._jobs.mutex, suppress(ValueError):
+            self._jobs.queue.remove(job)
+            self._jobs.not_full.notify()
+
+    def _end_all(self) -> None:
+        stopping = errors.Unavailable("the node is stopping: retry when it is back")
+        with self._jobs.mutex:
+            jobs = [self._current, *self._jobs.queue]
+        for job in jobs:
+            if isinstance(job, Job):
+                job.end(stopping)
 
     def _submit(self, job: Job) -> None:
         if self._draining:

@@ -68,7 +68,7 @@ class Prompt:
         self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, num_experts: int
     ) -> None:
         self.outputs = hidden.new_zeros(*topk_ids.shape, hidden.shape[-1])
-        self._hidden, self._weights = hidden, topk_weights
+        self._hidden, self._ids, self._weights = hidden, topk_ids, topk_weights
         self._wide_weights = topk_weights.float().contiguous()
         # Eager visits (k, token) in this order; a matmul's rows must not be permuted.
         chosen = topk_ids.T.reshape(-1)
@@ -93,6 +93,22 @@ class Prompt:
                 self._add_by_torch(module, share)
         if native and table is not None:
             self._add_native(module, native, table)
+
+    def total(self) -> Tensor:
+        """[T, D], each token's sum, once all its experts were added."""
+        ordered = self._ids.sort(dim=1).values
+        if (ordered[:, 1:] == ordered[:, :-1]).any():
+            return self._total_by_torch()
+        return combine(self.outputs, self._ids)
+
+    def _total_by_torch(self) -> Tensor:
+        """As eager adds: what one expert makes of both choices of it is rounded once."""
+        total = torch.zeros_like(self._hidden)
+        for expert in range(len(self._ends) - 1):
+            if len(places := self._places(expert)):
+                place, token = places // len(self._hidden), places % len(self._hidden)
+                total.index_add_(0, token, self.outputs[token, place])
+        return total
 
     def _places(self, expert: int) -> Tensor:
         return self._order[self._ends[expert - 1] if expert else 0 : self._ends[expert]]
@@ -147,6 +163,7 @@ class Prompt:
 
 def combine(outputs: Tensor, topk_ids: Tensor) -> Tensor:
     """Sum each token's weighted expert outputs in ascending expert order, one rounding an addition.
+    No expert stands twice in a row of topk_ids.
 
     This is what eager's index_add_ over ascending experts does, whatever order the experts were
     computed in.

@@ -89,7 +89,11 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished generation. steps: one for each decode step, when recorded."""
+    """A finished generation.
+
+    warnings: what to know of it, a sentence each
+    steps:    one for each decode step, when recorded
+    """
 
     text: str
     token_ids: list[int]
@@ -100,6 +104,7 @@ class Result:
     queued_s: float
     prefill: Phase
     decode: Phase
+    warnings: tuple[str, ...] = ()
     steps: list[RecordedStep] = field(default_factory=list, repr=False)
 
 
@@ -164,6 +169,7 @@ class Generation:
             queued_s=finished.queued_s,
             prefill=_phase(finished.prefill),
             decode=_phase(finished.decode),
+            warnings=tuple(finished.warnings),
             steps=self._steps,
         )
         # What was held back belongs to the last token.

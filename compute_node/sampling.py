@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,33 +14,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from compute_node.sampling_options import SamplingOptions
 from proto import errors
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """temperature 0 is greedy. top_k 0, top_p 0 or 1, repetition_penalty 0 or 1 are off. seed
-    None: random.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 0.0
-    repetition_penalty: float = 0.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        """Raises InvalidRequest naming the option."""
-        if self.temperature != 0.0 and not 0.001 <= self.temperature <= 100.0:
-            raise errors.InvalidRequest(
-                f"temperature {self.temperature} is neither 0 nor within 0.001 and 100"
-            )
-        if not 0.0 <= self.top_p <= 1.0:
-            raise errors.InvalidRequest(f"top_p {self.top_p} is not within 0 and 1")
-        if self.repetition_penalty != 0.0 and not 0.01 <= self.repetition_penalty <= 100.0:
-            raise errors.InvalidRequest(
-                f"repetition_penalty {self.repetition_penalty} is neither 0 nor within 0.01 and 100"
-            )
 
 
 class Sampler:
@@ -57,10 +31,18 @@ class Sampler:
             self._generator.manual_seed(options.seed)
 
     def draw(self, token_ids: list[int], logits: Tensor) -> int:
-        """token_ids: so far, prompt included. logits: [1, V], of the last position."""
+        """token_ids: so far, prompt included. logits: [1, V], of the last position.
+
+        Raises InvalidRequest for options that make them infinite.
+        """
         scores = logits.to(torch.float32)
         if self._processors:
             scores = self._processors(torch.tensor([token_ids]), scores)
+            if not scores.max().isfinite():
+                raise errors.InvalidRequest(
+                    "this model's logits become infinite by this temperature or "
+                    "repetition_penalty: choose values nearer to 1"
+                )
         if self._greedy:
             return int(scores.argmax(dim=-1))
         probabilities = torch.softmax(scores, dim=-1)

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from compute_node.engine import Engine, Request, SequenceState
+from compute_node.engine import Engine, SequenceState
+from compute_node.request import Request
 from proto import errors
 
 _numbers = itertools.count(1)

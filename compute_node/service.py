@@ -13,12 +13,14 @@ from compute_node import engine as core
 from compute_node.access_log import AccessLog
 from compute_node.advice import AdviceFeed
 from compute_node.jobs import ComputeThread
+from compute_node.request import Request
 from compute_node.result import RecordedStep
-from compute_node.sampling import SamplingOptions
+from compute_node.sampling_options import SamplingOptions
 from compute_node.scoring import ScoredText, ScoredToken, check_text, score
 from compute_node.step_access import Recording
 from compute_node.store_client import StoreClient
 from compute_node.text import encode_chat, encode_prompt
+from compute_node.writer import Token
 from proto import compute_node_pb2 as pb
 from proto import compute_node_pb2_grpc as pb_grpc
 from proto import errors
@@ -139,15 +141,15 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
                 reply.advice_age_s = self._advice.age_s
         return reply
 
-    async def _translate(self, request: pb.GenerateRequest) -> core.Request:
+    async def _translate(self, request: pb.GenerateRequest) -> Request:
         if len(request.stop) > _MAX_STOPS:
             raise errors.InvalidRequest(f"{len(request.stop)} stop strings, at most {_MAX_STOPS}")
         sampling = request.sampling
         # Tokenising megabytes takes seconds: not on the event loop.
         token_ids = await asyncio.to_thread(self._prompt_ids, request)
-        return core.Request(
+        return Request(
             token_ids=tuple(token_ids[: request.max_prompt_tokens or None]),
-            max_tokens=request.max_tokens or _DEFAULT_MAX_TOKENS,
+            max_tokens=_max_tokens(request),
             sampling=SamplingOptions(
                 sampling.temperature,
                 sampling.top_k,
@@ -158,6 +160,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             stop=tuple(request.stop),
             stop_token_ids=frozenset(request.stop_token_ids),
             ignore_eos=request.ignore_eos,
+            skip_special_tokens=not request.show_special_tokens,
             recording=_recording(request),
         )
 
@@ -213,6 +216,10 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         )
 
 
+def _max_tokens(request: pb.GenerateRequest) -> int:
+    return request.max_tokens if request.HasField("max_tokens") else _DEFAULT_MAX_TOKENS
+
+
 def _seed(sampling: pb.Sampling) -> int | None:
     return sampling.seed if sampling.HasField("seed") else None
 
@@ -222,7 +229,7 @@ def _recording(request: pb.GenerateRequest) -> Recording | None:
 
 
 def _reply(event: core.Event, queued_s: float) -> pb.GenerateReply:
-    if isinstance(event, core.Token):
+    if isinstance(event, Token):
         return pb.GenerateReply(token=pb.Token(id=event.token_id, text=event.text))
     if isinstance(event, RecordedStep):
         return pb.GenerateReply(step_access=event.to_pb())
@@ -235,5 +242,6 @@ def _reply(event: core.Event, queued_s: float) -> pb.GenerateReply:
             queued_s=queued_s,
             prefill=pb.PhaseUsage(**asdict(event.prefill)),
             decode=pb.PhaseUsage(**asdict(event.decode)),
+            warnings=event.warnings,
         )
     )

@@ -22,6 +22,7 @@ from proto import expert_store_pb2_grpc as pb_grpc
 from proto.expert import ExpertKey, ModelSpec
 
 _RETRY_S = 0.1
+_GAVE_UP = (errors.Cancelled, errors.DeadlineExceeded)  # whoever asked, not the session
 
 
 class StoreClient:
@@ -109,7 +110,9 @@ class StoreClient:
 
         Raises SessionLost (nothing is borrowed any more), InvalidRequest. Iterating raises these
         too, StoreUnavailable when no answer comes before the deadline, ExpertDamaged after all that
-        came (which stays borrowed), and what `check` raises (nothing is borrowed any more).
+        came (which stays borrowed), and what `check` raises: after Cancelled or DeadlineExceeded
+        the rest is still on its way, and iterating may go on; after anything else nothing is
+        borrowed any more.
         """
         if self._session is None:
             raise SessionLost("there is no session: open one")
@@ -118,7 +121,7 @@ class StoreClient:
         except BaseException:
             self.abort()
             raise
-        return self._arrivals(loan, check)
+        return _Arrivals(lambda: self._take(loan, check))
 
     def exchange(
         self,
@@ -126,9 +129,15 @@ class StoreClient:
         acquires: Sequence[ExpertKey],
         check: Callable[[], None] = lambda: None,
     ) -> list[Arrival]:
-        """`borrow`, and wait for everything. Raises what it raises."""
-        parts = self.borrow(releases, acquires, check)
-        return [arrival for part in parts for arrival in part]
+        """`borrow`, and wait for everything. Raises what it raises; nothing is borrowed any more
+        after what `check` raises.
+        """
+        try:
+            parts = self.borrow(releases, acquires, check)
+            return [arrival for part in parts for arrival in part]
+        except _GAVE_UP:
+            self.abort()
+            raise
 
     def resident(self) -> list[ExpertKey]:
         """What the store has in memory. Raises StoreUnavailable."""
@@ -167,17 +176,18 @@ class StoreClient:
             check()
             time.sleep(_RETRY_S)
 
-    def _arrivals(self, loan: Loan, check: Callable[[], None]) -> Iterator[list[Arrival]]:
+    def _take(self, loan: Loan, check: Callable[[], None]) -> list[Arrival]:
         try:
-            for arrived in loan.arrivals(self._deadline_s, check):
-                self._num_fruitless = 0
-                yield arrived
-        except errors.ExpertDamaged:
+            arrived = loan.take(self._deadline_s, check)
+        except (errors.ExpertDamaged, *_GAVE_UP):
             raise
         except BaseException:
             # Leases may be on their way that nobody would account for: end the session as a whole.
             self.abort()
             raise
+        if arrived:
+            self._num_fruitless = 0
+        return arrived
 
     def _open_once(self, description: StoreDescription) -> StoreSession:
         quota_slots = min(self._quota_slots, description.spec.num_experts_total)
@@ -212,3 +222,18 @@ class StoreClient:
                     f"({problem}): start it, then retry"
                 )
             time.sleep(_RETRY_S)
+
+
+class _Arrivals:
+    """What was asked for, as it comes. Unlike a generator it goes on after an error."""
+
+    def __init__(self, take: Callable[[], list[Arrival]]) -> None:
+        self._take = take
+
+    def __iter__(self) -> Iterator[list[Arrival]]:
+        return self
+
+    def __next__(self) -> list[Arrival]:
+        if not (arrived := self._take()):
+            raise StopIteration
+        return arrived

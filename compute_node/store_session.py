@@ -78,9 +78,11 @@ class Loan:
         self._left = num_acquires
         self._damage: errors.FlashMoEError | None = None
 
-    def arrivals(self, deadline_s: float, check: Callable[[], None]) -> Iterator[list[Arrival]]:
-        """Blocks for each. Raises what `StoreSession.answer` raises, ExpertDamaged after all that
-        came.
+    def take(self, deadline_s: float, check: Callable[[], None]) -> list[Arrival]:
+        """What came since, at least one; nothing when all has come. Blocks; may be called again
+        after `check` raised.
+
+        Raises what `StoreSession.answer` raises, ExpertDamaged after all that came.
         """
         deadline = time.monotonic() + deadline_s
         while self._left:
@@ -92,9 +94,11 @@ class Loan:
             if not self._left:
                 self._session.forget(self._exchange_id)
             if arrived:
-                yield arrived
-        if self._damage is not None:
-            raise self._damage
+                return arrived
+        damage, self._damage = self._damage, None
+        if damage is not None:
+            raise damage
+        return []
 
     def _is_whole(self, lease: pb.Lease) -> bool:
         if lease.HasField("error"):

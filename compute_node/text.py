@@ -5,30 +5,81 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 from proto import errors
+
+_MAX_WAITING_TOKENS = 64  # what is no character by then never becomes one
+_REPLACEMENT = "\ufffd"  # how a decoder spells bytes that are no character, or none yet
 
 
 class Detokenizer:
-    """Turns a stream of tokens into text; a character that is not complete yet waits."""
+    """Turns a stream of tokens into text; a character that is not complete yet waits.
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
-        self._backend = tokenizer._tokenizer if tokenizer is not None else None
-        # The prompt's last tokens decide how the first new one is spelled (leading space).
-        self._stream = DecodeStream(ids=list(prompt_ids[-8:]), skip_special_tokens=True)
+    tokenizer: None where the checkpoint has none: no token has text
+    """
+
+    def __init__(
+        self, tokenizer: Any, prompt_ids: Sequence[int], skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        # The tokens before decide how a new one is spelled (leading space, a character's first
+        # bytes); what they spell themselves has been told.
+        self._ids = list(prompt_ids)
+        self._told = self._spell(self._ids)
+        self._num_waiting = 0
 
     def add(self, token_id: int) -> str:
-        if self._backend is None:
+        """What can be told now."""
+        self._ids.append(token_id)
+        self._num_waiting += 1
+        text = self._spell(self._ids)
+        whole = text.rstrip(_REPLACEMENT)
+        if whole == text or self._num_waiting >= _MAX_WAITING_TOKENS:
+            return self._tell(text)
+        if not whole.startswith(self._told):
             return ""
-        return self._stream.step(self._backend, token_id) or ""
+        new, self._told = whole.removeprefix(self._told), whole
+        if new:
+            self._num_waiting = 1
+        return new
+
+    def flush(self) -> str:
+        """What still waits, though its last character is not complete."""
+        return self._tell(self._spell(self._ids)) if self._num_waiting else ""
+
+    def _tell(self, text: str) -> str:
+        """What is new in `text`, which all tokens spell."""
+        told = self._told
+        known = _num_common(told, text)
+        if told[known:].strip(_REPLACEMENT):  # the decoder spells earlier tokens otherwise now
+            new = self._spell(self._ids[-self._num_waiting :])
+        else:  # where `told` had a character's first bytes, it is complete now
+            new = text[known:]
+        self._told = text
+        if new and not told.endswith(_REPLACEMENT):  # what is new began with a token of its own
+            self._ids = self._ids[-self._num_waiting :]
+            self._told = self._spell(self._ids)
+        self._num_waiting = 0 if new else self._num_waiting
+        return new
+
+    def _spell(self, token_ids: Sequence[int]) -> str:
+        if self._tokenizer is None:
+            return ""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+        return text
+
+
+def _num_common(a: str, b: str) -> int:
+    """Characters that both begin with."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((at for at, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 class StopStrings:
     """Holds back text that may be the start of a stop string."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
+        self._stops = tuple(stops)
         self._held = ""
         self.found = False
 
@@ -57,6 +108,30 @@ def _overlap(text: str, stop: str) -> int:
         if stop.startswith(text[-length:]):
             return length
     return 0
+
+
+def check_stops(tokenizer: Any, stops: Sequence[str], skip_special_tokens: bool) -> None:
+    """Raises InvalidRequest for a stop string that no text can ever hold."""
+    if stops and tokenizer is None:
+        raise errors.InvalidRequest("this checkpoint has no tokenizer: send stop_token_ids")
+    if "" in stops:
+        raise errors.InvalidRequest("a stop string is empty: leave it out")
+    special = set(tokenizer.all_special_tokens) if stops and skip_special_tokens else set()
+    for stop in stops:
+        inner = [token for token in special if token in stop and stop not in special]
+        if inner:
+            raise errors.InvalidRequest(
+                f"the stop string {stop!r} holds {inner[0]!r}, which is left out of the text: set "
+                "skip_special_tokens to false"
+            )
+
+
+def special_stop_ids(tokenizer: Any, stops: Sequence[str]) -> frozenset[int]:
+    """Of the stop strings that are special tokens, which no text may show."""
+    if not stops:
+        return frozenset()
+    special = [stop for stop in stops if stop in tokenizer.all_special_tokens]
+    return frozenset(tokenizer.convert_tokens_to_ids(special))
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:

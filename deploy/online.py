@@ -270,6 +270,7 @@ def result_document(result: Result, report: MemoryReport | None) -> dict[str, An
         "token_ids": result.token_ids,
         "prompt_token_ids": result.prompt_token_ids,
         "finish_reason": result.finish_reason,
+        "warnings": list(result.warnings),
         "ttft_s": result.ttft_s,
         "tokens_per_s": result.tokens_per_s,
         "hit_ratio": _phases(result, lambda phase: phase.hit_ratio),
@@ -321,3 +322,5 @@ def print_summary(result: Result, report: MemoryReport | None) -> None:
             f"{console.size(report.peak_bytes)} of {console.size(report.ceiling_bytes)}"
         )
     console.err.print(console.table("", rows))
+    for warning in result.warnings:
+        console.err.print(f"warning: {warning}", markup=False)

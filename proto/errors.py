@@ -118,6 +118,10 @@ class ExpertDamaged(WeightsDamaged):
     """An expert's bytes are damaged; it stays quarantined, the others go on."""
 
 
+class NotFinite(WeightsDamaged):
+    """The model computes NaN or infinite numbers: its weights, or what its dtype can hold."""
+
+
 class StaleLease(FlashMoEError):
     """A slot was refilled under its reader; the output was discarded."""
 

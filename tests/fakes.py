@@ -66,25 +66,20 @@ class FakeLender:
         acquires: Sequence[ExpertKey],
         check: Callable[[], None] = lambda: None,
     ) -> list[Arrival]:
-        return [arrival for part in self.borrow(releases, acquires, check) for arrival in part]
+        try:
+            return [arrival for part in self.borrow(releases, acquires, check) for arrival in part]
+        except (errors.Cancelled, errors.DeadlineExceeded):
+            self.abort()
+            raise
 
     def _come(
         self, arrivals: list[Arrival], damaged: list[ExpertKey], check: Callable[[], None]
     ) -> Iterator[list[Arrival]]:
         """What is in memory first, then one after another; damage last."""
-        try:
-            check()
-        except BaseException:
-            self.abort()
-            raise
         in_memory = [arrival for arrival in arrivals if arrival.bytes_read == 0]
-        if in_memory:
-            yield in_memory
-        for arrival in arrivals:
-            if arrival.bytes_read:
-                yield [arrival]
-        if damaged:
-            raise errors.ExpertDamaged(f"{damaged[0]} is damaged")
+        parts = [in_memory] if in_memory else []
+        parts += [[arrival] for arrival in arrivals if arrival.bytes_read]
+        return FakeArrivals(self, parts, damaged, check)
 
     def resident(self) -> list[ExpertKey]:
         return list(self.in_memory)
@@ -102,3 +97,34 @@ class FakeLender:
         bytes_read = 0 if key in self.in_memory else self._bytes
         self.in_memory.add(key)
         return Arrival(self.held[key], bytes_read)
+
+
+class FakeArrivals:
+    """Of one loan; goes on after what `check` raised."""
+
+    def __init__(
+        self,
+        lender: FakeLender,
+        parts: list[list[Arrival]],
+        damaged: list[ExpertKey],
+        check: Callable[[], None],
+    ) -> None:
+        self._lender, self._parts, self._damaged, self._check = lender, parts, damaged, check
+
+    def __iter__(self) -> Iterator[list[Arrival]]:
+        return self
+
+    def __next__(self) -> list[Arrival]:
+        if not self._parts and not self._damaged:
+            raise StopIteration
+        try:
+            self._check()
+        except (errors.Cancelled, errors.DeadlineExceeded):
+            raise
+        except BaseException:
+            self._lender.abort()
+            raise
+        if self._parts:
+            return self._parts.pop(0)
+        damaged, self._damaged = self._damaged, []
+        raise errors.ExpertDamaged(f"{damaged[0]} is damaged")

@@ -98,6 +98,14 @@ class LayerCounters:
     uncovered_s: float = 0.0
 
 
+@dataclass(eq=False)
+class _Asked:
+    """Misses that were asked for, and the iterator that they come from."""
+
+    misses: list[ExpertKey]
+    arrivals: Iterator[list[Arrival]]
+
+
 @dataclass
 class ExpertCache:
     """The experts a node holds. One thread.
@@ -118,6 +126,7 @@ class ExpertCache:
     stall_s: float = 0.0
     _resident: Residents = field(init=False)
     _under_way: set[ExpertKey] = field(default_factory=set)
+    _asked: list[_Asked] = field(default_factory=list)  # not all of it has come
     _disproved: Sequence[ExpertKey] = ()
     _guess: Callable[[], Sequence[ExpertKey]] = tuple
 
@@ -147,11 +156,13 @@ class ExpertCache:
         Returns which of them are hits, and waves that together hold each expert once; a wave is
         valid until the next is asked for.
         What is resident comes first, while the rest is read; then each expert as it comes.
-        Nothing is read twice even when the step needs more than fits.
-        Iterating raises StoreUnavailable, ExpertDamaged, StaleLease, and what `check` raises.
+        Nothing is read twice even when the step needs more than fits. A step that is given up costs
+        nothing: what it asked for comes, and is kept by the next.
+        Raises StoreUnavailable and what `check` raises; iterating also ExpertDamaged, StaleLease.
         """
         self.check()
         self.let_go_if_lost()
+        self._collect()
         used = [ExpertKey(layer, expert) for expert in experts]
         self.charge.on_step(layer, used)
         self._resident.on_step(layer)
@@ -167,8 +178,7 @@ class ExpertCache:
 
         Raises StoreUnavailable, SlotsExhausted, VersionMismatch, and what `check` raises.
         """
-        self._under_way.clear()
-        self._resident.clear()
+        self._forget()
         self.lender.open(self.check)
         room = dict(self._capacity)
         chosen: list[ExpertKey] = []
@@ -181,7 +191,7 @@ class ExpertCache:
 
     def let_go_if_lost(self) -> None:
         """If the session broke, forget what it lent, so that the store may refill it."""
-        if self._resident and not self.lender.is_open:
+        if (self._resident or self._asked) and not self.lender.is_open:
             self._let_go()
 
     def _waves(
@@ -204,9 +214,6 @@ class ExpertCache:
         except BaseException:
             self.let_go_if_lost()
             raise
-        finally:
-            if self._under_way:
-                self._let_go()  # leases may be on their way that nobody would account for
 
     def _served(self, layer: int, keys: list[ExpertKey]) -> Iterator[list[ExpertKey]]:
         """Parts of `keys` as they are there: the misses are asked for before what is resident is
@@ -218,11 +225,11 @@ class ExpertCache:
         misses = [key for key in keys if key not in self._resident]
         capacity = self._capacity[layer]
         if len(keys) <= capacity:
-            loan = self._ask(layer, misses, keys)
+            asked = self._ask(layer, misses, keys)
             self._speculate()
             if held:
                 yield held
-            yield from self._arrive(layer, misses, loan)
+            yield from self._arrive(layer, asked)
             return
         if held:
             yield held
@@ -236,13 +243,13 @@ class ExpertCache:
         self, layer: int, parts: list[list[ExpertKey]], ahead: bool
     ) -> Iterator[list[ExpertKey]]:
         """ahead: each part is asked for before the one before it has come."""
-        loan = self._ask(layer, parts[0], parts[0])
+        asked = self._ask(layer, parts[0], parts[0])
         for part, following in zip(parts, [*parts[1:], []], strict=True):
-            loans = [loan]
+            latest = asked
             if ahead:
-                loans.append(self._ask(layer, following, [*part, *following]))
-            yield from self._arrive(layer, part, loan)
-            loan = loans[-1] if ahead else self._ask(layer, following, following)
+                latest = self._ask(layer, following, [*part, *following])
+            yield from self._arrive(layer, asked)
+            asked = latest if ahead else self._ask(layer, following, following)
 
     def _hand_out(self, keys: list[ExpertKey]) -> Iterator[list[Borrowed]]:
         wave = [self._resident[key] for key in keys]
@@ -256,30 +263,50 @@ class ExpertCache:
                 self._let_go()
                 raise errors.StaleLease(f"{borrowed.key} was refilled while it was used: retry")
 
-    def _ask(
-        self, layer: int, misses: list[ExpertKey], pinned: Sequence[ExpertKey]
-    ) -> Iterator[list[Arrival]]:
+    def _ask(self, layer: int, misses: list[ExpertKey], pinned: Sequence[ExpertKey]) -> _Asked:
         """One message: what goes, what is wanted, and which guesses were wrong."""
         disproved, self._disproved = self._disproved, ()
         if not misses and not disproved:
-            return iter(())
+            return _Asked([], iter(()))
         going = self._make_room(layer, misses, pinned)
         self._under_way.update(misses)
-        return self.lender.borrow(going, misses, self.check, withdrawals=disproved)
+        # Whoever iterates may be another request than whoever asked.
+        arrivals = self.lender.borrow(going, misses, lambda: self.check(), withdrawals=disproved)
+        asked = _Asked(misses, arrivals)
+        if misses:
+            self._asked.append(asked)
+        return asked
 
-    def _arrive(
-        self, layer: int, misses: list[ExpertKey], loan: Iterator[list[Arrival]]
-    ) -> Iterator[list[ExpertKey]]:
+    def _arrive(self, layer: int, asked: _Asked) -> Iterator[list[ExpertKey]]:
         try:
-            while arrivals := self._timed(layer, lambda: next(loan, None)):
+            while arrivals := self._timed(layer, lambda: next(asked.arrivals, None)):
                 self._insert(arrivals)
                 self.counters[layer].bytes_read += sum(a.bytes_read for a in arrivals)
-                if len(misses) == 1 and arrivals[0].bytes_read:
+                if len(asked.misses) == 1 and arrivals[0].bytes_read:
                     self._time_read(arrivals[0])
                 yield [arrival.borrowed.key for arrival in arrivals]
         except errors.ExpertDamaged:
-            self._under_way.difference_update(misses)
+            self._settle(asked)
             raise
+        self._settle(asked)
+
+    def _settle(self, asked: _Asked) -> None:
+        """Nothing of it is on its way any more."""
+        self._under_way.difference_update(asked.misses)
+        self._asked = [other for other in self._asked if other is not asked]
+
+    def _collect(self) -> None:
+        """What a step that was given up had asked for."""
+        while self._asked:
+            asked = self._asked[0]
+            try:
+                for _ in self._arrive(asked.misses[0].layer, asked):
+                    pass
+            except errors.ExpertDamaged as error:  # whoever needs it hears of it again
+                logger.info("damaged expert given up", extra={"reason": str(error)})
+            except SessionLost as error:
+                logger.warning("session lost", extra={"reason": str(error)})
+                self._let_go()
 
     def _time_read(self, arrival: Arrival) -> None:
         share = _SMOOTHING if self.read_s else 1.0
@@ -323,6 +350,10 @@ class ExpertCache:
 
     def _let_go(self) -> None:
         """Of the session, and of everything it lent."""
-        self._under_way.clear()
-        self._resident.clear()
+        self._forget()
         self.lender.abort()
+
+    def _forget(self) -> None:
+        self._under_way.clear()
+        self._asked.clear()
+        self._resident.clear()

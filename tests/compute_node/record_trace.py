@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compute_node.sampling import Sampler, SamplingOptions
+from compute_node.sampling import Sampler
+from compute_node.sampling_options import SamplingOptions
 from tests.compute_node.traces import PATH
 from tests.stack import MODEL
 

@@ -2,7 +2,7 @@
 
 Planted faults seen red: residents guessed, right guesses withdrawn, no bound, one precision for all
 ranks, guessing though it does not pay, never trying again, asking layers that never miss, no
-correction after the sigmoid, guessed misses counted as unguessed.
+correction after the sigmoid, guessed misses counted as unguessed, a hash router's weight asked.
 """
 
 from __future__ import annotations
@@ -141,3 +141,10 @@ def test_routers_choose_as_models_do() -> None:
     assert router().choose(HIDDEN[4:5], 2) == [4, 3]
     assert router(bias=pull).choose(HIDDEN[4:5], 2) == [6, 4]
     assert router(correction=pull).choose(HIDDEN[4:5], 2) == [6, 4]
+
+
+def test_a_layer_whose_router_cannot_be_asked_is_passed_over() -> None:
+    """A table of token ids chooses there; the layers after it are guessed as before."""
+    node = Node()
+    del node.prefetcher.routers[3]
+    assert node.guess(1) == ["L05E004", "L05E003"]

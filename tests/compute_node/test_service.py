@@ -126,6 +126,7 @@ def test_chat_without_a_template_is_refused(client: NodeClient) -> None:
         ("In", {"temperature": float("nan")}, "temperature"),
         ("In", {"top_p": 1.5}, "top_p"),
         ("In", {"stop": ["x"] * 20}, "stop strings"),
+        ("In", {"stop": ["a<|endoftext|>"]}, "left out of the text"),
     ],
 )
 def test_bad_requests_are_named(
@@ -133,6 +134,24 @@ def test_bad_requests_are_named(
 ) -> None:
     with pytest.raises(errors.InvalidRequest, match=message):
         client.generate(prompt, **options).run()  # type: ignore[arg-type]
+
+
+def test_no_new_tokens_are_refused_and_a_missing_number_is_the_default(
+    node: DaemonProcess,
+) -> None:
+    with rpc.connect(node.address) as channel:
+        stub = ComputeNodeStub(channel)
+        with pytest.raises(grpc.RpcError, match="max_tokens must be at least 1"):
+            list(stub.Generate(pb.GenerateRequest(prompt="In", max_tokens=0), timeout=20))
+        long = pb.TokenIds(ids=[5] * 2000)
+        with pytest.raises(grpc.RpcError, match="2000 prompt tokens and 128 new ones"):
+            list(stub.Generate(pb.GenerateRequest(token_ids=long), timeout=20))
+
+
+def test_special_tokens_are_told_on_request(client: NodeClient) -> None:
+    """A text that shows them may be stopped by what holds one (test_writer.py has the rest)."""
+    stop = ["a<|endoftext|>"]
+    assert client.generate("In", max_tokens=2, stop=stop, skip_special_tokens=False).run().text
 
 
 def test_forward_is_one_moe_layer(client: NodeClient, eager: torch.nn.Module) -> None:

@@ -117,3 +117,23 @@ def test_check_may_abandon_an_exchange(lender: tuple[Lender, Damage]) -> None:
 
     with pytest.raises(errors.Cancelled):
         store.exchange([], KEYS[:1], check)
+
+
+def test_a_loan_outlives_whoever_gave_it_up(lender: tuple[Lender, Damage]) -> None:
+    store, damage = lender
+    damage()
+    gone = [True]
+
+    def check() -> None:
+        if gone:
+            raise errors.Cancelled("gone")
+
+    loan = store.borrow([], [*KEYS[:2], DAMAGED], check)
+    with pytest.raises(errors.Cancelled):
+        list(loan)
+    assert store.is_open
+    gone.clear()
+    with pytest.raises(errors.ExpertDamaged):
+        list(loan)
+    assert list(loan) == [], "it is told once"
+    assert len(store.exchange(KEYS[:2], KEYS[4:8])) == 4, "the quota is whole"

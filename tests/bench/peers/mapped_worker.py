@@ -15,9 +15,11 @@ from typing import Any, cast
 
 import torch
 
-from compute_node.engine import Engine, Request, SequenceState, Token
+from compute_node.engine import Engine, SequenceState
 from compute_node.model import load_model
-from compute_node.sampling import SamplingOptions
+from compute_node.request import Request
+from compute_node.sampling_options import SamplingOptions
+from compute_node.writer import Token
 from expert_store.manifest import Manifest
 from tests.bench.peers.mapped_experts import MappedExperts
 from tests.bench.peers.prompt_lines import TEMPERATURE, serve

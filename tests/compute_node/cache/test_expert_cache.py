@@ -1,10 +1,13 @@
 """Budget, pins, waves, lost sessions.
 
 Planted faults seen red: reading a resident expert again in prefill, keeping leases of a broken
-session, leases under way forgotten or not counted, hits of the step not pinned.
+session, leases under way forgotten or not counted, hits of the step not pinned, a session ended
+because a request was cancelled, a gone request's check asked on behalf of the next.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -125,15 +128,65 @@ def test_damaged_expert_fails_the_step_and_the_rest_goes_on() -> None:
     assert len(cache) == len(lender.held)
 
 
-def test_a_step_that_is_abandoned_gives_everything_back() -> None:
-    """Red when leases under way are forgotten: the store would count them for ever."""
+def test_a_step_that_is_given_up_costs_nothing() -> None:
+    """Red when its session ends, and when leases under way are forgotten."""
     cache, lender = make_cache()
     step(cache, 1, 0, 1)
     waves = cache.step(1, [0, 2, 3])[1]
     assert [borrowed.key.expert for borrowed in next(waves)] == [0]
     waves.close()  # type: ignore[attr-defined]
-    assert not lender.is_open and len(cache) == 0
-    assert sorted(expert for wave in step(cache, 1, 0, 2, 3) for expert in wave) == [0, 2, 3]
+    assert lender.is_open and len(cache) == 2
+    assert step(cache, 1, 0, 2, 3) == [[0, 2, 3]], "what was asked for has come"
+    assert (lender.num_opened, len(lender.exchanges)) == (1, 2)
+    assert set(lender.held) == {ExpertKey(1, expert) for expert in range(4)}
+    assert cache.counters[1].bytes_read == 400
+
+
+def gives_up_after(num_checks: int) -> Callable[[], None]:
+    left = [None] * num_checks
+
+    def check() -> None:
+        if not left:
+            raise errors.Cancelled("gone")
+        left.pop()
+
+    return check
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("num_checks", [*range(8), 14, 15])
+def test_a_prompt_that_is_cancelled_costs_nothing(num_checks: int, pooled: bool) -> None:
+    """It needs more than fits, so that two parts are under way."""
+    cache, lender = make_cache(pooled=pooled)
+    cache.check = gives_up_after(num_checks)
+    with pytest.raises(errors.Cancelled):
+        step(cache, 1, *range(16))
+    cache.check = lambda: None
+    waves = step(cache, 1, *range(16))
+    assert sorted(expert for wave in waves for expert in wave) == list(range(16))
+    assert lender.num_opened == 1 and len(cache) == len(lender.held) <= 8
+    assert len(step(cache, 3, 0, 1)) == 2
+
+
+def test_what_was_given_up_is_waited_for_by_the_next_request() -> None:
+    """Which may be given up as well, or find the session lost, or an expert damaged."""
+    cache, lender = make_cache()
+    lender.damaged = {ExpertKey(1, 9)}
+    cache.check = gives_up_after(1)
+    with pytest.raises(errors.Cancelled):
+        step(cache, 1, 8, 9)
+    cache.check = gives_up_after(2)
+    with pytest.raises(errors.Cancelled):
+        step(cache, 1, 0)
+    cache.check = lambda: None
+    assert step(cache, 1, 0, 8) == [[8], [0]], "the damaged one is nothing to this request"
+    cache.check = gives_up_after(1)
+    with pytest.raises(errors.Cancelled):
+        step(cache, 3, 5)
+    lender.abort()
+    cache.check = lambda: None
+    assert step(cache, 3, 5) == [[5]]
+    assert lender.num_opened == 2 and len(cache) == len(lender.held)
 
 
 def test_guesses_are_sent_after_the_misses_and_only_of_what_is_not_there() -> None:

@@ -1,0 +1,39 @@
+"""How long a context a model was trained for, by its own configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_SCALED_BY_FACTOR = ("linear", "dynamic", "yarn")  # the others' limit is the configured one
+
+
+def trained_context_tokens(config: Any) -> int | None:
+    """The longest context that the positions were trained or scaled for; None where the
+    configuration sets no limit.
+
+    config: a transformers configuration. Rope scalings that differ by layer: the shortest counts.
+    """
+    text = config.get_text_config()
+    configured = getattr(text, "max_position_embeddings", None)
+    if not isinstance(configured, int) or configured < 1:
+        return None
+    ropes = _ropes(getattr(text, "rope_parameters", None))
+    return min((_scaled(rope, configured) for rope in ropes), default=configured)
+
+
+def _ropes(parameters: Any) -> Iterator[Mapping[str, Any]]:
+    """Of the model, or of each kind of its layers."""
+    if not isinstance(parameters, Mapping):
+        return
+    nested = [part for part in parameters.values() if isinstance(part, Mapping)]
+    yield from nested or [parameters]
+
+
+def _scaled(rope: Mapping[str, Any], configured: int) -> int:
+    """max_position_embeddings is the length before scaling, unless the original stands beside."""
+    factor = rope.get("factor")
+    if rope.get("rope_type", rope.get("type")) not in _SCALED_BY_FACTOR or not factor:
+        return configured
+    original = rope.get("original_max_position_embeddings") or configured
+    return int(original * factor)
