@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from pydantic import BaseModel, ConfigDict
 
 from proto import errors
+from proto.interceptor import ErrorInterceptor
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ async def serving(
     """
     check_exposure(listen)
     check_socket_free(listen.address)
-    server = grpc.aio.server(interceptors=(errors.ErrorInterceptor(),), options=OPTIONS)
+    server = grpc.aio.server(interceptors=(ErrorInterceptor(),), options=OPTIONS)
     state = Health(services)
     health_pb2_grpc.add_HealthServicer_to_server(state.servicer, server)
     reflection.enable_server_reflection(

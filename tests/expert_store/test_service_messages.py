@@ -112,5 +112,5 @@ def test_bytes_that_are_no_message(
             try:
                 assert isinstance(unary(b"".join(messages), timeout=DEADLINE_S), bytes)
             except grpc.RpcError as error:
-                assert error.code() is grpc.StatusCode.UNKNOWN  # type: ignore[attr-defined]
+                assert isinstance(errors.from_rpc(error), errors.InvalidRequest)
     check_healthy(wire, folder)
