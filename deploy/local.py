@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from compute_node.config import ComputeNodeConfig
+from deploy import log_files
 from deploy.budget import MemoryPlan
 from deploy.memory import FILE_NAME, MemorySampler
 from deploy.run_dir import RunDir
@@ -165,7 +166,7 @@ def serving(
         tables = compose(run, settings, store_dir.resolve(), manifest, plan)
         run.config.write_text(tomli_w.dumps(tables))
         for name in ("valkey", *tables):
-            run.log(name).unlink(missing_ok=True)
+            log_files.clear(run.log(name))
         run.socket("valkey").unlink(missing_ok=True)
         segment = SegmentLayout(tables["expert_store"]["num_slots"], plan.slot_bytes)
         dense_bytes = manifest.sizing.dense_bytes
