@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import faulthandler
-import logging.config
+import logging
 import os
 import re
 import sys
@@ -27,7 +27,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, start_http_se
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, ValidationError
 
-from proto import errors
+from proto import errors, log
 
 FAILURE, START_ERROR = 1, 2
 _REFUSAL = re.compile(r"\w+: (.*) \[(\w+)\]", re.DOTALL)
@@ -77,7 +77,7 @@ def main(
     arguments = parser.parse_args()
     try:
         config = load(arguments.config)
-        configure_logging(config.log_level)
+        log.configure(config.log_level)
         asyncio.run(run(config))
     except errors.FlashMoEError as error:
         sys.stderr.write(f"{name}: {error} [{type(error).__name__}]\n")
@@ -111,23 +111,6 @@ def refusal(last_line: str) -> errors.FlashMoEError:
     if match is None:
         return errors.Unavailable(last_line)
     return errors.from_kind(match[2], match[1])
-
-
-def configure_logging(level: str) -> None:
-    """JSON lines on stderr."""
-    formatter = {
-        "()": "pythonjsonlogger.json.JsonFormatter",
-        "format": "%(asctime)s %(levelname)s %(name)s %(message)s",
-    }
-    logging.config.dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "formatters": {"json": formatter},
-            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
-            "root": {"level": level, "handlers": ["stderr"]},
-        }
-    )
 
 
 @contextmanager
