@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from proto import last_words
+
+if __name__ == "__main__":
+    last_words.tell_of_imports("compute_node")
+
 import compute_node.lean_imports  # noqa: F401  isort: skip  before transformers
 
 import gc

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from proto import last_words
+
+if __name__ == "__main__":
+    last_words.tell_of_imports("expert_store")
+
 import logging
 import threading
 from collections.abc import Awaitable, Callable

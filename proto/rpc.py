@@ -166,6 +166,14 @@ def check_socket_free(address: str) -> None:
             raise errors.AlreadyRunning(f"another daemon answers on {address}: stop it first")
 
 
+_served: list[str] = []
+
+
+def has_served() -> bool:
+    """Whether this process ever was ready: what ends it afterwards is no fault of its start."""
+    return bool(_served)
+
+
 @asynccontextmanager
 async def serving(
     listen: Listen,
@@ -191,6 +199,7 @@ async def serving(
     _bind(server, listen)
     await server.start()
     await state.set(serving=True)
+    _served.append(listen.address)
     try:
         yield state
     finally:
