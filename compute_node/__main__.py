@@ -7,6 +7,7 @@ from proto import last_words
 if __name__ == "__main__":
     last_words.tell_of_imports("compute_node")
 
+import proto.quiet_grpc  # noqa: F401  isort: skip  before grpc
 import compute_node.lean_imports  # noqa: F401  isort: skip  before transformers
 
 import gc

@@ -7,6 +7,8 @@ from proto import last_words
 if __name__ == "__main__":
     last_words.tell_of_imports("expert_store")
 
+import proto.quiet_grpc  # noqa: F401  isort: skip  before grpc
+
 import logging
 import threading
 from collections.abc import Awaitable, Callable

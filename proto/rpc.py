@@ -47,6 +47,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 )
 CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
     *OPTIONS,
+    ("grpc.enable_http_proxy", 0),  # daemons are on this host or beside it: no proxy knows them
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 5_000),  # how long an attempt may take, not a pause
     ("grpc.max_reconnect_backoff_ms", 1_000),

@@ -7,6 +7,8 @@ from proto import last_words
 if __name__ == "__main__":
     last_words.tell_of_imports("scheduler")
 
+import proto.quiet_grpc  # noqa: F401  isort: skip  before grpc
+
 import asyncio
 import os
 from collections.abc import AsyncIterator
