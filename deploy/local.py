@@ -34,7 +34,7 @@ def compose(
 ) -> dict[str, dict[str, Any]]:
     """The tables every daemon is started with; what flashmoe.toml says of a daemon wins."""
     spec = manifest.spec
-    redis_url = settings.redis or f"unix://{run.socket('valkey')}"
+    redis_url = settings.redis or run.redis_url
     read_depth = settings.read_depth
     tables: dict[str, dict[str, Any]] = {
         "expert_store": {

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import grpc
 import grpc.aio
@@ -84,18 +85,32 @@ def _read_pem(path: Path) -> bytes:
         raise errors.ConfigInvalid(f"tls: cannot read {path}: {error.strerror}") from error
 
 
+def to_target(address: str) -> str:
+    """As gRPC reads an address: a URI, in which `#`, `?` and `%` of a socket's path mean something.
+
+    Ours are plain: `unix:` and the path as it is, or host:port. Raises ConfigInvalid for a comma.
+    """
+    if not address.startswith("unix:"):
+        return address
+    if "," in address:
+        raise errors.ConfigInvalid(f"gRPC divides {address} at its comma: give another path")
+    return "unix:" + quote(address.removeprefix("unix:"))
+
+
 def connect(address: str, tls: TlsFiles | None = None) -> grpc.Channel:
     """A channel for a thread that may block."""
+    target = to_target(address)
     if tls:
-        return grpc.secure_channel(address, channel_credentials(tls), options=CLIENT_OPTIONS)
-    return grpc.insecure_channel(address, options=CLIENT_OPTIONS)
+        return grpc.secure_channel(target, channel_credentials(tls), options=CLIENT_OPTIONS)
+    return grpc.insecure_channel(target, options=CLIENT_OPTIONS)
 
 
 def connect_aio(address: str, tls: TlsFiles | None = None) -> grpc.aio.Channel:
     """A channel for an event loop."""
+    target = to_target(address)
     if tls:
-        return grpc.aio.secure_channel(address, channel_credentials(tls), options=CLIENT_OPTIONS)
-    return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+        return grpc.aio.secure_channel(target, channel_credentials(tls), options=CLIENT_OPTIONS)
+    return grpc.aio.insecure_channel(target, options=CLIENT_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -213,9 +228,9 @@ def _bind(server: grpc.aio.Server, listen: Listen) -> None:
     previous = os.umask(0o177)  # a Unix socket is its owner's alone
     try:
         if listen.tls:
-            server.add_secure_port(listen.address, server_credentials(listen.tls))
+            server.add_secure_port(to_target(listen.address), server_credentials(listen.tls))
         else:
-            server.add_insecure_port(listen.address)
+            server.add_insecure_port(to_target(listen.address))
     except RuntimeError as error:
         raise errors.ConfigInvalid(f"cannot listen on {listen.address}: {error}") from error
     finally:
