@@ -12,7 +12,6 @@ import compute_node.lean_imports  # noqa: F401  isort: skip  before transformers
 
 import gc
 import logging
-import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import redis
 import torch
 from transformers.utils import logging as transformers_logging
 
+from compute_node import processors
 from compute_node.access_log import AccessLog
 from compute_node.advice import AdviceFeed
 from compute_node.cache.charge import Charge
@@ -104,7 +104,8 @@ async def run(config: ComputeNodeConfig) -> None:
             config.stop_grace_s,
             compute.drain,
         ):
-            logger.info("ready", extra={"address": config.address, "slots": slots})
+            facts = {"slots": slots, "threads": config.threads or processors.usable()}
+            logger.info("ready", extra={"address": config.address, **facts})
             await rpc.until_signalled()
 
 
@@ -118,7 +119,7 @@ def load(
     """On the thread that computes: kernels are tried out with as many threads as they are used
     with, and OpenMP has one team in this process (DECISIONS.md).
     """
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.threads or processors.usable())
     return load_model(model_dir, spec, cache, lookahead)
 
 
