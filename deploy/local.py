@@ -119,6 +119,15 @@ def _check_overrides(settings: ServeSettings, tables: dict[str, dict[str, Any]])
             )
 
 
+def _check_redis(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
+    """Raises ConfigInvalid when a Redis that is not ours cannot carry evidence and advice."""
+    for url in {tables[name]["redis_url"] for name in ("compute_node", "scheduler")}:
+        if url != run.redis_url:
+            from deploy.redis_check import check_redis  # imports redis, which few need
+
+            check_redis(url)
+
+
 def commands(run: RunDir, settings: ServeSettings) -> dict[str, list[str]]:
     """What is run, in the order of start."""
     found: dict[str, list[str]] = {}
@@ -158,12 +167,14 @@ def serving(
     """A running stack for the block; when `until` turns true before it serves, the block runs
     early.
 
-    Raises AlreadyRunning when another stack holds the run directory, Unavailable, ConfigInvalid.
+    Raises AlreadyRunning when another stack holds the run directory, Unavailable, ConfigInvalid,
+    also for a Redis that cannot carry evidence and advice.
     """
     run = RunDir(settings.run_dir.resolve())
     run.prepare()
     with _claimed(run):
         tables = compose(run, settings, store_dir.resolve(), manifest, plan)
+        _check_redis(run, tables)
         run.config.write_text(tomli_w.dumps(tables))
         for name in ("valkey", *tables):
             log_files.clear(run.log(name))
