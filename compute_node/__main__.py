@@ -17,9 +17,11 @@ from pathlib import Path
 
 import redis
 import torch
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from transformers.utils import logging as transformers_logging
 
-from compute_node import processors
+from compute_node import learning, processors
 from compute_node.access_log import AccessLog
 from compute_node.advice import AdviceFeed
 from compute_node.cache.charge import Charge
@@ -38,6 +40,8 @@ from proto.expert import ModelSpec
 
 logger = logging.getLogger("compute_node")
 
+REDIS_TIMEOUT_S = 1.0
+
 
 async def run(config: ComputeNodeConfig) -> None:
     """Serve until signalled. The order of lines is the order of start, reversed for stop."""
@@ -51,7 +55,7 @@ async def run(config: ComputeNodeConfig) -> None:
         spec = description.spec
         access_log, advice = None, None
         if config.redis_url:
-            client = redis.Redis.from_url(config.redis_url, socket_timeout=1.0)
+            client = connect_redis(config.redis_url)
             stack.callback(client.close)
             access_log = stack.enter_context(AccessLog(client, spec.fingerprint))
             feed = AdviceFeed(client, spec.fingerprint, config.node, config.advice_poll_s)
@@ -97,12 +101,15 @@ async def run(config: ComputeNodeConfig) -> None:
         )
         gc.collect()
         gc.freeze()  # a full collection would walk all of transformers: 0.2 s within some token
-        async with rpc.serving(
-            config.listen,
-            lambda server: add_ComputeNodeServicer_to_server(service, server),
-            [SERVICE_NAME],
-            config.stop_grace_s,
-            compute.drain,
+        async with (
+            rpc.serving(
+                config.listen,
+                lambda server: add_ComputeNodeServicer_to_server(service, server),
+                [SERVICE_NAME],
+                config.stop_grace_s,
+                compute.drain,
+            ) as health,
+            health.learning(lambda: learning.obstacle(access_log, advice)),
         ):
             facts = {"slots": slots, "threads": config.threads or processors.usable()}
             logger.info("ready", extra={"address": config.address, **facts})
@@ -132,6 +139,17 @@ def connect_store(config: ComputeNodeConfig) -> StoreClient:
         config.session_dir if shared else None,
         config.deadline_s,
         config.store_tls,
+    )
+
+
+def connect_redis(url: str) -> redis.Redis:
+    """A client that never tries again by itself: who uses it counts what fails, and waits."""
+    return redis.Redis.from_url(
+        url,
+        socket_connect_timeout=REDIS_TIMEOUT_S,
+        socket_timeout=REDIS_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,
     )
 
 

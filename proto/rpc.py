@@ -122,6 +122,11 @@ class Listen:
     insecure: bool = False
 
 
+# A health service of node and scheduler beside their own, which serve without learning too.
+LEARNING = "flashmoe.v1.Learning"
+_LEARNING_POLL_S = 1.0
+
+
 class Health:
     """Per-service health of one daemon; what is not set is NOT_SERVING."""
 
@@ -133,6 +138,22 @@ class Health:
         status = SERVING if serving else NOT_SERVING
         for service in self._services:
             await self.servicer.set(service, status)
+
+    @asynccontextmanager
+    async def learning(self, obstacle: Callable[[], str]) -> AsyncIterator[None]:
+        """LEARNING is SERVING while there is no obstacle, for the block."""
+        task = asyncio.create_task(self._follow(obstacle))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+            await self.servicer.set(LEARNING, NOT_SERVING)
+
+    async def _follow(self, obstacle: Callable[[], str]) -> None:
+        while True:
+            await self.servicer.set(LEARNING, NOT_SERVING if obstacle() else SERVING)
+            await asyncio.sleep(_LEARNING_POLL_S)
 
 
 def is_loopback(address: str) -> bool:

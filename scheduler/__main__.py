@@ -85,6 +85,7 @@ async def serve(config: SchedulerConfig, servicer: SchedulerService, loop: Sched
         rpc.serving(
             config.listen, servicer.register, (service.NAME,), config.stop_grace_s
         ) as health,
+        health.learning(loop.obstacle),
         loop.running() as learning,
     ):
         signalled = asyncio.create_task(rpc.until_signalled())
