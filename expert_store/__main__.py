@@ -83,6 +83,7 @@ async def _serve(
                 [SERVICE_NAME],
                 config.stop_grace_s,
                 service.drain,
+                rpc.DOORBELL_MESSAGE_BYTES,  # over the stream, too
             ),
         ):
             facts = {

@@ -24,7 +24,14 @@ Decode = Callable[[Any], Any]
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns a raised FlashMoEError into its status, so that no servicer needs a try."""
+    """Turns a raised FlashMoEError into its status, so that no servicer needs a try.
+
+    max_request_bytes: longer ones are refused before they are decoded, which may take fifty times
+    their bytes
+    """
+
+    def __init__(self, max_request_bytes: int) -> None:
+        self._max_request_bytes = max_request_bytes
 
     async def intercept_service(
         self,
@@ -34,7 +41,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        decode = _decoder(handler.request_deserializer, handler_call_details.method)
+        method = handler_call_details.method
+        decode = _decoder(handler.request_deserializer, method, self._max_request_bytes)
         if handler.request_streaming:
             decode = _each(decode)
         raw = handler._replace(request_deserializer=None)
@@ -47,10 +55,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return raw._replace(stream_stream=_guard_stream(handler.stream_stream, decode))
 
 
-def _decoder(deserialize: Decode | None, method: str) -> Decode:
+def _decoder(deserialize: Decode | None, method: str, max_bytes: int) -> Decode:
     """From bytes to a message. It raises InvalidRequest."""
 
     def decode(data: bytes) -> Any:
+        if len(data) > max_bytes:
+            raise errors.InvalidRequest(
+                f"a request of {len(data):,} bytes, {method} takes {max_bytes:,}: ask for less"
+            )
         try:
             return deserialize(data) if deserialize else data
         except DecodeError as error:

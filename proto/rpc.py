@@ -218,6 +218,7 @@ async def serving(
     services: Sequence[str],
     grace_s: float,
     drain: Callable[[], None] = lambda: None,
+    max_request_bytes: int = MAX_MESSAGE_BYTES,
 ) -> AsyncIterator[Health]:
     """Serve until the block ends, then turn NOT_SERVING, call `drain`, and let work finish for
     grace_s.
@@ -226,7 +227,7 @@ async def serving(
     """
     check_exposure(listen)
     check_socket_free(listen.address)
-    server = grpc.aio.server(interceptors=(ErrorInterceptor(),), options=OPTIONS)
+    server = grpc.aio.server(interceptors=(ErrorInterceptor(max_request_bytes),), options=OPTIONS)
     state = Health(services)
     health_pb2_grpc.add_HealthServicer_to_server(state.servicer, server)
     reflection.enable_server_reflection(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from proto import log
 from tests.bench.table import show
 from tests.expert_store.fuzz import OPEN, fuzz
 from tests.expert_store.raw_session import Wire
@@ -19,6 +20,7 @@ NUM_SLOTS, READ_DEPTH = 8, 2
 
 def main(folder: Path) -> None:
     """The store runs in this process: what it leaks is seen as this process's memory."""
+    log.configure("CRITICAL")
     write_store(folder / "store")
     flip(folder / "store" / FILE_NAME, expert_range(KEYS[-1])[77])
     settings = {"read_depth": READ_DEPTH, "lock_poll_s": 0.01}
