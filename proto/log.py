@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-LINES_A_PERIOD, PERIOD_S = 10, 10.0
+PERIOD_S = 10.0
+WARNINGS_A_PERIOD, LINES_A_PERIOD = 10, 100  # a start says one line a shape of matrix
 
 
 @dataclass
@@ -18,9 +19,14 @@ class _Event:
     last: logging.LogRecord
     count: int = 0
 
+    @property
+    def most(self) -> int:
+        """Lines that are written."""
+        return WARNINGS_A_PERIOD if self.last.levelno >= logging.WARNING else LINES_A_PERIOD
+
 
 class CountingHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic in stubs only
-    """Writes LINES_A_PERIOD lines of each place in the code, and counts the others.
+    """Writes so many lines a period of each place in the code, and counts the others.
 
     Each such count is one line, after the period: before the next line of any kind, or at the end.
     """
@@ -37,7 +43,7 @@ class CountingHandler(logging.StreamHandler):  # type: ignore[type-arg]  # gener
         event = self._events.setdefault((record.pathname, record.lineno), _Event(record))
         event.last = record
         event.count += 1
-        if event.count <= LINES_A_PERIOD:
+        if event.count <= event.most:
             super().emit(record)
 
     def close(self) -> None:
@@ -46,8 +52,8 @@ class CountingHandler(logging.StreamHandler):  # type: ignore[type-arg]  # gener
 
     def _tell_counts(self) -> None:
         for event in self._events.values():
-            if event.count > LINES_A_PERIOD:
-                super().emit(_summary(event.last, event.count - LINES_A_PERIOD))
+            if event.count > event.most:
+                super().emit(_summary(event.last, event.count - event.most))
         self._events.clear()
         self._period_end_s = self._clock() + PERIOD_S
 

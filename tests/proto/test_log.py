@@ -1,7 +1,7 @@
 """A log that somebody can read: each line once, a flood as a count.
 
 Planted faults seen red: no limit, counts lost at the end, counts that stay for ever, one limit for
-all places together.
+all places together, or for all levels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 
 from pythonjsonlogger.json import JsonFormatter
 
-from proto.log import LINES_A_PERIOD, PERIOD_S, CountingHandler
+from proto.log import LINES_A_PERIOD, PERIOD_S, WARNINGS_A_PERIOD, CountingHandler
 
 
 class Log:
@@ -49,13 +49,13 @@ def left_out(count: int) -> dict[str, object]:
 def test_a_flood_is_some_lines_and_a_count() -> None:
     log = Log()
     log.flood(100_000)
-    assert log.lines() == [FLOOD] * LINES_A_PERIOD
+    assert log.lines() == [FLOOD] * WARNINGS_A_PERIOD
     log.now_s += PERIOD_S
     log.logger.info("ready")
-    assert log.lines() == [left_out(100_000 - LINES_A_PERIOD), {"message": "ready"}]
-    log.flood(LINES_A_PERIOD + 1)
+    assert log.lines() == [left_out(100_000 - WARNINGS_A_PERIOD), {"message": "ready"}]
+    log.flood(WARNINGS_A_PERIOD + 1)
     log.handler.close()
-    assert log.lines() == [FLOOD] * LINES_A_PERIOD + [left_out(1)]
+    assert log.lines() == [FLOOD] * WARNINGS_A_PERIOD + [left_out(1)]
     log.handler.close()
     assert log.lines() == [], "a count is told once"
 
@@ -67,10 +67,19 @@ def test_a_flood_hides_nothing_else() -> None:
     assert log.lines()[-1] == {"message": "expert quarantined"}
 
 
+def test_what_warns_of_nothing_may_say_more() -> None:
+    """As a start does: a line for each shape of matrix."""
+    log = Log()
+    log.logger.setLevel(logging.INFO)
+    for _ in range(LINES_A_PERIOD + 1):
+        log.logger.info("kernel chosen")
+    assert log.lines() == [{"message": "kernel chosen"}] * LINES_A_PERIOD
+
+
 def test_what_stays_below_the_limit_is_not_counted() -> None:
     log = Log()
     for _ in range(5):
-        log.flood(LINES_A_PERIOD)
+        log.flood(WARNINGS_A_PERIOD)
         log.now_s += PERIOD_S
     log.handler.close()
-    assert log.lines() == [FLOOD] * 5 * LINES_A_PERIOD
+    assert log.lines() == [FLOOD] * 5 * WARNINGS_A_PERIOD
