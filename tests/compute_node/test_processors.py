@@ -86,8 +86,15 @@ def group() -> Iterator[Path]:
 
 
 def test_a_real_quota_is_followed(group: Path) -> None:
-    program = "from compute_node import processors as p; print(p.quota_processors(), p.usable())"
+    program = (
+        "from compute_node import processors as p; print(p.quota_processors(), p.usable());"
+        "from deploy.doctor import check_threads; print(check_threads().fact)"
+    )
     joined = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(group)]
     command = [*joined, sys.executable, "-c", program]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout == f"1.5 {min(2, len(os.sched_getaffinity(0)))}\n"
+    numbers, fact = found.stdout.splitlines()
+    threads = min(2, len(os.sched_getaffinity(0)))
+    assert numbers == f"1.5 {threads}"
+    assert fact.startswith(f"{threads} cores for this process, load ")
+    assert fact.endswith(", cgroup quota of 1.5 processors")
