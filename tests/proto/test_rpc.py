@@ -2,9 +2,8 @@
 
 Planted faults seen red: the interceptor guarding unary calls alone, details not cut to what fits a
 trailer, any file removed for a dead socket, health left SERVING while draining, check_exposure
-passing `0.0.0.0`, client certificates not required, 50 ms for an attempt to connect, a proxy from
-the environment asked for a daemon, gRPC's own lines on the terminal, a socket's path given to gRPC
-as it is.
+passing `0.0.0.0`, client certificates not required, 50 ms for an attempt to connect, a socket's
+path given to gRPC as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import asyncio
 import os
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractAsyncContextManager
@@ -29,7 +27,6 @@ from proto import errors, rpc
 from proto.errors import KINDS
 from proto.rpc import Listen, TlsFiles
 from tests.daemons import CuttableProxy
-from tests.stack import ROOT
 
 NAME, DEADLINE_S = "flashmoe.v1.ExpertStore", 10.0
 LONG = "é" * 40_000
@@ -148,52 +145,6 @@ async def test_a_server_that_is_slow_to_answer_is_waited_for(run_dir: Path) -> N
             proxy.accept()
             assert (await asyncio.wrap_future(asked)).status == rpc.SERVING
             proxy.close()
-
-
-CALLER = """
-from compute_node.client import NodeClient
-from deploy import cli
-from proto import errors
-from proto.rpc import TlsFiles
-with NodeClient({address!r}, {tls}) as node:
-    try:
-        node.stats()
-    except errors.FlashMoEError as error:
-        print(error)
-"""
-
-
-async def caller_says(address: str, tls: str = "None") -> tuple[str, str]:
-    """Standard output and error of a user's process that asks a daemon for its counters."""
-    variables = {"http_proxy": "http://127.0.0.1:9", "grpc_proxy": "http://127.0.0.1:9"}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-c",
-        CALLER.format(address=address, tls=tls),
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), **variables},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    said, logged = await process.communicate()
-    return said.decode(), logged.decode()
-
-
-async def test_no_proxy_is_asked_for_a_daemon() -> None:
-    address = f"127.0.0.1:{free_port()}"
-    async with serve(address):
-        said, _ = await caller_says(address)
-    assert "Method not found" in said, "the daemon itself answered"
-
-
-async def test_grpc_writes_nothing_to_the_terminal(tls: dict[str, TlsFiles]) -> None:
-    """A client with TLS at a server without: gRPC's C core logs the failed handshake."""
-    address = f"127.0.0.1:{free_port()}"
-    async with serve(address):
-        files = {name: str(path) for name, path in tls["client"]}
-        said, logged = await caller_says(address, f"TlsFiles(**{files})")
-    assert "handshake failed" in said
-    assert logged == ""
 
 
 async def test_reflection_lists_the_services(run_dir: Path) -> None:
