@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from proto import last_words
+
+if __name__ == "__main__":
+    last_words.tell_of_imports("compute_node")
+
+import proto.quiet_grpc  # noqa: F401  isort: skip  before grpc
 import compute_node.lean_imports  # noqa: F401  isort: skip  before transformers
 
 import gc
 import logging
-import os
 from contextlib import ExitStack
 from pathlib import Path
 
 import redis
 import torch
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from transformers.utils import logging as transformers_logging
 
+from compute_node import learning, processors
 from compute_node.access_log import AccessLog
 from compute_node.advice import AdviceFeed
 from compute_node.cache.charge import Charge
@@ -32,6 +40,8 @@ from proto.expert import ModelSpec
 
 logger = logging.getLogger("compute_node")
 
+REDIS_TIMEOUT_S = 1.0
+
 
 async def run(config: ComputeNodeConfig) -> None:
     """Serve until signalled. The order of lines is the order of start, reversed for stop."""
@@ -45,7 +55,7 @@ async def run(config: ComputeNodeConfig) -> None:
         spec = description.spec
         access_log, advice = None, None
         if config.redis_url:
-            client = redis.Redis.from_url(config.redis_url, socket_timeout=1.0)
+            client = connect_redis(config.redis_url)
             stack.callback(client.close)
             access_log = stack.enter_context(AccessLog(client, spec.fingerprint))
             feed = AdviceFeed(client, spec.fingerprint, config.node, config.advice_poll_s)
@@ -91,14 +101,18 @@ async def run(config: ComputeNodeConfig) -> None:
         )
         gc.collect()
         gc.freeze()  # a full collection would walk all of transformers: 0.2 s within some token
-        async with rpc.serving(
-            config.listen,
-            lambda server: add_ComputeNodeServicer_to_server(service, server),
-            [SERVICE_NAME],
-            config.stop_grace_s,
-            compute.drain,
+        async with (
+            rpc.serving(
+                config.listen,
+                lambda server: add_ComputeNodeServicer_to_server(service, server),
+                [SERVICE_NAME],
+                config.stop_grace_s,
+                compute.drain,
+            ) as health,
+            health.learning(lambda: learning.obstacle(access_log, advice)),
         ):
-            logger.info("ready", extra={"address": config.address, "slots": slots})
+            facts = {"slots": slots, "threads": config.threads or processors.usable()}
+            logger.info("ready", extra={"address": config.address, **facts})
             await rpc.until_signalled()
 
 
@@ -112,7 +126,7 @@ def load(
     """On the thread that computes: kernels are tried out with as many threads as they are used
     with, and OpenMP has one team in this process (DECISIONS.md).
     """
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.threads or processors.usable())
     return load_model(model_dir, spec, cache, lookahead)
 
 
@@ -125,6 +139,17 @@ def connect_store(config: ComputeNodeConfig) -> StoreClient:
         config.session_dir if shared else None,
         config.deadline_s,
         config.store_tls,
+    )
+
+
+def connect_redis(url: str) -> redis.Redis:
+    """A client that never tries again by itself: who uses it counts what fails, and waits."""
+    return redis.Redis.from_url(
+        url,
+        socket_connect_timeout=REDIS_TIMEOUT_S,
+        socket_timeout=REDIS_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from contextlib import suppress
 from typing import Any
 
 import redis
@@ -21,7 +22,10 @@ _RETRY_S = 0.5
 
 
 class AccessLog:
-    """Sends from a thread of its own. Use as a context manager."""
+    """Sends from a thread of its own. Use as a context manager.
+
+    obstacle: why the last event did not arrive; empty when it did
+    """
 
     def __init__(self, client: redis.Redis, fingerprint: str) -> None:
         self._redis = client
@@ -29,9 +33,15 @@ class AccessLog:
         self._events: queue.Queue[DecodeAccess | PrefillAccess] = queue.Queue(_CAPACITY)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
-        self._connected = True
+        self._num_overflowed = 0  # one writer each: the thread that appends, and our own
+        self._num_refused = 0
         self.num_sent = 0
-        self.num_dropped = 0
+        self.obstacle = ""
+
+    @property
+    def num_dropped(self) -> int:
+        """Events that never arrived: Redis away or full, too many to wait, or left at the end."""
+        return self._num_overflowed + self._num_refused
 
     def __enter__(self) -> AccessLog:
         self._thread.start()
@@ -40,12 +50,15 @@ class AccessLog:
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
         self._thread.join()
+        self._num_refused += self._forget_waiting()
+        if self.num_dropped:
+            logger.warning("evidence dropped in all", extra={"events": self.num_dropped})
 
     def append(self, event: DecodeAccess | PrefillAccess) -> None:
         try:
             self._events.put_nowait(event)
         except queue.Full:
-            self.num_dropped += 1
+            self._num_overflowed += 1
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -61,12 +74,23 @@ class AccessLog:
         maxlen = redis_schema.access_stream_maxlen(entry_bytes + 256)
         try:
             self._redis.xadd(self._stream, fields, maxlen=maxlen, approximate=True)
-        except redis.RedisError as error:
-            self.num_dropped += 1
-            if self._connected:
+        except (redis.RedisError, OSError) as error:
+            self._num_refused += 1 + self._forget_waiting()
+            if not self.obstacle:
                 logger.warning("evidence dropped", extra={"reason": str(error)})
-            self._connected = False
+            self.obstacle = f"the last evidence did not arrive at Redis ({error})"
             self._stopping.wait(_RETRY_S)
             return
-        self._connected = True
+        if self.obstacle:
+            logger.info("evidence arrives again", extra={"dropped": self.num_dropped})
+        self.obstacle = ""
         self.num_sent += 1
+
+    def _forget_waiting(self) -> int:
+        """They would be old when Redis is back. Returns how many."""
+        count = 0
+        with suppress(queue.Empty):
+            while True:
+                self._events.get_nowait()
+                count += 1
+        return count

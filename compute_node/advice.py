@@ -20,7 +20,10 @@ _RETRY_S = 0.5
 
 
 class AdviceFeed:
-    """Polls one key. Use as a context manager."""
+    """Polls one key. Use as a context manager.
+
+    obstacle: why the last look failed; empty when it did not
+    """
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class AdviceFeed:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="advice", daemon=True)
         self.num_rejected = 0
+        self.obstacle = ""
 
     def __enter__(self) -> AdviceFeed:
         self._thread.start()
@@ -61,6 +65,11 @@ class AdviceFeed:
         """Since the latest advice was made; None when there never was any."""
         return (self._now_ns() - self._latest.time_ns) / 1e9 if self._latest else None
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether there was advice, and nobody renewed it."""
+        return self._latest is not None and self.fresh() is None
+
     def _run(self) -> None:
         pause_s = 0.0
         while not self._stopping.wait(pause_s):
@@ -72,10 +81,13 @@ class AdviceFeed:
             data = self._redis.get(self._key)
             if isinstance(data, bytes):
                 self._latest = Advice.decode(data)
-        except redis.RedisError:
+        except (redis.RedisError, OSError) as error:
+            self.obstacle = f"Redis gives no advice ({error})"
             return False  # it goes stale: visible as its age, counted as fallbacks
         except errors.MessageInvalid as error:
             self.num_rejected += 1
+            self.obstacle = f"advice is rejected ({error})"
             logger.warning("advice rejected", extra={"reason": str(error)})
             return False
+        self.obstacle = ""
         return True

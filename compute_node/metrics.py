@@ -8,7 +8,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from compute_node import gemv, one_token_experts, one_token_norm
+from compute_node import gemv, learning, one_token_experts, one_token_norm
 from compute_node.access_log import AccessLog
 from compute_node.advice import AdviceFeed
 from compute_node.engine import Engine
@@ -76,6 +76,11 @@ class NodeCollector(Collector):
         evictions.add_metric(["advice"], cache.charge.num_advised)
         evictions.add_metric(["fallback"], cache.charge.num_fallbacks)
         yield evictions
+        yield GaugeMetricFamily(
+            "flashmoe_node_learning",
+            "1 while evidence leaves and advice comes",
+            value=not learning.obstacle(self._access_log, self._advice),
+        )
         if self._access_log:
             evidence = CounterMetricFamily(
                 "flashmoe_node_evidence", "Evidence entries", labels=["outcome"]

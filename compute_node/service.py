@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compute_node import engine as core
+from compute_node import learning
 from compute_node.access_log import AccessLog
 from compute_node.advice import AdviceFeed
 from compute_node.jobs import ComputeThread
@@ -135,7 +136,9 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         if self._access_log:
             reply.evidence_sent = self._access_log.num_sent
             reply.evidence_dropped = self._access_log.num_dropped
+        reply.learning_obstacle = learning.obstacle(self._access_log, self._advice)
         if self._advice:
+            reply.advice_rejected = self._advice.num_rejected
             reply.advice_version = self._advice.version
             if self._advice.age_s is not None:
                 reply.advice_age_s = self._advice.age_s

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from compute_node import processors
 from deploy import console, online
 from deploy.offline import STORE, load_store
 from deploy.prompts import Prompt, read_prompts
@@ -51,6 +52,8 @@ def calibrate(
 
     Example: flashmoe calibrate ~/stores/olmoe --text ~/notes --memory 4GiB
     """
+    import torch
+
     from scheduler.calibration import CalibrationSettings  # imports torch
     from scheduler.calibration import calibrate as train
 
@@ -72,6 +75,7 @@ def calibrate(
             flags=flags | {"experts_memory": experts_memory},
         )
     check_trace(known, manifest)
+    torch.set_num_threads(processors.usable())
     settings = CalibrationSettings(lag_steps=1, max_updates=max_updates, seed=seed)
     forecaster = train(known, settings, say, manifest.spec.fingerprint)
     forecaster.save(store / FORECASTER_NAME)

@@ -4,6 +4,8 @@ code.
 
 from __future__ import annotations
 
+import proto.quiet_grpc  # noqa: F401  isort: skip  before grpc
+
 import sys
 from typing import Annotated
 

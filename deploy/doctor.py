@@ -16,7 +16,7 @@ from typing import Annotated
 import psutil
 import typer
 
-from compute_node import native_library
+from compute_node import native_library, processors
 from deploy import console
 from deploy.budget import cgroup_limit_bytes
 from expert_store import huge_pages
@@ -145,9 +145,11 @@ def check_memory() -> Finding:
 
 
 def check_threads() -> Finding:
-    allowed, wanted = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
-    load = os.getloadavg()[0]
+    allowed, wanted = processors.usable(), os.environ.get("OMP_NUM_THREADS")
+    load, quota = os.getloadavg()[0], processors.quota_processors()
     fact = f"{allowed} cores for this process, load {load:.1f}"
+    if quota is not None:
+        fact += f", cgroup quota of {quota:g} processors"
     if wanted and wanted.isdigit() and int(wanted) > allowed:
         return Finding("threads", f"{fact}, OMP_NUM_THREADS={wanted}", "unset OMP_NUM_THREADS")
     busy = load > 1.5 * allowed

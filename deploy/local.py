@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from compute_node.config import ComputeNodeConfig
+from deploy import log_files
 from deploy.budget import MemoryPlan
 from deploy.memory import FILE_NAME, MemorySampler
 from deploy.run_dir import RunDir
@@ -33,7 +34,7 @@ def compose(
 ) -> dict[str, dict[str, Any]]:
     """The tables every daemon is started with; what flashmoe.toml says of a daemon wins."""
     spec = manifest.spec
-    redis_url = settings.redis or f"unix://{run.socket('valkey')}"
+    redis_url = settings.redis or run.redis_url
     read_depth = settings.read_depth
     tables: dict[str, dict[str, Any]] = {
         "expert_store": {
@@ -118,6 +119,15 @@ def _check_overrides(settings: ServeSettings, tables: dict[str, dict[str, Any]])
             )
 
 
+def _check_redis(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
+    """Raises ConfigInvalid when a Redis that is not ours cannot carry evidence and advice."""
+    for url in {tables[name]["redis_url"] for name in ("compute_node", "scheduler")}:
+        if url != run.redis_url:
+            from deploy.redis_check import check_redis  # imports redis, which few need
+
+            check_redis(url)
+
+
 def commands(run: RunDir, settings: ServeSettings) -> dict[str, list[str]]:
     """What is run, in the order of start."""
     found: dict[str, list[str]] = {}
@@ -157,15 +167,17 @@ def serving(
     """A running stack for the block; when `until` turns true before it serves, the block runs
     early.
 
-    Raises AlreadyRunning when another stack holds the run directory, Unavailable, ConfigInvalid.
+    Raises AlreadyRunning when another stack holds the run directory, Unavailable, ConfigInvalid,
+    also for a Redis that cannot carry evidence and advice.
     """
     run = RunDir(settings.run_dir.resolve())
     run.prepare()
     with _claimed(run):
         tables = compose(run, settings, store_dir.resolve(), manifest, plan)
+        _check_redis(run, tables)
         run.config.write_text(tomli_w.dumps(tables))
         for name in ("valkey", *tables):
-            run.log(name).unlink(missing_ok=True)
+            log_files.clear(run.log(name))
         run.socket("valkey").unlink(missing_ok=True)
         segment = SegmentLayout(tables["expert_store"]["num_slots"], plan.slot_bytes)
         dense_bytes = manifest.sizing.dense_bytes

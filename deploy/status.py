@@ -101,11 +101,16 @@ def _node_facts(channel: grpc.Channel) -> dict[str, Any]:
         "advice_fallbacks": stats.advice_fallbacks,
         "evidence_sent": stats.evidence_sent,
         "evidence_dropped": stats.evidence_dropped,
+        "learning": _learning(stats.learning_obstacle),
         "store_reconnects": stats.store_reconnects,
         "prefetch_depth": stats.prefetch_depth,
         "prefetch_precision": [round(p.precision, 3) for p in stats.prefetches],
         "prefetch_recall": _recall(stats),
     }
+
+
+def _learning(obstacle: str) -> str:
+    return f"off: {obstacle}" if obstacle else "on"
 
 
 def _rate(count: int, seconds: float) -> float | None:
@@ -123,8 +128,11 @@ def _scheduler_facts(channel: grpc.Channel) -> dict[str, Any]:
     stats = SchedulerStub(channel).Stats(scheduler_pb2.SchedulerStatsRequest(), timeout=_TIMEOUT_S)
     return {
         "redis_connected": stats.redis_connected,
+        "learning": _learning(stats.learning_obstacle),
         "events_seen": stats.events_seen,
         "events_rejected": stats.events_rejected,
+        "events_lost": stats.events_lost,
+        "steps_missed": stats.steps_missed,
         "labels_learned": stats.labels_learned,
         "log_loss": round(stats.log_loss, 4),
         "baseline_log_loss": round(stats.baseline_log_loss, 4),

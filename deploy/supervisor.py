@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from deploy import log_files
 from deploy.memory import MemorySampler
 from deploy.run_dir import RunDir
 from proto import errors
@@ -68,8 +69,7 @@ class Daemon:
 
     def last_words(self) -> str:
         """The last line of its log: a daemon that refuses to start says why in one sentence."""
-        lines = self.run.log(self.name).read_text(errors="replace").strip().splitlines()
-        return lines[-1][-600:] if lines else "it said nothing"
+        return log_files.last_line(self.run.log(self.name))[-600:] or "it said nothing"
 
 
 def _die_with_parent() -> None:
@@ -106,9 +106,10 @@ class Stack:
             time.sleep(_POLL_S)
 
     def tick(self) -> None:
-        """Restart what died, sample memory once."""
+        """Restart what died, bound the logs, sample memory once."""
         for daemon in self._daemons:
             self._revive(daemon)
+            log_files.bound(daemon.run.log(daemon.name))
         pids = {d.name: d.pid for d in self._daemons if d.pid is not None}
         self._sampler.sample({**pids, "launcher": os.getpid()})
 

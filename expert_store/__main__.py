@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from proto import last_words
+
+if __name__ == "__main__":
+    last_words.tell_of_imports("expert_store")
+
+import proto.quiet_grpc  # noqa: F401  isort: skip  before grpc
+
 import logging
 import threading
 from collections.abc import Awaitable, Callable
@@ -76,6 +83,7 @@ async def _serve(
                 [SERVICE_NAME],
                 config.stop_grace_s,
                 service.drain,
+                rpc.DOORBELL_MESSAGE_BYTES,  # over the stream, too
             ),
         ):
             facts = {

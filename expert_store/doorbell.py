@@ -98,14 +98,16 @@ class _Caller(threading.Thread):
         self._buffer = bytearray(DOORBELL_MESSAGE_BYTES)
 
     def run(self) -> None:
-        with self._connection:
-            try:
-                self._serve()
-            except errors.FlashMoEError as error:
-                self._send(pb.Exchanged(error=to_detail(error)))
-            except OSError as error:
-                logger.warning("doorbell broken", extra={"reason": str(error)})
-        self._forget(self)
+        try:
+            self._serve()
+        except errors.FlashMoEError as error:
+            self._send(pb.Exchanged(error=to_detail(error)))
+        except OSError as error:
+            logger.warning("doorbell broken", extra={"reason": str(error)})
+        finally:
+            with self._sending:  # a thread that sends must not meet the next owner of this number
+                self._connection.close()
+            self._forget(self)
 
     def hang_up(self) -> None:
         """From any thread: the node hears of it, and `run` ends."""
@@ -141,10 +143,13 @@ class _Caller(threading.Thread):
             self._send(pb.Exchanged(exchange_id=exchange.exchange_id))
 
     def _send(self, message: pb.Exchanged) -> None:
-        """Never waits: a node that does not listen is hung up on, its stream tells its fate."""
+        """Never waits: a node that does not listen is hung up on, its stream tells its fate. One
+        that hung up is told nothing: a read that it asked for may end after it.
+        """
         try:
             with self._sending:
-                self._connection.send(message.SerializeToString(), socket.MSG_DONTWAIT)
+                if self._connection.fileno() >= 0:
+                    self._connection.send(message.SerializeToString(), socket.MSG_DONTWAIT)
         except OSError as error:
             logger.warning("doorbell broken", extra={"reason": str(error)})
             self.hang_up()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from google.protobuf.message import DecodeError
 
 from expert_store import sessions
 from expert_store.exchanges import is_acknowledged, perform, to_lease
@@ -87,15 +86,14 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
     ) -> AsyncIterator[pb.SessionReply]:
         if self._draining.is_set():
             raise errors.Unavailable("the store is stopping: retry")
-        requests = _decoded(request_iterator)
-        first = await anext(requests, None)
+        first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("kind") != "open":
             raise errors.InvalidRequest("a session starts with an open message")
         session = self._open(first.open)
         try:
             yield pb.SessionReply(opened=self._opened(session))
             stream = _SessionStream(self._store, session, self._draining)
-            async for reply in stream.replies(requests):
+            async for reply in stream.replies(request_iterator):
                 yield reply
         finally:
             self._store.sessions.close(session)
@@ -131,17 +129,6 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
             if session.lock_path and self._doorbell_path
             else "",
         )
-
-
-async def _decoded(
-    requests: AsyncIterator[pb.SessionRequest],
-) -> AsyncIterator[pb.SessionRequest]:
-    """Raises InvalidRequest for bytes that are no message, which gRPC would report as UNKNOWN."""
-    try:
-        async for request in requests:
-            yield request
-    except DecodeError as error:
-        raise errors.InvalidRequest(f"not a message of a session: {error}") from error
 
 
 class _SessionStream:

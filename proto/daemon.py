@@ -2,17 +2,17 @@
 agree on.
 
 `python -m NAME --config flashmoe.toml` reads its own table of that file, logs JSON lines to
-stderr, and answers a
-start that cannot succeed with one sentence as its last line and status START_ERROR: trying again
-would not help.
+stderr, and ends with one sentence as its last line. Its status is START_ERROR when trying again
+would not help: a start that cannot succeed, for whatever reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import faulthandler
-import logging.config
+import logging
 import os
 import re
 import sys
@@ -23,13 +23,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
+import grpc
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, ValidationError
 
-from proto import errors
+from proto import errors, last_words, log, rpc
 
-FAILURE, START_ERROR = 1, 2
+FAILURE, START_ERROR = last_words.FAILURE, last_words.START_ERROR
+# What the system may have again in a moment: descriptors, memory, room, a device.
+_PASSING = {
+    errno.EADDRINUSE,
+    errno.EBUSY,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.ESTALE,
+}
 _REFUSAL = re.compile(r"\w+: (.*) \[(\w+)\]", re.DOTALL)
 
 
@@ -77,18 +91,43 @@ def main(
     arguments = parser.parse_args()
     try:
         config = load(arguments.config)
-        configure_logging(config.log_level)
+        log.configure(config.log_level)
         asyncio.run(run(config))
-    except errors.FlashMoEError as error:
-        sys.stderr.write(f"{name}: {error} [{type(error).__name__}]\n")
-        return FAILURE if error.retryable else START_ERROR
-    except OSError as error:
-        sys.stderr.write(f"{name}: {error} [OSError]\n")
-        return FAILURE
-    except Exception:  # noqa: BLE001  a defect of ours: told whole, and left like the others
-        traceback.print_exc()
-        return FAILURE
+    except Exception as error:  # noqa: BLE001  whatever it is, it is told, and has a status
+        return _tell_end(name, error)
     return 0
+
+
+def _tell_end(name: str, error: Exception) -> int:
+    """Write why the daemon ends, its last line being one sentence. Returns the exit status."""
+    logging.shutdown()  # what the log still has to tell comes first
+    if not isinstance(error, errors.FlashMoEError):
+        traceback.print_exception(error)
+    problem = _problem(error)
+    last_words.tell(name, type(problem).__name__, str(problem))
+    return FAILURE if problem.retryable else START_ERROR
+
+
+def _problem(error: Exception) -> errors.FlashMoEError:
+    """What an error means to whoever started us: retryable where it may pass by waiting."""
+    if isinstance(error, errors.FlashMoEError):
+        return error
+    if rpc.has_served():  # so it can start: a defect that hit one request may spare the next
+        return errors.Unavailable(f"ended by a defect, {type(error).__name__}: {error}")
+    if isinstance(error, grpc.RpcError):
+        return errors.from_rpc(error)
+    if isinstance(error, MemoryError):
+        return errors.MemoryExceeded(
+            f"not enough memory to start ({error}): close other programs, or lower --memory"
+        )
+    if isinstance(error, OSError) and _may_pass(error):
+        return errors.Unavailable(str(error))
+    return errors.StartFailed(last_words.cannot_start(error))
+
+
+def _may_pass(error: OSError) -> bool:
+    passing = (ConnectionError, TimeoutError, BlockingIOError, InterruptedError)
+    return isinstance(error, passing) or error.errno in _PASSING
 
 
 def leave(status: int) -> NoReturn:
@@ -111,23 +150,6 @@ def refusal(last_line: str) -> errors.FlashMoEError:
     if match is None:
         return errors.Unavailable(last_line)
     return errors.from_kind(match[2], match[1])
-
-
-def configure_logging(level: str) -> None:
-    """JSON lines on stderr."""
-    formatter = {
-        "()": "pythonjsonlogger.json.JsonFormatter",
-        "format": "%(asctime)s %(levelname)s %(name)s %(message)s",
-    }
-    logging.config.dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "formatters": {"json": formatter},
-            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
-            "root": {"level": level, "handlers": ["stderr"]},
-        }
-    )
 
 
 @contextmanager

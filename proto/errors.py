@@ -6,11 +6,9 @@ It crosses the wire as a status plus its class name in trailing metadata.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, ClassVar
 
 import grpc
-import grpc.aio
 from pydantic import ValidationError
 
 KIND_METADATA_KEY = "flashmoe-error"
@@ -90,6 +88,12 @@ class MemoryExceeded(FlashMoEError):
 
 class AlreadyRunning(FlashMoEError):
     """Another daemon holds this socket or run directory."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class StartFailed(FlashMoEError):
+    """A daemon cannot start, and could not if it tried again."""
 
     status = grpc.StatusCode.FAILED_PRECONDITION
 
@@ -211,48 +215,8 @@ def _read_metadata(error: Any) -> list[tuple[str, str | bytes]]:
     return [(key, value) for key, value in (error.trailing_metadata() or ())]
 
 
-async def _abort(context: Any, error: FlashMoEError) -> None:
+async def abort(context: Any, error: FlashMoEError) -> None:
+    """End the call with the error's status, its kind beside it."""
     metadata = ((KIND_METADATA_KEY, type(error).__name__),)
     details = str(error).encode(errors="replace")[:_MAX_DETAILS_BYTES].decode(errors="ignore")
     await context.abort(error.status, details, trailing_metadata=metadata)
-
-
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns a raised FlashMoEError into its status, so that no servicer needs a try."""
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        if handler.unary_unary:
-            return handler._replace(unary_unary=_guard_unary(handler.unary_unary))
-        if handler.unary_stream:
-            return handler._replace(unary_stream=_guard_stream(handler.unary_stream))
-        if handler.stream_stream:
-            return handler._replace(stream_stream=_guard_stream(handler.stream_stream))
-        return handler
-
-
-def _guard_unary(method: Callable[[Any, Any], Awaitable[Any]]) -> Any:
-    async def call(request: Any, context: Any) -> Any:
-        try:
-            return await method(request, context)
-        except FlashMoEError as error:
-            await _abort(context, error)
-
-    return call
-
-
-def _guard_stream(method: Callable[[Any, Any], Any]) -> Any:
-    async def call(request: Any, context: Any) -> AsyncIterator[Any]:
-        try:
-            async for reply in method(request, context):
-                yield reply
-        except FlashMoEError as error:
-            await _abort(context, error)
-
-    return call

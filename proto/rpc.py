@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import grpc
 import grpc.aio
@@ -21,6 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from pydantic import BaseModel, ConfigDict
 
 from proto import errors
+from proto.interceptor import ErrorInterceptor
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 )
 CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
     *OPTIONS,
+    ("grpc.enable_http_proxy", 0),  # daemons are on this host or beside it: no proxy knows them
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 5_000),  # how long an attempt may take, not a pause
     ("grpc.max_reconnect_backoff_ms", 1_000),
@@ -82,18 +85,32 @@ def _read_pem(path: Path) -> bytes:
         raise errors.ConfigInvalid(f"tls: cannot read {path}: {error.strerror}") from error
 
 
+def to_target(address: str) -> str:
+    """As gRPC reads an address: a URI, in which `#`, `?` and `%` of a socket's path mean something.
+
+    Ours are plain: `unix:` and the path as it is, or host:port. Raises ConfigInvalid for a comma.
+    """
+    if not address.startswith("unix:"):
+        return address
+    if "," in address:
+        raise errors.ConfigInvalid(f"gRPC divides {address} at its comma: give another path")
+    return "unix:" + quote(address.removeprefix("unix:"))
+
+
 def connect(address: str, tls: TlsFiles | None = None) -> grpc.Channel:
     """A channel for a thread that may block."""
+    target = to_target(address)
     if tls:
-        return grpc.secure_channel(address, channel_credentials(tls), options=CLIENT_OPTIONS)
-    return grpc.insecure_channel(address, options=CLIENT_OPTIONS)
+        return grpc.secure_channel(target, channel_credentials(tls), options=CLIENT_OPTIONS)
+    return grpc.insecure_channel(target, options=CLIENT_OPTIONS)
 
 
 def connect_aio(address: str, tls: TlsFiles | None = None) -> grpc.aio.Channel:
     """A channel for an event loop."""
+    target = to_target(address)
     if tls:
-        return grpc.aio.secure_channel(address, channel_credentials(tls), options=CLIENT_OPTIONS)
-    return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+        return grpc.aio.secure_channel(target, channel_credentials(tls), options=CLIENT_OPTIONS)
+    return grpc.aio.insecure_channel(target, options=CLIENT_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,11 @@ class Listen:
     address: str
     tls: TlsFiles | None = None
     insecure: bool = False
+
+
+# A health service of node and scheduler beside their own, which serve without learning too.
+LEARNING = "flashmoe.v1.Learning"
+_LEARNING_POLL_S = 1.0
 
 
 class Health:
@@ -116,6 +138,22 @@ class Health:
         status = SERVING if serving else NOT_SERVING
         for service in self._services:
             await self.servicer.set(service, status)
+
+    @asynccontextmanager
+    async def learning(self, obstacle: Callable[[], str]) -> AsyncIterator[None]:
+        """LEARNING is SERVING while there is no obstacle, for the block."""
+        task = asyncio.create_task(self._follow(obstacle))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+            await self.servicer.set(LEARNING, NOT_SERVING)
+
+    async def _follow(self, obstacle: Callable[[], str]) -> None:
+        while True:
+            await self.servicer.set(LEARNING, NOT_SERVING if obstacle() else SERVING)
+            await asyncio.sleep(_LEARNING_POLL_S)
 
 
 def is_loopback(address: str) -> bool:
@@ -165,6 +203,14 @@ def check_socket_free(address: str) -> None:
             raise errors.AlreadyRunning(f"another daemon answers on {address}: stop it first")
 
 
+_served: list[str] = []
+
+
+def has_served() -> bool:
+    """Whether this process ever was ready: what ends it afterwards is no fault of its start."""
+    return bool(_served)
+
+
 @asynccontextmanager
 async def serving(
     listen: Listen,
@@ -172,6 +218,7 @@ async def serving(
     services: Sequence[str],
     grace_s: float,
     drain: Callable[[], None] = lambda: None,
+    max_request_bytes: int = MAX_MESSAGE_BYTES,
 ) -> AsyncIterator[Health]:
     """Serve until the block ends, then turn NOT_SERVING, call `drain`, and let work finish for
     grace_s.
@@ -180,7 +227,7 @@ async def serving(
     """
     check_exposure(listen)
     check_socket_free(listen.address)
-    server = grpc.aio.server(interceptors=(errors.ErrorInterceptor(),), options=OPTIONS)
+    server = grpc.aio.server(interceptors=(ErrorInterceptor(max_request_bytes),), options=OPTIONS)
     state = Health(services)
     health_pb2_grpc.add_HealthServicer_to_server(state.servicer, server)
     reflection.enable_server_reflection(
@@ -190,6 +237,7 @@ async def serving(
     _bind(server, listen)
     await server.start()
     await state.set(serving=True)
+    _served.append(listen.address)
     try:
         yield state
     finally:
@@ -202,9 +250,9 @@ def _bind(server: grpc.aio.Server, listen: Listen) -> None:
     previous = os.umask(0o177)  # a Unix socket is its owner's alone
     try:
         if listen.tls:
-            server.add_secure_port(listen.address, server_credentials(listen.tls))
+            server.add_secure_port(to_target(listen.address), server_credentials(listen.tls))
         else:
-            server.add_insecure_port(listen.address)
+            server.add_insecure_port(to_target(listen.address))
     except RuntimeError as error:
         raise errors.ConfigInvalid(f"cannot listen on {listen.address}: {error}") from error
     finally:

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from proto import last_words
+
+if __name__ == "__main__":
+    last_words.tell_of_imports("scheduler")
+
+import proto.quiet_grpc  # noqa: F401  isort: skip  before grpc
+
 import asyncio
 import os
 from collections.abc import AsyncIterator
@@ -78,6 +85,7 @@ async def serve(config: SchedulerConfig, servicer: SchedulerService, loop: Sched
         rpc.serving(
             config.listen, servicer.register, (service.NAME,), config.stop_grace_s
         ) as health,
+        health.learning(loop.obstacle),
         loop.running() as learning,
     ):
         signalled = asyncio.create_task(rpc.until_signalled())

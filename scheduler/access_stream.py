@@ -27,7 +27,10 @@ RawEntry = tuple[bytes, Mapping[bytes, bytes] | None]
 
 
 class AccessStream:
-    """One consumer of the group. What Redis does, it counts and survives."""
+    """One consumer of the group. What Redis does, it counts and survives.
+
+    obstacle: why nothing can be read now; empty when it can
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class AccessStream:
         self._has_own_pending = True
         self._claim_due_s = clock()
         self.connected = False
+        self.obstacle = "Redis has not answered yet"
         self.backoff_s = 0.0
         self.entries_rejected = 0
         self.entries_lost = 0
@@ -149,6 +153,7 @@ class AccessStream:
         if not self.connected:
             logger.info("redis connected", extra={"stream": self._stream})
         self.connected = True
+        self.obstacle = ""
         self.backoff_s = 0.0
 
     def _on_failure(self, error: Exception) -> None:
@@ -161,4 +166,5 @@ class AccessStream:
         if self.connected or not self.backoff_s:
             logger.warning("redis away", extra={"reason": str(error)})
         self.connected = False
+        self.obstacle = f"Redis gives no evidence ({error})"
         self.backoff_s = min(max(FIRST_BACKOFF_S, 2 * self.backoff_s), self._reconnect_max_s)

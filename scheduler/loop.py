@@ -157,12 +157,17 @@ class SchedulerLoop:
             shadow_steps_skipped=self._shadow_steps_skipped,
             shadow_restarts=self._advisor.restarts,
             redis_connected=stream.connected,
+            learning_obstacle=self.obstacle(),
             advice_version=self._publisher.version,
             advice_age_s=self._publisher.age_s,
             evidence_lag_s=self._evidence_lag_s,
             step_ms=self._step_ms,
             cpu_share=self._cpu_share(),
         )
+
+    def obstacle(self) -> str:
+        """Why nothing is learned or advised now; empty when all is well."""
+        return self._stream.obstacle or self._publisher.obstacle
 
     def _cpu_share(self) -> float:
         elapsed_s = time.monotonic() - self._started_s

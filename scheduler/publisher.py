@@ -17,7 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class Publisher:
-    """Versions begin at the wall clock in ms, so that they grow across restarts too."""
+    """Versions begin at the wall clock in ms, so that they grow across restarts too.
+
+    obstacle: why the last advice did not go out; empty when it did
+    """
 
     def __init__(
         self,
@@ -32,7 +35,7 @@ class Publisher:
         self._lifetime_s = lifetime_s
         self._time_ns = time_ns
         self._published_ns: int | None = None
-        self._failing = False
+        self.obstacle = ""
         self.version = time_ns() // 1_000_000
         self.advice_published = 0
         self.advice_failed = 0
@@ -65,13 +68,13 @@ class Publisher:
         except (exceptions.RedisError, OSError) as error:
             self._on_failure(error)
             return
-        self._failing = False
+        self.obstacle = ""
         self.version = advice.version
         self._published_ns = advice.time_ns
         self.advice_published += 1
 
     def _on_failure(self, error: Exception) -> None:
         self.advice_failed += 1
-        if not self._failing:
+        if not self.obstacle:
             logger.warning("advice not published", extra={"reason": str(error)})
-        self._failing = True
+        self.obstacle = f"Redis takes no advice ({error})"

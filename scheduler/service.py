@@ -67,6 +67,9 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             advice_version=stats.advice_version,
             shadow_steps_skipped=stats.shadow_steps_skipped,
             shadow_restarts=stats.shadow_restarts,
+            learning_obstacle=stats.learning_obstacle,
+            events_lost=stats.events_lost,
+            steps_missed=stats.steps_missed,
             nodes=[_node_shadows(report) for report in stats.nodes],
         )
 

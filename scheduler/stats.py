@@ -24,6 +24,7 @@ class SchedulerStats:
     shadow_steps_skipped: decode steps that no shadow followed, for the same reason
     shadow_restarts:  a node's budget changed, and its shadows began anew
     evidence_lag_s:   from the node's writing to our publication, by the wall clock
+    learning_obstacle: why nothing is learned or advised now; empty when all is well
     nodes:            what the shadows of each node say
     """
 
@@ -48,6 +49,7 @@ class SchedulerStats:
     log_loss: float
     baseline_log_loss: float
     redis_connected: bool
+    learning_obstacle: str
     advice_version: int
     advice_age_s: float | None
     evidence_lag_s: float | None
@@ -66,7 +68,8 @@ GAUGES = {
     "step_ms": "one event from decode to publication, decayed mean",
     "cpu_share": "of one core, since start",
 }
-COUNTERS = [field.name for field in fields(SchedulerStats) if field.name not in (*GAUGES, "nodes")]
+_NO_NUMBERS = ("nodes", "learning_obstacle")
+COUNTERS = [f.name for f in fields(SchedulerStats) if f.name not in (*GAUGES, *_NO_NUMBERS)]
 SHADOW_GAUGES = {
     "hit_ratio": "what the policy would have hit under the node's budget, since that changed",
     "windowed_hit_ratio": "the same, decayed",
@@ -89,6 +92,11 @@ class StatsCollector(Collector):
             value = getattr(stats, name)
             if value is not None:
                 yield GaugeMetricFamily(f"flashmoe_scheduler_{name}", meaning, value=float(value))
+        yield GaugeMetricFamily(
+            "flashmoe_scheduler_learning",
+            "1 while evidence comes and advice leaves",
+            value=not stats.learning_obstacle,
+        )
         yield from _shadows(stats.nodes)
 
 

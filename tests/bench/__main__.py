@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import acquire, reads, resident, restart, scheduler_load, shares
+from tests.bench import acquire, fuzz, reads, resident, restart, scheduler_load, shares
 from tests.bench.table import machine
 
 PARTS: dict[str, Callable[[Path], None]] = {
@@ -18,6 +18,7 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "shares": shares.main,
     "restart": restart.main,
     "scheduler": scheduler_load.main,
+    "fuzz": fuzz.main,
 }
 
 

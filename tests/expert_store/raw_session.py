@@ -106,12 +106,14 @@ def exchange(
     releases: Iterable[ExpertKey] = (),
     prefetches: Iterable[ExpertKey] = (),
     exchange_id: int = 1,
+    withdrawals: Iterable[ExpertKey] = (),
 ) -> pb.SessionRequest:
     message = pb.Exchange(
         exchange_id=exchange_id,
         acquires=[key.to_pb() for key in acquires],
         releases=[key.to_pb() for key in releases],
         prefetches=[key.to_pb() for key in prefetches],
+        withdrawals=[key.to_pb() for key in withdrawals],
     )
     return pb.SessionRequest(exchange=message)
 

@@ -1,7 +1,8 @@
 """The short way says what the stream says, and refuses what the stream refuses.
 
 Planted faults seen red: sending that waits for a node that does not listen, a socket for anybody, a
-cut-off message taken for whole, lending to a session whose stream ended, releases not acknowledged.
+cut-off message taken for whole, lending to a session whose stream ended, releases not acknowledged,
+an answer sent to a socket that is closed (and so to whoever has its number next).
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from expert_store.doorbell import _Caller
+from expert_store.store import Deliver, Lent
 from proto import errors
 from proto import expert_store_pb2 as pb
 from proto.expert import ExpertKey
@@ -136,6 +141,28 @@ def test_a_node_that_does_not_listen_holds_up_nobody(wire: Wire) -> None:
             pass  # hung up on
         else:
             pytest.fail("the store listened for ever to a node that does not")
+
+
+def test_who_hung_up_is_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """What it asked for is read all the same, and comes when its socket's number is another's."""
+    asked: list[Deliver] = []
+    sessions = SimpleNamespace(find=lambda name: None, release=lambda session, keys: None)
+    store: Any = SimpleNamespace(
+        sessions=sessions,
+        withdraw=lambda session, keys: None,
+        acquire=lambda session, keys, deliver: asked.append(deliver),
+        prefetch=lambda session, keys: None,
+    )
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    caller = _Caller(far, store, lambda caller: None)
+    with near:
+        near.send(b"session")
+        near.send(exchange([KEYS[0]]).exchange.SerializeToString())
+    caller.start()
+    caller.join(DEADLINE_S)
+    asked[0]([Lent(KEYS[0])])
+    assert far.fileno() == -1
+    assert caplog.records == []
 
 
 def test_its_owner_alone_may_ring(wire: Wire) -> None:

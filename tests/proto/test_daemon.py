@@ -1,7 +1,10 @@
 """How a daemon ends: with its status and its last words, or with what it was doing.
 
 Planted faults seen red: leaving without flushing, leaving by the interpreter's own way, also after
-a defect, no fault handler.
+a defect, no fault handler, a start's defect or lasting OSError tried again, a passing one given up,
+a message of several lines or of thousands of characters as last words, a served daemon's defect
+taken for a failed start, libraries imported before anybody listens for their errors, counts of the
+log after the last words.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from proto import daemon, errors
 from tests.stack import ROOT
 
 OWN_WAY = "the interpreter took its own way out"
 DAEMON = """
-import atexit, os, signal, sys
-from proto import daemon
+import atexit, errno, logging, os, signal, sys
+from proto import daemon, errors, rpc
 
 class Config:
     log_level = "INFO"
@@ -48,7 +52,7 @@ def ended(ending: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("ending", "status", "told"), [("pass", 0, ""), ("1 / 0", 1, "ZeroDivisionError")]
+    ("ending", "status", "told"), [("pass", 0, ""), ("1 / 0", 2, "ZeroDivisionError")]
 )
 def test_leaves_with_its_status_and_what_it_said(
     ending: str, status: int, told: str, tmp_path: Path
@@ -67,3 +71,65 @@ def test_an_aborted_daemon_tells_what_it_was_doing(tmp_path: Path) -> None:
     assert found.returncode == -signal.SIGABRT
     assert "Fatal Python error: Aborted" in found.stderr
     assert "in run" in found.stderr
+
+
+def last_words(found: subprocess.CompletedProcess[str]) -> errors.FlashMoEError:
+    """As the launcher reads them."""
+    return daemon.refusal(found.stderr.splitlines()[-1][-600:])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "told"),
+    [
+        ("ValueError('rope of\\nan unknown kind')", 2, "StartFailed", "rope of an unknown kind"),
+        ("RuntimeError('x' * 5000 + ': update it')", 2, "StartFailed", ": update it (its log"),
+        ("ImportError('needs sentencepiece')", 2, "StartFailed", "needs sentencepiece"),
+        ("OSError('no tokenizer there')", 2, "StartFailed", "no tokenizer there"),
+        ("PermissionError(errno.EACCES, 'Denied', 'w.bin')", 2, "StartFailed", "w.bin"),
+        ("MemoryError()", 2, "MemoryExceeded", "lower --memory"),
+        ("OSError(errno.EMFILE, 'Too many open files')", 1, "Unavailable", "Too many open files"),
+        ("ConnectionResetError(errno.ECONNRESET, 'Reset')", 1, "Unavailable", "Reset"),
+        ("errors.Unavailable('no store yet')", 1, "Unavailable", "no store yet"),
+        ("errors.ConfigInvalid('a\\nb' * 999 + ': change it')", 2, "ConfigInvalid", ": change it"),
+    ],
+)
+def test_a_start_is_tried_again_only_where_that_may_help(
+    error: str, status: int, kind: str, told: str, tmp_path: Path
+) -> None:
+    found = ended(f"raise {error}", tmp_path)
+    problem = last_words(found)
+    assert (found.returncode, type(problem).__name__) == (status, kind)
+    assert told in str(problem)
+    assert ("Traceback" in found.stderr) == (not error.startswith("errors."))
+
+
+def test_who_has_served_is_started_again(tmp_path: Path, run_dir: Path) -> None:
+    """A defect that one request met may spare the next."""
+    serving = f'rpc.serving(rpc.Listen("unix:{run_dir}/s"), lambda server: None, [], 1.0)'
+    found = ended(f"async with {serving}: 1 / 0", tmp_path)
+    assert found.returncode == 1
+    assert isinstance(last_words(found), errors.Unavailable)
+    assert "ZeroDivisionError" in str(last_words(found))
+
+
+def test_the_last_words_come_last(tmp_path: Path) -> None:
+    flood = "for _ in range(99): logging.getLogger().warning('flood')"
+    found = ended(f"{flood}\n    raise errors.ConfigInvalid('change it')", tmp_path)
+    assert "lines left out" in found.stderr
+    assert str(last_words(found)) == "change it"
+
+
+@pytest.mark.parametrize("name", ["expert_store", "compute_node", "scheduler"])
+def test_a_library_that_cannot_be_loaded_is_not_tried_again(name: str, tmp_path: Path) -> None:
+    (tmp_path / "grpc.py").write_text("raise ImportError('libstdc++.so.6: too old')")
+    found = subprocess.run(
+        [sys.executable, "-m", name, "--config", "none"],
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    problem = last_words(found)
+    assert (found.returncode, type(problem)) == (2, errors.StartFailed)
+    assert "libstdc++.so.6: too old" in str(problem) and "Traceback" in found.stderr

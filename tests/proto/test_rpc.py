@@ -2,7 +2,8 @@
 
 Planted faults seen red: the interceptor guarding unary calls alone, details not cut to what fits a
 trailer, any file removed for a dead socket, health left SERVING while draining, check_exposure
-passing `0.0.0.0`, client certificates not required, 50 ms for an attempt to connect.
+passing `0.0.0.0`, client certificates not required, 50 ms for an attempt to connect, a socket's
+path given to gRPC as it is.
 """
 
 from __future__ import annotations
@@ -211,6 +212,19 @@ async def test_a_file_that_is_no_socket_stays(run_dir: Path) -> None:
         async with serve(f"unix:{path}"):
             pass
     assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["#", "?x", "%", "%20", " ", "é漢字", "\t", "\n", ";=&+[]{}", "a:b"]
+)
+async def test_a_socket_may_have_any_name_but_a_comma(name: str, run_dir: Path) -> None:
+    """Red where gRPC reads the path as part of a URI: it served at another path, or at none."""
+    path = run_dir / f"a{name}b"
+    async with serve(f"unix:{path}"), rpc.connect_aio(f"unix:{path}") as channel:
+        assert await health_of(channel, NAME) == rpc.SERVING
+        assert path.is_socket()
+    with pytest.raises(errors.ConfigInvalid, match="comma"):
+        rpc.connect(f"unix:{path},")
 
 
 @pytest.mark.parametrize("address", ["unix:/no/such/folder/s", "unix:/tmp/" + "x" * 200])

@@ -47,7 +47,7 @@ async def test_reads_what_was_there_before_and_what_comes(
     assert await num_pending(redis, config) == 0
     await add(redis, config, 3)
     assert steps(stream, await stream.read()) == [3]
-    assert stream.connected
+    assert stream.connected and stream.obstacle == ""
 
 
 async def test_a_restart_takes_up_its_own_unacknowledged_entries_first(
@@ -151,3 +151,4 @@ async def test_waits_longer_each_time_redis_is_away_up_to_a_cap(
         await stream.ack([(b"1-1", {})])
     assert waits == pytest.approx([0.05, 0.1, 0.2, 0.2])
     assert (stream.read_failures, stream.connected) == (5, False)
+    assert "nowhere.sock" in stream.obstacle

@@ -74,3 +74,4 @@ async def test_a_failure_is_counted_not_raised() -> None:
         await publisher.publish("a", LOCAL)
     assert (publisher.advice_failed, publisher.advice_published) == (1, 0)
     assert (publisher.version, publisher.age_s) == (before, None)
+    assert "nowhere.sock" in publisher.obstacle

@@ -28,7 +28,7 @@ REPORT = Report(
 STATS = SchedulerStats(
     nodes=(REPORT,),
     **{
-        field.name: True if field.type == "bool" else number + 1
+        field.name: {"bool": True, "str": f"why {number}"}.get(str(field.type), number + 1)
         for number, field in enumerate(fields(SchedulerStats))
         if field.name != "nodes"
     },

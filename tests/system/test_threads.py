@@ -2,12 +2,16 @@
 them.
 
 Planted faults seen red: the model loaded on the main thread, which gives it a team of its own, or
-by one thread, whose bits another number need not have; the compute thread never asks for any.
+by one thread, whose bits another number need not have; the compute thread never asks for any, or
+asks for as many as its affinity allows beyond its quota.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,9 +29,37 @@ def test_only_the_compute_thread_has_a_team(tiny_store: Path, run_dir: Path) -> 
     with daemon("expert_store", run_dir, store_table(tiny_store, run_dir, 80)):
         alone = num_threads(run_dir, 1)
         assert num_threads(run_dir, NUM_THREADS) == alone + NUM_THREADS - 1
-    events = map(json.loads, (run_dir / f"n{NUM_THREADS}.log").read_text().splitlines())
-    tried = [event["threads"] for event in events if event["message"] == "kernel chosen"]
-    assert tried and set(tried) == {NUM_THREADS}
+    assert threads_tried(run_dir, NUM_THREADS) == {NUM_THREADS}
+
+
+@pytest.fixture
+def one_processor() -> Iterator[None]:
+    """What is started from this thread may use one, for the test."""
+    group = Path(f"/sys/fs/cgroup/cpu/flashmoe-test-{os.getpid()}")
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one processor is all there is")
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("no control group of version 1 with the cpu controller can be made here")
+    (group / "cpu.cfs_quota_us").write_text("100000")
+    own = str(threading.get_native_id())
+    (group / "tasks").write_text(own)
+    yield
+    (group.parent / "tasks").write_text(own)
+    group.rmdir()
+
+
+def test_a_quota_is_followed(one_processor: None, tiny_store: Path, run_dir: Path) -> None:
+    with daemon("expert_store", run_dir, store_table(tiny_store, run_dir, 80)):
+        num_threads(run_dir, 0)
+    assert threads_tried(run_dir, 0) == {1}
+
+
+def threads_tried(run_dir: Path, threads: int) -> set[int]:
+    """With how many a node tried its kernels out."""
+    events = map(json.loads, (run_dir / f"n{threads}.log").read_text().splitlines())
+    return {event["threads"] for event in events if event["message"] == "kernel chosen"}
 
 
 def num_threads(run_dir: Path, threads: int) -> int:

@@ -1,0 +1,20 @@
+"""Whether this node's use of experts is learned from, and if not, why."""
+
+from __future__ import annotations
+
+from compute_node.access_log import AccessLog
+from compute_node.advice import AdviceFeed
+
+
+def obstacle(access_log: AccessLog | None, advice: AdviceFeed | None) -> str:
+    """Why nothing is learned now, or what is learned does not arrive; empty when all is well.
+
+    access_log, advice: None without Redis
+    """
+    if access_log is None or advice is None:
+        return "no redis_url is set"
+    if found := access_log.obstacle or advice.obstacle:
+        return found
+    if advice.is_stale:
+        return f"the last advice is {advice.age_s:.0f} s old: see the scheduler"
+    return ""

@@ -1,0 +1,44 @@
+"""What a daemon says last: one line of who, why and which kind, for whoever started it.
+
+Imports nothing of others, so that a daemon whose libraries cannot be loaded says so too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from types import TracebackType
+
+FAILURE, START_ERROR = 1, 2  # a daemon's exit status: trying again may help, or it would not
+_HEAD, _TAIL = 300, 150
+
+
+def tell(name: str, kind: str, text: str) -> None:
+    """Write the line to stderr. text: any number of lines; a long one loses its middle."""
+    line = " ".join(text.split())
+    if len(line) > _HEAD + _TAIL:
+        line = f"{line[:_HEAD]} ... {line[-_TAIL:]}"
+    sys.stderr.write(f"{name}: {line} [{kind}]\n")
+
+
+def cannot_start(error: BaseException) -> str:
+    """A sentence for an error that nobody foresaw."""
+    return f"cannot start, {type(error).__name__}: {error} (its log has the traceback)"
+
+
+def tell_of_imports(name: str) -> None:
+    """From now on an uncaught error is a start that cannot succeed: a library cannot be loaded."""
+
+    def refuse(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if not issubclass(kind, Exception):
+            sys.__excepthook__(kind, error, trace)
+            return
+        traceback.print_exception(kind, error, trace)
+        tell(name, "StartFailed", cannot_start(error))
+        sys.stderr.flush()
+        os._exit(START_ERROR)
+
+    sys.excepthook = refuse
