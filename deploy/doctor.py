@@ -17,8 +17,7 @@ import psutil
 import typer
 
 from compute_node import native_library
-from deploy import console
-from deploy.budget import cgroup_limit_bytes
+from deploy import cgroup, console
 from expert_store import huge_pages
 
 _PROBE_BYTES = 64 * 1024 * 1024
@@ -133,7 +132,7 @@ def check_huge_pages() -> Finding:
 
 
 def check_memory() -> Finding:
-    memory, limit = psutil.virtual_memory(), cgroup_limit_bytes()
+    memory, limit = psutil.virtual_memory(), cgroup.limit_bytes()
     fact = f"{console.size(memory.available)} available of {console.size(memory.total)}"
     fact += f", cgroup limit {console.size(limit)}" if limit else ", no cgroup limit"
     if psutil.swap_memory().used > 64 << 20:

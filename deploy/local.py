@@ -16,7 +16,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from compute_node.config import ComputeNodeConfig
-from deploy.budget import MemoryPlan
+from deploy.budget import MemoryPlan, check_room
 from deploy.memory import FILE_NAME, MemorySampler
 from deploy.run_dir import RunDir
 from deploy.settings import ServeSettings
@@ -157,11 +157,13 @@ def serving(
     """A running stack for the block; when `until` turns true before it serves, the block runs
     early.
 
-    Raises AlreadyRunning when another stack holds the run directory, Unavailable, ConfigInvalid.
+    Raises AlreadyRunning when another stack holds the run directory, MemoryExceeded when the plan's
+    memory is not to be had now, Unavailable, ConfigInvalid.
     """
     run = RunDir(settings.run_dir.resolve())
     run.prepare()
     with _claimed(run):
+        check_room(plan)
         tables = compose(run, settings, store_dir.resolve(), manifest, plan)
         run.config.write_text(tomli_w.dumps(tables))
         for name in ("valkey", *tables):

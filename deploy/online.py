@@ -15,7 +15,7 @@ import typer
 from compute_node.client import NodeClient
 from compute_node.result import Generation, Phase, Result
 from deploy import console, local
-from deploy.budget import MemoryPlan, check_shared_memory, forecaster_room, plan_memory
+from deploy.budget import MemoryPlan, forecaster_room, plan_memory
 from deploy.memory import MemoryReport
 from deploy.offline import load_store
 from deploy.run_dir import RunDir
@@ -67,7 +67,6 @@ def serve(
         policy=policy,
     )
     store_dir, manifest, plan = prepare(settings)
-    check_shared_memory(plan)
     stopped = stop_flag()
     with local.serving(settings, store_dir, manifest, plan, stopped) as stack:
         if not stopped():
@@ -250,7 +249,6 @@ def own_stack(
     with tempfile.TemporaryDirectory(prefix="flashmoe-") as scratch:
         settings = ServeSettings.load(config).with_flags(**flags, run_dir=Path(scratch))
         store_dir, manifest, plan = prepare(settings)
-        check_shared_memory(plan)
         console.err.print(f"starting {model_name(manifest)} ...")
         with local.serving(settings, store_dir, manifest, plan, stopped) as stack:
             yield stack, RunDir(settings.run_dir.resolve())
