@@ -17,10 +17,11 @@ from pydantic import BaseModel, ValidationError
 
 from compute_node.config import ComputeNodeConfig
 from deploy.budget import MemoryPlan, check_room
+from deploy.console import size
 from deploy.memory import FILE_NAME, MemorySampler
 from deploy.run_dir import RunDir
 from deploy.settings import ServeSettings
-from deploy.supervisor import Stack
+from deploy.supervisor import Daemon, Stack, silent
 from expert_store.config import ExpertStoreConfig
 from expert_store.manifest import Manifest
 from proto import errors, redis_schema
@@ -153,12 +154,13 @@ def serving(
     manifest: Manifest,
     plan: MemoryPlan,
     until: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = silent,
 ) -> Iterator[Stack]:
     """A running stack for the block; when `until` turns true before it serves, the block runs
-    early.
+    early. say: hears what goes on, a line each.
 
     Raises AlreadyRunning when another stack holds the run directory, MemoryExceeded when the plan's
-    memory is not to be had now, Unavailable, ConfigInvalid.
+    memory is not to be had now, StartFailed, Unavailable, ConfigInvalid.
     """
     run = RunDir(settings.run_dir.resolve())
     run.prepare()
@@ -172,7 +174,15 @@ def serving(
         segment = SegmentLayout(tables["expert_store"]["num_slots"], plan.slot_bytes)
         dense_bytes = manifest.sizing.dense_bytes
         sampler = MemorySampler(run.path, plan.ceiling_bytes, segment.segment_bytes, dense_bytes)
-        stack = Stack(run, commands(run, settings), sampler)
+        activities = {
+            "expert_store": f"taking {size(segment.segment_bytes)} of shared memory",
+            "compute_node": f"loading {size(dense_bytes)} of dense weights",
+        }
+        daemons = [
+            Daemon(name, command, run, activities.get(name, ""))
+            for name, command in commands(run, settings).items()
+        ]
+        stack = Stack(daemons, sampler, say)
         try:
             stack.start(until)
             yield stack

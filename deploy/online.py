@@ -68,7 +68,7 @@ def serve(
     )
     store_dir, manifest, plan = prepare(settings)
     stopped = stop_flag()
-    with local.serving(settings, store_dir, manifest, plan, stopped) as stack:
+    with local.serving(settings, store_dir, manifest, plan, stopped, _say) as stack:
         if not stopped():
             console.out.print(
                 f"ready: {model_name(manifest)}, {plan.slots} of {plan.num_experts} experts in "
@@ -250,8 +250,13 @@ def own_stack(
         settings = ServeSettings.load(config).with_flags(**flags, run_dir=Path(scratch))
         store_dir, manifest, plan = prepare(settings)
         console.err.print(f"starting {model_name(manifest)} ...")
-        with local.serving(settings, store_dir, manifest, plan, stopped) as stack:
+        with local.serving(settings, store_dir, manifest, plan, stopped, _say) as stack:
             yield stack, RunDir(settings.run_dir.resolve())
+
+
+def _say(line: str) -> None:
+    """What goes on, on stderr."""
+    console.err.print(line, markup=False)
 
 
 def stop_flag() -> Callable[[], bool]:

@@ -94,6 +94,12 @@ class AlreadyRunning(FlashMoEError):
     status = grpc.StatusCode.FAILED_PRECONDITION
 
 
+class StartFailed(FlashMoEError):
+    """A daemon cannot start, and could not if it tried again."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
 class SlotsExhausted(FlashMoEError):
     """The quota is not to be had: fewer slots, or another session must close first."""
 
