@@ -131,6 +131,7 @@ class Stack:
         self._sampler = sampler
         self._daemons = daemons
         self._say = say
+        self._problem = ""
 
     def start(self, until: Callable[[], bool]) -> None:
         """Start everything and wait until it serves, or until told to stop.
@@ -166,6 +167,7 @@ class Stack:
                 self._greet(daemon)
         pids = {d.name: d.pid for d in self._daemons if d.pid is not None}
         self._sampler.sample({**pids, "launcher": os.getpid()})
+        self._tell_problem()
 
     def write_memory(self) -> None:
         """Make the latest memory report readable now."""
@@ -189,6 +191,15 @@ class Stack:
         if daemon.is_away:
             self._say(f"{daemon.name} is back")
         daemon.has_served, daemon.is_away = True, False
+
+    def _tell_problem(self) -> None:
+        """Once when it comes, once when it goes."""
+        if self._sampler.problem == self._problem:
+            return
+        failures = self._sampler.report.write_failures
+        gone = f"the memory report is written again, after {failures} failures"
+        self._say(self._sampler.problem or gone)
+        self._problem = self._sampler.problem
 
     def _revive(self, daemon: Daemon) -> None:
         process, now = daemon.process, time.monotonic()

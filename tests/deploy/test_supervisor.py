@@ -162,3 +162,15 @@ def test_a_slow_stop_is_told(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> 
     finishing, killing = made.said[-2:]
     assert finishing.startswith("stopping: scheduler finishes its work")
     assert killing.startswith("scheduler did not stop")
+
+
+def test_a_report_that_cannot_be_written_is_told_once(run_dir: Path) -> None:
+    with small(run_dir, "serve()") as made:
+        made.start()
+        made.sampler.problem, made.sampler.report.write_failures = "it cannot be written", 7
+        made.stack._tell_problem()
+        made.stack._tell_problem()
+        assert made.said.count("it cannot be written") == 1
+        made.sampler.problem = ""
+        made.stack._tell_problem()
+        assert made.said[-1] == "the memory report is written again, after 7 failures"

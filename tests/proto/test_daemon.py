@@ -12,7 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
+from proto import daemon
+from tests.expert_store.conftest import SmallDisk, small_disk  # noqa: F401  a fixture
 from tests.stack import ROOT
 
 OWN_WAY = "the interpreter took its own way out"
@@ -67,3 +70,16 @@ def test_an_aborted_daemon_tells_what_it_was_doing(tmp_path: Path) -> None:
     assert found.returncode == -signal.SIGABRT
     assert "Fatal Python error: Aborted" in found.stderr
     assert "in run" in found.stderr
+
+
+def test_a_full_disk_does_not_keep_a_daemon_from_its_metrics(
+    small_disk: SmallDisk,  # noqa: F811
+) -> None:
+    """Red before: OSError, so that a daemon that died could not start again."""
+    file = small_disk.path / "d.metrics"
+    with daemon.serving_metrics(CollectorRegistry(), 0, file) as port:
+        assert file.read_text() == f"{port}\n"
+    (small_disk.path / "ballast").write_bytes(b"x" * small_disk.free_bytes)
+    with daemon.serving_metrics(CollectorRegistry(), 0, file) as port:
+        assert port
+        assert [path.name for path in small_disk.path.iterdir()] == ["ballast"], "no stale port"
