@@ -4,8 +4,6 @@ thread.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +17,7 @@ from compute_node.config import ComputeNodeConfig
 from deploy.budget import MemoryPlan, check_room
 from deploy.console import size
 from deploy.memory import FILE_NAME, MemorySampler
-from deploy.run_dir import RunDir
+from deploy.run_dir import RunDir, RunState
 from deploy.settings import ServeSettings
 from deploy.supervisor import Daemon, Stack, silent
 from expert_store.config import ExpertStoreConfig
@@ -164,13 +162,10 @@ def serving(
     """
     run = RunDir(settings.run_dir.resolve())
     run.prepare()
-    with _claimed(run):
+    tables = compose(run, settings, store_dir.resolve(), manifest, plan)
+    with run.claimed() as claim:
         check_room(plan)
-        tables = compose(run, settings, store_dir.resolve(), manifest, plan)
-        run.config.write_text(tomli_w.dumps(tables))
-        for name in ("valkey", *tables):
-            run.log(name).unlink(missing_ok=True)
-        run.socket("valkey").unlink(missing_ok=True)
+        _clear(run, tables)
         segment = SegmentLayout(tables["expert_store"]["num_slots"], plan.slot_bytes)
         dense_bytes = manifest.sizing.dense_bytes
         sampler = MemorySampler(run.path, plan.ceiling_bytes, segment.segment_bytes, dense_bytes)
@@ -185,8 +180,10 @@ def serving(
         stack = Stack(daemons, sampler, say)
         try:
             stack.start(until)
+            claim.tell(RunState.SERVING)
             yield stack
         finally:
+            claim.tell(RunState.STOPPING)
             stack.stop()
             sampler.write()
             with suppress(FileNotFoundError):
@@ -194,17 +191,13 @@ def serving(
             run.socket("valkey").unlink(missing_ok=True)
 
 
-@contextmanager
-def _claimed(run: RunDir) -> Iterator[None]:
-    descriptor = os.open(run.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _clear(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
+    """Put a new configuration in place of what an earlier stack left. Raises ConfigInvalid."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise errors.AlreadyRunning(
-            f"a stack runs in {run.path} already: stop it, or give another --run-dir"
-        ) from error
-    else:
-        (run.path / FILE_NAME).unlink(missing_ok=True)
-        yield
-    finally:
-        os.close(descriptor)
+        run.config.write_text(tomli_w.dumps(tables))
+        for name in ("valkey", *tables):
+            run.log(name).unlink(missing_ok=True)
+        for file in (run.socket("valkey"), run.path / FILE_NAME):
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise run.unusable(error) from error

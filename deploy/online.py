@@ -18,7 +18,7 @@ from deploy import console, local
 from deploy.budget import MemoryPlan, forecaster_room, plan_memory
 from deploy.memory import MemoryReport
 from deploy.offline import load_store
-from deploy.run_dir import RunDir
+from deploy.run_dir import RunDir, RunState
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.status import collect_status
 from deploy.supervisor import Stack
@@ -205,6 +205,12 @@ def shadow_rows(shadows: Mapping[str, Any]) -> dict[str, str]:
 def node_address(settings: ServeSettings) -> str:
     """Of the stack in the run directory. Raises Unavailable when none runs there."""
     run = RunDir(settings.run_dir.resolve())
+    passing = {
+        RunState.STARTING: "is starting: try again once `flashmoe serve` says that it is ready",
+        RunState.STOPPING: "is stopping: start it again once it has stopped",
+    }
+    if (state := run.state()) in passing:
+        raise errors.Unavailable(f"the stack in {run.path} {passing[state]}")
     if not run.socket("compute_node").exists():
         raise errors.Unavailable(
             f"no stack runs in {run.path}: start one with `flashmoe serve`, or name it with "
