@@ -17,7 +17,7 @@ import psutil
 import typer
 
 from compute_node import native_library
-from deploy import cgroup, console
+from deploy import cgroup, console, leftovers
 from expert_store import huge_pages
 
 _PROBE_BYTES = 64 * 1024 * 1024
@@ -53,6 +53,7 @@ def doctor(
         check_threads(),
         check_kernel(),
         check_files(),
+        check_leftovers(),
     ]
     if as_json:
         console.print_json([vars(finding) for finding in findings])
@@ -168,3 +169,14 @@ def check_files() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     remedy = "raise it: ulimit -n 4096" if soft < 256 else ""
     return Finding("open files", f"limit {soft}", remedy)
+
+
+def check_leftovers() -> Finding:
+    """Of killed stacks; the next start removes them."""
+    found = leftovers.find()
+    taken_bytes = sum(leftover.size_bytes for leftover in found)
+    if not taken_bytes:
+        return Finding("leftovers", "no killed stack left anything behind")
+    paths = ", ".join(str(leftover.path) for leftover in found)
+    fact = f"killed stacks left {console.size(taken_bytes)}: {paths}"
+    return Finding("leftovers", fact, "the next `flashmoe serve` or `run` removes them")

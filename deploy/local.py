@@ -4,9 +4,11 @@ thread.
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from compute_node.config import ComputeNodeConfig
+from deploy import leftovers, locks
 from deploy.budget import MemoryPlan, check_room
 from deploy.console import size
 from deploy.memory import FILE_NAME, MemorySampler
@@ -25,6 +28,8 @@ from expert_store.manifest import Manifest
 from proto import errors, redis_schema
 from proto.shm import SegmentLayout
 from scheduler.config import FORECASTER_NAME, SchedulerConfig
+
+_DRAIN_S = 30.0  # longer than a daemon may take to stop
 
 
 def compose(
@@ -163,18 +168,19 @@ def serving(
     run = RunDir(settings.run_dir.resolve())
     run.prepare()
     tables = compose(run, settings, store_dir.resolve(), manifest, plan)
-    with run.claimed() as claim:
+    with run.claimed() as claim, _present(run, until, say) as presence:
+        _sweep(say)
         check_room(plan)
         _clear(run, tables)
-        segment = SegmentLayout(tables["expert_store"]["num_slots"], plan.slot_bytes)
+        slots = SegmentLayout(tables["expert_store"]["num_slots"], plan.slot_bytes)
         dense_bytes = manifest.sizing.dense_bytes
-        sampler = MemorySampler(run.path, plan.ceiling_bytes, segment.segment_bytes, dense_bytes)
+        sampler = MemorySampler(run.path, plan.ceiling_bytes, slots.segment_bytes, dense_bytes)
         activities = {
-            "expert_store": f"taking {size(segment.segment_bytes)} of shared memory",
+            "expert_store": f"taking {size(slots.segment_bytes)} of shared memory",
             "compute_node": f"loading {size(dense_bytes)} of dense weights",
         }
         daemons = [
-            Daemon(name, command, run, activities.get(name, ""))
+            Daemon(name, command, run, presence, activities.get(name, ""))
             for name, command in commands(run, settings).items()
         ]
         stack = Stack(daemons, sampler, say)
@@ -186,8 +192,6 @@ def serving(
             claim.tell(RunState.STOPPING)
             stack.stop()
             sampler.write()
-            with suppress(FileNotFoundError):
-                run.segment.unlink()
             run.socket("valkey").unlink(missing_ok=True)
 
 
@@ -201,3 +205,47 @@ def _clear(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
             file.unlink(missing_ok=True)
     except OSError as error:
         raise run.unusable(error) from error
+
+
+def _sweep(say: Callable[[str], None]) -> None:
+    """Give back what killed stacks hold, before it is asked what is free."""
+    if found := leftovers.sweep():
+        taken = size(sum(leftover.size_bytes for leftover in found))
+        paths = ", ".join(str(leftover.path) for leftover in found)
+        say(f"removed {taken} that killed stacks left: {paths}")
+
+
+@contextmanager
+def _present(run: RunDir, until: Callable[[], bool], say: Callable[[str], None]) -> Iterator[int]:
+    """Hold the lock of the stack's segment for the block, once the daemons of a killed launcher
+    have ended, and remove the segment, theirs before and ours after it.
+
+    Raises AlreadyRunning when they do not end, Cancelled when told to stop first, ConfigInvalid.
+    """
+    try:
+        descriptor = locks.hold(run.presence, locks.LOOK_S)
+        if descriptor is None:
+            say("the launcher before this one was killed: waiting until its daemons have stopped")
+            descriptor = _hold_once_free(run, until)
+    except OSError as error:
+        raise errors.ConfigInvalid(f"{run.presence} cannot be locked ({error.strerror})") from error
+    try:
+        run.segment.unlink(missing_ok=True)
+        yield descriptor
+    finally:
+        run.segment.unlink(missing_ok=True)
+        run.presence.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _hold_once_free(run: RunDir, until: Callable[[], bool]) -> int:
+    deadline_s = time.monotonic() + _DRAIN_S
+    while time.monotonic() < deadline_s:
+        if until():
+            raise errors.Cancelled("stopped while daemons of a killed launcher still ran")
+        if (descriptor := locks.hold(run.presence, locks.LOOK_S)) is not None:
+            return descriptor
+    pids = ", ".join(map(str, locks.holders(run.presence)))
+    raise errors.AlreadyRunning(
+        f"daemons of a killed launcher still run in {run.path}: end the processes {pids}"
+    )

@@ -38,6 +38,7 @@ def silent(line: str) -> None:
 class Daemon:
     """One supervised process.
 
+    presence: a descriptor that it holds for its life, see `RunDir.presence`
     activity: what takes long while it starts
     restarts: when it was started again
     has_served, is_away: whether it ever was ready; whether it is being started again
@@ -47,6 +48,7 @@ class Daemon:
     name: str
     command: list[str]
     run: RunDir
+    presence: int
     activity: str = ""
     process: subprocess.Popen[bytes] | None = None
     restarts: deque[float] = field(default_factory=deque)
@@ -68,6 +70,7 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is the launcher's: it stops them in order
                 preexec_fn=partial(_die_with, os.getpid()),
+                pass_fds=[self.presence],
             )
 
     def signal(self, number: int) -> None:

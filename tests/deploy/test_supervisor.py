@@ -6,6 +6,7 @@ sentence, a signal taken for a refusal, a retry's words taken from a daemon that
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy import supervisor
+from deploy import locks, supervisor
 from deploy.memory import MemorySampler
 from deploy.run_dir import RunDir
 from deploy.supervisor import Daemon, Stack
@@ -55,9 +56,12 @@ class Small:
     def __init__(self, path: Path, body: str) -> None:
         self.run = RunDir(path)
         self.said: list[str] = []
+        presence = locks.hold(self.run.path / "presence")
+        assert presence is not None
+        self.presence = presence
         command = [sys.executable, "-S", "-c", SCRIPT.format(body=body)]
         command.append(str(self.run.socket("scheduler")))
-        self.daemon = Daemon("scheduler", command, self.run, "thinking")
+        self.daemon = Daemon("scheduler", command, self.run, presence, "thinking")
         self.sampler = MemorySampler(path, 0, 0, 0)
         self.stack = Stack([self.daemon], self.sampler, self.said.append)
 
@@ -84,6 +88,7 @@ def small(path: Path, body: str) -> Iterator[Small]:
         yield made
     finally:
         made.stack.stop()
+        os.close(made.presence)
 
 
 def test_the_same_words_twice_end_the_start(run_dir: Path) -> None:
@@ -162,6 +167,14 @@ def test_a_slow_stop_is_told(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> 
     finishing, killing = made.said[-2:]
     assert finishing.startswith("stopping: scheduler finishes its work")
     assert killing.startswith("scheduler did not stop")
+
+
+def test_daemons_hold_the_presence_of_their_stack(run_dir: Path) -> None:
+    """Red when they do not inherit it: who sweeps would take the segment from under them."""
+    with small(run_dir, "serve()") as made:
+        made.start()
+        assert len(locks.holders(run_dir / "presence")) == 2
+        assert made.daemon.pid in locks.holders(run_dir / "presence")
 
 
 def test_a_report_that_cannot_be_written_is_told_once(run_dir: Path) -> None:
