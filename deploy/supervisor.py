@@ -103,11 +103,13 @@ class Daemon:
         return f"with status {status}: {self.last_words()}"
 
     def refusal(self) -> errors.FlashMoEError:
-        """Why it cannot start, as it said itself if it did."""
+        """Why it cannot start: its own error, or one that names it and its log where it said no
+        kind of error that a user knows what to do about.
+        """
         found = refusal(self.last_words())
-        if type(found) in (errors.FlashMoEError, errors.Unavailable):  # no kind of its own
+        if type(found) in (errors.FlashMoEError, errors.Unavailable, errors.StartFailed):
             where = self.run.log(self.name)
-            return errors.StartFailed(f"{self.name} cannot start: {found}: see {where}")
+            return errors.StartFailed(f"{self.name} did not start: {found}: see {where}")
         return found
 
 

@@ -98,7 +98,7 @@ def test_the_same_words_twice_end_the_start(run_dir: Path) -> None:
         with pytest.raises(errors.StartFailed) as raised:
             made.start()
         assert made.num_starts == 2
-        assert "scheduler cannot start: ValueError: no such kind of layer" in str(raised.value)
+        assert "scheduler did not start: ValueError: no such kind of layer" in str(raised.value)
         assert "scheduler.log" in str(raised.value)
         assert any("no such kind of layer" in line for line in made.said)
 
@@ -107,6 +107,7 @@ def test_the_same_words_twice_end_the_start(run_dir: Path) -> None:
     ("words", "kind"),
     [
         ("scheduler: this cannot be served [CheckpointUnsupported]", errors.CheckpointUnsupported),
+        ("scheduler: it lacks a library [StartFailed]", errors.StartFailed),
         ("usage: scheduler --config FILE", errors.StartFailed),
         ("", errors.StartFailed),
     ],
@@ -119,6 +120,8 @@ def test_a_start_that_cannot_succeed_is_not_tried_again(
         with pytest.raises(errors.FlashMoEError) as raised:
             made.start()
         assert type(raised.value) is kind
+        named = str(raised.value).startswith("scheduler did not start: ")
+        assert named == (kind is errors.StartFailed)
         assert made.num_starts == 1
 
 
