@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from deploy import cgroup
 from deploy.settings import parse_experts_memory
 from expert_store.manifest import Manifest
 from proto import errors
@@ -38,6 +39,7 @@ class MemoryPlan:
     """parts: bytes by part, summing to total_bytes. slots: experts that can be resident.
 
     spare_slots: beside them, for reads under way
+    smallest_bytes: the ceiling below which the model cannot be served
     """
 
     ceiling_bytes: int
@@ -46,29 +48,11 @@ class MemoryPlan:
     slot_bytes: int
     num_experts: int
     spare_slots: int
+    smallest_bytes: int
 
     @property
     def total_bytes(self) -> int:
         return sum(self.parts.values())
-
-
-def cgroup_limit_bytes() -> int | None:
-    """The memory limit this process runs under, v1 or v2; None without one."""
-    own = Path("/proc/self/cgroup").read_text().splitlines()
-    candidates = []
-    for line in own:
-        _, controllers, path = line.split(":", 2)
-        for group in (Path(path), *Path(path).parents):
-            if controllers == "memory":
-                candidates.append(Path(f"/sys/fs/cgroup/memory{group}/memory.limit_in_bytes"))
-            elif controllers == "":
-                candidates.append(Path(f"/sys/fs/cgroup{group}/memory.max"))
-    limits = []
-    for file in candidates:
-        text = file.read_text().strip() if file.exists() else "max"
-        if text.isdigit() and int(text) < 1 << 62:
-            limits.append(int(text))
-    return min(limits, default=None)
 
 
 def plan_memory(
@@ -101,7 +85,8 @@ def plan_memory(
     else:
         raise errors.ConfigInvalid("give --memory (for example 2GiB) or --experts-memory")
     slots = min(slots, spec.num_experts_total)
-    _check_slots(slots, smallest, fixed + smallest * slot_bytes, memory_bytes, experts_memory)
+    smallest_bytes = fixed + smallest * slot_bytes
+    _check_slots(slots, smallest, smallest_bytes, memory_bytes, experts_memory)
     parts["experts"] = slots * slot_bytes
     plan = MemoryPlan(
         memory_bytes or fixed + parts["experts"],
@@ -110,6 +95,7 @@ def plan_memory(
         slot_bytes,
         spec.num_experts_total,
         spare_slots,
+        smallest_bytes,
     )
     if plan.total_bytes > plan.ceiling_bytes:
         raise errors.MemoryExceeded(
@@ -127,12 +113,36 @@ def _check_machine(ceiling_bytes: int) -> None:
         raise errors.MemoryExceeded(
             f"--memory {_mib(ceiling_bytes)} is more than this machine's {_mib(total)}: lower it"
         )
-    limit = cgroup_limit_bytes()
+    limit = cgroup.limit_bytes()
     if limit is not None and ceiling_bytes > limit:
         raise errors.MemoryExceeded(
             f"--memory {_mib(ceiling_bytes)} is above this cgroup's limit of {_mib(limit)}: "
             "lower it, or raise the limit"
         )
+
+
+def check_room(plan: MemoryPlan) -> None:
+    """Raises MemoryExceeded when the plan's parts are not to be had now: what other processes hold
+    would be taken from them, by the kernel, with SIGKILL.
+    """
+    if problem := shortage(plan):
+        raise errors.MemoryExceeded(problem)
+    check_shared_memory(plan)
+
+
+def shortage(plan: MemoryPlan) -> str:
+    """Why the plan does not fit beside what runs here now, and what would; empty when it fits."""
+    launcher_bytes = plan.parts["launcher"]  # this process: it has its memory already
+    fitting_bytes = cgroup.available_bytes() + launcher_bytes
+    if plan.total_bytes <= fitting_bytes:
+        return ""
+    fact = (
+        f"the stack takes {_mib(plan.total_bytes)}, and only {fitting_bytes // MIB:,} MiB are "
+        "available now beside what other processes hold"
+    )
+    if fitting_bytes < plan.smallest_bytes:
+        return f"{fact}: end some, the smallest --memory that works is {_mib(plan.smallest_bytes)}"
+    return f"{fact}: give --memory {fitting_bytes // MIB}MiB, or end some"
 
 
 def check_shared_memory(plan: MemoryPlan) -> None:

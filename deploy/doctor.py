@@ -17,8 +17,7 @@ import psutil
 import typer
 
 from compute_node import native_library, processors
-from deploy import console
-from deploy.budget import cgroup_limit_bytes
+from deploy import cgroup, console, leftovers
 from expert_store import huge_pages
 
 _PROBE_BYTES = 64 * 1024 * 1024
@@ -54,6 +53,7 @@ def doctor(
         check_threads(),
         check_kernel(),
         check_files(),
+        check_leftovers(),
     ]
     if as_json:
         console.print_json([vars(finding) for finding in findings])
@@ -133,7 +133,7 @@ def check_huge_pages() -> Finding:
 
 
 def check_memory() -> Finding:
-    memory, limit = psutil.virtual_memory(), cgroup_limit_bytes()
+    memory, limit = psutil.virtual_memory(), cgroup.limit_bytes()
     fact = f"{console.size(memory.available)} available of {console.size(memory.total)}"
     fact += f", cgroup limit {console.size(limit)}" if limit else ", no cgroup limit"
     if psutil.swap_memory().used > 64 << 20:
@@ -171,3 +171,14 @@ def check_files() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     remedy = "raise it: ulimit -n 4096" if soft < 256 else ""
     return Finding("open files", f"limit {soft}", remedy)
+
+
+def check_leftovers() -> Finding:
+    """Of killed stacks; the next start removes them."""
+    found = leftovers.find()
+    taken_bytes = sum(leftover.size_bytes for leftover in found)
+    if not taken_bytes:
+        return Finding("leftovers", "no killed stack left anything behind")
+    paths = ", ".join(str(leftover.path) for leftover in found)
+    fact = f"killed stacks left {console.size(taken_bytes)}: {paths}"
+    return Finding("leftovers", fact, "the next `flashmoe serve` or `run` removes them")

@@ -4,11 +4,11 @@ thread.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,20 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from compute_node.config import ComputeNodeConfig
-from deploy import log_files
-from deploy.budget import MemoryPlan
+from deploy import leftovers, locks, log_files
+from deploy.budget import MemoryPlan, check_room
+from deploy.console import size
 from deploy.memory import FILE_NAME, MemorySampler
-from deploy.run_dir import RunDir
+from deploy.run_dir import RunDir, RunState
 from deploy.settings import ServeSettings
-from deploy.supervisor import Stack
+from deploy.supervisor import Daemon, Stack, silent
 from expert_store.config import ExpertStoreConfig
 from expert_store.manifest import Manifest
 from proto import errors, redis_schema
 from proto.shm import SegmentLayout
 from scheduler.config import FORECASTER_NAME, SchedulerConfig
+
+_DRAIN_S = 30.0  # longer than a daemon may take to stop
 
 
 def compose(
@@ -163,48 +166,97 @@ def serving(
     manifest: Manifest,
     plan: MemoryPlan,
     until: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = silent,
 ) -> Iterator[Stack]:
     """A running stack for the block; when `until` turns true before it serves, the block runs
-    early.
+    early. say: hears what goes on, a line each.
 
-    Raises AlreadyRunning when another stack holds the run directory, Unavailable, ConfigInvalid,
-    also for a Redis that cannot carry evidence and advice.
+    Raises AlreadyRunning when another stack holds the run directory, MemoryExceeded when the plan's
+    memory is not to be had now, StartFailed, Unavailable, ConfigInvalid, also for a Redis that
+    cannot carry evidence and advice.
     """
     run = RunDir(settings.run_dir.resolve())
     run.prepare()
-    with _claimed(run):
-        tables = compose(run, settings, store_dir.resolve(), manifest, plan)
+    tables = compose(run, settings, store_dir.resolve(), manifest, plan)
+    with run.claimed() as claim, _present(run, until, say) as presence:
+        _sweep(say)
         _check_redis(run, tables)
-        run.config.write_text(tomli_w.dumps(tables))
-        for name in ("valkey", *tables):
-            log_files.clear(run.log(name))
-        run.socket("valkey").unlink(missing_ok=True)
-        segment = SegmentLayout(tables["expert_store"]["num_slots"], plan.slot_bytes)
+        check_room(plan)
+        _clear(run, tables)
+        slots = SegmentLayout(tables["expert_store"]["num_slots"], plan.slot_bytes)
         dense_bytes = manifest.sizing.dense_bytes
-        sampler = MemorySampler(run.path, plan.ceiling_bytes, segment.segment_bytes, dense_bytes)
-        stack = Stack(run, commands(run, settings), sampler)
+        sampler = MemorySampler(run.path, plan.ceiling_bytes, slots.segment_bytes, dense_bytes)
+        activities = {
+            "expert_store": f"taking {size(slots.segment_bytes)} of shared memory",
+            "compute_node": f"loading {size(dense_bytes)} of dense weights",
+        }
+        daemons = [
+            Daemon(name, command, run, presence, activities.get(name, ""))
+            for name, command in commands(run, settings).items()
+        ]
+        stack = Stack(daemons, sampler, say)
         try:
             stack.start(until)
+            claim.tell(RunState.SERVING)
             yield stack
         finally:
+            claim.tell(RunState.STOPPING)
             stack.stop()
             sampler.write()
-            with suppress(FileNotFoundError):
-                run.segment.unlink()
             run.socket("valkey").unlink(missing_ok=True)
 
 
-@contextmanager
-def _claimed(run: RunDir) -> Iterator[None]:
-    descriptor = os.open(run.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _clear(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
+    """Put a new configuration in place of what an earlier stack left. Raises ConfigInvalid."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise errors.AlreadyRunning(
-            f"a stack runs in {run.path} already: stop it, or give another --run-dir"
-        ) from error
-    else:
-        (run.path / FILE_NAME).unlink(missing_ok=True)
-        yield
+        run.config.write_text(tomli_w.dumps(tables))
+        for name in ("valkey", *tables):
+            log_files.clear(run.log(name))
+        for file in (run.socket("valkey"), run.path / FILE_NAME):
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise run.unusable(error) from error
+
+
+def _sweep(say: Callable[[str], None]) -> None:
+    """Give back what killed stacks hold, before it is asked what is free."""
+    if found := leftovers.sweep():
+        taken = size(sum(leftover.size_bytes for leftover in found))
+        paths = ", ".join(str(leftover.path) for leftover in found)
+        say(f"removed {taken} that killed stacks left: {paths}")
+
+
+@contextmanager
+def _present(run: RunDir, until: Callable[[], bool], say: Callable[[str], None]) -> Iterator[int]:
+    """Hold the lock of the stack's segment for the block, once the daemons of a killed launcher
+    have ended, and remove the segment, theirs before and ours after it.
+
+    Raises AlreadyRunning when they do not end, Cancelled when told to stop first, ConfigInvalid.
+    """
+    try:
+        descriptor = locks.hold(run.presence, locks.LOOK_S)
+        if descriptor is None:
+            say("the launcher before this one was killed: waiting until its daemons have stopped")
+            descriptor = _hold_once_free(run, until)
+    except OSError as error:
+        raise errors.ConfigInvalid(f"{run.presence} cannot be locked ({error.strerror})") from error
+    try:
+        run.segment.unlink(missing_ok=True)
+        yield descriptor
     finally:
+        run.segment.unlink(missing_ok=True)
+        run.presence.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _hold_once_free(run: RunDir, until: Callable[[], bool]) -> int:
+    deadline_s = time.monotonic() + _DRAIN_S
+    while time.monotonic() < deadline_s:
+        if until():
+            raise errors.Cancelled("stopped while daemons of a killed launcher still ran")
+        if (descriptor := locks.hold(run.presence, locks.LOOK_S)) is not None:
+            return descriptor
+    pids = ", ".join(map(str, locks.holders(run.presence)))
+    raise errors.AlreadyRunning(
+        f"daemons of a killed launcher still run in {run.path}: end the processes {pids}"
+    )

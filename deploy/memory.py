@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,11 @@ _WRITE_INTERVAL_S = 0.5
 
 @dataclass
 class MemoryReport:
-    """What `flashmoe generate` and `status` show. by_part: of the sample with the highest sum."""
+    """What `flashmoe generate` and `status` show.
+
+    by_part: of the sample with the highest sum
+    written_at_s: since the epoch; written anew every half second while the launcher can
+    """
 
     ceiling_bytes: int = 0
     peak_bytes: int = 0
@@ -28,6 +33,11 @@ class MemoryReport:
     by_part: dict[str, int] = field(default_factory=dict)
     cgroup_peak_bytes: int | None = None
     write_failures: int = 0
+    written_at_s: float = 0.0
+
+    @property
+    def age_s(self) -> float:
+        return max(0.0, time.time() - self.written_at_s)
 
     @classmethod
     def read(cls, run_dir: Path) -> MemoryReport | None:
@@ -40,7 +50,7 @@ class MemoryReport:
 
 class MemorySampler:
     """segment_bytes: allocated in full at start, so it counts in full. dense_bytes: shown apart
-    from the node.
+    from the node. problem: why the report could not be written last; empty when it was.
     """
 
     def __init__(
@@ -53,6 +63,7 @@ class MemorySampler:
         self._walked_s = 0.0
         self._written_s = 0.0
         self.report = MemoryReport(ceiling_bytes)
+        self.problem = ""
 
     def sample(self, processes: Mapping[str, int]) -> None:
         """processes: name -> pid; one that is gone counts nothing."""
@@ -76,13 +87,20 @@ class MemorySampler:
             self._written_s = now
 
     def write(self) -> None:
+        """Replace the report. A disk that refuses is counted and told by `problem`, not raised."""
         self.report.cgroup_peak_bytes = cgroup_peak_bytes()
+        self.report.written_at_s = time.time()
         partial = self._path.with_suffix(".partial")
         try:
             partial.write_text(json.dumps(asdict(self.report)))
             partial.replace(self._path)
-        except OSError:
-            self.report.write_failures += 1  # a full disk must not end the stack
+        except OSError as error:
+            self.report.write_failures += 1
+            self.problem = f"{self._path} cannot be written ({error.strerror})"
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+        else:
+            self.problem = ""
 
     def _record(self, parts: dict[str, int]) -> None:
         self.report.current_bytes = sum(parts.values())

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from deploy import console
-from deploy.budget import MemoryPlan, forecaster_room, plan_memory
+from deploy.budget import MemoryPlan, forecaster_room, plan_memory, shortage
 from deploy.disk import DiskSpeed, measure_disk
 from deploy.estimate import Estimate, estimate
 from deploy.settings import ServeSettings, parse_bytes
@@ -156,6 +156,7 @@ def _plan_document(
         "weight_format": asdict(manifest.spec.weight_format),
         "ceiling_bytes": planned.ceiling_bytes,
         "total_bytes": planned.total_bytes,
+        "shortage": shortage(planned) or None,
         "memory_bytes_by_part": planned.parts,
         "slots": planned.slots,
         "num_experts": planned.num_experts,
@@ -177,6 +178,8 @@ def _print_plan(
     rows["total"] = (
         f"{console.size(planned.total_bytes)} of {console.size(planned.ceiling_bytes)}: fits"
     )
+    if problem := shortage(planned):
+        rows["now"] = problem
     console.out.print(console.table("Memory", rows))
     share = planned.slots / planned.num_experts
     path = "direct" if disk.direct_io else "buffered (direct I/O refused)"

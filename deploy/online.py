@@ -15,10 +15,10 @@ import typer
 from compute_node.client import NodeClient
 from compute_node.result import Generation, Phase, Result
 from deploy import console, local
-from deploy.budget import MemoryPlan, check_shared_memory, forecaster_room, plan_memory
+from deploy.budget import MemoryPlan, forecaster_room, plan_memory
 from deploy.memory import MemoryReport
 from deploy.offline import load_store
-from deploy.run_dir import RunDir
+from deploy.run_dir import RunDir, RunState
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.status import collect_status
 from deploy.supervisor import Stack
@@ -67,9 +67,8 @@ def serve(
         policy=policy,
     )
     store_dir, manifest, plan = prepare(settings)
-    check_shared_memory(plan)
     stopped = stop_flag()
-    with local.serving(settings, store_dir, manifest, plan, stopped) as stack:
+    with local.serving(settings, store_dir, manifest, plan, stopped, _say) as stack:
         if not stopped():
             console.out.print(
                 f"ready: {model_name(manifest)}, {plan.slots} of {plan.num_experts} experts in "
@@ -206,6 +205,12 @@ def shadow_rows(shadows: Mapping[str, Any]) -> dict[str, str]:
 def node_address(settings: ServeSettings) -> str:
     """Of the stack in the run directory. Raises Unavailable when none runs there."""
     run = RunDir(settings.run_dir.resolve())
+    passing = {
+        RunState.STARTING: "is starting: try again once `flashmoe serve` says that it is ready",
+        RunState.STOPPING: "is stopping: start it again once it has stopped",
+    }
+    if (state := run.state()) in passing:
+        raise errors.Unavailable(f"the stack in {run.path} {passing[state]}")
     if not run.socket("compute_node").exists():
         raise errors.Unavailable(
             f"no stack runs in {run.path}: start one with `flashmoe serve`, or name it with "
@@ -250,10 +255,14 @@ def own_stack(
     with tempfile.TemporaryDirectory(prefix="flashmoe-") as scratch:
         settings = ServeSettings.load(config).with_flags(**flags, run_dir=Path(scratch))
         store_dir, manifest, plan = prepare(settings)
-        check_shared_memory(plan)
         console.err.print(f"starting {model_name(manifest)} ...")
-        with local.serving(settings, store_dir, manifest, plan, stopped) as stack:
+        with local.serving(settings, store_dir, manifest, plan, stopped, _say) as stack:
             yield stack, RunDir(settings.run_dir.resolve())
+
+
+def _say(line: str) -> None:
+    """What goes on, on stderr."""
+    console.err.print(line, markup=False)
 
 
 def stop_flag() -> Callable[[], bool]:

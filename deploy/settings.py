@@ -14,7 +14,17 @@ from expert_store.sizing import Sizing
 from proto import errors
 from proto.redis_schema import PolicySetting
 
-DEFAULT_RUN_DIR = Path("~/.flashmoe/run").expanduser()
+
+def _default_run_dir() -> Path:
+    """In the home folder. As it is written where there is none: `RunDir.prepare` refuses that."""
+    path = Path("~/.flashmoe/run")
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+DEFAULT_RUN_DIR = _default_run_dir()
 _LOCAL_FILE = Path("flashmoe.toml")
 _BYTES = TypeAdapter(ByteSize)
 

@@ -44,6 +44,7 @@ def collect_status(run: RunDir) -> dict[str, dict[str, Any]]:
             "ceiling_bytes": report.ceiling_bytes,
             "peak_bytes": report.peak_bytes,
             "current_bytes": report.current_bytes,
+            "age_s": round(report.age_s, 1),
         }
     return found
 

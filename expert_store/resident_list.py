@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from expert_store.store import ExpertStore
@@ -27,13 +27,14 @@ async def kept(store: ExpertStore, path: Path | None) -> AsyncIterator[None]:
         yield
         return
     store.refill(load(path, store.manifest.spec.fingerprint))
-    saving = asyncio.create_task(_save_now_and_then(store, path))
+    keeper = Keeper(store, path)
+    saving = asyncio.create_task(keeper.save_now_and_then())
     try:
         yield
     finally:
         saving.cancel()
         await asyncio.gather(saving, return_exceptions=True)
-        _save_current(store, path)
+        keeper.save_current()
 
 
 def load(path: Path, fingerprint: str) -> list[ExpertKey]:
@@ -57,21 +58,40 @@ def save(path: Path, fingerprint: str, experts: Sequence[ExpertKey]) -> None:
         {"fingerprint": fingerprint, "experts": [[key.layer, key.expert] for key in experts]}
     )
     scratch = path.with_suffix(".new")
-    scratch.write_text(text)
-    os.replace(scratch, path)
-
-
-async def _save_now_and_then(store: ExpertStore, path: Path) -> None:
-    while True:
-        await asyncio.sleep(_INTERVAL_S)
-        await asyncio.to_thread(_save_current, store, path)
-
-
-def _save_current(store: ExpertStore, path: Path) -> None:
-    experts = store.wanted()
-    if not experts:
-        return  # a store that has not filled yet knows less than its list
     try:
-        save(path, store.manifest.spec.fingerprint, experts)
-    except OSError as error:
-        logger.warning("list of residents not written", extra={"reason": str(error)})
+        scratch.write_text(text)
+        os.replace(scratch, path)
+    except OSError:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise
+
+
+class Keeper:
+    """Writes the list of one store down. num_failures: since it was written last."""
+
+    def __init__(self, store: ExpertStore, path: Path) -> None:
+        self._store = store
+        self._path = path
+        self.num_failures = 0
+
+    async def save_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(_INTERVAL_S)
+            await asyncio.to_thread(self.save_current)
+
+    def save_current(self) -> None:
+        """A disk that refuses is told once, and how often once it takes the list again."""
+        experts = self._store.wanted()
+        if not experts:
+            return  # a store that has not filled yet knows less than its list
+        try:
+            save(self._path, self._store.manifest.spec.fingerprint, experts)
+        except OSError as error:
+            self.num_failures += 1
+            if self.num_failures == 1:
+                logger.warning("list of residents not written", extra={"reason": str(error)})
+            return
+        if self.num_failures:
+            logger.info("list of residents written again", extra={"failures": self.num_failures})
+            self.num_failures = 0

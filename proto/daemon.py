@@ -19,7 +19,7 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -175,9 +175,23 @@ def serving_metrics(
         ) from error
     try:
         if port_file is not None:
-            port_file.write_text(f"{server.server_port}\n")
+            _write_port(port_file, server.server_port)
         yield server.server_port
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _write_port(file: Path, port: int) -> None:
+    """All of it or nothing: a daemon that starts again on a full disk serves without the file."""
+    scratch = file.with_name(f"{file.name}.new")
+    try:
+        scratch.write_text(f"{port}\n")
+        scratch.replace(file)
+    except OSError as error:
+        extra = {"file": str(file), "port": port, "reason": str(error)}
+        logging.getLogger(__name__).warning("port of the metrics not written", extra=extra)
+        for path in (scratch, file):  # an earlier port would be another's
+            with suppress(OSError):
+                path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import os
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,16 @@ def save(path: Path, fingerprint: str, state: ModelState) -> None:
     """Replace the snapshot: after a crash the old one or the new one is there. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(encode(fingerprint, state))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(encode(fingerprint, state))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     _sync_directory(path.parent)
 
 
@@ -119,6 +125,7 @@ class SnapshotFile:
         self._interval_s = interval_s
         self._due_s: float | None = None
         self._saved_labels = -1
+        self._is_failing = False
         self.saved = 0
         self.failed = 0
         self.damaged = 0
@@ -154,7 +161,10 @@ class SnapshotFile:
             await asyncio.to_thread(save, self._path, self._fingerprint, state)
         except OSError as error:
             self.failed += 1
-            logger.warning("snapshot not saved", extra={"reason": str(error)})
+            if not self._is_failing:
+                logger.warning("snapshot not saved", extra={"reason": str(error)})
+            self._is_failing = True
             return
+        self._is_failing = False
         self._saved_labels = state.labels_learned
         self.saved += 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from deploy.budget import plan_memory
+from deploy import cgroup
+from deploy.budget import check_room, plan_memory, shortage
 from deploy.local import compose
 from deploy.run_dir import RunDir
 from deploy.settings import ServeSettings, parse_bytes, parse_experts_memory
@@ -111,6 +113,29 @@ def test_experts_that_do_not_fit_the_ceiling(manifest: Manifest) -> None:
 def test_neither_memory_nor_experts(manifest: Manifest) -> None:
     with pytest.raises(errors.ConfigInvalid, match="--memory"):
         plan(manifest, None, None)
+
+
+def test_memory_that_others_hold_is_not_planned_with(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red before: only the machine's total and the cgroup's limit were looked at, and the kernel
+    killed. The launcher's own part is taken already.
+    """
+    found = plan(manifest, 1024 * MIB, None)
+    needed = found.total_bytes - found.parts["launcher"]
+    monkeypatch.setattr(cgroup, "available_bytes", lambda: needed)
+    assert shortage(found) == ""
+    check_room(found)
+    monkeypatch.setattr(cgroup, "available_bytes", lambda: needed - 20 * MIB)
+    with pytest.raises(errors.MemoryExceeded, match="available now") as raised:
+        check_room(found)
+    fitting = re.search(r"give --memory (\d+MiB)", str(raised.value))
+    assert fitting and shortage(plan(manifest, parse_bytes(fitting[1], "--memory"), None)) == ""
+    monkeypatch.setattr(cgroup, "available_bytes", lambda: 300 * MIB)
+    with pytest.raises(errors.MemoryExceeded, match="the smallest --memory that works") as raised:
+        check_room(found)
+    smallest = int(str(raised.value).rsplit(" is ", 1)[1].split()[0].replace(",", ""))
+    assert plan(manifest, smallest * MIB, None).total_bytes <= smallest * MIB
 
 
 def test_settings_flag_over_file_over_default(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import pytest
 
 from compute_node.store_client import StoreClient
 from expert_store import resident_list
-from expert_store.resident_list import load, save
+from expert_store.resident_list import Keeper, load, save
+from proto.expert import ExpertKey
+from tests.expert_store.conftest import SmallDisk
 from tests.expert_store.raw_session import Wire, until
 from tests.expert_store.stores import FILE_NAME, KEYS, expert_range, flip
 from tests.local_store import local_store
@@ -58,3 +60,36 @@ def test_a_restart_is_warm(store_dir: Path, run_dir: Path, monkeypatch: pytest.M
         wire.until_stats(lambda stats: stats.refill_reads == 2 and not stats.slots_filling)
         assert wire.resident() == {KEYS[0], KEYS[2]}
         assert list(wire.stats().quarantined) == [str(KEYS[1])]
+
+
+class Wanting:
+    """As much of a store as the list needs. `manifest.spec.fingerprint` is its own."""
+
+    fingerprint = "model"
+
+    def __init__(self) -> None:
+        self.manifest = self.spec = self
+
+    def wanted(self) -> list[ExpertKey]:
+        return KEYS[:3]
+
+
+def test_a_full_disk_is_told_once_and_leaves_the_list_as_it_was(
+    small_disk: SmallDisk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Red before: a warning every five seconds, and list.new beside the list."""
+    path = small_disk.path / "list.json"
+    keeper = Keeper(Wanting(), path)  # type: ignore[arg-type]
+    keeper.save_current()
+    ballast = small_disk.path / "ballast"
+    ballast.write_bytes(b"x" * small_disk.free_bytes)
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            keeper.save_current()
+        assert [record.message for record in caplog.records] == ["list of residents not written"]
+        assert load(path, "model") == KEYS[:3]
+        assert {file.name for file in small_disk.path.iterdir()} == {"list.json", "ballast"}
+        ballast.unlink()
+        keeper.save_current()
+    assert caplog.records[-1].message == "list of residents written again"
+    assert caplog.records[-1].failures == 3  # type: ignore[attr-defined]

@@ -15,8 +15,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from proto import daemon, errors
+from tests.expert_store.conftest import SmallDisk, small_disk  # noqa: F401  a fixture
 from tests.stack import ROOT
 
 OWN_WAY = "the interpreter took its own way out"
@@ -133,3 +135,16 @@ def test_a_library_that_cannot_be_loaded_is_not_tried_again(name: str, tmp_path:
     problem = last_words(found)
     assert (found.returncode, type(problem)) == (2, errors.StartFailed)
     assert "libstdc++.so.6: too old" in str(problem) and "Traceback" in found.stderr
+
+
+def test_a_full_disk_does_not_keep_a_daemon_from_its_metrics(
+    small_disk: SmallDisk,  # noqa: F811
+) -> None:
+    """Red before: OSError, so that a daemon that died could not start again."""
+    file = small_disk.path / "d.metrics"
+    with daemon.serving_metrics(CollectorRegistry(), 0, file) as port:
+        assert file.read_text() == f"{port}\n"
+    (small_disk.path / "ballast").write_bytes(b"x" * small_disk.free_bytes)
+    with daemon.serving_metrics(CollectorRegistry(), 0, file) as port:
+        assert port
+        assert [path.name for path in small_disk.path.iterdir()] == ["ballast"], "no stale port"

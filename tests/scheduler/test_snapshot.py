@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scheduler import snapshot
 from scheduler.model import ReuseModel
 from scheduler.snapshot import SnapshotFile, SnapshotInvalid
+from tests.expert_store.conftest import SmallDisk, small_disk  # noqa: F401  a fixture
 from tests.scheduler.test_model import NAMES, taught
 
 FINGERPRINT = "f00d"
@@ -104,6 +105,21 @@ async def test_a_disk_that_refuses_is_counted(tmp_path: Path) -> None:
     file = file_at(tmp_path / "blocked" / "learner.npz")
     await file.save(taught(1))
     assert (file.failed, file.saved) == (1, 0)
+
+
+async def test_a_full_disk_is_told_once_and_leaves_the_old_one(
+    small_disk: SmallDisk,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Red before: learner.npz.tmp beside it, and a warning at every interval."""
+    file = file_at(small_disk.path / "learner.npz")
+    await file.save(taught(1))
+    (small_disk.path / "ballast").write_bytes(b"x" * small_disk.free_bytes)
+    for labels in (2, 3):
+        await file.save(taught(labels))
+    assert (file.saved, file.failed) == (1, 2)
+    assert {path.name for path in small_disk.path.iterdir()} == {"learner.npz", "ballast"}
+    assert [record.message for record in caplog.records] == ["snapshot not saved"]
 
 
 async def test_a_crash_while_writing_leaves_the_old_one(

@@ -10,10 +10,12 @@ import json
 import mmap
 import os
 import shutil
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,8 +95,6 @@ def test_stack_stays_under_its_ceiling_in_a_cgroup(
 def test_cgroup_smaller_than_the_ceiling_is_refused_up_front(
     tiny_store: Path, run_dir: Path, cgroup: Path
 ) -> None:
-    import subprocess
-
     (cgroup / "memory.limit_in_bytes").write_text(str(700 * MIB))
     flags = ["serve", "--model", str(tiny_store), "--memory", "1GiB", "--run-dir", str(run_dir)]
     refused = subprocess.run(
@@ -102,6 +102,26 @@ def test_cgroup_smaller_than_the_ceiling_is_refused_up_front(
     )
     assert refused.returncode == 3
     assert "cgroup's limit of 700 MiB" in refused.stderr
+
+
+def test_memory_that_others_hold_is_refused_up_front(
+    tiny_store: Path, run_dir: Path, cgroup: Path
+) -> None:
+    """Red before: `ready`, and then the kernel kills whoever it chooses."""
+    (cgroup / "memory.limit_in_bytes").write_text(str(700 * MIB))
+    hold = f"held = bytearray({200 * MIB}); print('held', flush=True); input()"
+    enter = ["sh", "-c", f'echo $$ > {cgroup}/cgroup.procs && exec "$0" "$@"']
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    flags = ["serve", "--model", str(tiny_store), "--memory", "690MiB", "--run-dir", str(run_dir)]
+    with subprocess.Popen([*enter, sys.executable, "-c", hold], **pipes) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        refused = subprocess.run(
+            [*enter_and_run(cgroup), *flags], capture_output=True, text=True, timeout=60
+        )
+        other.communicate("\n")
+    assert other.returncode == 0, "it lives"
+    assert refused.returncode == 3
+    assert "available now beside what other processes hold" in refused.stderr
 
 
 def test_too_small_a_ceiling_names_the_smallest_that_works(

@@ -139,4 +139,4 @@ def test_run_verb_prints_a_summary_and_leaves_nothing(tiny_store: Path) -> None:
     assert done.stdout.startswith(PROMPT)
     for fact in SUMMARY:
         assert fact in done.stderr
-    assert set(Path("/dev/shm").iterdir()) == before
+    assert set(Path("/dev/shm").iterdir()) <= before  # it removes what killed stacks left
