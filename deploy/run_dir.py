@@ -76,8 +76,8 @@ class RunDir:
         return presence_of(self.segment)
 
     def prepare(self) -> None:
-        """Make the folder. Raises ConfigInvalid when no stack can live there: a path that sockets or
-        configuration cannot name, no folder, another user's, one that cannot be written, a full
+        """Make the folder. Raises ConfigInvalid when no stack can live there: a path that sockets
+        or configuration cannot name, no folder, another user's, one that cannot be written, a full
         disk.
         """
         if "~" in self.path.parts:
