@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.evidence import Evidence
@@ -24,6 +23,7 @@ from compute_node.step_access import Recording, latest_step
 from compute_node.text import Detokenizer, StopStrings
 from compute_node.usage import Measure, Usage
 from proto import errors
+from proto.text_files import load_generation_config
 
 _MAX_CHARACTERS_A_TOKEN = 64
 _WEIGHED_TOKENS = 16  # a cache grows little; weighing it looks at every tensor
@@ -283,9 +283,7 @@ class _Writer:
 
 def _eos_ids(model: Any, model_dir: Path) -> frozenset[int]:
     """Tokens that end a text, as the checkpoint's generation config has them."""
-    config = model.generation_config
-    if (model_dir / "generation_config.json").exists():
-        config = GenerationConfig.from_pretrained(model_dir)
+    config = load_generation_config(model_dir) or model.generation_config
     eos = config.eos_token_id if config is not None else None
     if eos is None:
         eos = model.config.get_text_config().eos_token_id

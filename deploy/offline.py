@@ -39,7 +39,7 @@ def index(checkpoint: Annotated[Path, CHECKPOINT], out: Annotated[Path, OUT]) ->
         console.err.print(f"{out} is up to date")
         return
     with console.progress("indexing") as report:
-        manifest = make_index(checkpoint, out, report)
+        manifest = make_index(checkpoint, out, report, _warn)
     _say_written(manifest, out)
 
 
@@ -62,7 +62,7 @@ def pack(
 
     with console.progress("packing") as report:
         manifest = make_pack(
-            checkpoint, out, report, weight_format=weight_format, overwrite=overwrite
+            checkpoint, out, report, _warn, weight_format=weight_format, overwrite=overwrite
         )
     _say_written(manifest, out)
 
@@ -130,7 +130,11 @@ def _index_for_plan(checkpoint: Path, store_dir: Path) -> None:
     from expert_store.index import index as make_index
 
     with console.progress("reading the checkpoint") as report:
-        make_index(checkpoint, store_dir, report)
+        make_index(checkpoint, store_dir, report, _warn)
+
+
+def _warn(sentence: str) -> None:
+    console.err.print(f"flashmoe: {sentence}", markup=False)
 
 
 def _say_written(manifest: Manifest, out: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from expert_store import foreign
 from expert_store.foreign import SHARD_INDEX, SINGLE_FILE
+from expert_store.progress import Warn, unheard
 from expert_store.sources import SourceFile
 from proto import errors
 from proto.expert import DTYPE_BYTES
@@ -49,11 +50,13 @@ class Checkpoint:
         return self.root / self.files[file].path
 
     @classmethod
-    def open(cls, root: Path) -> Checkpoint:
+    def open(cls, root: Path, warn: Warn = unheard) -> Checkpoint:
         """Raises CheckpointUnsupported when there is none, or one of another format,
         ManifestInvalid naming a missing or damaged shard.
         """
         foreign.check_folder(root)
+        for sentence in foreign.ignored_weights(root):
+            warn(sentence)
         files: list[SourceFile] = []
         tensors: dict[str, CheckpointTensor] = {}
         for name in shard_names(root):

@@ -16,9 +16,10 @@ from expert_store.encoders import ExactEncoder, check_plain, record_layouts
 from expert_store.extents import ExpertRecord, Extent, slot_bytes_needed
 from expert_store.manifest import MANIFEST_NAME, Manifest
 from expert_store.parameters import ExpertParameter, Part
-from expert_store.progress import Journal, Report, silent
+from expert_store.progress import Journal, Report, Warn, silent, unheard
 from expert_store.sizing import Sizing
 from expert_store.sources import SourceFile, resolve_inside
+from expert_store.text_files import check_text
 from proto import errors
 from proto.expert import DenseTensor, ExpertKey, ModelSpec, TensorLayout
 from proto.shm import PAGE_BYTES, TENSOR_ALIGN_BYTES, align_up
@@ -90,7 +91,7 @@ def expert_parts(layer: Sequence[ExpertParameter], expert: int) -> list[tuple[Pa
     return [parameter.parts[expert] for parameter in layer]
 
 
-def index(root: Path, store_dir: Path, report: Report = silent) -> Manifest:
+def index(root: Path, store_dir: Path, report: Report = silent, warn: Warn = unheard) -> Manifest:
     """Write a manifest over the checkpoint in `root` to `store_dir`; reads every byte once for
     the checksums.
 
@@ -98,8 +99,9 @@ def index(root: Path, store_dir: Path, report: Report = silent) -> Manifest:
     Raises CheckpointUnsupported, ManifestInvalid (a shard missing or damaged, the disk full).
     """
     root = root.resolve()
-    checkpoint = Checkpoint.open(root)
+    checkpoint = Checkpoint.open(root, warn)
     architecture = read_architecture(root, checkpoint.tensors)
+    check_text(root, architecture.model, warn)
     check_plain(architecture, f"run `flashmoe pack {root} --out STORE --format bf16` (or int4)")
     for file in checkpoint.files:
         resolve_inside(root, file.path)  # the daemon would refuse it, after all the reading

@@ -23,9 +23,10 @@ from expert_store.durable import sync_folder
 from expert_store.encoders import make_encoder
 from expert_store.index import make_spec, measure
 from expert_store.manifest import MANIFEST_NAME, Manifest
-from expert_store.progress import Journal, Report, silent
+from expert_store.progress import Journal, Report, Warn, silent, unheard
 from expert_store.records import RECORDS_NAME, RecordWriter
 from expert_store.sources import SourceFile
+from expert_store.text_files import check_text
 from expert_store.weight_source import WeightSource
 from proto import errors
 from proto.weight_format import EXACT
@@ -37,6 +38,7 @@ def pack(
     root: Path,
     store_dir: Path,
     report: Report = silent,
+    warn: Warn = unheard,
     *,
     weight_format: str = EXACT.name,
     overwrite: bool = False,
@@ -51,8 +53,9 @@ def pack(
     was).
     """
     root = root.resolve()
-    checkpoint = Checkpoint.open(root)
+    checkpoint = Checkpoint.open(root, warn)
     architecture = read_architecture(root, checkpoint.tensors)
+    check_text(root, architecture.model, warn)
     partial = store_dir.with_name(store_dir.name + ".partial")
     with ExitStack() as stack, _disk_full_explained(partial):
         source = WeightSource(checkpoint, stack)

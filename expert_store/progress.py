@@ -16,6 +16,13 @@ from proto import errors
 Report = Callable[[int, int], None]  # bytes done, bytes in all
 
 
+Warn = Callable[[str], None]  # a sentence that a user should read
+
+
+def unheard(sentence: str) -> None:
+    """Warns nobody."""
+
+
 def silent(done_bytes: int, total_bytes: int) -> None:
     """Reports to nobody."""
 
