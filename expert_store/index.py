@@ -14,7 +14,7 @@ from expert_store.architecture import Architecture, cache_bytes, read_architectu
 from expert_store.checkpoint import Checkpoint, CheckpointTensor, read_chunks
 from expert_store.encoders import ExactEncoder, check_plain, record_layouts
 from expert_store.extents import ExpertRecord, Extent, slot_bytes_needed
-from expert_store.manifest import MANIFEST_NAME, Manifest
+from expert_store.manifest import IN_PLACE, MANIFEST_NAME, Manifest
 from expert_store.parameters import ExpertParameter, Part
 from expert_store.progress import Journal, Report, Warn, silent, unheard
 from expert_store.sizing import Sizing
@@ -115,7 +115,7 @@ def index(root: Path, store_dir: Path, report: Report = silent, warn: Warn = unh
             for tensor in architecture.dense
         )
         manifest = Manifest(
-            format="in-place",
+            format=IN_PLACE,
             spec=make_spec(
                 architecture, dense, record_layouts(architecture, ExactEncoder()), EXACT
             ),
@@ -137,7 +137,10 @@ def _make_folder(path: Path) -> None:
 
 
 def is_indexed(root: Path, store_dir: Path) -> bool:
-    """Whether `store_dir` holds an up-to-date in-place manifest of the checkpoint in `root`."""
+    """Whether `store_dir` holds an up-to-date in-place manifest of the checkpoint in `root`.
+
+    Files of another time count as changed: that costs reading them, the other way a wrong store.
+    """
     if not (store_dir / MANIFEST_NAME).exists():
         return False
     try:

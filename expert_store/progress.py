@@ -31,6 +31,8 @@ class Journal:
     """Checksums of what is finished, appended line by line; the first line says of what.
 
     A torn last line (killed while writing) is dropped; another task's journal is started over.
+    Files of another time make another task: what was hashed before a change must not stand beside
+    what is hashed after it.
     """
 
     def __init__(self, path: Path, task: dict[str, Any]) -> None:
