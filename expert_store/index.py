@@ -99,6 +99,7 @@ def index(root: Path, store_dir: Path, report: Report = silent, warn: Warn = unh
     Raises CheckpointUnsupported, ManifestInvalid (a shard missing or damaged, the disk full).
     """
     root = root.resolve()
+    _check_not_packed(store_dir)
     checkpoint = Checkpoint.open(root, warn)
     architecture = read_architecture(root, checkpoint.tensors)
     check_text(root, architecture.model, warn)
@@ -134,6 +135,16 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise errors.ManifestInvalid(f"cannot write {path}: {error.strerror}") from error
+
+
+def _check_not_packed(store_dir: Path) -> None:
+    """Raises ManifestInvalid where another manifest would make a packed store worthless."""
+    try:
+        found = Manifest.load(store_dir)
+    except errors.ManifestInvalid:
+        return  # none, or one that is of no use
+    if found.format != IN_PLACE:
+        raise errors.ManifestInvalid(f"{store_dir} holds a packed store: give another --out")
 
 
 def is_indexed(root: Path, store_dir: Path) -> bool:

@@ -4,6 +4,7 @@ kill.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -57,7 +58,7 @@ class Journal:
         """Make what was added durable; whoever adds must have made durable what the entries
         promise.
 
-        Raises ManifestInvalid when the disk is full.
+        Raises ManifestInvalid when it cannot be written, for lack of room say.
         """
         data = "".join(json.dumps(entry) + "\n" for entry in self._unwritten).encode()
         with _failing_typed(self._path):
@@ -75,9 +76,9 @@ def _failing_typed(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise errors.ManifestInvalid(
-            f"cannot write {path} ({error.strerror}): make room, then run the same command"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room, then run the same command" if full else "give another --out"
+        raise errors.ManifestInvalid(f"cannot write {path} ({error.strerror}): {remedy}") from error
 
 
 def _read_done(path: Path, task: dict[str, Any]) -> dict[str, int]:
