@@ -116,7 +116,7 @@ def plan(
             chunk_tokens=settings.chunk_tokens(manifest.sizing),
             spare_slots=settings.spare_slots(manifest.slot_bytes),
             embedded_valkey=settings.redis is None,
-            forecaster_bytes=forecaster_room(store_dir),
+            forecaster_bytes=forecaster_room(settings.forecaster(store_dir)),
         )
         disk = measure_disk(manifest, root)
     expected = estimate(manifest, planned, disk)

@@ -134,7 +134,9 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise errors.ManifestInvalid(f"cannot write {path}: {error.strerror}") from error
+        raise errors.ManifestInvalid(
+            f"cannot write {path} ({error.strerror}): give another --out"
+        ) from error
 
 
 def _check_not_packed(store_dir: Path) -> None:

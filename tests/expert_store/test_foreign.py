@@ -9,10 +9,8 @@ model.safetensors, remote code asked for, a hub cache's links refused.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from expert_store.checkpoint import Checkpoint, shard_names
 from expert_store.index import index
 from proto import errors
 from tests.checkpoints import make
+from tests.places import not_root
 
 SINGLE, SHARDS = foreign.SINGLE_FILE, foreign.SHARD_INDEX
 MXFP4 = {"quant_method": "mxfp4"}
@@ -258,19 +257,8 @@ def test_what_this_user_may_not_read_is_named(closed: str, checkpoint: Path, run
     run_dir.chmod(0o755)
     (root / closed).chmod(0)
     with (
-        other_user(),
+        not_root(),
         pytest.raises(errors.FlashMoEError, match=r"cannot be read.*Permission denied"),
     ):
         Checkpoint.open(root)
     root.chmod(0o700)
-
-
-@contextmanager
-def other_user() -> Iterator[None]:
-    """Without root's right to read everything, for the block."""
-    own = os.geteuid()
-    os.seteuid(own or 65534)
-    try:
-        yield
-    finally:
-        os.seteuid(own)

@@ -21,7 +21,7 @@ from expert_store.pack import pack
 from expert_store.pack_target import check_target
 from expert_store.verify import verify
 from proto import errors
-from tests.mounts import bind_mount, other_disk, read_only
+from tests.places import bind_mount, other_disk, read_only
 
 CHECK = """
 import sys

@@ -22,7 +22,7 @@ from expert_store.verify import verify
 from proto import errors
 from tests.checkpoints import make
 from tests.expert_store.stores import FILE_NAME, KEYS, expert_range, flip
-from tests.mounts import read_only
+from tests.places import read_only
 
 
 def test_a_sound_store_has_no_damage_and_says_how_far_it_is(store_dir: Path) -> None:

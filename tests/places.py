@@ -1,11 +1,14 @@
-"""Commands that see a folder mounted differently, in a mount namespace of their own: nothing is
-left when they end.
+"""Places that cannot be written or replaced. Commands see a folder mounted differently in a mount
+namespace of their own: nothing is left when they end.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,17 @@ import pytest
 _READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
 _MOUNT_POINT = 'mount -t tmpfs -o size=64m tmpfs "$0" && exec "$@"'
 _BIND_MOUNT = 'mount --bind "$0" "$0" && exec "$@"'
+
+
+@contextmanager
+def not_root() -> Iterator[None]:
+    """Without root's right to read and write everything, for the block."""
+    own, other = os.getuid(), os.getuid() or 65534
+    os.setresuid(other, other, own)
+    try:
+        yield
+    finally:
+        os.setresuid(own, own, own)
 
 
 def read_only(folder: Path, *command: str) -> list[str]:
