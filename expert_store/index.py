@@ -98,7 +98,7 @@ def index(root: Path, store_dir: Path, report: Report = silent, warn: Warn = unh
     Killed and started again, it goes on where it was.
     Raises CheckpointUnsupported, ManifestInvalid (a shard missing or damaged, the disk full).
     """
-    root = root.resolve()
+    root, store_dir = root.resolve(), Path(os.path.realpath(store_dir))
     _check_not_packed(store_dir)
     checkpoint = Checkpoint.open(root, warn)
     architecture = read_architecture(root, checkpoint.tensors)
@@ -121,7 +121,7 @@ def index(root: Path, store_dir: Path, report: Report = silent, warn: Warn = unh
                 architecture, dense, record_layouts(architecture, ExactEncoder()), EXACT
             ),
             sizing=measure(architecture),
-            source_root=os.path.relpath(root, store_dir.resolve()),
+            source_root=os.path.relpath(root, store_dir),
             files=checkpoint.files,
             records=records,
         ).sealed()

@@ -283,6 +283,15 @@ def test_a_link_out_of_the_checkpoint_is_refused_before_reading(broken: Path) ->
     refused(broken, "leaves the source folder.*flashmoe pack", errors.ManifestInvalid)
 
 
+def test_a_store_may_be_named_by_a_link_to_a_folder_that_is_not_there_yet(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to("disk/store")
+    manifest = index(checkpoint, tmp_path / "link")
+    assert Manifest.load(tmp_path / "disk" / "store") == manifest
+    assert manifest.root(tmp_path / "link") == checkpoint
+
+
 def test_a_hub_caches_links_are_read_in_place(checkpoint: Path, tmp_path: Path) -> None:
     """Red when a link out of the folder is refused, wherever it leads."""
     model = tmp_path / "models--org--name"
