@@ -77,6 +77,17 @@ def test_a_damaged_generation_config_is_refused_before_reading(tmp_path: Path) -
     assert not (tmp_path / "store").exists()
 
 
+def test_paths_with_brackets_are_said_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Red: "[/b]" was taken for markup, a traceback after everything was hashed."""
+    root = make("qwen3_moe", tmp_path / "my [/b] model")
+    offline.index(root, tmp_path / "st[/b]ore")
+    said = capsys.readouterr()
+    assert "st[/b]ore" in said.out
+    assert "my [/b] model has no tokenizer" in said.err
+
+
 @pytest.mark.system
 def test_the_node_serves_token_ids_and_says_why_no_text(
     mute: Path, tmp_path: Path, run_dir: Path
