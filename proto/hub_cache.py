@@ -11,6 +11,15 @@ import os
 from pathlib import Path
 
 
+def mounted(root: Path) -> Path:
+    """The folder that holds all that a checkpoint in `root` may be made of.
+
+    root: a real path
+    """
+    blobs = root.parent.parent / "blobs"
+    return blobs.parent if root.parent.name == "snapshots" and blobs.is_dir() else root
+
+
 def allows(root: Path, resolved: Path) -> bool:
     """Whether a checkpoint in `root` may have a file at `resolved`: inside, or among the blobs of
     the cache that `root` is a revision of.

@@ -30,6 +30,15 @@ def test_blobs_of_its_own_model_and_nothing_else(tmp_path: Path) -> None:
     assert not hub_cache.allows(model / "revisions" / "a", model / "blobs" / "d1")
 
 
+def test_what_a_container_needs_is_the_model_of_a_revision(tmp_path: Path) -> None:
+    root = tmp_path / "model" / "snapshots" / "a"
+    root.mkdir(parents=True)
+    assert hub_cache.mounted(root) == root
+    (tmp_path / "model" / "blobs").mkdir()
+    assert hub_cache.mounted(root) == tmp_path / "model"
+    assert hub_cache.mounted(tmp_path) == tmp_path
+
+
 def test_a_link_to_a_revision_is_that_revision(tmp_path: Path) -> None:
     root = tmp_path / "model" / "snapshots" / "a"
     root.mkdir(parents=True)
