@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from compute_node.expert_memory import TORCH_DTYPES
-from proto import errors
+from proto import errors, hub_cache
 from proto.expert import DenseTensor
 
 _READS_AT_ONCE = 4  # 1.4 GB/s where one after another gives 0.7 to 1.3; one hashes, others read
@@ -55,7 +55,7 @@ def _open(model_dir: Path, name: str, stack: ExitStack) -> tuple[int, Path]:
 
 def _inside(model_dir: Path, name: str) -> Path:
     path = (model_dir / name).resolve()
-    if not path.is_relative_to(model_dir.resolve()):
+    if not hub_cache.allows(model_dir, path):
         raise errors.ManifestInvalid(f"dense weights in {name!r} are outside the model folder")
     return path
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.evidence import Evidence
@@ -28,6 +27,7 @@ from compute_node.trained_context import trained_context_tokens
 from compute_node.usage import Measure, Usage
 from compute_node.writer import Token, Writer
 from proto import errors
+from proto.text_files import load_generation_config
 
 logger = logging.getLogger(__name__)
 
@@ -264,9 +264,7 @@ class Engine:
 
 def _eos_ids(model: Any, model_dir: Path) -> frozenset[int]:
     """Tokens that end a text, as the checkpoint's generation config has them."""
-    config = model.generation_config
-    if (model_dir / "generation_config.json").exists():
-        config = GenerationConfig.from_pretrained(model_dir)
+    config = load_generation_config(model_dir) or model.generation_config
     eos = config.eos_token_id if config is not None else None
     if eos is None:
         eos = model.config.get_text_config().eos_token_id

@@ -4,6 +4,7 @@ materialise.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.initialization import no_init_weights
@@ -29,6 +30,9 @@ from compute_node.prefetcher import Prefetcher
 from compute_node.routers import RouterScores
 from proto import errors
 from proto.expert import ModelSpec
+from proto.text_files import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -113,10 +117,12 @@ def _build(model_dir: Path, spec: ModelSpec) -> tuple[Any, dict[int, tuple[str, 
     """The checkpoint's own model class without a weight, and its experts modules as
     `_experts_modules` has them. Raises CheckpointUnsupported, ManifestInvalid.
     """
-    config = AutoConfig.from_pretrained(model_dir)
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     config.dtype = config.dtype or _weights_dtype(spec)
     with _OnMeta("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=config.dtype, trust_remote_code=False
+        )
     model.eval()
     modules = _experts_modules(model, spec)
     for weight_format in (lossless, low_bit):
@@ -232,10 +238,9 @@ def _check_nothing_missing(model: Any) -> None:
 
 
 def _load_tokenizer(model_dir: Path) -> Any:
-    """None when there is no tokenizer: prompts are then token ids."""
-    if not any((model_dir / name).exists() for name in _TOKENIZER_FILES):
+    """None when there is no tokenizer that can be loaded: prompts are then token ids."""
+    try:
+        return load_tokenizer(model_dir)
+    except errors.CheckpointUnsupported as error:
+        logger.warning("no text, only token ids", extra={"reason": str(error)})
         return None
-    return AutoTokenizer.from_pretrained(model_dir)
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")

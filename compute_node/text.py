@@ -156,4 +156,4 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]
 
 def _need(tokenizer: Any) -> None:
     if tokenizer is None:
-        raise errors.InvalidRequest("this checkpoint has no tokenizer: send token_ids")
+        raise errors.InvalidRequest("this node has no tokenizer, its log says why: send token_ids")

@@ -18,7 +18,6 @@ from proto import errors
 from proto.expert import DTYPE_BYTES, ModelSpec
 from proto.shm import SegmentLayout
 from proto.weight_format import EXACT
-from scheduler.config import FORECASTER_NAME
 
 MIB = 1024 * 1024
 
@@ -156,10 +155,9 @@ def check_shared_memory(plan: MemoryPlan) -> None:
         )
 
 
-def forecaster_room(store_dir: Path) -> int:
+def forecaster_room(path: Path | None) -> int:
     """Bytes for what was calibrated, if anything: its weights, and its steps made searchable."""
-    path = store_dir / FORECASTER_NAME
-    return 3 * path.stat().st_size if path.exists() else 0
+    return 3 * path.stat().st_size if path else 0
 
 
 def _fixed_parts(

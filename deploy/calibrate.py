@@ -13,7 +13,7 @@ from compute_node import processors
 from deploy import console, online
 from deploy.offline import STORE, load_store
 from deploy.prompts import Prompt, read_prompts
-from deploy.record import record_trace
+from deploy.record import publishing, record_trace
 from deploy.recorder import Drawing
 from expert_store.manifest import Manifest
 from proto import errors
@@ -25,9 +25,11 @@ PASSAGE_CHARACTERS = 600
 TEXT = typer.Option(help="Text to generate from: files or folders; repeat for more.")
 TRACE = typer.Option(help="Trace of this model, made by `flashmoe record`.")
 GENERATIONS = typer.Option(min=4, help="At most so many, from passages of the texts.")
+OUT = typer.Option(metavar="FILE", help="What to write.  [default: beside the manifest]")
 UPDATES = typer.Option(min=1, help="It stops by itself when nothing is gained; at the latest here.")
 TOKENS = typer.Option(min=8, help="New tokens of each generation.")
 PROMPT_TOKENS = 64
+REMEDY = "give --out FILE, and start with `flashmoe serve --forecaster FILE`"
 
 
 def calibrate(
@@ -39,6 +41,7 @@ def calibrate(
     temperature: Annotated[float, online.TEMPERATURE] = 0.8,
     seed: Annotated[int, online.SEED] = 0,
     max_updates: Annotated[int, UPDATES] = 1200,
+    out: Annotated[Path | None, OUT] = None,
     memory: Annotated[str | None, online.MEMORY] = None,
     experts_memory: Annotated[str | None, online.EXPERTS_MEMORY] = None,
     run_dir: Annotated[Path | None, online.RUN_DIR] = None,
@@ -48,7 +51,8 @@ def calibrate(
     token on; a few minutes. Text should be like what the model will be used for.
 
     Generates from passages of the text with a running stack, or with one of its own when --memory
-    is given; writes forecaster.safetensors beside the manifest. `flashmoe serve` then uses it.
+    is given; writes forecaster.safetensors beside the manifest, where `flashmoe serve` finds it, or
+    the file named with --out, for `flashmoe serve --forecaster`.
 
     Example: flashmoe calibrate ~/stores/olmoe --text ~/notes --memory 4GiB
     """
@@ -60,28 +64,29 @@ def calibrate(
     manifest = load_store(store)
     if (trace is None) == (not text):
         raise errors.InvalidRequest("give either --text FILES or --trace TRACE")
-    if trace is not None:
-        known = AccessTrace.load(trace)
-    else:
-        drawing = Drawing(max_tokens, temperature, 1.0, seed, True, PROMPT_TOKENS)
-        prompts = passages(read_prompts(text or []), generations, seed)
-        flags = {"model": store if memory else None, "memory": memory}
-        known = record_trace(
-            "calibration",
-            prompts,
-            drawing,
-            config=config,
-            run_dir=run_dir,
-            flags=flags | {"experts_memory": experts_memory},
-        )
-    check_trace(known, manifest)
-    torch.set_num_threads(processors.usable())
-    settings = CalibrationSettings(lag_steps=1, max_updates=max_updates, seed=seed)
-    forecaster = train(known, settings, say, manifest.spec.fingerprint)
-    forecaster.save(store / FORECASTER_NAME)
+    with publishing(out or store / FORECASTER_NAME, REMEDY) as partial:
+        if trace is not None:
+            known = AccessTrace.load(trace)
+        else:
+            drawing = Drawing(max_tokens, temperature, 1.0, seed, True, PROMPT_TOKENS)
+            prompts = passages(read_prompts(text or []), generations, seed)
+            flags = {"model": store if memory else None, "memory": memory}
+            known = record_trace(
+                "calibration",
+                prompts,
+                drawing,
+                config=config,
+                run_dir=run_dir,
+                flags=flags | {"experts_memory": experts_memory},
+            )
+        check_trace(known, manifest)
+        torch.set_num_threads(processors.usable())
+        settings = CalibrationSettings(lag_steps=1, max_updates=max_updates, seed=seed)
+        train(known, settings, say, manifest.spec.fingerprint).save(partial)
+    user = f"flashmoe serve --forecaster {out}" if out else "flashmoe serve"
     console.out.print(
-        f"{store / FORECASTER_NAME}: trained on {known.num_steps} steps of {known.num_generations} "
-        "generations; the next `flashmoe serve` uses it",
+        f"{out or store / FORECASTER_NAME}: trained on {known.num_steps} steps of "
+        f"{known.num_generations} generations; the next `{user}` uses it",
         markup=False,
     )
 

@@ -24,8 +24,9 @@ from rich.table import Table
 from expert_store.progress import Report
 from proto import errors
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# Without markup: a path may have brackets in it.
+out = Console(highlight=False, soft_wrap=True, markup=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 OK, DAMAGED, BAD_INPUT, NO_ROOM, UNAVAILABLE, DEFECT = 0, 1, 2, 3, 4, 70
 EXIT_CODES = (

@@ -19,7 +19,7 @@ from deploy.online import CONFIG, EXPERTS_MEMORY, MEMORY, SOURCE, prepare
 from deploy.run_dir import CONFIG_NAME, RunDir
 from deploy.settings import ServeSettings, parse_bytes
 from expert_store.manifest import Manifest, check_sources
-from proto import errors
+from proto import errors, hub_cache
 from proto.shm import SegmentLayout
 from scheduler.config import FORECASTER_NAME
 
@@ -62,6 +62,8 @@ def container_config(
     root = manifest.root(store, settings.source)
     check_sources(manifest, root)
     tables = container_tables(settings, manifest, plan)
+    mounted = hub_cache.mounted(root)
+    tables["expert_store"]["source_root"] = str(SOURCE_DIR / root.relative_to(mounted))
     segment_bytes = SegmentLayout(
         tables["expert_store"]["num_slots"], plan.slot_bytes
     ).segment_bytes
@@ -76,7 +78,7 @@ def container_config(
         "FLASHMOE_CONFIG": out / CONFIG_NAME,
         "FLASHMOE_RUN_DIR": out / "run",
         "FLASHMOE_STORE": store.resolve(),
-        "FLASHMOE_SOURCE": root,
+        "FLASHMOE_SOURCE": mounted,
         "FLASHMOE_SEGMENT_BYTES": segment_bytes,
         **{f"FLASHMOE_{name.upper()}_MEMORY": limit for name, limit in limits.items()},
     }

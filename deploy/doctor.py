@@ -15,6 +15,7 @@ from typing import Annotated
 
 import psutil
 import typer
+from rich.text import Text
 
 from compute_node import native_library, processors
 from deploy import cgroup, console, leftovers
@@ -59,8 +60,8 @@ def doctor(
         console.print_json([vars(finding) for finding in findings])
     else:
         for finding in findings:
-            mark = "[yellow]![/yellow]" if finding.remedy else "[green]ok[/green]"
-            console.out.print(f"{mark:>2} {finding.name}: {finding.fact}")
+            mark = Text("!", "yellow") if finding.remedy else Text("ok", "green")
+            console.out.print(mark, f"{finding.name}: {finding.fact}")
             if finding.remedy:
                 console.out.print(f"   → {finding.remedy}")
     if any(finding.remedy for finding in findings):

@@ -27,7 +27,7 @@ from expert_store.config import ExpertStoreConfig
 from expert_store.manifest import Manifest
 from proto import errors, redis_schema
 from proto.shm import SegmentLayout
-from scheduler.config import FORECASTER_NAME, SchedulerConfig
+from scheduler.config import SchedulerConfig
 
 _DRAIN_S = 30.0  # longer than a daemon may take to stop
 
@@ -77,8 +77,8 @@ def compose(
         },
     }
     _check_overrides(settings, tables)
-    if (store_dir / FORECASTER_NAME).exists():
-        tables["scheduler"]["forecaster_path"] = str(store_dir.resolve() / FORECASTER_NAME)
+    if forecaster := settings.forecaster(store_dir):
+        tables["scheduler"]["forecaster_path"] = str(forecaster.resolve())
     if settings.source:
         tables["expert_store"]["source_root"] = str(settings.source.resolve())
     for name, table in tables.items():

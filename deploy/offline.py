@@ -39,7 +39,7 @@ def index(checkpoint: Annotated[Path, CHECKPOINT], out: Annotated[Path, OUT]) ->
         console.err.print(f"{out} is up to date")
         return
     with console.progress("indexing") as report:
-        manifest = make_index(checkpoint, out, report, console.err.print)
+        manifest = make_index(checkpoint, out, report, _warn)
     _say_written(manifest, out)
 
 
@@ -62,12 +62,7 @@ def pack(
 
     with console.progress("packing") as report:
         manifest = make_pack(
-            checkpoint,
-            out,
-            report,
-            console.err.print,
-            weight_format=weight_format,
-            overwrite=overwrite,
+            checkpoint, out, report, _warn, weight_format=weight_format, overwrite=overwrite
         )
     _say_written(manifest, out)
 
@@ -121,7 +116,7 @@ def plan(
             chunk_tokens=settings.chunk_tokens(manifest.sizing),
             spare_slots=settings.spare_slots(manifest.slot_bytes),
             embedded_valkey=settings.redis is None,
-            forecaster_bytes=forecaster_room(store_dir),
+            forecaster_bytes=forecaster_room(settings.forecaster(store_dir)),
         )
         disk = measure_disk(manifest, root)
     expected = estimate(manifest, planned, disk)
@@ -135,7 +130,11 @@ def _index_for_plan(checkpoint: Path, store_dir: Path) -> None:
     from expert_store.index import index as make_index
 
     with console.progress("reading the checkpoint") as report:
-        make_index(checkpoint, store_dir, report, console.err.print)
+        make_index(checkpoint, store_dir, report, _warn)
+
+
+def _warn(sentence: str) -> None:
+    console.err.print(f"flashmoe: {sentence}", markup=False)
 
 
 def _say_written(manifest: Manifest, out: Path) -> None:

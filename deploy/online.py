@@ -35,6 +35,7 @@ REDIS = typer.Option(help="URL of a Redis or Valkey to use instead of the embedd
 CONFIG = typer.Option(help="Settings.  [default: ./flashmoe.toml if there is one]")
 SOURCE = typer.Option(help="Where the checkpoint's files are now, if they moved.")
 POLICY = typer.Option(help="What decides which expert to give up.  [default: auto]")
+FORECASTER = typer.Option(help="What `flashmoe calibrate --out` wrote.  [default: the store's]")
 MAX_TOKENS = typer.Option(help="New tokens at most.")
 TEMPERATURE = typer.Option(help="0: greedy.")
 TOP_P = typer.Option(help="Nucleus sampling; 1: off.")
@@ -51,6 +52,7 @@ def serve(
     redis: Annotated[str | None, REDIS] = None,
     source: Annotated[Path | None, SOURCE] = None,
     policy: Annotated[PolicySetting | None, POLICY] = None,
+    forecaster: Annotated[Path | None, FORECASTER] = None,
     config: Annotated[Path | None, CONFIG] = None,
 ) -> None:
     """Run all daemons on this box until interrupted; prints one line when ready.
@@ -66,6 +68,8 @@ def serve(
         source=source,
         policy=policy,
     )
+    if forecaster is not None:
+        settings = settings.with_forecaster(forecaster)
     store_dir, manifest, plan = prepare(settings)
     stopped = stop_flag()
     with local.serving(settings, store_dir, manifest, plan, stopped, _say) as stack:
@@ -232,7 +236,7 @@ def prepare(settings: ServeSettings) -> tuple[Path, Manifest, MemoryPlan]:
         chunk_tokens=settings.chunk_tokens(manifest.sizing),
         spare_slots=settings.spare_slots(manifest.slot_bytes),
         embedded_valkey=settings.redis is None,
-        forecaster_bytes=forecaster_room(settings.model),
+        forecaster_bytes=forecaster_room(settings.forecaster(settings.model)),
     )
     return settings.model, manifest, plan
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -45,6 +46,8 @@ def check_writable(path: Path) -> None:
         raise errors.InvalidRequest(f"{path} is no picture: give --plot a name that ends in .png")
     if not path.parent.is_dir():
         raise errors.InvalidRequest(f"{path.parent} is no folder: make it, or give another --plot")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise errors.InvalidRequest(f"{path} cannot be written: give another --plot")
 
 
 def draw(path: Path, setting: Setting, sizes: Sizes) -> None:

@@ -115,7 +115,7 @@ def _check_flags(flags: Mapping[str, object], run_dir: Path | None) -> None:
 
 
 @contextmanager
-def publishing(out: Path) -> Iterator[Path]:
+def publishing(out: Path, remedy: str = "name a file in a folder that can") -> Iterator[Path]:
     """A file beside `out` to write; it takes the place of `out` when the block succeeds, and
     vanishes when not.
 
@@ -128,7 +128,7 @@ def publishing(out: Path) -> Iterator[Path]:
         partial.touch()
     except OSError as error:
         raise errors.InvalidRequest(
-            f"{out} cannot be written ({error.strerror}): name a file in a folder that can"
+            f"{out} cannot be written ({error.strerror}): {remedy}"
         ) from error
     try:
         yield partial

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, Valida
 from expert_store.sizing import Sizing
 from proto import errors
 from proto.redis_schema import PolicySetting
+from scheduler.config import FORECASTER_NAME
 
 
 def _default_run_dir() -> Path:
@@ -96,6 +97,25 @@ class ServeSettings(BaseModel):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise errors.ConfigInvalid(f"table [{table}]: {key} is {value!r}: write a count")
         return value
+
+    def forecaster(self, store_dir: Path) -> Path | None:
+        """What was calibrated for the store: the file that [scheduler] names, else the one beside
+        the manifest. Raises ConfigInvalid when the file that is named is not there.
+        """
+        named = self.scheduler.get("forecaster_path")
+        path = Path(str(named or store_dir / FORECASTER_NAME))
+        if path.is_file():
+            return path
+        if named:
+            raise errors.ConfigInvalid(
+                f"forecaster {path} is no file: name what `flashmoe calibrate --out` wrote"
+            )
+        return None
+
+    def with_forecaster(self, path: Path) -> Self:
+        """These settings with a forecaster that lies outside the store."""
+        named = {"forecaster_path": str(path.resolve())}
+        return self.model_copy(update={"scheduler": self.scheduler | named})
 
     def with_flags(self, **flags: Any) -> Self:
         """These settings, with every flag that was given."""

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+from expert_store import foreign
 from expert_store.checkpoint import CheckpointTensor
 from expert_store.dry_run import DryRun, dry_run, explained
 from expert_store.parameters import TORCH_DTYPES, ExpertParameter, ParameterSources
@@ -47,30 +48,35 @@ class Architecture:
 
 
 def load_config(root: Path) -> Any:
-    """The checkpoint's config. Raises CheckpointUnsupported naming what is in the way."""
+    """The checkpoint's config. Raises CheckpointUnsupported naming what is in the way.
+
+    Code that comes with a checkpoint is never run: what transformers does not know is refused.
+    """
+    document = foreign.read_config(root)
+    foreign.check_config(root, document)
     try:
-        config = AutoConfig.from_pretrained(root)
-    except (OSError, ValueError, KeyError) as error:
-        raise errors.CheckpointUnsupported(
-            f"{root}: transformers cannot read its config: {error}"
-        ) from error
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        _check_quantization(root, quantization)
+        config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever its class raises for values of the wrong kind
+        raise _unreadable(root, document, error) from error
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # the model's class would be asked for there
+    if getattr(config, "quantization_config", None):
         del config.quantization_config  # the model's class is the same without it
         config.dtype = config.dtype or torch.bfloat16
     return config
 
 
-def _check_quantization(root: Path, quantization: Any) -> None:
-    method = quantization
-    if isinstance(quantization, dict):
-        method = quantization.get("quant_method", "unknown")
-    if method != "mxfp4":
-        raise errors.CheckpointUnsupported(
-            f"{root}: its weights are quantised on disk ({method}), which is not supported: "
-            "use a bf16, fp16, fp32 or mxfp4 checkpoint"
+def _unreadable(
+    root: Path, document: Mapping[str, Any], error: Exception
+) -> errors.CheckpointUnsupported:
+    if "auto_map" in document and isinstance(error, ValueError):
+        return errors.CheckpointUnsupported(
+            f"{root}: its model type {document.get('model_type')!r} is known only to code that "
+            "comes with it (auto_map), which is never run: use a checkpoint that transformers "
+            "itself knows, or a newer transformers"
         )
+    reason = " ".join(str(error).split("\n\n")[0].split()) or repr(error)
+    return errors.CheckpointUnsupported(f"{root}: transformers cannot read its config: {reason}")
 
 
 def build_meta(config: Any) -> Any:

@@ -4,6 +4,7 @@ costs.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,12 +69,18 @@ Experts: {self.source_bytes:,} bytes in the checkpoint, {self.packed_bytes:,} he
 
 
 def check_card(store_dir: Path) -> None:
-    """Raises ManifestInvalid when the store has no card of ours."""
+    """Before hours are spent: raises ManifestInvalid when the store has no card of ours, or one
+    that cannot be written.
+    """
     path = store_dir / CARD_NAME
     if not path.exists() or _PERPLEXITY not in path.read_text():
         raise errors.ManifestInvalid(
             f"{store_dir} has no {CARD_NAME} with a section {_PERPLEXITY!r}: only stores packed "
             "with --format have one"
+        )
+    if not os.access(path, os.W_OK):
+        raise errors.ManifestInvalid(
+            f"{path} cannot be written: leave --card out, or copy the store where it can be"
         )
 
 

@@ -11,13 +11,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from expert_store import foreign
+from expert_store.foreign import SHARD_INDEX, SINGLE_FILE
+from expert_store.progress import Warn, unheard
 from expert_store.sources import SourceFile
 from proto import errors
 from proto.expert import DTYPE_BYTES
 
-_SHARD_INDEX = "model.safetensors.index.json"
-_SINGLE_FILE = "model.safetensors"
-_MAX_HEADER_BYTES = 512 * 1024 * 1024
+_MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 _CHUNK_BYTES = 4 * 1024 * 1024
 
 
@@ -49,38 +50,60 @@ class Checkpoint:
         return self.root / self.files[file].path
 
     @classmethod
-    def open(cls, root: Path) -> Checkpoint:
-        """Raises CheckpointUnsupported when there is none, ManifestInvalid naming a missing or
-        damaged shard.
+    def open(cls, root: Path, warn: Warn = unheard) -> Checkpoint:
+        """Raises CheckpointUnsupported when there is none, or one of another format,
+        ManifestInvalid naming a missing or damaged shard.
         """
+        foreign.check_folder(root)
+        for sentence in foreign.ignored_weights(root):
+            warn(sentence)
         files: list[SourceFile] = []
         tensors: dict[str, CheckpointTensor] = {}
         for name in shard_names(root):
             header, header_bytes = read_header(root / name)
             files.append(_source_file(root, name, header_bytes))
             for tensor in _tensors(header, len(files) - 1, root / name, len(header_bytes)):
-                tensors[tensor.name] = tensor
+                tensors[tensor.name] = tensor  # of a name in two files the last, as transformers
+        foreign.check_names(root, iter(tensors))
         return cls(root, tuple(files), tensors)
 
 
 def shard_names(root: Path) -> list[str]:
-    """Raises CheckpointUnsupported when the folder holds no safetensors checkpoint."""
-    index = root / _SHARD_INDEX
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise errors.ManifestInvalid(f"{index} is damaged: {error!r}") from error
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise errors.ManifestInvalid(f"{index} names {name!r}, which leaves the folder")
-        return names
-    if (root / _SINGLE_FILE).exists():
-        return [_SINGLE_FILE]
-    raise errors.CheckpointUnsupported(
-        f"{root} has neither {_SINGLE_FILE} nor {_SHARD_INDEX}: "
-        "give the folder of a Hugging Face checkpoint in safetensors format"
-    )
+    """The files that transformers' from_pretrained takes: what the config names, else the single
+    file, else the shards of the index.
+
+    Raises CheckpointUnsupported when the folder holds no safetensors checkpoint, ManifestInvalid.
+    """
+    config = foreign.read_config(root) if (root / foreign.CONFIG_NAME).exists() else {}
+    foreign.check_config(root, config)
+    chosen = config.get("transformers_weights")
+    if chosen is not None:
+        _check_inside(root / foreign.CONFIG_NAME, chosen)
+        return _indexed(root / chosen) if chosen.endswith(".index.json") else [chosen]
+    if (root / SINGLE_FILE).is_file():
+        return [SINGLE_FILE]
+    if (root / SHARD_INDEX).is_file():
+        return _indexed(root / SHARD_INDEX)
+    raise foreign.weights_missing(root)
+
+
+def _indexed(index: Path) -> list[str]:
+    """Raises ManifestInvalid."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise errors.ManifestInvalid(f"{index} is damaged: {error!r}: download it again") from error
+    if not names:
+        raise errors.ManifestInvalid(f"{index} names no shards: download it again")
+    for name in names:
+        _check_inside(index, name)
+    return names
+
+
+def _check_inside(document: Path, name: Any) -> None:
+    plain = isinstance(name, str) and Path(name).name == name
+    if not plain or "\0" in name or name in ("", ".."):
+        raise errors.ManifestInvalid(f"{document} names {name!r}, which leaves the folder")
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -92,16 +115,21 @@ def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
         with path.open("rb") as file:
             length_field = file.read(8)
             length = int.from_bytes(length_field, "little")
-            if len(length_field) < 8 or length > min(_MAX_HEADER_BYTES, path.stat().st_size):
-                raise errors.ManifestInvalid(f"{path} is not a safetensors file")
+            if len(length_field) < 8 or length > _MAX_HEADER_BYTES:
+                raise errors.ManifestInvalid(f"{path} {foreign.other_content(path)}")
             raw = file.read(length)
+        if len(raw) < length:
+            problem = foreign.other_content(path, "is cut off in its header")
+            raise errors.ManifestInvalid(f"{path} {problem}")
         header = json.loads(raw)
     except FileNotFoundError as error:
         raise errors.ManifestInvalid(f"shard {path} is missing: download it again") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise errors.ManifestInvalid(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise errors.ManifestInvalid(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise errors.ManifestInvalid(f"{path} {foreign.other_content(path)} ({error})") from error
     if not isinstance(header, dict):
-        raise errors.ManifestInvalid(f"{path} is not a safetensors file")
+        raise errors.ManifestInvalid(f"{path} {foreign.other_content(path)}")
     header.pop("__metadata__", None)
     return header, length_field + raw
 
@@ -117,6 +145,8 @@ def _tensors(
 ) -> Iterator[CheckpointTensor]:
     size_bytes = path.stat().st_size
     for name, entry in header.items():
+        if isinstance(entry, dict):
+            foreign.check_dtype(path, name, entry.get("dtype"))
         try:
             begin, end = map(_count, entry["data_offsets"])
             dtype, shape = entry["dtype"], tuple(map(_count, entry["shape"]))

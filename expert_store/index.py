@@ -14,11 +14,12 @@ from expert_store.architecture import Architecture, read_architecture, remarks
 from expert_store.checkpoint import Checkpoint, CheckpointTensor, read_chunks
 from expert_store.encoders import ExactEncoder, check_plain, record_layouts
 from expert_store.extents import ExpertRecord, Extent, slot_bytes_needed
-from expert_store.manifest import MANIFEST_NAME, Manifest
+from expert_store.manifest import IN_PLACE, MANIFEST_NAME, Manifest
 from expert_store.parameters import ExpertParameter, Part
-from expert_store.progress import Journal, Report, Say, silent, unsaid
+from expert_store.progress import Journal, Report, Warn, silent, unheard
 from expert_store.sizing import Sizing
 from expert_store.sources import SourceFile, resolve_inside
+from expert_store.text_files import check_text
 from proto import errors
 from proto.expert import DenseTensor, ExpertKey, ModelSpec, TensorLayout
 from proto.shm import PAGE_BYTES, TENSOR_ALIGN_BYTES, align_up
@@ -90,22 +91,24 @@ def expert_parts(layer: Sequence[ExpertParameter], expert: int) -> list[tuple[Pa
     return [parameter.parts[expert] for parameter in layer]
 
 
-def index(root: Path, store_dir: Path, report: Report = silent, say: Say = unsaid) -> Manifest:
+def index(root: Path, store_dir: Path, report: Report = silent, warn: Warn = unheard) -> Manifest:
     """Write a manifest over the checkpoint in `root` to `store_dir`; reads every byte once for
-    the checksums. `say` is given what the user should know of the model, before the reading.
+    the checksums. `warn` hears what the user should know of the model, before the reading.
 
     Killed and started again, it goes on where it was.
     Raises CheckpointUnsupported, ManifestInvalid (a shard missing or damaged, the disk full).
     """
-    root = root.resolve()
-    checkpoint = Checkpoint.open(root)
+    root, store_dir = root.resolve(), Path(os.path.realpath(store_dir))
+    _check_not_packed(store_dir)
+    checkpoint = Checkpoint.open(root, warn)
     architecture = read_architecture(root, checkpoint.tensors)
+    check_text(root, architecture.model, warn)
     check_plain(architecture, f"run `flashmoe pack {root} --out STORE --format bf16` (or int4)")
     for file in checkpoint.files:
         resolve_inside(root, file.path)  # the daemon would refuse it, after all the reading
     _make_folder(store_dir)
     for remark in remarks(architecture):
-        say(remark)
+        warn(remark)
     with ExitStack() as stack:
         journal = _open_journal(store_dir / "index.journal", checkpoint, stack)
         hasher = _Hasher(checkpoint, journal, report, architecture, stack)
@@ -115,12 +118,12 @@ def index(root: Path, store_dir: Path, report: Report = silent, say: Say = unsai
             for tensor in architecture.dense
         )
         manifest = Manifest(
-            format="in-place",
+            format=IN_PLACE,
             spec=make_spec(
                 architecture, dense, record_layouts(architecture, ExactEncoder()), EXACT
             ),
             sizing=measure(architecture),
-            source_root=os.path.relpath(root, store_dir.resolve()),
+            source_root=os.path.relpath(root, store_dir),
             files=checkpoint.files,
             records=records,
         ).sealed()
@@ -133,11 +136,26 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise errors.ManifestInvalid(f"cannot write {path}: {error.strerror}") from error
+        raise errors.ManifestInvalid(
+            f"cannot write {path} ({error.strerror}): give another --out"
+        ) from error
+
+
+def _check_not_packed(store_dir: Path) -> None:
+    """Raises ManifestInvalid where another manifest would make a packed store worthless."""
+    try:
+        found = Manifest.load(store_dir)
+    except errors.ManifestInvalid:
+        return  # none, or one that is of no use
+    if found.format != IN_PLACE:
+        raise errors.ManifestInvalid(f"{store_dir} holds a packed store: give another --out")
 
 
 def is_indexed(root: Path, store_dir: Path) -> bool:
-    """Whether `store_dir` holds an up-to-date in-place manifest of the checkpoint in `root`."""
+    """Whether `store_dir` holds an up-to-date in-place manifest of the checkpoint in `root`.
+
+    Files of another time count as changed: that costs reading them, the other way a wrong store.
+    """
     if not (store_dir / MANIFEST_NAME).exists():
         return False
     try:

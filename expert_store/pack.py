@@ -19,13 +19,14 @@ from expert_store.architecture import read_architecture, remarks
 from expert_store.card import Card
 from expert_store.checkpoint import Checkpoint, read_header
 from expert_store.companions import DENSE_NAME, copy_side_files, write_dense
-from expert_store.durable import sync_folder
 from expert_store.encoders import make_encoder
 from expert_store.index import make_spec, measure
-from expert_store.manifest import MANIFEST_NAME, Manifest
-from expert_store.progress import Journal, Report, Say, silent, unsaid
+from expert_store.manifest import Manifest
+from expert_store.pack_target import check_target, publish
+from expert_store.progress import Journal, Report, Warn, silent, unheard
 from expert_store.records import RECORDS_NAME, RecordWriter
 from expert_store.sources import SourceFile
+from expert_store.text_files import check_text
 from expert_store.weight_source import WeightSource
 from proto import errors
 from proto.weight_format import EXACT
@@ -37,14 +38,13 @@ def pack(
     root: Path,
     store_dir: Path,
     report: Report = silent,
-    say: Say = unsaid,
+    warn: Warn = unheard,
     *,
     weight_format: str = EXACT.name,
     overwrite: bool = False,
 ) -> Manifest:
     """Write a packed store of the checkpoint in `root` to `store_dir`.
 
-    say:           given what the user should know of the model, before the copying
     weight_format: one of proto.weight_format.NAMES
 
     Holds one tensor in memory at a time; of formats that are not exact, one expert's matrix and
@@ -53,22 +53,23 @@ def pack(
     was).
     """
     root = root.resolve()
-    checkpoint = Checkpoint.open(root)
+    store_dir = check_target(root, store_dir, overwrite)
+    checkpoint = Checkpoint.open(root, warn)
     architecture = read_architecture(root, checkpoint.tensors)
+    check_text(root, architecture.model, warn)
     partial = store_dir.with_name(store_dir.name + ".partial")
     with ExitStack() as stack, _disk_full_explained(partial):
         source = WeightSource(checkpoint, stack)
         encoder = make_encoder(weight_format, architecture, source, report)
         writer = RecordWriter(architecture, encoder, source)
-        _check_target(root, store_dir, overwrite)
         _check_space(writer, partial, store_dir)
         for remark in remarks(architecture):
-            say(remark)
+            warn(remark)
         partial.mkdir(parents=True, exist_ok=True)
         manifest = _write_store(writer, checkpoint, partial, report)
         manifest.write(partial)
         (partial / JOURNAL_NAME).unlink()
-        _publish(partial, store_dir)
+        publish(partial, store_dir)
     return manifest
 
 
@@ -120,18 +121,6 @@ def _source_file(folder: Path, name: str) -> SourceFile:
     return SourceFile(name, stat.st_size, stat.st_mtime_ns, digest)
 
 
-def _check_target(root: Path, store_dir: Path, overwrite: bool) -> None:
-    """Raises ManifestInvalid for a folder that must not be replaced."""
-    if root.is_relative_to(store_dir.resolve()):
-        raise errors.ManifestInvalid(f"{store_dir} holds the checkpoint itself: give another --out")
-    if not store_dir.exists() or not any(store_dir.iterdir()):
-        return
-    if not (store_dir / MANIFEST_NAME).exists():
-        raise errors.ManifestInvalid(f"{store_dir} holds other files: give another --out")
-    if not overwrite:
-        raise errors.ManifestInvalid(f"{store_dir} exists: give another --out, or --overwrite")
-
-
 def _check_space(writer: RecordWriter, partial: Path, store_dir: Path) -> None:
     needed = writer.total_bytes
     needed += sum(tensor.length_bytes for tensor in writer.architecture.dense)
@@ -155,15 +144,3 @@ def _disk_full_explained(partial: Path) -> Iterator[None]:
         raise errors.ManifestInvalid(
             f"the disk is full: free some space and run the same command, it resumes from {partial}"
         ) from error
-
-
-def _publish(partial: Path, store_dir: Path) -> None:
-    replaced = store_dir.with_name(store_dir.name + ".replaced")
-    if store_dir.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)  # of a run killed just before its end
-        store_dir.rename(replaced)
-    partial.rename(store_dir)
-    sync_folder(store_dir.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)

@@ -4,6 +4,7 @@ for resuming after a kill.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -14,21 +15,23 @@ from typing import Any
 from proto import errors
 
 Report = Callable[[int, int], None]  # bytes done, bytes in all
-Say = Callable[[str], None]  # one sentence
+Warn = Callable[[str], None]  # a sentence that a user should read
+
+
+def unheard(sentence: str) -> None:
+    """Warns nobody."""
 
 
 def silent(done_bytes: int, total_bytes: int) -> None:
     """Reports to nobody."""
 
 
-def unsaid(sentence: str) -> None:
-    """Says it to nobody."""
-
-
 class Journal:
     """Checksums of what is finished, appended line by line; the first line says of what.
 
     A torn last line (killed while writing) is dropped; another task's journal is started over.
+    Files of another time make another task: what was hashed before a change must not stand beside
+    what is hashed after it.
     """
 
     def __init__(self, path: Path, task: dict[str, Any]) -> None:
@@ -53,7 +56,7 @@ class Journal:
         """Make what was added durable; whoever adds must have made durable what the entries
         promise.
 
-        Raises ManifestInvalid when the disk is full.
+        Raises ManifestInvalid when it cannot be written, for lack of room say.
         """
         data = "".join(json.dumps(entry) + "\n" for entry in self._unwritten).encode()
         with _failing_typed(self._path):
@@ -71,9 +74,9 @@ def _failing_typed(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise errors.ManifestInvalid(
-            f"cannot write {path} ({error.strerror}): make room, then run the same command"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room, then run the same command" if full else "give another --out"
+        raise errors.ManifestInvalid(f"cannot write {path} ({error.strerror}): {remedy}") from error
 
 
 def _read_done(path: Path, task: dict[str, Any]) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from proto import errors
+from proto import errors, hub_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,8 @@ def resolve_name(files: Sequence[SourceFile], name: str) -> SourceFile:
 
 
 def resolve_inside(root: Path, relative: str) -> Path:
-    """The file `relative` names under `root`, links resolved.
+    """The file `relative` names under `root`, links resolved: those of a model hub's cache may
+    lead to its blobs.
 
     Raises ManifestInvalid when it leaves the folder.
     """
@@ -37,6 +38,9 @@ def resolve_inside(root: Path, relative: str) -> Path:
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise errors.ManifestInvalid(f"path {relative!r} leaves the source folder")
     resolved = Path(os.path.realpath(root / path))  # unlike resolve(), a loop of links is no error
-    if not resolved.is_relative_to(os.path.realpath(root)):
-        raise errors.ManifestInvalid(f"path {relative!r} leaves the source folder after its links")
+    if not hub_cache.allows(root, resolved):
+        raise errors.ManifestInvalid(
+            f"{root / path} leaves the source folder after its links (to {resolved}): make a store "
+            "of its own with `flashmoe pack`"
+        )
     return resolved

@@ -12,9 +12,10 @@ from pathlib import Path
 import xxhash
 
 from expert_store.checkpoint import read_chunks
-from expert_store.manifest import Manifest, check_sources
+from expert_store.manifest import IN_PLACE, Manifest, check_sources
 from expert_store.progress import Report, silent
 from expert_store.sources import resolve_inside, resolve_name
+from proto import errors
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ class Damage:
 def verify(store_dir: Path, source: Path | None = None, report: Report = silent) -> list[Damage]:
     """Every damaged expert and dense tensor of a store, in order; empty when all is well.
 
-    A store whose files were touched but hold the right bytes is healed: their times are recorded
-    anew.
-    Raises ManifestInvalid, SourceChanged (a file missing or of another size).
+    An in-place store whose files were touched but hold the right bytes is healed: their times are
+    recorded anew.
+    Raises ManifestInvalid (also when that cannot be recorded), SourceChanged (a file missing or of
+    another size).
     """
     manifest = Manifest.load(store_dir)
     root = manifest.root(store_dir, source)
@@ -48,7 +50,7 @@ def verify(store_dir: Path, source: Path | None = None, report: Report = silent)
                 found.append(Damage(name, str(root / manifest.files[ranges[0][0]].path), problem))
             done += sum(length for _, _, length in ranges)
             report(done, total)
-    if not found:
+    if not found and manifest.format == IN_PLACE:
         _record_times(manifest, root, store_dir)
     return found
 
@@ -96,5 +98,12 @@ def _record_times(manifest: Manifest, root: Path, store_dir: Path) -> None:
     files = tuple(
         replace(f, mtime_ns=resolve_inside(root, f.path).stat().st_mtime_ns) for f in manifest.files
     )
-    if files != manifest.files:
+    if files == manifest.files:
+        return
+    try:
         replace(manifest, files=files).write(store_dir)
+    except errors.ManifestInvalid as error:
+        raise errors.ManifestInvalid(
+            f"every byte is as it was indexed, but {error}, so that the next start would not know: "
+            f"run `flashmoe index {root} --out DIR` with a folder that can be written"
+        ) from error

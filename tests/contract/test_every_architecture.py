@@ -190,7 +190,7 @@ def test_what_the_model_does_not_take_is_skipped(tmp_path: Path) -> None:
 
     change_weights(root, add)
     skipped = list[str]()
-    manifest = index(root, tmp_path / "store", say=skipped.append)
+    manifest = index(root, tmp_path / "store", warn=skipped.append)
     assert manifest.sizing == before
     assert [tensor.name for tensor in manifest.spec.dense if "visual" in tensor.name] == []
     assert skipped == [
@@ -228,7 +228,7 @@ def test_routers_that_cannot_be_asked_are_named(model_type: str, tmp_path: Path)
     """A network routes in zaya, a table of token ids in deepseek_v4's first layers."""
     root = save(tiny_config(model_type), tmp_path / "checkpoint", torch.float32)
     said = list[str]()
-    index(root, tmp_path / "store", say=said.append)
+    index(root, tmp_path / "store", warn=said.append)
     with engine(tmp_path / "store", tmp_path) as node:
         sequence = SequenceState("s", prompt())
         node.prefill(sequence)

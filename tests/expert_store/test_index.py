@@ -23,15 +23,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from compute_node.dense_weights import reading_dense
 from expert_store import index as module
 from expert_store import parameters
 from expert_store.architecture import experts_modules
 from expert_store.checkpoint import CheckpointTensor
 from expert_store.extents import ExpertRecord, slot_bytes_needed
 from expert_store.index import index, is_indexed, lay_out
-from expert_store.manifest import Manifest
+from expert_store.manifest import Manifest, check_sources
+from expert_store.pack import pack
 from expert_store.parameters import Part
 from expert_store.reader import SourceFiles, read_record
+from expert_store.verify import verify
 from proto import errors
 from proto.expert import ExpertKey
 from tests.checkpoints import make
@@ -277,7 +280,36 @@ def test_a_link_out_of_the_checkpoint_is_refused_before_reading(broken: Path) ->
     """Red when only the daemon looks: it would refuse the store after hours of reading."""
     (broken / "model.safetensors").rename(broken.parent / "blob")
     (broken / "model.safetensors").symlink_to("../blob")
-    refused(broken, "leaves the source folder", errors.ManifestInvalid)
+    refused(broken, "leaves the source folder.*flashmoe pack", errors.ManifestInvalid)
+
+
+def test_a_store_may_be_named_by_a_link_to_a_folder_that_is_not_there_yet(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to("disk/store")
+    manifest = index(checkpoint, tmp_path / "link")
+    assert Manifest.load(tmp_path / "disk" / "store") == manifest
+    assert manifest.root(tmp_path / "link") == checkpoint
+
+
+def test_a_hub_caches_links_are_read_in_place(checkpoint: Path, tmp_path: Path) -> None:
+    """Red when a link out of the folder is refused, wherever it leads."""
+    model = tmp_path / "models--org--name"
+    root = model / "snapshots" / "0123abcd"
+    root.mkdir(parents=True)
+    (model / "blobs").mkdir()
+    for number, path in enumerate(sorted(checkpoint.iterdir())):
+        shutil.copyfile(path, model / "blobs" / f"{number}")
+        (root / path.name).symlink_to(f"../../blobs/{number}")
+    manifest = index(root, tmp_path / "store")
+    assert manifest.root(tmp_path / "store") == root
+    check_sources(manifest, root)
+    assert verify(tmp_path / "store") == []
+    assert manifest.spec == index(checkpoint, tmp_path / "plain").spec
+    pack(root, tmp_path / "packed")
+    assert verify(tmp_path / "packed") == []
+    with reading_dense(root, manifest.spec.dense) as dense:
+        assert dense().keys() == {tensor.name for tensor in manifest.spec.dense}
 
 
 def test_a_store_that_cannot_be_written_is_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_a_full_disk_while_publishing_costs_only_the_manifest(
 
 def test_a_target_that_is_a_file_is_named(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "store").write_text("mine")
-    with pytest.raises(errors.ManifestInvalid, match="cannot pack"):
+    with pytest.raises(errors.ManifestInvalid, match="is a file: give another --out"):
         pack(checkpoint, tmp_path / "store", overwrite=True)
     assert (tmp_path / "store").read_text() == "mine"
 

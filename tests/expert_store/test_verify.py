@@ -1,23 +1,28 @@
 """Verify names exactly what is damaged, and heals a store that was only touched.
 
 Planted faults seen red: dense weights not read, only the first extent of a record hashed, times
-recorded although something is damaged.
+recorded although something is damaged, times of a packed store compared.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from expert_store.index import index
 from expert_store.manifest import MANIFEST_NAME, Manifest, check_sources
+from expert_store.records import RECORDS_NAME
 from expert_store.verify import verify
 from proto import errors
 from tests.checkpoints import make
 from tests.expert_store.stores import FILE_NAME, KEYS, expert_range, flip
+from tests.places import read_only
 
 
 def test_a_sound_store_has_no_damage_and_says_how_far_it_is(store_dir: Path) -> None:
@@ -75,6 +80,49 @@ def test_touched_files_are_healed_when_sound(store_dir: Path) -> None:
     assert verify(store_dir) == []
     check_sources(Manifest.load(store_dir), store_dir)
     assert Manifest.load(store_dir).spec == before.spec
+
+
+def copied(store: Path, target: Path) -> Path:
+    """As `cp -r` does: the same bytes at another time."""
+    shutil.copytree(store, target, copy_function=shutil.copyfile)
+    for path in target.iterdir():
+        os.utime(path, ns=(7, 7))
+    return target
+
+
+def test_a_copy_of_a_packed_store_is_as_good(packed: Path, tmp_path: Path) -> None:
+    """Red when times count: on a read-only disk nobody could ever say that it is sound."""
+    copy = copied(packed, tmp_path / "copy")
+    check_sources(Manifest.load(copy), copy)
+    before = (copy / MANIFEST_NAME).stat()
+    assert verify(copy) == []
+    assert (copy / MANIFEST_NAME).stat().st_ino == before.st_ino, "nothing to record"
+    os.truncate(copy / RECORDS_NAME, 4096)
+    with pytest.raises(errors.SourceChanged, match="4096 bytes"):
+        check_sources(Manifest.load(copy), copy)
+
+
+VERIFY = """
+import sys
+from pathlib import Path
+from expert_store.verify import verify
+from proto import errors
+try:
+    print(verify(Path(sys.argv[1])))
+except errors.ManifestInvalid as error:
+    print(error)
+"""
+
+
+def test_read_only_stores_are_verified_too(packed: Path, store_dir: Path, tmp_path: Path) -> None:
+    """Of a touched one in place, what to do is said: its times cannot be recorded."""
+    said = {}
+    for store in (copied(packed, tmp_path / "packed"), copied(store_dir, tmp_path / "in-place")):
+        command = read_only(store, sys.executable, "-c", VERIFY, str(store))
+        said[store.name] = subprocess.run(command, capture_output=True, text=True).stdout
+    assert said["packed"] == "[]\n"
+    assert "every byte is as it was indexed, but cannot write" in said["in-place"]
+    assert "flashmoe index" in said["in-place"]
 
 
 def test_touched_and_damaged_files_are_not(store_dir: Path) -> None:
