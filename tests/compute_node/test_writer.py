@@ -1,7 +1,7 @@
 """How an answer is spelled and ends, told token by token.
 
 Planted faults seen red: stop strings that are special tokens never found, the end of the text not
-shown on request, a last incomplete character lost, a stop string looked for in what is flushed.
+shown on request, a last incomplete character lost.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Logits that are NaN or infinite end a request with an error that names where they come from;
 minus infinity for tokens that must not come does not.
 
-Planted faults seen red: no check (greedy gives token 0 for ever), NaN alone looked for, the error
-of the last module instead of the first, the hooks left in the model.
+Planted faults seen red: NaN alone looked for, the hooks left in the model.
 """
 
 from __future__ import annotations
