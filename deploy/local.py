@@ -153,9 +153,10 @@ def serving(
     manifest: Manifest,
     plan: MemoryPlan,
     until: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Stack]:
     """A running stack for the block; when `until` turns true before it serves, the block runs
-    early.
+    early. `say` hears what goes on, a line each.
 
     Raises AlreadyRunning when another stack holds the run directory, Unavailable, ConfigInvalid.
     """
@@ -172,6 +173,7 @@ def serving(
         sampler = MemorySampler(run.path, plan.ceiling_bytes, segment.segment_bytes, dense_bytes)
         stack = Stack(run, commands(run, settings), sampler)
         try:
+            say(f"starting {', '.join(commands(run, settings))}")
             stack.start(until)
             yield stack
         finally:

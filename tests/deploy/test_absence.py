@@ -1,0 +1,78 @@
+"""What the run directory tells of a daemon that does not answer.
+
+Faults seen red: after all daemons were killed, `generate` printed gRPC's own words; while a stack
+was stopping, it told to start one; any lock of the machine taken for the launcher's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deploy import cli
+from deploy.absence import Absence, explain_absence, find_absence, is_launched
+from deploy.run_dir import RunDir
+
+NODE = "compute_node"
+
+
+def listening(run: RunDir) -> socket.socket:
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(run.socket(NODE)))
+    server.listen()
+    return server
+
+
+def left_over(run: RunDir) -> None:
+    """A socket of a daemon that was killed."""
+    listening(run).close()
+
+
+def nothing(run: RunDir) -> None:
+    """No socket."""
+
+
+@pytest.mark.parametrize(
+    ("leave", "launched", "absence"),
+    [
+        (nothing, False, Absence.NO_STACK),
+        (nothing, True, Absence.PASSING),
+        (left_over, False, Absence.KILLED),
+        (left_over, True, Absence.DIED),
+    ],
+)
+def test_each_state_is_told_from_the_others(
+    leave: Callable[[RunDir], None],
+    launched: bool,
+    absence: Absence,
+    run_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = RunDir(run_dir.resolve())
+    leave(run)
+    with (run.path / "lock").open("w") as lock:
+        if launched:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        assert is_launched(run) is launched
+        assert find_absence(run, NODE) is absence
+        assert cli.run(["generate", "hi", "--run-dir", str(run_dir)]) == 4
+        said = capsys.readouterr().err
+        assert said == f"flashmoe: {explain_absence(run, absence)}\n"
+        assert ("flashmoe serve" in said) is not launched
+        assert cli.run(["status", "--run-dir", str(run_dir)]) == 4
+        assert f"away: {absence.value}" in capsys.readouterr().out
+
+
+def test_one_that_listens_is_there(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    with listening(run):
+        assert find_absence(run, NODE) is Absence.SILENT
+
+
+def test_a_run_directory_that_cannot_be_one_has_no_stack(tmp_path: Path) -> None:
+    for path in (tmp_path / ("x" * 200), Path("/dev/null")):
+        assert find_absence(RunDir(path), NODE) is Absence.NO_STACK
