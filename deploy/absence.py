@@ -44,7 +44,8 @@ def explain_absence(run: RunDir, absence: Absence) -> str:
     return {
         Absence.NO_STACK: f"no stack runs in {run.path}: start one with `flashmoe serve`, or name "
         "it with --run-dir",
-        Absence.KILLED: f"the stack in {run.path} was killed: start it again with `flashmoe serve`",
+        Absence.KILLED: f"the stack in {run.path} was killed, or its containers are down: start it "
+        "again (`flashmoe serve`)",
         Absence.PASSING: f"the stack in {run.path} is starting or stopping: wait until `flashmoe "
         "status` calls it serving, then try again",
         Absence.DIED: f"the node in {run.path} died and is started again in a moment: try again; "

@@ -27,8 +27,8 @@ class _Console(Console):
         raise OutputClosed  # rich would leave with 1, which means damage here
 
 
-out = _Console(highlight=False, soft_wrap=True)
-err = _Console(stderr=True, highlight=False, soft_wrap=True)
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
+out, err = _Console(**_PLAIN), _Console(stderr=True, **_PLAIN)
 
 OK, DAMAGED, BAD_INPUT, NO_ROOM, UNAVAILABLE = 0, 1, 2, 3, 4
 DEFECT, INTERRUPTED, OUTPUT_CLOSED = 70, 130, 141
@@ -60,7 +60,7 @@ def discard_output() -> None:
 def say(line: str) -> None:
     """What goes on, on stderr; whether somebody reads it changes nothing of what goes on."""
     with suppress(OSError, OutputClosed):
-        err.print(line, markup=False)
+        err.print(line)
 
 
 def fail(message: str, code: int) -> int:

@@ -60,9 +60,9 @@ def doctor(
     else:
         for finding in findings:
             mark = "[yellow]![/yellow]" if finding.remedy else "[green]ok[/green]"
-            console.out.print(f"{mark} {escape(f'{finding.name}: {finding.fact}')}")
+            console.out.print(f"{mark} {escape(f'{finding.name}: {finding.fact}')}", markup=True)
             if finding.remedy:
-                console.out.print(f"   do: {finding.remedy}", markup=False)
+                console.out.print(f"   do: {finding.remedy}")
     if any(finding.remedy for finding in findings):
         raise typer.Exit(console.DAMAGED)
 

@@ -84,7 +84,7 @@ def _score(
     """
 
     def say(number: int, text: Prompt) -> None:
-        console.err.print(f"{number + 1}/{len(texts)} {text.name}", markup=False)
+        console.err.print(f"{number + 1}/{len(texts)} {text.name}")
 
     with (
         serve.own_stack(config, flags, stopped) as (stack, run),

@@ -178,8 +178,7 @@ def _generate(
     def say(number: int, prompt: Prompt, result: Result) -> None:
         console.err.print(
             f"{number + 1}/{len(prompts)} {prompt.name}: {len(result.steps)} steps, "
-            f"{result.tokens_per_s:.1f} tokens/s, hit ratio {result.decode.hit_ratio:.3f}",
-            markup=False,
+            f"{result.tokens_per_s:.1f} tokens/s, hit ratio {result.decode.hit_ratio:.1%}",
         )
 
     with ThreadPoolExecutor(1) as threads:
@@ -199,5 +198,4 @@ def _summarise(out: Path, trace: AccessTrace) -> None:
         f"{out}: {trace.num_generations} generations, {trace.num_steps} steps of "
         f"{trace.num_layers} layers x {trace.num_experts} experts, top {trace.top_k}, "
         f"{console.size(out.stat().st_size)}",
-        markup=False,
     )

@@ -76,7 +76,6 @@ def serve(
             console.out.print(
                 f"ready: {model_name(manifest)}, {plan.slots} of {plan.num_experts} experts in "
                 f"memory, ceiling {console.size(plan.ceiling_bytes)}, run dir {settings.run_dir}",
-                markup=False,
             )
         stack.watch(stopped)
     console.say("stopped")

@@ -141,6 +141,14 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f" {verb} " in listed.out for verb in cli.VERBS) and listed.err == ""
 
 
+def test_what_is_printed_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    """Seen red: a folder named [/v1] ended `verify` in a traceback, :cat: became a picture."""
+    for name in ("/models/[/v1]/x", "/models/[red]/x", ":cat:"):
+        console.out.print(name)
+        console.say(name)
+        assert capsys.readouterr() == (f"{name}\n", f"{name}\n")
+
+
 def shell(command: str, **environ: str) -> subprocess.CompletedProcess[bytes]:
     flashmoe = " ".join(FLASHMOE)
     return subprocess.run(
