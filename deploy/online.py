@@ -34,11 +34,11 @@ def _seconds(value: float | None) -> float | None:
 MODEL = typer.Option(help="Store made by `flashmoe index` or `pack`.")
 MEMORY = typer.Option(help="Ceiling over everything, e.g. 2GiB.")
 EXPERTS_MEMORY = typer.Option(help="For experts: bytes (1GiB), percent (37.5%) or slots (96).")
-RUN_DIR = typer.Option(help="Sockets and state of the stack.  [default: ~/.flashmoe/run]")
+RUN_DIR = typer.Option(help="Sockets and state of the stack. (default: ~/.flashmoe/run)")
 REDIS = typer.Option(help="URL of a Redis or Valkey to use instead of the embedded one.")
-CONFIG = typer.Option(help="Settings.  [default: ./flashmoe.toml if there is one]")
+CONFIG = typer.Option(help="Settings. (default: ./flashmoe.toml if there is one)")
 SOURCE = typer.Option(help="Where the checkpoint's files are now, if they moved.")
-POLICY = typer.Option(help="What decides which expert to give up.  [default: auto]")
+POLICY = typer.Option(help="What decides which expert to give up. (default: auto)")
 PROMPT = typer.Argument(
     metavar="PROMPT",
     help="Text to go on from; - reads it from standard input. One that begins with a dash goes "
@@ -48,10 +48,10 @@ PROMPT = typer.Argument(
 PROMPT_FILE = typer.Option(
     metavar="FILE", help="Read the prompt from a file, in UTF-8, less its last line break."
 )
-MAX_TOKENS = typer.Option(min=1, max=COUNT_MAX, help="New tokens at most.")
+MAX_TOKENS = typer.Option(metavar="N", min=1, max=COUNT_MAX, help="New tokens at most.")
 TEMPERATURE = typer.Option(min=0, max=100, help="0: greedy.")
 TOP_P = typer.Option(min=0, max=1, help="Nucleus sampling; 1: off.")
-SEED = typer.Option(min=0, max=SEED_MAX, help="Of the sampling; none: random.")
+SEED = typer.Option(metavar="N", min=0, max=SEED_MAX, help="Of the sampling; none: random.")
 STOP = typer.Option(help="Stop string; repeat for more.")
 IGNORE_EOS = typer.Option("--ignore-eos", help="Go on past the end of text.")
 TIMEOUT = typer.Option(callback=_seconds, help="Deadline in seconds.")

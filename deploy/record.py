@@ -29,7 +29,7 @@ PROMPTS = typer.Option(
     metavar="DIR|FILE",
     help="A text is one prompt; a .jsonl has one a line; a folder, all of its .txt and .jsonl.",
 )
-MODEL = typer.Option(help="Store to start a stack of its own with.  [default: the running stack]")
+MODEL = typer.Option(help="Store to start a stack of its own with. (default: the running stack)")
 PROMPT_TOKENS = typer.Option(
     min=1, max=online.COUNT_MAX, help="A longer prompt is cut to its first so many."
 )

@@ -34,6 +34,7 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
     said = capsys.readouterr().out
     assert f"Example: flashmoe {verb}" in said
     assert "Exit codes" in said
+    assert ("--run-dir" in said) <= ("~/.flashmoe/run" in said)  # rich took the default for a tag
 
 
 def loaded_by(*arguments: str) -> set[str]:
