@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from deploy import console
+from deploy.imports import importing
 from proto import errors
 
 
@@ -32,7 +33,9 @@ class Verb:
     def load(self, name: str) -> Any:
         """The command itself; imports what it works with."""
         alone = typer.Typer(add_completion=False)
-        function: Callable[..., None] = getattr(importlib.import_module(self.module), self.function)
+        with importing():
+            module = importlib.import_module(self.module)
+        function: Callable[..., None] = getattr(module, self.function)
         alone.command(name, epilog=console.EXIT_CODES)(function)
         return typer.main.get_command(alone)
 

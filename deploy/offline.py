@@ -13,6 +13,7 @@ from deploy import console
 from deploy.budget import MemoryPlan, forecaster_room, plan_memory
 from deploy.disk import DiskSpeed, RecordSpeed, measure_disk, measure_records
 from deploy.estimate import Estimate, estimate
+from deploy.imports import importing
 from deploy.progress import progress
 from deploy.settings import ServeSettings, parse_bytes
 from expert_store.manifest import MANIFEST_NAME, Manifest, check_sources
@@ -34,9 +35,10 @@ def index(checkpoint: Annotated[Path, CHECKPOINT], out: Annotated[Path, OUT]) ->
 
     Example: flashmoe index ~/models/OLMoE-1B-7B --out ~/stores/olmoe
     """
-    from compute_node import lean_imports  # noqa: F401  before torch: a third of its imports
-    from expert_store.index import index as make_index
-    from expert_store.index import is_indexed
+    with importing():
+        from compute_node import lean_imports  # noqa: F401  before torch, whose imports it halves
+        from expert_store.index import index as make_index
+        from expert_store.index import is_indexed
 
     if is_indexed(checkpoint, out):
         console.err.print(f"{out} is up to date")
@@ -61,8 +63,9 @@ def pack(
 
     Example: flashmoe pack ~/models/OLMoE-1B-7B --out /nvme/olmoe-int4 --format int4
     """
-    from compute_node import lean_imports  # noqa: F401  before torch: a third of its imports
-    from expert_store.pack import pack as make_pack
+    with importing():
+        from compute_node import lean_imports  # noqa: F401  before torch, whose imports it halves
+        from expert_store.pack import pack as make_pack
 
     with progress("packing") as report:
         manifest = make_pack(
@@ -133,8 +136,9 @@ def plan(
 
 
 def _index_for_plan(checkpoint: Path, store_dir: Path) -> None:
-    from compute_node import lean_imports  # noqa: F401  before torch: a third of its imports
-    from expert_store.index import index as make_index
+    with importing():
+        from compute_node import lean_imports  # noqa: F401  before torch, whose imports it halves
+        from expert_store.index import index as make_index
 
     with progress("reading the checkpoint") as report:
         make_index(checkpoint, store_dir, report)
