@@ -27,7 +27,7 @@ TRACE = typer.Option(help="Trace of this model, made by `flashmoe record`.")
 GENERATIONS = typer.Option(min=4, help="At most so many, from passages of the texts.")
 OUT = typer.Option(metavar="FILE", help="What to write.  [default: beside the manifest]")
 UPDATES = typer.Option(min=1, help="It stops by itself when nothing is gained; at the latest here.")
-TOKENS = typer.Option(min=8, help="New tokens of each generation.")
+TOKENS = typer.Option(min=8, max=online.COUNT_MAX, help="New tokens of each generation.")
 PROMPT_TOKENS = 64
 REMEDY = "give --out FILE, and start with `flashmoe serve --forecaster FILE`"
 

@@ -1,81 +1,199 @@
-"""The `flashmoe` command: assembles the verbs, turns a typed error into one sentence and an exit
-code.
+"""The `flashmoe` command: lists the verbs, imports the one that is called, turns a typed error into
+one sentence and an exit code.
 """
 
 from __future__ import annotations
 
 import proto.quiet_grpc  # noqa: F401  isort: skip  before grpc
 
+import importlib
+import importlib.metadata
+import re
 import sys
-from typing import Annotated
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-from deploy import calibrate, console, container, doctor, evaluate, offline, online, record, replay
-from deploy.status import check_health
+from deploy import console
+from deploy.imports import importing
 from proto import errors
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb is written, and what the list of verbs says of it."""
+
+    module: str
+    function: str
+    summary: str
+
+    def load(self, name: str) -> Any:
+        """The command itself; imports what it works with."""
+        alone = typer.Typer(add_completion=False)
+        with importing():
+            module = importlib.import_module(self.module)
+        function: Callable[..., None] = getattr(module, self.function)
+        alone.command(name, epilog=console.EXIT_CODES)(function)
+        return typer.main.get_command(alone)
+
+
+VERBS = {
+    "index": Verb(
+        "deploy.offline",
+        "index",
+        "Write a manifest over a checkpoint in place: no copy of its weights.",
+    ),
+    "pack": Verb(
+        "deploy.offline", "pack", "Copy a checkpoint into aligned records that read fastest."
+    ),
+    "verify": Verb(
+        "deploy.offline", "verify", "Read and check every expert and dense weight of a store."
+    ),
+    "plan": Verb(
+        "deploy.offline",
+        "plan",
+        "Tell whether a model fits a memory ceiling, and how fast it should decode.",
+    ),
+    "serve": Verb("deploy.serve", "serve", "Run all daemons on this box until interrupted."),
+    "run": Verb(
+        "deploy.serve", "run", "Start a stack of its own, generate once, print a summary, stop."
+    ),
+    "generate": Verb("deploy.online", "generate", "Stream text from a running stack."),
+    "status": Verb("deploy.online", "status", "Tell how every daemon of a running stack is."),
+    "record": Verb(
+        "deploy.record", "record", "Write which experts every decode step chose, as a trace."
+    ),
+    "replay": Verb(
+        "deploy.replay", "replay", "Tell what each eviction policy would have missed on a trace."
+    ),
+    "calibrate": Verb(
+        "deploy.calibrate", "calibrate", "Learn ahead which experts a model uses after which."
+    ),
+    "eval": Verb(
+        "deploy.evaluate", "evaluate", "Measure the perplexity of a store's model on held-out text."
+    ),
+    "container-config": Verb(
+        "deploy.container",
+        "container_config",
+        "Write what deploy/docker-compose.yml reads to serve a store.",
+    ),
+    "doctor": Verb("deploy.doctor", "doctor", "Check what on this machine stands in the way."),
+    "health": Verb("deploy.online", "health", "Ask one daemon whether it serves."),
+}
+
+
+class Verbs(TyperGroup):
+    """Help lists the verbs without their work; only the one that is called is imported."""
+
+    def __init__(self, **attributes: Any) -> None:
+        listed = {name: TyperCommand(name=name, help=v.summary) for name, v in VERBS.items()}
+        super().__init__(**attributes | {"commands": listed})
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        assert name is not None
+        return name, VERBS[name].load(name), rest
+
+
+_OPTION, _EMPTY_OPTION = re.compile(r"--[a-z-]+"), re.compile(r"(--[a-z-]+)=")
 
 app = typer.Typer(
     name="flashmoe",
-    help="Run Mixture-of-Experts models that do not fit in memory, their experts on the SSD.",
+    cls=Verbs,
     epilog=console.EXIT_CODES,
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (
-    offline.index,
-    offline.pack,
-    offline.verify,
-    offline.plan,
-    online.serve,
-    online.run,
-    online.generate,
-    online.status,
-    record.record,
-    replay.replay,
-    calibrate.calibrate,
-    container.container_config,
-    doctor.doctor,
-):
-    app.command(epilog=console.EXIT_CODES)(verb)
-app.command("eval", epilog=console.EXIT_CODES)(evaluate.evaluate)
 
 
-@app.command(epilog=console.EXIT_CODES)
-def health(
-    address: Annotated[str, typer.Argument(help="unix:PATH or HOST:PORT of a daemon.")],
-) -> None:
-    """Ask one daemon whether it serves: exit 0 or 4. What container health checks call.
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.write(f"flashmoe {importlib.metadata.version('flashmoe')}\n")
+        raise typer.Exit
 
-    Example: flashmoe health unix:/run/flashmoe/expert_store.sock
-    """
-    state = check_health(address)
-    console.out.print(state)
-    if state != "SERVING":
-        raise typer.Exit(console.UNAVAILABLE)
+
+VERSION = typer.Option("--version", help="Print the version.", callback=_print_version)
+
+
+@app.callback(invoke_without_command=True)
+def flashmoe(context: typer.Context, version: Annotated[bool, VERSION] = False) -> None:
+    """Run Mixture-of-Experts models that do not fit in memory, their experts on the SSD."""
+    if context.invoked_subcommand is None:
+        console.write(context.get_help())
+        raise typer.Exit(console.BAD_INPUT)
 
 
 def main() -> None:
     """Entry point of the `flashmoe` script."""
+    console.prepare_output()
+    code = run()
+    if code == console.OUTPUT_CLOSED:
+        console.discard_output()
+    sys.exit(code)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Do what the arguments ask, tell an error in one sentence on stderr; returns the exit code."""
     try:
-        code = app(standalone_mode=False)
+        return _run(arguments)
+    except console.OutputClosed:
+        return console.OUTPUT_CLOSED
+    except SystemExit:  # how typer ends when nobody reads its help
+        return console.OUTPUT_CLOSED
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        _check_no_empty(sys.argv[1:] if arguments is None else arguments)
+        code: int | None = app(arguments, prog_name="flashmoe", standalone_mode=False)
+        console.flush()
     except errors.FlashMoEError as error:
-        console.err.print(f"flashmoe: {error}", markup=False)
-        code = console.exit_code(error)
+        return console.fail(str(error), console.exit_code(error))
     except TyperException as error:
-        console.err.print(f"flashmoe: {error.format_message()} (--help tells more)", markup=False)
-        code = error.exit_code
-    except BrokenPipeError:
-        sys.stderr.close()
-        code = 0
+        return console.fail(_describe_usage(error), console.BAD_INPUT)
+    except typer.Abort:
+        return console.INTERRUPTED
     except OSError as error:
-        console.err.print(f"flashmoe: {error}", markup=False)
-        code = console.BAD_INPUT
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
-    sys.exit(code or 0)
+        return console.fail(_describe_system(error), console.BAD_INPUT)
+    except Exception as error:  # noqa: BLE001  a defect of ours: told whole, for a report
+        console.say(traceback.format_exc())
+        return console.fail(
+            f"a defect of FlashMoE, please report the lines above: {type(error).__name__}: {error}",
+            console.DEFECT,
+        )
+    return code or console.OK
+
+
+def _check_no_empty(arguments: list[str]) -> None:
+    """An empty path would be this folder, and no argument may be empty. Raises InvalidRequest."""
+    for number, argument in enumerate(arguments):
+        name = _EMPTY_OPTION.fullmatch(argument)
+        if name is None and argument:
+            continue
+        before = arguments[number - 1] if number else ""
+        what = name[1] if name else before if _OPTION.fullmatch(before) else "an argument"
+        raise errors.InvalidRequest(f"{what} is empty: give it a value, or leave it out")
+
+
+def _describe_usage(error: TyperException) -> str:
+    """What is wrong with the arguments, and how to go on."""
+    sentence = error.format_message().rstrip(".")
+    if type(error).__name__ == "NoSuchOption":
+        sentence += "; an argument that begins with a dash goes behind --"
+    context: typer.Context | None = getattr(error, "ctx", None)
+    return f"{sentence} ({context.command_path if context else 'flashmoe'} --help tells more)"
+
+
+def _describe_system(error: OSError) -> str:
+    """What the operating system refused, and of which file."""
+    if error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 if __name__ == "__main__":

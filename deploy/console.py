@@ -5,34 +5,76 @@ error.
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from io import TextIOWrapper
+from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
+from rich.text import Text
 
-from expert_store.progress import Report
 from proto import errors
 
-# Without markup: a path may have brackets in it.
-out = Console(highlight=False, soft_wrap=True, markup=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
-OK, DAMAGED, BAD_INPUT, NO_ROOM, UNAVAILABLE, DEFECT = 0, 1, 2, 3, 4, 70
+class OutputClosed(BaseException):
+    """Nobody reads what is written: `| head` has enough. Ends the command as Ctrl-C does."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        raise OutputClosed  # rich would leave with 1, which means damage here
+
+
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
+out, err = _Console(**_PLAIN), _Console(stderr=True, **_PLAIN)
+
+OK, DAMAGED, BAD_INPUT, NO_ROOM, UNAVAILABLE = 0, 1, 2, 3, 4
+DEFECT, INTERRUPTED, OUTPUT_CLOSED = 70, 130, 141
 EXIT_CODES = (
     "Exit codes: 0 done, 1 damage found or a check failed, 2 bad input or configuration, "
-    "3 memory or queue does not suffice, 4 a daemon is away, stopping or too slow, 130 interrupted."
+    "3 memory or queue does not suffice, 4 a daemon is away, stopping or too slow, "
+    "70 a defect of FlashMoE, 130 interrupted, 141 nobody reads the output any more."
 )
+
+
+def prepare_output() -> None:
+    """Let no character end the command that the output's encoding lacks, nor an output that is
+    closed.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  for the process's life
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def discard_output() -> None:
+    """What is buffered goes nowhere: the interpreter would stumble over it at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, sys.stderr.fileno())
+
+
+def say(line: str) -> None:
+    """What goes on, on stderr; whether somebody reads it changes nothing of what goes on."""
+    with suppress(OSError, OutputClosed):
+        err.print(line)
+
+
+def fail(message: str, code: int) -> int:
+    """Say what went wrong, in one line whatever is in it; returns the exit code, which counts also
+    when nobody reads the line.
+    """
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    say(f"flashmoe: {_printable(line)}")
+    return code
+
+
+def _printable(text: str) -> str:
+    """Arguments and file names may hold anything: escapes, halves of characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def exit_code(error: errors.FlashMoEError) -> int:
@@ -41,49 +83,47 @@ def exit_code(error: errors.FlashMoEError) -> int:
         return DAMAGED
     if isinstance(error, (errors.MemoryExceeded, errors.SlotsExhausted, errors.QueueFull)):
         return NO_ROOM
-    waiting = (errors.Unavailable, errors.DeadlineExceeded, errors.Cancelled, errors.StaleLease)
-    if isinstance(error, waiting):
+    if error.retryable or isinstance(error, errors.Cancelled):
         return UNAVAILABLE
     return DEFECT if type(error) is errors.FlashMoEError else BAD_INPUT
 
 
-@contextmanager
-def progress(what: str) -> Iterator[Report]:
-    """A bar with speed and time left on a terminal; silent elsewhere."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-
-        def report(done_bytes: int, total_bytes: int) -> None:
-            bar.update(task, completed=done_bytes, total=total_bytes)
-
-        yield report
-
-
-def table(title: str, rows: Mapping[str, str]) -> Table:
-    """Two columns, no frame: reads well in a log too."""
-    grid = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
-    grid.add_column(style="dim")
-    grid.add_column()
-    for name, value in rows.items():
-        grid.add_row(name, value)
-    return grid
+def table(title: str, rows: Mapping[str, str]) -> Text:
+    """Two columns, no frame, a line a row however long: reads well in a log too."""
+    width = max(map(len, rows), default=0)
+    lines = [Text(title, "italic")] if title else []
+    lines += [Text.assemble((name.ljust(width), "dim"), "  ", rows[name]) for name in rows]
+    return Text("\n").join(lines)
 
 
 def write(text: str) -> None:
-    """A model's text, as it is: no markup, no wrapping, tabs stay tabs."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """A model's text, as it is: no markup, no wrapping, tabs stay tabs. Raises OutputClosed."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        raise OutputClosed from error
+
+
+def write_all(pieces: Iterable[str]) -> None:
+    """A text as it comes. Its line is ended also where it breaks off: an error begins another."""
+    begun = False
+    try:
+        for piece in pieces:
+            write(piece)
+            begun = True
+    finally:
+        if begun:
+            write("\n")
+
+
+def flush() -> None:
+    """Raises OutputClosed, OSError."""
+    write("")
 
 
 def print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
+    write(json.dumps(value) + "\n")
 
 
 def size(count: float) -> str:

@@ -15,8 +15,9 @@ from deploy import console
 from deploy.budget import MIB, OVERHEAD_BYTES, MemoryPlan
 from deploy.local import compose
 from deploy.offline import STORE
-from deploy.online import CONFIG, EXPERTS_MEMORY, MEMORY, SOURCE, prepare
+from deploy.online import CONFIG, EXPERTS_MEMORY, MEMORY, SOURCE
 from deploy.run_dir import CONFIG_NAME, RunDir
+from deploy.serve import prepare
 from deploy.settings import ServeSettings, parse_bytes
 from expert_store.manifest import Manifest, check_sources
 from proto import errors, hub_cache

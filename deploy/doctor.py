@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +17,11 @@ from rich.text import Text
 
 from compute_node import native_library, processors
 from deploy import cgroup, console, leftovers
+from deploy.disk import measure_disk
 from expert_store import huge_pages
 
 _PROBE_BYTES = 64 * 1024 * 1024
-_READ_BYTES = 4 * 1024 * 1024
+_PATTERN_BYTES = 4 * 1024 * 1024
 _SLOW_BYTES_PER_S = 500e6
 
 
@@ -63,16 +62,16 @@ def doctor(
             mark = Text("!", "yellow") if finding.remedy else Text("ok", "green")
             console.out.print(mark, f"{finding.name}: {finding.fact}")
             if finding.remedy:
-                console.out.print(f"   → {finding.remedy}")
+                console.out.print(f"   do: {finding.remedy}")
     if any(finding.remedy for finding in findings):
         raise typer.Exit(console.DAMAGED)
 
 
 def check_disk(path: Path) -> Iterator[Finding]:
-    """A probe file of 64 MiB, written, synced, and read back in random 4 MiB pieces."""
+    """A probe file of 64 MiB, written, synced, and read back in random pieces."""
     try:
         with tempfile.NamedTemporaryFile(dir=path, prefix=".flashmoe-doctor-") as probe:
-            probe.write(os.urandom(_READ_BYTES) * (_PROBE_BYTES // _READ_BYTES))
+            probe.write(os.urandom(_PATTERN_BYTES) * (_PROBE_BYTES // _PATTERN_BYTES))
             probe.flush()
             os.fsync(probe.fileno())
             os.posix_fadvise(probe.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -84,33 +83,19 @@ def check_disk(path: Path) -> Iterator[Finding]:
 
 
 def _probe(file: Path) -> Iterator[Finding]:
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
-        yield Finding("direct I/O", "works")
-    except OSError as error:
-        descriptor = os.open(file, os.O_RDONLY)
+    speed = measure_disk([file])
+    if speed.obstacle:
         yield Finding(
             "direct I/O",
-            f"refused ({error.strerror}): reads go through the page cache",
+            f"refused ({speed.obstacle}): reads go through the page cache",
             "keep the experts on ext4, xfs or btrfs, not on tmpfs, overlayfs or a network share",
         )
-    try:
-        speed, median_s = _read_speed(descriptor)
-    finally:
-        os.close(descriptor)
-    fact = f"{speed / 1e9:.2f} GB/s, {median_s * 1e3:.1f} ms per 4 MiB read at depth 1"
-    slow = speed < _SLOW_BYTES_PER_S
-    yield Finding("disk", fact, "decode will wait for this disk: use an NVMe SSD" if slow else "")
-
-
-def _read_speed(descriptor: int) -> tuple[float, float]:
-    times = []
-    with huge_pages.buffer(_READ_BYTES) as view:
-        for piece in (5, 0, 9, 14, 3, 11, 7, 2, 13, 8, 1, 15, 6, 12, 4, 10):
-            start_s = time.perf_counter()
-            os.preadv(descriptor, [view], piece * _READ_BYTES)
-            times.append(time.perf_counter() - start_s)
-    return _READ_BYTES * len(times) / sum(times), statistics.median(times)
+    else:
+        yield Finding("direct I/O", "works")
+    slow = speed.bytes_per_s < _SLOW_BYTES_PER_S
+    yield Finding(
+        "disk", str(speed), "decode will wait for this disk: use an NVMe SSD" if slow else ""
+    )
 
 
 def check_shm() -> Finding:

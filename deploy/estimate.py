@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deploy.budget import MemoryPlan
-from deploy.disk import DiskSpeed
+from deploy.disk import RecordSpeed
 from expert_store.manifest import Manifest
 
 # Between uniform routing, where a cache hits as often as it is large, and the gap that decayed
@@ -33,7 +33,7 @@ class Estimate:
     bytes_per_token: float
 
 
-def estimate(manifest: Manifest, plan: MemoryPlan, disk: DiskSpeed) -> Estimate:
+def estimate(manifest: Manifest, plan: MemoryPlan, records: RecordSpeed) -> Estimate:
     spec = manifest.spec
     share = plan.slots / plan.num_experts
     local = share + (1 - share) * _LOCALITY
@@ -46,12 +46,12 @@ def estimate(manifest: Manifest, plan: MemoryPlan, disk: DiskSpeed) -> Estimate:
     def tokens_per_s(hit_ratio: float, slowdown: float) -> float:
         misses = accesses * (1 - hit_ratio)
         layers = min(len(spec.moe_layers), misses)
-        return 1 / (compute_s + misses / disk.records_per_s * slowdown + layers * _RPC_S)
+        return 1 / (compute_s + misses / records.records_per_s * slowdown + layers * _RPC_S)
 
     return Estimate(
-        low_tokens_per_s=tokens_per_s(share, disk.p90_s / disk.median_s),
+        low_tokens_per_s=tokens_per_s(share, records.p90_s / records.median_s),
         likely_tokens_per_s=tokens_per_s((share + local) / 2, 1.0),
-        high_tokens_per_s=tokens_per_s(local, disk.p10_s / disk.median_s),
+        high_tokens_per_s=tokens_per_s(local, records.p10_s / records.median_s),
         likely_hit_ratio=(share + local) / 2,
         bytes_per_token=accesses * (1 - (share + local) / 2) * expert_bytes,
     )

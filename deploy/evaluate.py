@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from compute_node.client import NodeClient
-from deploy import console, online
+from deploy import console, online, serve
 from deploy.offline import STORE, load_store
+from deploy.progress import NowAndThen
 from deploy.prompts import Prompt, read_prompts
 from deploy.scorer import Comparison, Score, Scorer
 from expert_store.card import check_card, write_perplexity
@@ -23,8 +24,12 @@ TEXT = typer.Option(
     show_default=False,
 )
 AGAINST = typer.Option(metavar="STORE2", help="Score it too, and compare: the exact store, say.")
-MAX_TOKENS = typer.Option(min=0, help="Tokens in all, as many of each text; 0: all of them.")
-CONTEXT = typer.Option(min=2, help="Longer texts are scored in pieces of so many tokens.")
+MAX_TOKENS = typer.Option(
+    min=0, max=online.COUNT_MAX, help="Tokens in all, as many of each text; 0: all of them."
+)
+CONTEXT = typer.Option(
+    min=2, max=online.COUNT_MAX, help="Longer texts are scored in pieces of so many tokens."
+)
 CARD = typer.Option("--card", help="Write the figures into the store's README.md.")
 
 
@@ -51,7 +56,7 @@ def evaluate(
     if memory is None and experts_memory is None:
         experts_memory = "100%"
     share = -(-max_tokens // len(texts))
-    stopped = online.stop_flag()
+    stopped = serve.stop_flag()
 
     def measure(model: Path) -> Score:
         flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
@@ -79,14 +84,20 @@ def _score(
     """
 
     def say(number: int, text: Prompt) -> None:
-        console.err.print(f"{number + 1}/{len(texts)} {text.name}", markup=False)
+        console.err.print(f"{number + 1}/{len(texts)} {text.name}")
 
     with (
-        online.own_stack(config, flags, stopped) as (stack, run),
+        serve.own_stack(config, flags, stopped) as (stack, run),
         NodeClient(run.address("compute_node")) as node,
         ThreadPoolExecutor(1) as threads,
     ):
-        scorer = Scorer(node, *lengths)
+        due = NowAndThen()
+
+        def report(num_tokens: int) -> None:
+            if due.elapsed_s():
+                console.say(f"{num_tokens:,} tokens of this text")
+
+        scorer = Scorer(node, *lengths, report)
         scoring = threads.submit(scorer.run, texts, say)
         try:
             stack.watch(lambda: scoring.done() or stopped())

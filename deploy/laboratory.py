@@ -107,7 +107,10 @@ class Laboratory:
         return found
 
     def _run_one(self, setting: Setting, name: str, bar: Progress) -> Outcome | None:
-        task = bar.add_task(f"{name}, {setting.slots} slots", total=setting.trace.num_steps)
+        what = f"{name}, {setting.slots} slots"
+        task = bar.add_task(what, total=setting.trace.num_steps)
+        if not console.err.is_terminal:
+            console.say(f"replaying {what}")
         try:
             cache = POLICIES[name](setting, self.background)
         except TraceInvalid as error:
@@ -140,7 +143,7 @@ class Watched:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """A bar a policy on a terminal, gone at the end; silent elsewhere."""
+    """A bar a policy on a terminal, gone at the end; nothing elsewhere."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

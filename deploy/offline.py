@@ -11,10 +11,13 @@ import typer
 
 from deploy import console
 from deploy.budget import MemoryPlan, forecaster_room, plan_memory, shortage
-from deploy.disk import DiskSpeed, measure_disk
+from deploy.disk import DiskSpeed, RecordSpeed, measure_disk, measure_records
 from deploy.estimate import Estimate, estimate
+from deploy.imports import importing
+from deploy.progress import progress
 from deploy.settings import ServeSettings, parse_bytes
 from expert_store.manifest import MANIFEST_NAME, Manifest, check_sources
+from expert_store.sources import resolve_inside
 from proto import errors
 
 PackFormat = Literal["exact", "lossless", "bf16", "int8", "int4"]  # proto.weight_format.NAMES
@@ -32,13 +35,15 @@ def index(checkpoint: Annotated[Path, CHECKPOINT], out: Annotated[Path, OUT]) ->
 
     Example: flashmoe index ~/models/OLMoE-1B-7B --out ~/stores/olmoe
     """
-    from expert_store.index import index as make_index
-    from expert_store.index import is_indexed
+    with importing():
+        from compute_node import lean_imports  # noqa: F401  before torch, whose imports it halves
+        from expert_store.index import index as make_index
+        from expert_store.index import is_indexed
 
     if is_indexed(checkpoint, out):
         console.err.print(f"{out} is up to date")
         return
-    with console.progress("indexing") as report:
+    with progress("indexing") as report:
         manifest = make_index(checkpoint, out, report, _warn)
     _say_written(manifest, out)
 
@@ -58,9 +63,11 @@ def pack(
 
     Example: flashmoe pack ~/models/OLMoE-1B-7B --out /nvme/olmoe-int4 --format int4
     """
-    from expert_store.pack import pack as make_pack
+    with importing():
+        from compute_node import lean_imports  # noqa: F401  before torch, whose imports it halves
+        from expert_store.pack import pack as make_pack
 
-    with console.progress("packing") as report:
+    with progress("packing") as report:
         manifest = make_pack(
             checkpoint, out, report, _warn, weight_format=weight_format, overwrite=overwrite
         )
@@ -74,7 +81,7 @@ def verify(store: Annotated[Path, STORE], source: Annotated[Path | None, SOURCE]
     """
     from expert_store.verify import verify as check
 
-    with console.progress("verifying") as report:
+    with progress("verifying") as report:
         damage = check(store, source, report)
     for item in damage:
         console.out.print(f"{item.name} in {item.file}: {item.problem}")
@@ -118,23 +125,27 @@ def plan(
             embedded_valkey=settings.redis is None,
             forecaster_bytes=forecaster_room(settings.forecaster(store_dir)),
         )
-        disk = measure_disk(manifest, root)
-    expected = estimate(manifest, planned, disk)
+        records = measure_records(manifest, root)
+        disk = measure_disk([resolve_inside(root, file.path) for file in manifest.files])
+    expected = estimate(manifest, planned, records)
     if as_json:
-        console.print_json(_plan_document(manifest, planned, disk, expected))
+        console.print_json(_plan_document(manifest, planned, records, expected))
     else:
-        _print_plan(manifest, planned, disk, expected)
+        _print_plan(manifest, planned, expected)
+        console.out.print(console.table("The disk", _disk_rows(disk, records)))
 
 
 def _index_for_plan(checkpoint: Path, store_dir: Path) -> None:
-    from expert_store.index import index as make_index
+    with importing():
+        from compute_node import lean_imports  # noqa: F401  before torch, whose imports it halves
+        from expert_store.index import index as make_index
 
-    with console.progress("reading the checkpoint") as report:
+    with progress("reading the checkpoint") as report:
         make_index(checkpoint, store_dir, report, _warn)
 
 
 def _warn(sentence: str) -> None:
-    console.err.print(f"flashmoe: {sentence}", markup=False)
+    console.err.print(f"flashmoe: {sentence}")
 
 
 def _say_written(manifest: Manifest, out: Path) -> None:
@@ -148,7 +159,7 @@ def _say_written(manifest: Manifest, out: Path) -> None:
 
 
 def _plan_document(
-    manifest: Manifest, planned: MemoryPlan, disk: DiskSpeed, expected: Estimate
+    manifest: Manifest, planned: MemoryPlan, records: RecordSpeed, expected: Estimate
 ) -> dict[str, object]:
     return {
         "fits": True,
@@ -159,7 +170,7 @@ def _plan_document(
         "memory_bytes_by_part": planned.parts,
         "slots": planned.slots,
         "num_experts": planned.num_experts,
-        "disk": vars(disk) | {"bytes_per_s": disk.bytes_per_s},
+        "disk": vars(records) | {"bytes_per_s": records.bytes_per_s},
         "tokens_per_s": {
             "low": expected.low_tokens_per_s,
             "likely": expected.likely_tokens_per_s,
@@ -170,10 +181,22 @@ def _plan_document(
     }
 
 
-def _print_plan(
-    manifest: Manifest, planned: MemoryPlan, disk: DiskSpeed, expected: Estimate
-) -> None:
-    rows = {name: console.size(count) for name, count in planned.parts.items()}
+_PARTS = {
+    "dense_weights": "dense weights",
+    "kv_cache": "cache of the context",
+    "prefill_buffers": "buffers of prompts",
+    "spare_slots": "slots for reads under way",
+    "compute_node": "compute node itself",
+    "expert_store": "expert store itself",
+    "scheduler": "scheduler",
+    "launcher": "launcher",
+    "valkey": "Valkey",
+    "experts": "experts",
+}
+
+
+def _print_plan(manifest: Manifest, planned: MemoryPlan, expected: Estimate) -> None:
+    rows = {_PARTS.get(name, name): console.size(part) for name, part in planned.parts.items()}
     rows["total"] = (
         f"{console.size(planned.total_bytes)} of {console.size(planned.ceiling_bytes)}: fits"
     )
@@ -181,20 +204,47 @@ def _print_plan(
         rows["now"] = problem
     console.out.print(console.table("Memory", rows))
     share = planned.slots / planned.num_experts
-    path = "direct" if disk.direct_io else "buffered (direct I/O refused)"
     speed = {
         "weights": str(manifest.spec.weight_format),
-        "slots": f"{planned.slots} of {planned.num_experts} experts ({share:.1%})",
-        "disk": f"{disk.bytes_per_s / 1e9:.2f} GB/s, {path}, {console.size(disk.record_bytes)} "
-        "a read, "
-        f"{disk.median_s * 1e3:.2f} ms each ({disk.p10_s * 1e3:.2f} to {disk.p90_s * 1e3:.2f})",
-        "tokens/s": f"about {expected.likely_tokens_per_s:.1f} (between "
-        f"{expected.low_tokens_per_s:.1f} "
-        f"and {expected.high_tokens_per_s:.1f}: routing locality is not known before a run)",
-        "read per token": f"about {console.size(expected.bytes_per_token)} "
-        f"at a hit ratio of {expected.likely_hit_ratio:.2f}",
+        "experts in memory": f"{planned.slots:,} of {planned.num_experts:,} ({share:.1%})",
+        "tokens/s": _speed(expected),
+        "read per token": _reads(expected),
     }
     console.out.print(console.table(f"Expected of {manifest.spec.model_type}", speed))
+
+
+def _speed(expected: Estimate) -> str:
+    low, likely, high = (
+        f"{tokens_per_s:.1f}"
+        for tokens_per_s in (
+            expected.low_tokens_per_s,
+            expected.likely_tokens_per_s,
+            expected.high_tokens_per_s,
+        )
+    )
+    if low == high:
+        return f"about {likely}"
+    return (
+        f"about {likely}, between {low} and {high}: how often text returns to the same experts is "
+        "not known before a run"
+    )
+
+
+def _reads(expected: Estimate) -> str:
+    if not expected.bytes_per_token:
+        return "nothing once every expert was used: all are kept"
+    return (
+        f"about {console.size(expected.bytes_per_token)}, if {expected.likely_hit_ratio:.0%} of "
+        "the experts used are in memory"
+    )
+
+
+def _disk_rows(disk: DiskSpeed, records: RecordSpeed) -> dict[str, str]:
+    return {
+        "disk": str(disk),
+        "an expert": f"{console.size(records.record_bytes)} in {records.median_s * 1e3:.2f} ms "
+        f"({records.p10_s * 1e3:.2f} to {records.p90_s * 1e3:.2f}), its check included",
+    }
 
 
 def load_store(store: Path) -> Manifest:

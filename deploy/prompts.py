@@ -1,8 +1,12 @@
-"""Prompts from files: a text is one, a .jsonl file has one a line."""
+"""Prompts from the command line, standard input and files: a text is one, a .jsonl file has one a
+line.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +14,7 @@ from pathlib import Path
 from proto import errors
 
 _LINES = ".jsonl"
+_MOST_BYTES = 256 << 20  # a special file may have no end
 _SUFFIXES = (".txt", _LINES)
 
 
@@ -19,6 +24,54 @@ class Prompt:
 
     name: str
     text: str
+
+
+def choose_prompt(argument: str | None, file: Path | None) -> str:
+    """The prompt of a command line; `-` in either place is standard input.
+
+    Raises InvalidRequest when there is none, or two, or what is there is no text.
+    """
+    if (argument is None) == (file is None):
+        raise errors.InvalidRequest(
+            "give one prompt: as an argument, in --prompt-file FILE, or - to read standard input"
+        )
+    if argument == "-" or file == Path("-"):
+        return _read_stdin()
+    if file is not None:
+        return _without_end(_read(file), str(file))
+    assert argument is not None
+    return as_text(argument, "the prompt")
+
+
+def as_text(argument: str, what: str) -> str:
+    """An argument of the command line as the text it is in UTF-8. What the locale does not know,
+    Python keeps as half characters.
+
+    Raises InvalidRequest.
+    """
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return _decode(os.fsencode(argument), what)
+    return argument
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise errors.InvalidRequest("standard input is closed: give the prompt as an argument")
+    try:
+        text = _decode(sys.stdin.buffer.read(_MOST_BYTES + 1), "standard input")
+    except OSError as error:
+        raise errors.InvalidRequest(f"cannot read standard input: {error.strerror}") from error
+    return _without_end(text, "standard input")
+
+
+def _without_end(text: str, where: str) -> str:
+    """Less the line break that editors and `echo` put at the end."""
+    text = text.removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise errors.InvalidRequest(f"{where} is empty: write a prompt into it")
+    return text
 
 
 def read_prompts(paths: Sequence[Path]) -> list[Prompt]:
@@ -52,9 +105,22 @@ def _prompts(file: Path) -> Iterator[Prompt]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise errors.InvalidRequest(f"cannot read prompts of {file}: {error}") from error
+        with file.open("rb") as opened:
+            data = opened.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise errors.InvalidRequest(f"cannot read {file}: {error.strerror}") from error
+    return _decode(data, str(file))
+
+
+def _decode(data: bytes, where: str) -> str:
+    if len(data) > _MOST_BYTES:
+        raise errors.InvalidRequest(f"{where} has more than {_MOST_BYTES >> 20} MiB: cut it")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise errors.InvalidRequest(
+            f"{where} is no UTF-8 from byte {error.start + 1} on: give it in UTF-8"
+        ) from error
 
 
 def _from_line(line: str, file: Path, number: int) -> Prompt:

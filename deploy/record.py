@@ -14,7 +14,7 @@ import typer
 
 from compute_node.client import NodeClient
 from compute_node.result import Result
-from deploy import console, online
+from deploy import console, online, serve
 from deploy.prompts import Prompt, read_prompts
 from deploy.recorder import Drawing, Recorder, to_trace
 from deploy.settings import ServeSettings
@@ -29,9 +29,13 @@ PROMPTS = typer.Option(
     metavar="DIR|FILE",
     help="A text is one prompt; a .jsonl has one a line; a folder, all of its .txt and .jsonl.",
 )
-MODEL = typer.Option(help="Store to start a stack of its own with.  [default: the running stack]")
-PROMPT_TOKENS = typer.Option(min=1, help="A longer prompt is cut to its first so many.")
-SEED = typer.Option(min=0, help="Of the first generation; the next has the next.")
+MODEL = typer.Option(help="Store to start a stack of its own with. (default: the running stack)")
+PROMPT_TOKENS = typer.Option(
+    min=1, max=online.COUNT_MAX, help="A longer prompt is cut to its first so many."
+)
+SEED = typer.Option(
+    min=0, max=online.SEED_MAX, help="Of the first generation; the next has the next."
+)
 SCORES = typer.Option("--scores", help="Record the router's scores of all experts, too.")
 
 # Waits until a condition holds, keeping alive what has to be.
@@ -90,7 +94,7 @@ def record_trace(
     _check_flags(flags, run_dir)
     if not prompts:
         raise errors.InvalidRequest("there is nothing to generate from: give --prompts DIR|FILE")
-    stopped = online.stop_flag()
+    stopped = serve.stop_flag()
     with _node(config, run_dir, flags, stopped) as (node, wait):
         results = _generate(Recorder(node, drawing, scores), prompts, wait, stopped)
     left_out = sum(not result.steps for result in results)
@@ -151,13 +155,13 @@ def _node(
     """
     if flags["model"] is not None:
         with (
-            online.own_stack(config, flags, stopped) as (stack, run),
+            serve.own_stack(config, flags, stopped) as (stack, run),
             NodeClient(run.address("compute_node")) as node,
         ):
             yield node, stack.watch
         return
     settings = ServeSettings.load(config).with_flags(run_dir=run_dir)
-    with NodeClient(online.node_address(settings)) as node:
+    with online.connected(settings) as node:
         yield node, _sleep_until
 
 
@@ -174,8 +178,7 @@ def _generate(
     def say(number: int, prompt: Prompt, result: Result) -> None:
         console.err.print(
             f"{number + 1}/{len(prompts)} {prompt.name}: {len(result.steps)} steps, "
-            f"{result.tokens_per_s:.1f} tokens/s, hit ratio {result.decode.hit_ratio:.3f}",
-            markup=False,
+            f"{result.tokens_per_s:.1f} tokens/s, hit ratio {result.decode.hit_ratio:.1%}",
         )
 
     with ThreadPoolExecutor(1) as threads:
@@ -195,5 +198,4 @@ def _summarise(out: Path, trace: AccessTrace) -> None:
         f"{out}: {trace.num_generations} generations, {trace.num_steps} steps of "
         f"{trace.num_layers} layers x {trace.num_experts} experts, top {trace.top_k}, "
         f"{console.size(out.stat().st_size)}",
-        markup=False,
     )

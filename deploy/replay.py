@@ -23,7 +23,7 @@ SCOPE = typer.Option(
     metavar="layer|pool", help="Slots for each layer, or one pool of as many times the layers."
 )
 NAMES = typer.Option(
-    "--policies", metavar="NAME,...", help="lru,decayed,min for example.  [default: all]"
+    "--policies", metavar="NAME,...", help="lru,decayed,min for example. (default: all)"
 )
 TRAIN = typer.Option(
     metavar="TRACE2.npz", help="What policies may learn from before: not the trace replayed."

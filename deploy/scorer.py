@@ -66,11 +66,13 @@ class Scorer:
     """Uses one thread; `cancel` may be called from another.
 
     max_tokens: of each text; 0: all
+    report:     hears of each scored token of the text at hand, by its number
     """
 
     node: NodeClient
     max_tokens: int
     context_tokens: int
+    report: Callable[[int], None] = lambda num_tokens: None
     _current: Scoring | None = None
     _cancelled: bool = False
 
@@ -98,4 +100,8 @@ class Scorer:
         )
         if self._cancelled:  # between two texts, when there was none to cancel
             self._current.cancel()
-        return list(self._current)
+        scored = []
+        for token in self._current:
+            scored.append(token)
+            self.report(len(scored))
+        return scored

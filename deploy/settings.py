@@ -143,6 +143,6 @@ def parse_experts_memory(text: str, num_experts: int, slot_bytes: int) -> int:
         if not 0 < share <= 1:
             raise errors.ConfigInvalid(f"experts memory {text!r} is not a share within 0 and 100 %")
         return round(share * num_experts)
-    if text.isdigit():
+    if text.isdecimal():
         return int(text)
     return parse_bytes(text, "experts memory") // slot_bytes

@@ -117,13 +117,14 @@ class LosslessEncoder(MatrixEncoder):
         self._room: dict[ExpertParameter, int] = {}
         matrices = _matrices(architecture)
         _check_bf16(matrices)
-        for number, parameter in enumerate(matrices):
+        sizes_bytes = [2 * prod(p.shape) * architecture.num_experts for p in matrices]
+        for number, parameter in enumerate(matrices, 1):
             counts = [
                 lossless.count_outliers(source.matrix(parameter, expert))
                 for expert in range(architecture.num_experts)
             ]
             self._room[parameter] = max(1, *counts)
-            report(number + 1, len(matrices))
+            report(sum(sizes_bytes[:number]), sum(sizes_bytes))
         self._check_gain(matrices)
 
     def _check_gain(self, matrices: Sequence[ExpertParameter]) -> None:

