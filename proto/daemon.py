@@ -4,7 +4,9 @@ agree on.
 `python -m NAME --config flashmoe.toml` reads its own table of that file, logs JSON lines to
 stderr, and answers a
 start that cannot succeed with one sentence as its last line and status START_ERROR: trying again
-would not help.
+would not help. Where whoever starts it cannot be told that (a container engine restarts whatever
+ends), `--hold FILE` has it write the sentence there and stay, without serving, until the file is
+removed.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import logging.config
 import os
 import re
 import sys
+import time
 import tomllib
 import traceback
 from collections.abc import Callable, Coroutine, Iterator
@@ -30,6 +33,7 @@ from pydantic import BaseModel, ValidationError
 from proto import errors
 
 FAILURE, START_ERROR = 1, 2
+_HOLD_POLL_S = 0.5
 _REFUSAL = re.compile(r"\w+: (.*) \[(\w+)\]", re.DOTALL)
 
 
@@ -74,14 +78,22 @@ def main(
     faulthandler.enable()
     parser = argparse.ArgumentParser(prog=name, description=purpose)
     parser.add_argument("--config", type=Path, required=True, help=f"TOML file with [{name}]")
+    parser.add_argument("--hold", type=Path, metavar="FILE", help="stay when the start is refused")
     arguments = parser.parse_args()
     try:
+        if arguments.hold:
+            arguments.hold.unlink(missing_ok=True)
         config = load(arguments.config)
         configure_logging(config.log_level)
         asyncio.run(run(config))
     except errors.FlashMoEError as error:
-        sys.stderr.write(f"{name}: {error} [{type(error).__name__}]\n")
-        return FAILURE if error.retryable else START_ERROR
+        sentence = f"{name}: {error} [{type(error).__name__}]\n"
+        sys.stderr.write(sentence)
+        if error.retryable:
+            return FAILURE
+        if arguments.hold:
+            _hold(arguments.hold, sentence)
+        return START_ERROR
     except OSError as error:
         sys.stderr.write(f"{name}: {error} [OSError]\n")
         return FAILURE
@@ -89,6 +101,16 @@ def main(
         traceback.print_exc()
         return FAILURE
     return 0
+
+
+def _hold(file: Path, sentence: str) -> None:
+    """Keep a refusal readable in `file` until somebody removes it, or SIGTERM ends the process."""
+    try:
+        file.write_text(sentence)
+    except OSError as error:
+        sys.stderr.write(f"cannot write {file}: {error.strerror}\n{sentence}")
+    while file.exists():
+        time.sleep(_HOLD_POLL_S)
 
 
 def leave(status: int) -> NoReturn:
