@@ -10,7 +10,18 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from deploy import calibrate, console, container, doctor, evaluate, offline, online, record, replay
+from deploy import (
+    calibrate,
+    console,
+    container,
+    container_wait,
+    doctor,
+    evaluate,
+    offline,
+    online,
+    record,
+    replay,
+)
 from deploy.status import check_health
 from proto import errors
 
@@ -35,6 +46,7 @@ for verb in (
     replay.replay,
     calibrate.calibrate,
     container.container_config,
+    container_wait.container_wait,
     doctor.doctor,
 ):
     app.command(epilog=console.EXIT_CODES)(verb)
