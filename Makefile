@@ -130,7 +130,7 @@ logs:  ## follow the containers' logs
 
 lock:  ## remake requirements.lock from the environment as it is
 	@{ echo "# Exact versions that the Makefile installs; ranges are in pyproject.toml. Remake: make lock"; \
-	   $(PY) -m pip freeze --exclude-editable | sed 's/+cpu//'; } > requirements.lock
+	   $(PY) -m pip freeze --all --exclude-editable | sed '/^pip==/d; s/+cpu//'; } > requirements.lock
 
 clean:  ## remove what the Makefile made, the environment included
 	rm -rf .venv .flashmoe build *.egg-info $(STUBS) proto/*_pb2*.py proto/*_pb2*.pyi

@@ -381,6 +381,52 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
+def test_the_image_is_pinned(rendered: Rendered) -> None:
+    """Red for `FROM python:3.11-slim`, which is other bytes every month, for a build without a
+    locked setuptools, and for an image that is not of this version.
+    """
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    bases = re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
+    assert set(bases) == {"$BASE"}
+    assert re.search(r"^ARG BASE=python:3\.11\.\d+-slim-\w+@sha256:[0-9a-f]{64}$", dockerfile, re.M)
+    lock = (ROOT / "requirements.lock").read_text().splitlines()
+    assert {line.split("==")[0] for line in lines_named(lock, "torch", "setuptools")} == {
+        "torch",
+        "setuptools",
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {service["image"] for service in rendered.services.values()} == {IMAGE}
+    assert f"flashmoe:{project['version']}" == IMAGE
+
+
+def lines_named(lines: list[str], *names: str) -> list[str]:
+    return [line for line in lines if line.split("==")[0] in names]
+
+
+def test_an_installed_package_has_what_containers_need(tiny_store: Path, run_dir: Path) -> None:
+    """Red without package-data: the compose file then exists in the source tree only."""
+    build = "import setuptools; setuptools.setup()"
+    (run_dir / "info").mkdir()  # of its own: an older list of sources would be taken into account
+    words = ["egg_info", "--egg-base", str(run_dir / "info")]
+    words += ["build_py", "--build-lib", str(run_dir / "lib")]
+    subprocess.run(
+        [sys.executable, "-c", build, "-q", *words], cwd=ROOT, check=True, capture_output=True
+    )
+    deploy = run_dir / "lib/deploy"
+    assert all((deploy / name).exists() for name in ("Dockerfile", "flashmoe.toml"))
+    flags = ["--memory", "1GiB", "--out", str(run_dir / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "container-config", str(tiny_store), *flags],
+        cwd=run_dir,
+        env={**os.environ, "PYTHONPATH": str(run_dir / "lib")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"-f {run_dir / 'out/docker-compose.yml'} up --detach" in done.stdout
+    assert (run_dir / "out/docker-compose.yml").read_bytes() == COMPOSE_FILE.read_bytes()
+
+
 class LocalContainers:
     """The services as processes; each sees the paths it mounts, and no others."""
 
