@@ -24,7 +24,7 @@ CONFIGURED = test -f '$(CONTAINER)/compose.env' || { echo "no containers were st
 COMPOSED = $(COMPOSE) --env-file '$(CONTAINER)/compose.env' -f '$(CONTAINER)/docker-compose.yml'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto run serve test system lint format check bench bench-peers bench-scale trace policies image up down logs lock clean
+.PHONY: help setup proto run serve test system lint format check bench bench-peers bench-scale trace policies image up down logs container-test lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -127,6 +127,9 @@ down:  ## stop the containers, free their shared memory
 logs:  ## follow the containers' logs
 	@$(CONFIGURED)
 	$(COMPOSED) logs --follow
+
+container-test: $(STORE)/manifest.json  ## the containers in a real engine, killed and restarted (minutes)
+	$(PY) -m pytest -q -rs -m container tests/container
 
 lock:  ## remake requirements.lock from the environment as it is
 	@{ echo "# Exact versions that the Makefile installs; ranges are in pyproject.toml. Remake: make lock"; \
