@@ -13,16 +13,18 @@ export PROMPT ?= In the beginning
 MEMORY ?= 1GiB
 EXPERTS_MEMORY ?= 37.5%
 MAX_TOKENS ?= 96
-COMPOSE ?= docker-compose
-CONTAINER := .flashmoe/container
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+CONTAINER ?= $(CURDIR)/.flashmoe/container
+IMAGE := flashmoe:0.1.0
 TRACES := .flashmoe/traces
 PEERS := .flashmoe/peers-venv
 PEERS_READY := $(PEERS)/.ready
 PEERS_PACKAGES := tests/bench/peers/requirements.txt
-COMPOSED := $(COMPOSE) --env-file $(CURDIR)/$(CONTAINER)/compose.env -f deploy/docker-compose.yml
+CONFIGURED = test -f '$(CONTAINER)/compose.env' || { echo "no containers were started from here: make up" >&2; exit 2; }
+COMPOSED = $(COMPOSE) --env-file '$(CONTAINER)/compose.env' -f '$(CONTAINER)/docker-compose.yml'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto run serve test system lint format check bench bench-peers bench-scale trace policies up down logs lock clean
+.PHONY: help setup proto run serve test system lint format check bench bench-peers bench-scale trace policies image up down logs container-test lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -106,19 +108,32 @@ policies: $(TRACES)/tiny-moe-test.npz  ## every eviction policy on the shipped m
 
 trace: $(TRACES)/tiny-moe-test.npz  ## record the shipped model over eleven domains, for replay
 
-up: $(STORE)/manifest.json  ## the shipped model in containers
-	@$(BIN)/flashmoe container-config $(STORE) --memory $(MEMORY) --out $(CONTAINER)
-	$(COMPOSED) up --build --detach
+image:  ## the containers' image (BASE=..., TORCH_INDEX=...)
+	@docker info >/dev/null 2>&1 || \
+	    { echo "no container engine answers: install Docker, or start it (docker info says more)" >&2; exit 2; }
+	docker build $(if $(BASE),--build-arg BASE=$(BASE)) $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) \
+	    -f deploy/Dockerfile -t $(IMAGE) .
+
+up: $(STORE)/manifest.json image  ## the shipped model in containers, until it serves
+	@$(BIN)/flashmoe container-config $(STORE) --memory $(MEMORY) --experts-memory $(EXPERTS_MEMORY) \
+	    --out '$(CONTAINER)' >/dev/null
+	$(COMPOSED) up --detach
+	@$(BIN)/flashmoe container-wait '$(CONTAINER)'
 
 down:  ## stop the containers, free their shared memory
+	@$(CONFIGURED)
 	$(COMPOSED) down --volumes
 
 logs:  ## follow the containers' logs
+	@$(CONFIGURED)
 	$(COMPOSED) logs --follow
+
+container-test: $(STORE)/manifest.json  ## the containers in a real engine, killed and restarted (minutes)
+	$(PY) -m pytest -q -rs -m container tests/container
 
 lock:  ## remake requirements.lock from the environment as it is
 	@{ echo "# Exact versions that the Makefile installs; ranges are in pyproject.toml. Remake: make lock"; \
-	   $(PY) -m pip freeze --exclude-editable | sed 's/+cpu//'; } > requirements.lock
+	   $(PY) -m pip freeze --all --exclude-editable | sed '/^pip==/d; s/+cpu//'; } > requirements.lock
 
 clean:  ## remove what the Makefile made, the environment included
 	rm -rf .venv .flashmoe build *.egg-info $(STUBS) proto/*_pb2*.py proto/*_pb2*.pyi

@@ -82,6 +82,11 @@ VERBS = {
         "container_config",
         "Write what deploy/docker-compose.yml reads to serve a store.",
     ),
+    "container-wait": Verb(
+        "deploy.container_wait",
+        "container_wait",
+        "Wait until the containers serve, and print how to reach them.",
+    ),
     "doctor": Verb("deploy.doctor", "doctor", "Check what on this machine stands in the way."),
     "health": Verb("deploy.online", "health", "Ask one daemon whether it serves."),
 }

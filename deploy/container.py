@@ -1,32 +1,32 @@
-"""Renders what docker-compose.yml reads, from a store and a memory plan: the daemons' flashmoe.toml
-and compose.env.
+"""Renders what runs a store in containers, from the store and a memory plan: docker-compose.yml,
+the compose.env that it reads, and the daemons' flashmoe.toml.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import tomli_w
 import typer
 
-from deploy import console
+from deploy import compose_project, console
 from deploy.budget import MIB, OVERHEAD_BYTES, MemoryPlan
+from deploy.container_user import ContainerUser
 from deploy.local import compose
 from deploy.offline import STORE
 from deploy.online import CONFIG, EXPERTS_MEMORY, MEMORY, SOURCE
 from deploy.run_dir import CONFIG_NAME, RunDir
 from deploy.serve import prepare
 from deploy.settings import ServeSettings, parse_bytes
-from expert_store.manifest import Manifest, check_sources
+from expert_store.manifest import MANIFEST_NAME, Manifest, check_sources
 from proto import errors, hub_cache
 from proto.shm import SegmentLayout
 from scheduler.config import FORECASTER_NAME
 
-COMPOSE_FILE = Path(__file__).with_name("docker-compose.yml")
-ENV_NAME = "compose.env"
+RUN_NAME = "run"
 OUT = typer.Option("--out", metavar="DIR", help="Folder to write; DIR/run will hold the sockets.")
+NAME = typer.Option(help="Of the compose project, one a stack.  [default: follows from DIR]")
 
 # Where docker-compose.yml mounts things.
 RUN = RunDir(Path("/run/flashmoe"))
@@ -38,7 +38,6 @@ SEGMENT = Path("/segment/experts")
 STORE_ROOM_BYTES = 150 * MIB
 ROOM_BYTES = {"compute_node": 64 * MIB, "scheduler": 64 * MIB, "valkey": 88 * MIB}
 _NODE_PARTS = ("dense_weights", "kv_cache", "prefill_buffers", "compute_node")
-_NOT_ROOT = 10001
 
 
 def container_config(
@@ -48,11 +47,12 @@ def container_config(
     experts_memory: Annotated[str | None, EXPERTS_MEMORY] = None,
     source: Annotated[Path | None, SOURCE] = None,
     config: Annotated[Path | None, CONFIG] = None,
+    name: Annotated[str | None, NAME] = None,
 ) -> None:
-    """Write what deploy/docker-compose.yml reads to serve a store; prints the command to start it.
+    """Write what docker compose needs to serve a store; prints the command to start it.
 
     The memory limits of the containers sum to no more than --memory. Run it again when the store
-    was indexed again, or the plan changes.
+    was indexed again, or the plan changes; then the same command starts anew what changed.
 
     Example: flashmoe container-config ~/stores/olmoe --memory 4GiB --out ~/flashmoe
     """
@@ -60,38 +60,55 @@ def container_config(
     settings = ServeSettings.load(config).with_flags(model=store, **given)
     settings = settings.model_copy(update={"redis": None})  # the compose file has its own Valkey
     manifest, plan = plan_containers(settings)
+    store, out = store.resolve(), out.resolve()
     root = manifest.root(store, settings.source)
     check_sources(manifest, root)
+    user = ContainerUser.of_this_process()
+    check_readable(user, store, root, manifest)
     tables = container_tables(settings, manifest, plan)
     mounted = hub_cache.mounted(root)
     tables["expert_store"]["source_root"] = str(SOURCE_DIR / root.relative_to(mounted))
-    segment_bytes = SegmentLayout(
-        tables["expert_store"]["num_slots"], plan.slot_bytes
-    ).segment_bytes
-    limits = container_limits(plan, segment_bytes)
-    out = out.resolve()
-    owner = _prepare_run_dir(out / "run")
-    (out / CONFIG_NAME).write_text(tomli_w.dumps(tables))
-    variables = {
-        "COMPOSE_PROJECT_NAME": "flashmoe",
-        "FLASHMOE_UID": owner[0],
-        "FLASHMOE_GID": owner[1],
-        "FLASHMOE_CONFIG": out / CONFIG_NAME,
-        "FLASHMOE_RUN_DIR": out / "run",
-        "FLASHMOE_STORE": store.resolve(),
-        "FLASHMOE_SOURCE": mounted,
-        "FLASHMOE_SEGMENT_BYTES": segment_bytes,
-        **{f"FLASHMOE_{name.upper()}_MEMORY": limit for name, limit in limits.items()},
-    }
-    text = "".join(f"{name}={value}\n" for name, value in variables.items())
-    (out / ENV_NAME).write_text(text)
+    num_slots = tables["expert_store"]["num_slots"]
+    limits = container_limits(plan, SegmentLayout(num_slots, plan.slot_bytes).segment_bytes)
+    configuration = tomli_w.dumps(tables)
+    manifest_text = (store / MANIFEST_NAME).read_text()
+    environment = compose_project.render_environment(
+        {
+            "COMPOSE_PROJECT_NAME": compose_project.project_name(out, name),
+            "FLASHMOE_UID": user.uid,
+            "FLASHMOE_GID": user.gid,
+            "FLASHMOE_CONFIG": out / CONFIG_NAME,
+            "FLASHMOE_CONFIG_DIGEST": compose_project.digest(configuration, manifest_text),
+            "FLASHMOE_RUN_DIR": out / RUN_NAME,
+            "FLASHMOE_STORE": store,
+            "FLASHMOE_SOURCE": mounted,
+            **{f"FLASHMOE_{part.upper()}_MEMORY": limit for part, limit in limits.items()},
+        }
+    )
+    prepare_run_dir(RunDir(out / RUN_NAME), user)
+    (out / CONFIG_NAME).write_text(configuration)
+    user.take(out / CONFIG_NAME)
+    compose_project.write(out, environment)
     console.err.print(
         f"{plan.slots} of {plan.num_experts} experts in memory; the containers may use "
-        f"{console.size(sum(limits.values()))} in all. Start them with"
+        f"{console.size(sum(limits.values()))} in all; `make image` builds what they run"
     )
-    console.out.print(
-        f"docker-compose --env-file {out / ENV_NAME} -f {COMPOSE_FILE} up --build --detach"
-    )
+    console.out.print(f"{compose_project.command(out)} up --detach", markup=False)
+
+
+def check_readable(user: ContainerUser, store: Path, root: Path, manifest: Manifest) -> None:
+    """Raises ConfigInvalid naming a file that the containers need and their user cannot read."""
+    beside = [path.name for path in root.iterdir() if path.is_file() and path.name[0] != "."]
+    of_store = [n for n in (MANIFEST_NAME, FORECASTER_NAME) if (store / n).exists()]
+    user.check_can_read(store, of_store)
+    user.check_can_read(root, [*(source.path for source in manifest.files), *beside])
+
+
+def refusal_file(run: RunDir, name: str) -> Path:
+    """Where a daemon in a container says why it refuses to start; it tries again when the file is
+    removed.
+    """
+    return run.path / f"{name}.refused"
 
 
 def plan_containers(settings: ServeSettings) -> tuple[Manifest, MemoryPlan]:
@@ -160,12 +177,12 @@ def container_limits(plan: MemoryPlan, segment_bytes: int) -> dict[str, int]:
     }
 
 
-def _prepare_run_dir(path: Path) -> tuple[int, int]:
-    """Make it; returns user and group that the containers run as: us, or nobody's when we are
-    root.
+def prepare_run_dir(run: RunDir, user: ContainerUser) -> None:
+    """Make it the user's, and let daemons try again that had refused to start.
+
+    Raises ConfigInvalid when sockets there cannot be.
     """
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if os.getuid():
-        return os.getuid(), os.getgid()
-    os.chown(path, _NOT_ROOT, _NOT_ROOT)
-    return _NOT_ROOT, _NOT_ROOT
+    run.prepare()
+    for file in run.path.glob(refusal_file(run, "*").name):
+        file.unlink(missing_ok=True)
+    user.take(run.path)

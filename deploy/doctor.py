@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -77,9 +78,10 @@ def check_disk(path: Path) -> Iterator[Finding]:
             os.posix_fadvise(probe.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             yield from _probe(Path(probe.name))
     except OSError as error:
-        yield Finding(
-            "disk", f"cannot write to {path.resolve()}: {error.strerror}", "give another --path"
-        )
+        remedy = "give another --path"
+        if error.errno == errno.EROFS:  # as all mounts of our containers
+            remedy += "; in a container, run doctor on the host instead"
+        yield Finding("disk", f"cannot write to {path.resolve()}: {error.strerror}", remedy)
 
 
 def _probe(file: Path) -> Iterator[Finding]:
@@ -99,17 +101,22 @@ def _probe(file: Path) -> Iterator[Finding]:
 
 
 def check_shm() -> Finding:
-    usage = shutil.disk_usage("/dev/shm")
+    folder = _shared_memory()
+    usage = shutil.disk_usage(folder)
     fact = f"{console.size(usage.free)} free of {console.size(usage.total)}"
-    small = usage.free < 1 << 30
-    remedy = "experts live there: mount it larger, or set shm_size in compose" if small else ""
-    return Finding("/dev/shm", fact, remedy)
+    remedy = "experts live there: mount it larger" if usage.free < 1 << 30 else ""
+    return Finding(folder, fact, remedy)
+
+
+def _shared_memory() -> str:
+    """Where the experts' segment lies: docker-compose.yml mounts a volume for it."""
+    return "/segment" if os.path.ismount("/segment") else "/dev/shm"
 
 
 def check_huge_pages() -> Finding:
     """Never wrong: without them some disks are half as fast, and nothing else changes."""
     try:
-        with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        with tempfile.TemporaryFile(dir=_shared_memory()) as file:
             gathered_bytes = huge_pages.allocate(file.fileno(), huge_pages.HUGE_BYTES)
     except OSError as error:
         return Finding("huge pages", f"not tried ({error.strerror})")
@@ -126,8 +133,11 @@ def check_memory() -> Finding:
         return Finding(
             "memory", fact + ", swap in use", "stop what swaps: experts would be paged out"
         )
-    low = min(memory.available, limit or memory.total) < 1 << 30
-    return Finding("memory", fact, "less than 1 GiB: close other programs" if low else "")
+    if memory.available < 1 << 30:
+        return Finding("memory", fact, "less than 1 GiB: close other programs")
+    low = limit is not None and limit < 1 << 30
+    remedy = "the limit is below 1 GiB: raise it, or run doctor on the host when in a container"
+    return Finding("memory", fact, remedy if low else "")
 
 
 def check_threads() -> Finding:

@@ -116,9 +116,13 @@ def check_sources(manifest: Manifest, root: Path, *, times: bool = True) -> None
         path = resolve_inside(root, source.path)
         try:
             stat = path.stat()
-        except OSError as error:
+        except FileNotFoundError as error:
             raise errors.SourceChanged(
                 f"{path} is missing: restore it, or name its folder with --source"
+            ) from error
+        except OSError as error:
+            raise errors.SourceChanged(
+                f"{path} cannot be read ({error.strerror}): let the user who serves it read it"
             ) from error
         if stat.st_size != source.size_bytes:
             raise errors.SourceChanged(

@@ -106,8 +106,7 @@ def _allocate(descriptor: int, path: Path, layout: shm.SegmentLayout) -> int:
         path.unlink(missing_ok=True)
         raise errors.MemoryExceeded(
             f"{path.parent} has no room for a segment of {layout.segment_bytes:,} bytes "
-            f"({error.strerror}): "
-            "give fewer experts memory, or run container-config again with a larger --memory"
+            f"({error.strerror}): give fewer experts memory, or mount it larger"
         ) from error
 
 

@@ -3,7 +3,9 @@ agree on.
 
 `python -m NAME --config flashmoe.toml` reads its own table of that file, logs JSON lines to
 stderr, and ends with one sentence as its last line. Its status is START_ERROR when trying again
-would not help: a start that cannot succeed, for whatever reason.
+would not help: a start that cannot succeed, for whatever reason. Where whoever starts it cannot be
+told that (a container engine restarts whatever ends), `--hold FILE` has it write the sentence there
+and stay, without serving, until the file is removed.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import logging
 import os
 import re
 import sys
+import time
 import tomllib
 import traceback
 from collections.abc import Callable, Coroutine, Iterator
@@ -31,6 +34,7 @@ from pydantic import BaseModel, ValidationError
 from proto import errors, last_words, log, rpc
 
 FAILURE, START_ERROR = last_words.FAILURE, last_words.START_ERROR
+_HOLD_POLL_S = 0.5
 # What the system may have again in a moment: descriptors, memory, room, a device.
 _PASSING = {
     errno.EADDRINUSE,
@@ -88,24 +92,44 @@ def main(
     faulthandler.enable()
     parser = argparse.ArgumentParser(prog=name, description=purpose)
     parser.add_argument("--config", type=Path, required=True, help=f"TOML file with [{name}]")
+    parser.add_argument("--hold", type=Path, metavar="FILE", help="stay when the start is refused")
     arguments = parser.parse_args()
     try:
+        if arguments.hold:
+            arguments.hold.unlink(missing_ok=True)
         config = load(arguments.config)
         log.configure(config.log_level)
         asyncio.run(run(config))
     except Exception as error:  # noqa: BLE001  whatever it is, it is told, and has a status
-        return _tell_end(name, error)
+        return _tell_end(name, error, arguments.hold)
     return 0
 
 
-def _tell_end(name: str, error: Exception) -> int:
-    """Write why the daemon ends, its last line being one sentence. Returns the exit status."""
+def _tell_end(name: str, error: Exception, hold: Path | None) -> int:
+    """Write why the daemon ends, its last line being one sentence. Returns the exit status.
+
+    hold: where a refused start is kept until somebody removes it; None: nowhere
+    """
     logging.shutdown()  # what the log still has to tell comes first
     if not isinstance(error, errors.FlashMoEError):
         traceback.print_exception(error)
     problem = _problem(error)
-    last_words.tell(name, type(problem).__name__, str(problem))
-    return FAILURE if problem.retryable else START_ERROR
+    sentence = last_words.tell(name, type(problem).__name__, str(problem))
+    if problem.retryable:
+        return FAILURE
+    if hold:
+        _hold(hold, sentence)
+    return START_ERROR
+
+
+def _hold(file: Path, sentence: str) -> None:
+    """Keep a refusal readable in `file` until somebody removes it, or SIGTERM ends the process."""
+    try:
+        file.write_text(sentence)
+    except OSError as error:
+        sys.stderr.write(f"cannot write {file}: {error.strerror}\n{sentence}")
+    while file.exists():
+        time.sleep(_HOLD_POLL_S)
 
 
 def _problem(error: Exception) -> errors.FlashMoEError:

@@ -14,12 +14,16 @@ FAILURE, START_ERROR = 1, 2  # a daemon's exit status: trying again may help, or
 _HEAD, _TAIL = 300, 150
 
 
-def tell(name: str, kind: str, text: str) -> None:
-    """Write the line to stderr. text: any number of lines; a long one loses its middle."""
+def tell(name: str, kind: str, text: str) -> str:
+    """Write the line to stderr and return it. text: any number of lines; a long one loses its
+    middle.
+    """
     line = " ".join(text.split())
     if len(line) > _HEAD + _TAIL:
         line = f"{line[:_HEAD]} ... {line[-_TAIL:]}"
-    sys.stderr.write(f"{name}: {line} [{kind}]\n")
+    told = f"{name}: {line} [{kind}]\n"
+    sys.stderr.write(told)
+    return told
 
 
 def cannot_start(error: BaseException) -> str:

@@ -35,9 +35,17 @@ def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
     return value
 
 
-def flashmoe(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def flashmoe(
+    *arguments: str, timeout_s: float = 120, umask: int = -1
+) -> subprocess.CompletedProcess[str]:
+    """umask: -1 is this process's"""
     return subprocess.run(
-        [*FLASHMOE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s
+        [*FLASHMOE, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        umask=umask,
     )
 
 

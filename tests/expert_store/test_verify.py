@@ -134,6 +134,14 @@ def test_touched_and_damaged_files_are_not(store_dir: Path) -> None:
         check_sources(Manifest.load(store_dir), store_dir)
 
 
+def test_a_file_that_cannot_be_reached_is_not_called_missing(store_dir: Path) -> None:
+    """Red when every OSError is: a folder that is closed to us was "missing: restore it"."""
+    (store_dir / FILE_NAME).unlink()
+    (store_dir / FILE_NAME).symlink_to(FILE_NAME)
+    with pytest.raises(errors.SourceChanged, match=r"cannot be read \(Too many levels"):
+        check_sources(Manifest.load(store_dir), store_dir)
+
+
 def test_another_size_or_no_file_is_refused(store_dir: Path) -> None:
     os.truncate(store_dir / FILE_NAME, 1000)
     with pytest.raises(errors.SourceChanged, match="1000 bytes"):

@@ -4,7 +4,8 @@ Planted faults seen red: leaving without flushing, leaving by the interpreter's 
 a defect, no fault handler, a start's defect or lasting OSError tried again, a passing one given up,
 a message of several lines or of thousands of characters as last words, a served daemon's defect
 taken for a failed start, libraries imported before anybody listens for their errors, counts of the
-log after the last words.
+log after the last words; a refusal that is not held, is held for good, or is read as the next
+start's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from proto import daemon, errors
 from tests.expert_store.conftest import SmallDisk, small_disk  # noqa: F401  a fixture
-from tests.stack import ROOT
+from tests.stack import ROOT, wait_for
 
 OWN_WAY = "the interpreter took its own way out"
 DAEMON = """
@@ -148,3 +149,53 @@ def test_a_full_disk_does_not_keep_a_daemon_from_its_metrics(
     with daemon.serving_metrics(CollectorRegistry(), 0, file) as port:
         assert port
         assert [path.name for path in small_disk.path.iterdir()] == ["ballast"], "no stale port"
+
+
+REFUSAL = """
+import sys
+from pathlib import Path
+from proto import daemon, errors
+
+def load(path):
+    if Path(sys.argv[4]).exists():
+        raise errors.ConfigInvalid("the file of an earlier refusal is still there")
+    raise errors.{kind}("no")
+
+sys.argv = ["d", "--config", "none", "--hold", {file!r}]
+daemon.leave(daemon.main("d", "", load, None))
+"""
+
+
+def refusing(kind: str, file: Path) -> subprocess.Popen[str]:
+    """A daemon whose start fails with such an error."""
+    script = file.with_suffix(".py")
+    script.write_text(REFUSAL.format(kind=kind, file=str(file)))
+    return subprocess.Popen(
+        [sys.executable, script],
+        env={"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_refusal_is_held_until_its_file_is_removed(tmp_path: Path) -> None:
+    file = tmp_path / "d.refused"
+    file.write_text("of an earlier start")
+    process = refusing("ConfigInvalid", file)
+    try:
+        wait_for(lambda: file.exists() and file.read_text().endswith("]\n"), 60, "the refusal")
+        refusal = daemon.refusal(file.read_text().strip())
+        assert (type(refusal), str(refusal)) == (errors.ConfigInvalid, "no")
+        assert process.poll() is None
+        file.unlink()
+        _, told = process.communicate(timeout=60)
+        assert (process.returncode, told) == (2, "d: no [ConfigInvalid]\n")
+    finally:
+        process.kill()
+
+
+def test_what_may_pass_is_not_held(tmp_path: Path) -> None:
+    process = refusing("StoreUnavailable", tmp_path / "d.refused")
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (1, "d: no [StoreUnavailable]\n")
+    assert not (tmp_path / "d.refused").exists()

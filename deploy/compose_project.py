@@ -1,0 +1,68 @@
+"""One stack as docker compose sees it: its name, the files that describe it, the command."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from proto import errors
+
+COMPOSE_FILE = Path(__file__).with_name("docker-compose.yml")
+ENV_NAME = "compose.env"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")  # what both generations of compose take
+_UNTOLD = re.compile(r"[:\\\n\r]")  # in a path: compose cannot mount it, or cannot be told it
+
+
+def project_name(out: Path, name: str | None) -> str:
+    """`name`, or one that no other folder has. Raises ConfigInvalid."""
+    if name is None:
+        return f"flashmoe-{digest(str(out))[:8]}"
+    if not _NAME.fullmatch(name):
+        raise errors.ConfigInvalid(
+            f"--name {name!r} names no compose project: write small letters, digits, - and _"
+        )
+    return name
+
+
+def render_environment(variables: Mapping[str, object]) -> str:
+    """An env file that both generations of compose read alike. Raises ConfigInvalid."""
+    lines = []
+    for name, value in variables.items():
+        if _UNTOLD.search(str(value)):
+            raise errors.ConfigInvalid(
+                f"compose cannot be told the path {str(value)!r}: it has a colon, a backslash or a "
+                "line break; give it another name"
+            )
+        quoted = str(value).replace("'", "\\'")
+        lines.append(f"{name}='{quoted}'\n")
+    return "".join(lines)
+
+
+def write(out: Path, environment: str) -> None:
+    """The compose file and what it reads, so that neither needs the source tree."""
+    (out / ENV_NAME).write_text(environment)
+    (out / COMPOSE_FILE.name).write_bytes(COMPOSE_FILE.read_bytes())
+
+
+def command(out: Path) -> str:
+    """What drives the stack that was written to `out`, ready for a shell; without a verb."""
+    program = "docker compose"
+    if shutil.which("docker-compose") and not _has_plugin():
+        program = "docker-compose"
+    files = ["--env-file", str(out / ENV_NAME), "-f", str(out / COMPOSE_FILE.name)]
+    return f"{program} {shlex.join(files)}"
+
+
+def _has_plugin() -> bool:
+    if shutil.which("docker") is None:
+        return False
+    return subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
