@@ -23,11 +23,11 @@ from compute_node.request import Request
 from compute_node.result import RecordedStep
 from compute_node.step_access import Recording, latest_step
 from compute_node.text import check_stops
-from compute_node.trained_context import trained_context_tokens
 from compute_node.usage import Measure, Usage
 from compute_node.writer import Token, Writer
 from proto import errors
 from proto.text_files import load_generation_config
+from proto.trained_context import trained_context_tokens
 
 logger = logging.getLogger(__name__)
 

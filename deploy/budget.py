@@ -5,6 +5,7 @@ is enough.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -39,6 +40,7 @@ class MemoryPlan:
 
     spare_slots: beside them, for reads under way
     smallest_bytes: the ceiling below which the model cannot be served
+    warnings: what to know of it, a sentence each
     """
 
     ceiling_bytes: int
@@ -48,6 +50,7 @@ class MemoryPlan:
     num_experts: int
     spare_slots: int
     smallest_bytes: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -95,6 +98,7 @@ def plan_memory(
         spec.num_experts_total,
         spare_slots,
         smallest_bytes,
+        tuple(_beyond_training(context_tokens, manifest.sizing.max_position_embeddings)),
     )
     if plan.total_bytes > plan.ceiling_bytes:
         raise errors.MemoryExceeded(
@@ -103,6 +107,14 @@ def plan_memory(
         )
     _check_machine(plan.ceiling_bytes)
     return plan
+
+
+def _beyond_training(context_tokens: int, trained_tokens: int) -> Iterator[str]:
+    if context_tokens > trained_tokens:
+        yield (
+            f"max_context_tokens is {context_tokens:,}, the model was trained for "
+            f"{trained_tokens:,}: what goes beyond may be nonsense"
+        )
 
 
 def _check_machine(ceiling_bytes: int) -> None:

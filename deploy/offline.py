@@ -167,6 +167,7 @@ def _plan_document(
         "ceiling_bytes": planned.ceiling_bytes,
         "total_bytes": planned.total_bytes,
         "shortage": shortage(planned) or None,
+        "warnings": list(planned.warnings),
         "memory_bytes_by_part": planned.parts,
         "slots": planned.slots,
         "num_experts": planned.num_experts,
@@ -203,6 +204,8 @@ def _print_plan(manifest: Manifest, planned: MemoryPlan, expected: Estimate) -> 
     if problem := shortage(planned):
         rows["now"] = problem
     console.out.print(console.table("Memory", rows))
+    for warning in planned.warnings:
+        _warn(warning)
     share = planned.slots / planned.num_experts
     speed = {
         "weights": str(manifest.spec.weight_format),

@@ -127,7 +127,9 @@ def _write_all(prompt: str, generation: Generation) -> Result:
 
 
 def prepare(settings: ServeSettings) -> tuple[Path, Manifest, MemoryPlan]:
-    """Raises ConfigInvalid, ManifestInvalid, MemoryExceeded before anything is started."""
+    """Warns of what the plan warns of. Raises ConfigInvalid, ManifestInvalid, MemoryExceeded
+    before anything is started.
+    """
     if settings.model is None:
         raise errors.ConfigInvalid("give --model STORE, or model in the [serve] table")
     manifest = load_store(settings.model)
@@ -141,6 +143,8 @@ def prepare(settings: ServeSettings) -> tuple[Path, Manifest, MemoryPlan]:
         embedded_valkey=settings.redis is None,
         forecaster_bytes=forecaster_room(settings.forecaster(settings.model)),
     )
+    for warning in plan.warnings:
+        console.say(f"warning: {warning}")
     return settings.model, manifest, plan
 
 

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, Valida
 from expert_store.sizing import Sizing
 from proto import errors
 from proto.redis_schema import PolicySetting
-from scheduler.config import FORECASTER_NAME
 
 
 def _default_run_dir() -> Path:
@@ -102,6 +101,8 @@ class ServeSettings(BaseModel):
         """What was calibrated for the store: the file that [scheduler] names, else the one beside
         the manifest. Raises ConfigInvalid when the file that is named is not there.
         """
+        from scheduler.config import FORECASTER_NAME  # clients of a stack need none of it
+
         named = self.scheduler.get("forecaster_path")
         path = Path(str(named or store_dir / FORECASTER_NAME))
         if path.is_file():

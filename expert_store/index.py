@@ -23,6 +23,7 @@ from expert_store.text_files import check_text
 from proto import errors
 from proto.expert import DenseTensor, ExpertKey, ModelSpec, TensorLayout
 from proto.shm import PAGE_BYTES, TENSOR_ALIGN_BYTES, align_up
+from proto.trained_context import trained_context_tokens
 from proto.weight_format import EXACT, WeightFormat
 
 _FLUSH_BYTES = 256 * 1024 * 1024
@@ -198,7 +199,7 @@ def measure(architecture: Architecture) -> Sizing:
         cache_bytes_fixed=architecture.dry_run.cache_bytes_fixed,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        max_position_embeddings=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
+        max_position_embeddings=trained_context_tokens(config) or 1 << 20,
         activated_dense_bytes=dense_bytes - looked_up,
         eager_attention_heads=config.num_attention_heads if eager else 0,
     )

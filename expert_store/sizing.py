@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sizing:
-    """What the planner must know of the model without loading it."""
+    """What the planner must know of the model without loading it.
+
+    max_position_embeddings: the context it was trained for, rope scaling considered
+    """
 
     dense_bytes: int
     cache_bytes_per_token: int

@@ -189,11 +189,11 @@ def test_what_the_model_does_not_take_is_skipped(tmp_path: Path) -> None:
         tensors["visual.patch_embed.proj.weight"] = torch.zeros(64, 3, 14, 14)
 
     change_weights(root, add)
-    skipped = list[str]()
-    manifest = index(root, tmp_path / "store", warn=skipped.append)
+    told = list[str]()
+    manifest = index(root, tmp_path / "store", warn=told.append)
     assert manifest.sizing == before
     assert [tensor.name for tensor in manifest.spec.dense if "visual" in tensor.name] == []
-    assert skipped == [
+    assert [sentence for sentence in told if sentence.startswith("skipped")] == [
         "skipped 19 tensors (0.3 MiB) that this model does not use: "
         "model.layers.2.eh_proj.weight, model.layers.2.mlp.experts.0.up_proj.weight and 17 more"
     ]
@@ -235,10 +235,10 @@ def test_routers_that_cannot_be_asked_are_named(model_type: str, tmp_path: Path)
         foreseen = set(node.loaded.scores.next_routers)
         layers = set(node.loaded.spec.moe_layers)
     if model_type == "zaya":
-        assert said == [
+        assert (
             "experts of layers 0, 1, 2, 3 are computed exactly but not read ahead: their routers "
             "have no weight that can be asked early"
-        ]
+        ) in said
         assert not foreseen
     else:
         assert 0 < len(foreseen) < len(layers)

@@ -45,6 +45,15 @@ def test_parts_sum_to_the_total_and_stay_below(manifest: Manifest) -> None:
     assert found.parts["spare_slots"] >= 4 * manifest.slot_bytes
 
 
+@pytest.mark.parametrize(("trained_tokens", "is_told"), [(2047, True), (2048, False)])
+def test_a_context_beyond_what_the_model_was_trained_for_is_told(
+    trained_tokens: int, is_told: bool, manifest: Manifest
+) -> None:
+    sizing = replace(manifest.sizing, max_position_embeddings=trained_tokens)
+    found = plan(replace(manifest, sizing=sizing), 1024 * MIB, None).warnings
+    assert ["trained for 2,047" in warning for warning in found] == [True] * is_told
+
+
 @pytest.mark.parametrize(
     ("text", "slots"), [("96", 96), ("37.5%", 96), ("100%", 256), ("10MiB", 69), ("999", 256)]
 )

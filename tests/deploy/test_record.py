@@ -41,7 +41,7 @@ def result(num_steps: int, *, scores: bool = False, first: int = 0) -> Result:
         for n in range(num_steps)
     ]
     nothing = Phase(0, 0, 0, 0, 0.0, 0.0)
-    return Result("", [0], [0], "stop", 0.0, 0.0, 0.0, nothing, nothing, steps)
+    return Result("", [0], [0], "stop", 0.0, 0.0, 0.0, nothing, nothing, steps=steps)
 
 
 class FakeGeneration:

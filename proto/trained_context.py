@@ -1,4 +1,6 @@
-"""How long a context a model was trained for, by its own configuration."""
+"""How long a context a model was trained for, by its own configuration: the plan and the node must
+say the same.
+"""
 
 from __future__ import annotations
 

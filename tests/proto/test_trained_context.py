@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from compute_node.trained_context import trained_context_tokens
+from proto.trained_context import trained_context_tokens
 
 ROPE = {"rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", **ROPE}
