@@ -73,7 +73,9 @@ def explained(model_type: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever transformers and torch raise for values of the wrong kind
-        words = str(error).strip().splitlines() or [type(error).__name__]
+        words = str(error).strip().splitlines() or [""]
+        if isinstance(error, LookupError) or not words[0]:  # which say but a name, or nothing
+            words = [f"{type(error).__name__} {words[0]}".strip()]
         raise errors.CheckpointUnsupported(
             f"transformers cannot run this {model_type} model ({words[0][:200]}): "
             "check config.json, or try another release of transformers"
