@@ -274,15 +274,18 @@ def _eos_ids(model: Any, model_dir: Path) -> frozenset[int]:
 
 
 def _cache_tensors(cache: Any) -> list[Tensor]:
-    """Every tensor a transformers cache holds, once."""
-    seen: dict[int, Tensor] = {}
-    pending: list[Any] = [vars(layer) for layer in cache.layers] if cache is not None else []
+    """Every tensor that a transformers cache holds, once, whatever its class."""
+    seen: dict[int, Any] = {}
+    pending: list[Any] = [cache]
     while pending:
         value = pending.pop()
-        if isinstance(value, Tensor):
-            seen[id(value)] = value
-        elif isinstance(value, dict):
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, dict):
             pending.extend(value.values())
         elif isinstance(value, (list, tuple)):
             pending.extend(value)
-    return list(seen.values())
+        elif type(value).__module__.startswith("transformers."):
+            pending.extend(vars(value).values())
+    return [value for value in seen.values() if isinstance(value, Tensor)]

@@ -64,16 +64,18 @@ class RoutedExperts:
     ) -> Tensor:
         """The weighted sum of each token's experts; bit-identical to transformers' eager experts.
 
-        hidden: [T, D]; topk_ids: [T, K]; topk_weights: [T, K]
+        hidden: [T, D]; topk_ids: [T, K], ids past the last expert are transformers' mark for none;
+        topk_weights: [T, K]
 
         Returns [T, D].
         Raises what the cache raises.
         """
-        experts = _distinct(topk_ids, module.num_experts)
+        chosen = [e for e in topk_ids.flatten().tolist() if e < module.num_experts]
+        experts = sorted(set(chosen))
         if hidden.shape[0] == 1:
             hits, waves = self._decode_step(experts, hidden)
             self._record.layers[self.layer] = LayerAccess(topk_ids, topk_weights, hits)
-            compute = _one_token if len(experts) == topk_ids.shape[1] else _many_tokens
+            compute = _one_token if len(experts) == len(chosen) else _many_tokens
             return compute(module, hidden, topk_ids, topk_weights, waves)
         self._overlap.leave()
         hits, waves = self._cache.step(self.layer, experts)
@@ -88,11 +90,6 @@ class RoutedExperts:
         disproved = prefetcher.settle(layer, [ExpertKey(layer, expert) for expert in experts])
         self._overlap.enter(layer, prefetcher.latest_unguessed)
         return self._cache.step(layer, experts, disproved, lambda: prefetcher.guess(layer, hidden))
-
-
-def _distinct(topk_ids: Tensor, num_experts: int) -> list[int]:
-    """Ascending; ids past the last expert are transformers' mark for none."""
-    return sorted(expert for expert in set(topk_ids.flatten().tolist()) if expert < num_experts)
 
 
 def _one_token(

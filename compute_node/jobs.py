@@ -118,8 +118,8 @@ class ComputeThread:
         self._draining = True
         self._end_of_grace.cancel()
         self._stopping.set()
-        if self._current is not None:
-            self._current.cancel()
+        if (current := self._current) is not None:
+            current.cancel()
         self._thread.join()
 
     def do(self, work: Callable[[], Outcome]) -> Outcome:
@@ -194,9 +194,9 @@ class ComputeThread:
                     return
                 self._run_idle()
                 continue
-            if self._stopping.is_set():
-                job.cancel()
             self._current = job
+            if self._stopping.is_set():  # looked at after the job can be found
+                job.cancel()
             job.run()
             self._current = None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from compute_node.access_log import AccessLog
 from compute_node.advice import AdviceFeed
 
+_PATIENCE_EVENTS = 512  # a scheduler that is well answers after some
+
 
 def obstacle(access_log: AccessLog | None, advice: AdviceFeed | None) -> str:
     """Why nothing is learned now, or what is learned does not arrive; empty when all is well.
@@ -15,6 +17,8 @@ def obstacle(access_log: AccessLog | None, advice: AdviceFeed | None) -> str:
         return "no redis_url is set"
     if found := access_log.obstacle or advice.obstacle:
         return found
+    if advice.age_s is None and access_log.num_sent > _PATIENCE_EVENTS:
+        return f"no advice came for {access_log.num_sent:,} events: see the scheduler"
     if advice.is_stale:
         return f"the last advice is {advice.age_s:.0f} s old: see the scheduler"
     return ""

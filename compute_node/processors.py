@@ -44,7 +44,10 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _read(file: Path) -> str:
-    return file.read_text() if file.exists() else ""
+    try:
+        return file.read_text()
+    except OSError:  # no such controller, or a group that has gone meanwhile
+        return ""
 
 
 def _quota(text: str) -> Iterator[float]:

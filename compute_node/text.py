@@ -116,7 +116,7 @@ def check_stops(tokenizer: Any, stops: Sequence[str], skip_special_tokens: bool)
         raise errors.InvalidRequest("this checkpoint has no tokenizer: send stop_token_ids")
     if "" in stops:
         raise errors.InvalidRequest("a stop string is empty: leave it out")
-    special = set(tokenizer.all_special_tokens) if stops and skip_special_tokens else set()
+    special = _special_tokens(tokenizer) if stops and skip_special_tokens else frozenset()
     for stop in stops:
         inner = [token for token in special if token in stop and stop not in special]
         if inner:
@@ -130,8 +130,14 @@ def special_stop_ids(tokenizer: Any, stops: Sequence[str]) -> frozenset[int]:
     """Of the stop strings that are special tokens, which no text may show."""
     if not stops:
         return frozenset()
-    special = [stop for stop in stops if stop in tokenizer.all_special_tokens]
+    special = [stop for stop in stops if stop in _special_tokens(tokenizer)]
     return frozenset(tokenizer.convert_tokens_to_ids(special))
+
+
+def _special_tokens(tokenizer: Any) -> frozenset[str]:
+    """What decoding leaves out: tokens with a role, and others that were added as special."""
+    added = tokenizer.added_tokens_decoder.values()
+    return frozenset((*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)))
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:

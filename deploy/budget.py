@@ -110,7 +110,7 @@ def plan_memory(
 
 
 def _beyond_training(context_tokens: int, trained_tokens: int) -> Iterator[str]:
-    if context_tokens > trained_tokens:
+    if 0 < trained_tokens < context_tokens:
         yield (
             f"max_context_tokens is {context_tokens:,}, the model was trained for "
             f"{trained_tokens:,}: what goes beyond may be nonsense"
@@ -153,7 +153,10 @@ def shortage(plan: MemoryPlan) -> str:
     )
     if fitting_bytes < plan.smallest_bytes:
         return f"{fact}: end some, the smallest --memory that works is {_mib(plan.smallest_bytes)}"
-    return f"{fact}: give --memory {fitting_bytes // MIB}MiB, or end some"
+    return (
+        f"{fact}: end some, or give --memory {fitting_bytes // MIB}MiB and no more "
+        "--experts-memory than fits it"
+    )
 
 
 def check_shared_memory(plan: MemoryPlan) -> None:

@@ -176,8 +176,9 @@ def _run(arguments: list[str] | None) -> int:
 
 def _check_no_empty(arguments: list[str]) -> None:
     """An empty path would be this folder, and no argument may be empty. Raises InvalidRequest."""
+    num_options = arguments.index("--") if "--" in arguments else len(arguments)
     for number, argument in enumerate(arguments):
-        name = _EMPTY_OPTION.fullmatch(argument)
+        name = _EMPTY_OPTION.fullmatch(argument) if number < num_options else None
         if name is None and argument:
             continue
         before = arguments[number - 1] if number else ""

@@ -4,6 +4,7 @@ the compose.env that it reads, and the daemons' flashmoe.toml.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -182,7 +183,7 @@ def prepare_run_dir(run: RunDir, user: ContainerUser) -> None:
 
     Raises ConfigInvalid when sockets there cannot be.
     """
-    run.prepare()
+    run.prepare((os.geteuid(), user.uid))  # theirs since it was first prepared
     for file in run.path.glob(refusal_file(run, "*").name):
         file.unlink(missing_ok=True)
     user.take(run.path)

@@ -14,12 +14,15 @@ import typer
 
 from deploy import console
 from deploy.container import RUN_NAME, refusal_file
+from deploy.online import seconds
 from deploy.run_dir import RunDir
 from deploy.status import check_health
 from proto import daemon, errors
 
 DIR = typer.Argument(metavar="DIR", help="What --out of container-config was.")
-TIMEOUT = typer.Option(help="Seconds; the dense weights of a large model take minutes.")
+TIMEOUT = typer.Option(
+    callback=seconds, help="Seconds; the dense weights of a large model take minutes."
+)
 _DAEMONS = ("expert_store", "compute_node", "scheduler")
 _POLL_S = 0.25
 

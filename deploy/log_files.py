@@ -21,7 +21,7 @@ def bound(log: Path, limit_bytes: int = LIMIT_BYTES) -> None:
 
     The file stays the same one, so that a process goes on writing (appending) where it does.
     """
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # a log that cannot be cut must not end the stack
         if log.stat().st_size > limit_bytes:
             _begin_anew(log)
 

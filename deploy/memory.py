@@ -1,8 +1,8 @@
 """Measures what the stack uses: the sum of PSS of its processes, and its peak.
 
-Anonymous memory is read every time (a counter the kernel keeps). File-mapped and shared pages
-need a walk
-over page tables (10 ms for a torch process), and change slowly: they are walked now and then.
+Anonymous memory is read every time (a counter the kernel keeps). File-mapped and shared pages need
+a walk over page tables (10 ms for a torch process), and change slowly: they are walked now and
+then.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class MemoryReport:
 
     @classmethod
     def read(cls, run_dir: Path) -> MemoryReport | None:
-        """None when no stack of ours runs there."""
+        """None when no stack of ours runs there, or one of another release."""
         try:
             return cls(**json.loads((run_dir / FILE_NAME).read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, TypeError, ValueError):
             return None
 
 

@@ -25,7 +25,8 @@ COUNT_MAX, SEED_MAX = 2**32 - 1, 2**63 - 1  # what the wire carries, a seed a ge
 _TIMEOUT_MAX_S = 1e9
 
 
-def _seconds(value: float | None) -> float | None:
+def seconds(value: float | None) -> float | None:
+    """A time to wait. Raises BadParameter for one that is none."""
     if value is not None and not 0 < value <= _TIMEOUT_MAX_S:
         raise typer.BadParameter(f"{value} is no time to wait: give seconds above 0")
     return value
@@ -57,7 +58,7 @@ TOP_P = typer.Option(min=0, max=1, help="Nucleus sampling; 1: off.")
 SEED = typer.Option(metavar="N", min=0, max=SEED_MAX, help="Of the sampling; none: random.")
 STOP = typer.Option(help="Stop string; repeat for more.")
 IGNORE_EOS = typer.Option("--ignore-eos", help="Go on past the end of text.")
-TIMEOUT = typer.Option(callback=_seconds, help="Deadline in seconds.")
+TIMEOUT = typer.Option(callback=seconds, help="Deadline in seconds.")
 SPECIAL_TOKENS = typer.Option(
     "--special-tokens", help="Show special tokens in the text, such as the end of text."
 )
@@ -85,7 +86,7 @@ def generate(
     """
     text, stops = choose_prompt(prompt, prompt_file), _stops(stop or ())
     settings = ServeSettings.load(config).with_flags(run_dir=run_dir)
-    with connected(settings) as node:
+    with connected(RunDir(settings.run_dir.resolve())) as node:
         generation = node.generate(
             text,
             max_tokens=max_tokens,
@@ -161,12 +162,11 @@ def health(
 
 
 @contextmanager
-def connected(settings: ServeSettings) -> Iterator[NodeClient]:
-    """A client of the stack in the run directory, for the block.
+def connected(run: RunDir) -> Iterator[NodeClient]:
+    """A client of the stack in `run`, for the block.
 
     Raises Unavailable with what became of the stack when it does not answer, or no more.
     """
-    run = RunDir(settings.run_dir.resolve())
     absence = find_absence(run, "compute_node")
     if absence is not Absence.SILENT:
         raise errors.Unavailable(explain_absence(run, absence))

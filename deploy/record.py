@@ -17,6 +17,7 @@ from compute_node.result import Result
 from deploy import console, online, serve
 from deploy.prompts import Prompt, read_prompts
 from deploy.recorder import Drawing, Recorder, to_trace
+from deploy.run_dir import RunDir
 from deploy.settings import ServeSettings
 from proto import errors
 from scheduler.trace import AccessTrace
@@ -161,7 +162,7 @@ def _node(
             yield node, stack.watch
         return
     settings = ServeSettings.load(config).with_flags(run_dir=run_dir)
-    with online.connected(settings) as node:
+    with online.connected(RunDir(settings.run_dir.resolve())) as node:
         yield node, _sleep_until
 
 

@@ -106,5 +106,5 @@ def _remedy(error: Exception) -> str:
 
 
 def _shown(url: str) -> str:
-    """Without its password."""
-    return re.sub(r"//.*@", "//", url)
+    """Without its password, wherever it stands."""
+    return re.sub(r"//.*@", "//", url).partition("?")[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -75,10 +75,11 @@ class RunDir:
         """
         return presence_of(self.segment)
 
-    def prepare(self) -> None:
-        """Make the folder. Raises ConfigInvalid when no stack can live there: a path that sockets
-        or configuration cannot name, no folder, another user's, one that cannot be written, a full
-        disk.
+    def prepare(self, owners: Container[int] | None = None) -> None:
+        """Make the folder, or find it owned by one of `owners` (user ids; None: by us).
+
+        Raises ConfigInvalid when no stack can live there: a path that sockets or configuration
+        cannot name, no folder, another user's, one that cannot be written, a full disk.
         """
         if "~" in self.path.parts:
             raise errors.ConfigInvalid(
@@ -107,7 +108,7 @@ class RunDir:
         except OSError as error:
             raise self.unusable(error) from error
         owner = self.path.stat().st_uid
-        if owner != os.geteuid():
+        if owner not in (owners or (os.geteuid(),)):
             raise errors.ConfigInvalid(
                 f"--run-dir {self.path} belongs to the user with the id {owner}: give another"
             )

@@ -11,7 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
-from compute_node.client import NodeClient
+import typer
+
 from compute_node.result import Generation, Result
 from deploy import console, local
 from deploy.budget import MemoryPlan, forecaster_room, plan_memory
@@ -33,6 +34,7 @@ from deploy.online import (
     SEED,
     SOURCE,
     TEMPERATURE,
+    connected,
 )
 from deploy.prompts import choose_prompt
 from deploy.run_dir import RunDir
@@ -73,7 +75,6 @@ def serve(
         settings = settings.with_forecaster(forecaster)
     store_dir, manifest, plan = prepare(settings)
     stopped = stop_flag()
-    console.say(f"starting {model_name(manifest)} ...")
     with local.serving(settings, store_dir, manifest, plan, stopped, say=console.say) as stack:
         if not stopped():
             console.out.print(
@@ -104,7 +105,9 @@ def run(
     stopped = stop_flag()
     flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
     with own_stack(config, flags, stopped) as (stack, run), ThreadPoolExecutor(1) as threads:
-        with NodeClient(run.address("compute_node")) as node:
+        if stopped():
+            raise typer.Abort
+        with connected(run) as node:
             generation = node.generate(
                 text,
                 max_tokens=max_tokens,
@@ -115,6 +118,8 @@ def run(
             writing = threads.submit(_write_all, text, generation)
             stack.watch(lambda: writing.done() or stopped())
             generation.cancel()  # does nothing to one that is through
+            if stopped() and not generation.result:
+                raise typer.Abort
             result = writing.result()
         stack.write_memory()
         report = MemoryReport.read(run.path)
@@ -166,7 +171,6 @@ def own_stack(
     with tempfile.TemporaryDirectory(prefix="flashmoe-") as scratch:
         settings = ServeSettings.load(config).with_flags(**flags, run_dir=Path(scratch))
         store_dir, manifest, plan = prepare(settings)
-        console.say(f"starting {model_name(manifest)} ...")
         with local.serving(settings, store_dir, manifest, plan, stopped, say=console.say) as stack:
             yield stack, RunDir(settings.run_dir.resolve())
 

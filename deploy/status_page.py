@@ -9,6 +9,7 @@ from deploy import console
 
 _HEALTH = {"SERVING": "serving", "NOT_SERVING": "not serving: it is starting or stopping"}
 Facts = Mapping[str, Any]
+_OLD_S = 5.0  # of a memory report, which is written twice a second
 
 
 def status_rows(
@@ -72,6 +73,7 @@ def _node_rows(facts: Facts) -> dict[str, str]:
         "experts": f"{facts['resident']:,} in memory, room for {facts['slots']:,}",
         "requests": f"{facts['requests']:,} since the start, {facts['queued']:,} waiting",
         "gives up by": f"policy {facts['policy']}",
+        "learning": facts["learning"],
         "advice": _advice(facts),
         "evidence": f"{count(facts['evidence_sent'], 'step')} told to the scheduler, "
         f"{facts['evidence_dropped']:,} dropped",
@@ -102,11 +104,16 @@ def _guesses(facts: Facts) -> str:
 def _scheduler_rows(facts: Facts) -> dict[str, str]:
     age_s = facts["advice_age_s"]
     published = f"{facts['advice_published']:,} published"
-    rejected = facts["events_rejected"]
+    lost = {
+        "refused": facts["events_rejected"],
+        "lost": facts["events_lost"],
+        "missed": facts["steps_missed"],
+    }
     return {
         "Redis": "connected" if facts["redis_connected"] else "not reached: nothing is learned",
+        "learning": facts["learning"],
         "evidence": f"{count(facts['events_seen'], 'step')} seen"
-        + (f", {rejected:,} refused" if rejected else ""),
+        + "".join(f", {number:,} {what}" for what, number in lost.items() if number),
         "advice": published if age_s is None else f"{published}, the latest {age_s:.1f} s ago",
         "learned": _learned(facts),
         "takes": f"{facts['step_ms']:.1f} ms a step, {facts['cpu_share']:.1%} of a core",
@@ -123,8 +130,11 @@ def _learned(facts: Facts) -> str:
 
 
 def _memory_rows(facts: Facts) -> dict[str, str]:
+    now = f"{console.size(facts['current_bytes'])} of {console.size(facts['ceiling_bytes'])}"
+    if facts["age_s"] > _OLD_S:
+        now += f", {facts['age_s']:,.0f} s ago: the launcher could not write it since"
     return {
-        "now": f"{console.size(facts['current_bytes'])} of {console.size(facts['ceiling_bytes'])}",
+        "now": now,
         "at most": console.size(facts["peak_bytes"]),
     }
 

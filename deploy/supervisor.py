@@ -19,7 +19,7 @@ from deploy import log_files
 from deploy.memory import MemorySampler
 from deploy.run_dir import RunDir
 from proto import errors
-from proto.daemon import START_ERROR, refusal
+from proto.daemon import START_ERROR, may_pass, refusal
 
 _POLL_S = 0.05
 _RESTARTS_ALLOWED = 5
@@ -211,30 +211,42 @@ class Stack:
         process, now = daemon.process, time.monotonic()
         if process is None:
             if now >= daemon.restart_at_s:
-                daemon.start()
+                self._start(daemon)
             return
         if process.poll() is None:
             return
         if process.returncode == START_ERROR or self._failed_alike(daemon):
             raise daemon.refusal()
+        self._count_death(daemon, daemon.how_it_died())
+
+    def _start(self, daemon: Daemon) -> None:
+        try:
+            daemon.start()
+        except OSError as error:  # no room for its log, or for another process
+            self._count_death(daemon, f"before it ran ({error.strerror})")
+
+    def _count_death(self, daemon: Daemon, how: str) -> None:
+        """Have it started again a little later. Raises Unavailable when that happens too often."""
+        now = time.monotonic()
         daemon.restarts.append(now)
         while daemon.restarts[0] < now - _RESTART_WINDOW_S:
             daemon.restarts.popleft()
         if len(daemon.restarts) > _RESTARTS_ALLOWED:
             raise errors.Unavailable(
                 f"{daemon.name} died {len(daemon.restarts)} times in a minute, the last time "
-                f"{daemon.how_it_died()}: see {daemon.run.log(daemon.name)}"
+                f"{how}: see {daemon.run.log(daemon.name)}"
             )
-        self._say(f"{daemon.name} died {daemon.how_it_died()}; starting it again")
+        self._say(f"{daemon.name} died {how}; starting it again")
         daemon.process, daemon.is_away = None, True
         daemon.restart_at_s = now + 0.1 * 2 ** (len(daemon.restarts) - 1)
 
     def _failed_alike(self, daemon: Daemon) -> bool:
         """Whether it ended by itself before it ever was ready, twice with the same words: a third
-        time would tell nothing new. A signal comes from others, and may not come again.
+        time would tell nothing new. A signal comes from others, and may not come again; and what
+        the daemon itself says may pass is tried again as often as any death.
         """
         assert daemon.process is not None
-        if daemon.has_served or daemon.process.returncode < 0:
+        if daemon.has_served or daemon.process.returncode < 0 or may_pass(daemon.last_words()):
             return False
         before, daemon.failure = daemon.failure, _NUMBER.sub("#", daemon.last_words())
         return daemon.failure == before

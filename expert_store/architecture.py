@@ -5,7 +5,7 @@ dry run of it tells. Offline only, imports torch; the model's weights take no me
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,8 @@ def read_architecture(root: Path, tensors: Mapping[str, CheckpointTensor]) -> Ar
     Raises CheckpointUnsupported naming the architecture, the conversion or the dtype in the way.
     """
     config = load_config(root)
-    config.dtype = config.dtype or weights_dtype(tensors)
+    is_said = config.dtype is not None
+    config.dtype = config.dtype or weights_dtype(tensors.values())
     model = build_meta(config)
     modules = experts_modules(model)
     sources = ParameterSources(model, tensors)
@@ -151,6 +152,11 @@ def read_architecture(root: Path, tensors: Mapping[str, CheckpointTensor]) -> Ar
             f"its layers have different numbers of experts: {counts}"
         )
     dense = sources.dense()
+    if not is_said and weights_dtype(dense) != config.dtype:  # which the node would take
+        raise errors.CheckpointUnsupported(
+            f'{root}: its config names no dtype and its weights have several: add "dtype" to '
+            "config.json"
+        )
     found = dry_run(model, modules)
     return Architecture(
         model_type=config.model_type,
@@ -164,9 +170,9 @@ def read_architecture(root: Path, tensors: Mapping[str, CheckpointTensor]) -> Ar
     )
 
 
-def weights_dtype(tensors: Mapping[str, CheckpointTensor]) -> torch.dtype:
+def weights_dtype(tensors: Iterable[CheckpointTensor]) -> torch.dtype:
     """Of the first floating-point tensor: what transformers takes where the config says nothing."""
-    found = (TORCH_DTYPES[t.dtype] for t in tensors.values() if t.dtype in TORCH_DTYPES)
+    found = (TORCH_DTYPES[t.dtype] for t in tensors if t.dtype in TORCH_DTYPES)
     return next(found, torch.float32)
 
 

@@ -166,5 +166,5 @@ def cache_tensors(cache: Any) -> list[Tensor]:
         elif isinstance(value, (list, tuple)):
             pending.extend(value)
         elif type(value).__module__.startswith("transformers."):
-            pending.extend(value for value in vars(value).values())
+            pending.extend(vars(value).values())
     return [value for value in seen.values() if isinstance(value, Tensor)]

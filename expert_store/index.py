@@ -199,7 +199,7 @@ def measure(architecture: Architecture) -> Sizing:
         cache_bytes_fixed=architecture.dry_run.cache_bytes_fixed,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        max_position_embeddings=trained_context_tokens(config) or 1 << 20,
+        max_position_embeddings=trained_context_tokens(config) or 0,
         activated_dense_bytes=dense_bytes - looked_up,
         eager_attention_heads=config.num_attention_heads if eager else 0,
     )

@@ -80,6 +80,11 @@ class ParameterSources:
     def expert_parameter(
         self, target: str, name: str, parameter: Any, is_transposed: bool
     ) -> ExpertParameter:
+        if parameter.dtype not in _DTYPES:
+            raise errors.CheckpointUnsupported(
+                f"its config makes {target} {parameter.dtype}: experts may be float32, bfloat16 or "
+                "float16"
+            )
         dtype, shape = _DTYPES[parameter.dtype], tuple(parameter.shape[1:])
         if f"{target}_blocks" in self._by_target:
             parts = self._mxfp4(target, parameter)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Sizing:
     """What the planner must know of the model without loading it.
 
-    max_position_embeddings: the context it was trained for, rope scaling considered
+    max_position_embeddings: the context it was trained for, rope scaling considered; 0: its config
+    sets no limit
     """
 
     dense_bytes: int

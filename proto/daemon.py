@@ -18,7 +18,6 @@ import logging
 import os
 import re
 import sys
-import time
 import tomllib
 import traceback
 from collections.abc import Callable, Coroutine, Iterator
@@ -34,7 +33,6 @@ from pydantic import BaseModel, ValidationError
 from proto import errors, last_words, log, rpc
 
 FAILURE, START_ERROR = last_words.FAILURE, last_words.START_ERROR
-_HOLD_POLL_S = 0.5
 # What the system may have again in a moment: descriptors, memory, room, a device.
 _PASSING = {
     errno.EADDRINUSE,
@@ -118,23 +116,13 @@ def _tell_end(name: str, error: Exception, hold: Path | None) -> int:
     if problem.retryable:
         return FAILURE
     if hold:
-        _hold(hold, sentence)
+        last_words.hold(str(hold), sentence)
     return START_ERROR
-
-
-def _hold(file: Path, sentence: str) -> None:
-    """Keep a refusal readable in `file` until somebody removes it, or SIGTERM ends the process."""
-    try:
-        file.write_text(sentence)
-    except OSError as error:
-        sys.stderr.write(f"cannot write {file}: {error.strerror}\n{sentence}")
-    while file.exists():
-        time.sleep(_HOLD_POLL_S)
 
 
 def _problem(error: Exception) -> errors.FlashMoEError:
     """What an error means to whoever started us: retryable where it may pass by waiting."""
-    if isinstance(error, errors.FlashMoEError):
+    if isinstance(error, errors.FlashMoEError) and (error.retryable or not rpc.has_served()):
         return error
     if rpc.has_served():  # so it can start: a defect that hit one request may spare the next
         return errors.Unavailable(f"ended by a defect, {type(error).__name__}: {error}")
@@ -166,6 +154,11 @@ def leave(status: int) -> NoReturn:
         sys.stderr.flush()
     finally:
         os._exit(status)
+
+
+def may_pass(last_line: str) -> bool:
+    """Whether a daemon that ended so said itself that trying again may help."""
+    return _REFUSAL.fullmatch(last_line) is not None and refusal(last_line).retryable
 
 
 def refusal(last_line: str) -> errors.FlashMoEError:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from types import TracebackType
 
 FAILURE, START_ERROR = 1, 2  # a daemon's exit status: trying again may help, or it would not
 _HEAD, _TAIL = 300, 150
+_HOLD_POLL_S = 0.5
 
 
 def tell(name: str, kind: str, text: str) -> str:
@@ -28,7 +30,18 @@ def tell(name: str, kind: str, text: str) -> str:
 
 def cannot_start(error: BaseException) -> str:
     """A sentence for an error that nobody foresaw."""
-    return f"cannot start, {type(error).__name__}: {error} (its log has the traceback)"
+    return f"{type(error).__name__}: {error}"
+
+
+def hold(file: str, sentence: str) -> None:
+    """Keep a refusal readable in `file` until somebody removes it, or SIGTERM ends the process."""
+    try:
+        with open(file, "w") as kept:
+            kept.write(sentence)
+    except OSError as error:
+        sys.stderr.write(f"cannot write {file}: {error.strerror}\n{sentence}")
+    while os.path.exists(file):
+        time.sleep(_HOLD_POLL_S)
 
 
 def tell_of_imports(name: str) -> None:
@@ -41,8 +54,10 @@ def tell_of_imports(name: str) -> None:
             sys.__excepthook__(kind, error, trace)
             return
         traceback.print_exception(kind, error, trace)
-        tell(name, "StartFailed", cannot_start(error))
+        sentence = tell(name, "StartFailed", cannot_start(error))
         sys.stderr.flush()
+        if "--hold" in sys.argv[:-1]:
+            hold(sys.argv[sys.argv.index("--hold") + 1], sentence)
         os._exit(START_ERROR)
 
     sys.excepthook = refuse

@@ -49,9 +49,9 @@ class Publisher:
 
     @property
     def needs_refresh(self) -> bool:
-        """Whether the last advice is about to expire though we are well."""
+        """Whether the last advice did not go out, or is about to expire though we are well."""
         age_s = self.age_s
-        return age_s is not None and age_s > self._lifetime_s / 2
+        return bool(self.obstacle) or (age_s is not None and age_s > self._lifetime_s / 2)
 
     async def publish(self, node: str, verdict: Verdict) -> None:
         """Tell `node` whom to follow."""

@@ -160,6 +160,10 @@ class ExpertCache:
         nothing: what it asked for comes, and is kept by the next.
         Raises StoreUnavailable and what `check` raises; iterating also ExpertDamaged, StaleLease.
         """
+        self._disproved = (
+            *self._disproved,
+            *disproved,
+        )  # told with the next message, whatever comes
         self.check()
         self.let_go_if_lost()
         self._collect()
@@ -170,7 +174,7 @@ class ExpertCache:
         counters = self.counters[layer]
         counters.hits += len(hits)
         counters.misses += len(used) - len(hits)
-        self._disproved, self._guess = disproved, guess
+        self._guess = guess
         return {key.expert for key in hits}, self._waves(layer, used, hits)
 
     def open(self) -> None:
@@ -356,4 +360,5 @@ class ExpertCache:
     def _forget(self) -> None:
         self._under_way.clear()
         self._asked.clear()
+        self._disproved = ()  # of a session that is gone
         self._resident.clear()

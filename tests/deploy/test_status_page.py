@@ -51,6 +51,7 @@ NODE: dict[str, Any] = {
     "advice_fallbacks": 0,
     "evidence_sent": 0,
     "evidence_dropped": 0,
+    "learning": "on",
     "store_reconnects": 0,
     "prefetch_depth": 3,
     "prefetch_precision": [],
@@ -60,8 +61,11 @@ SCORE = {"hit_ratio": 0.9, "windowed_hit_ratio": 0.95, "windowed_regret": 0.0123
 SCHEDULER: dict[str, Any] = {
     "health": "SERVING",
     "redis_connected": False,
+    "learning": "off: Redis takes no advice",
     "events_seen": 0,
     "events_rejected": 0,
+    "events_lost": 0,
+    "steps_missed": 0,
     "labels_learned": 0,
     "log_loss": 0.0,
     "baseline_log_loss": 0.0,
@@ -88,8 +92,10 @@ BUSY = {
     "compute_node": NODE
     | {"hit_ratio": 0.9591, "advice_age_s": 1.74, "store_reconnects": 1}
     | {"prefetch_precision": [0.5, 0.25, 0.0], "prefetch_recall": 0.61},
-    "scheduler": SCHEDULER | {"redis_connected": True, "labels_learned": 1800, "log_loss": 0.2412},
-    "memory": {"ceiling_bytes": 1 << 30, "peak_bytes": 1 << 29, "current_bytes": 1 << 28},
+    "scheduler": SCHEDULER
+    | {"redis_connected": True, "labels_learned": 1800, "log_loss": 0.2412, "events_lost": 3},
+    "memory": {"ceiling_bytes": 1 << 30, "peak_bytes": 1 << 29, "current_bytes": 1 << 28}
+    | {"age_s": 3600.4},
 }
 IDLE = {"expert_store": STORE, "compute_node": NODE, "scheduler": SCHEDULER}
 AWAY = {name: {"health": "away"} for name in IDLE}
@@ -106,7 +112,13 @@ def test_what_a_page_says() -> None:
     busy = status_rows(BUSY, {})
     assert busy["expert store"]["read"] == "1.0 GiB at 2.0 MiB/s; 1 expert on demand, 0 ahead"
     assert busy["expert store"]["damaged"] == "L07E113: `flashmoe verify` names the files"
+    assert busy["scheduler"]["evidence"] == "0 steps seen, 3 lost"
+    assert busy["scheduler"]["learning"] == "off: Redis takes no advice"
+    assert busy["memory"]["now"] == (
+        "256.0 MiB of 1.0 GiB, 3,600 s ago: the launcher could not write it since"
+    )
     node = busy["compute node"]
+    assert node["learning"] == "on"
     assert node["hit ratio"] == "95.9% of the experts used were in memory"
     assert node["guesses"].startswith(
         "50%, 25%, 0% right, by layers ahead; 61% of what was missing"
@@ -117,7 +129,7 @@ def test_what_a_page_says() -> None:
     assert policies["decayed"] == (
         "95.00% hits lately, 90.00% in all; 1.23 points short of the optimum"
     )
-    assert busy["memory"] == {"now": "256.0 MiB of 1.0 GiB", "at most": "512.0 MiB"}
+    assert busy["memory"]["at most"] == "512.0 MiB"
     idle = status_rows(IDLE, {})
     assert idle["compute node"]["hit ratio"] == "nothing was computed yet"
     assert idle["scheduler"]["Redis"] == "not reached: nothing is learned"

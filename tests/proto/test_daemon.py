@@ -85,7 +85,7 @@ def last_words(found: subprocess.CompletedProcess[str]) -> errors.FlashMoEError:
     ("error", "status", "kind", "told"),
     [
         ("ValueError('rope of\\nan unknown kind')", 2, "StartFailed", "rope of an unknown kind"),
-        ("RuntimeError('x' * 5000 + ': update it')", 2, "StartFailed", ": update it (its log"),
+        ("RuntimeError('x' * 5000 + ': update it')", 2, "StartFailed", ": update it"),
         ("ImportError('needs sentencepiece')", 2, "StartFailed", "needs sentencepiece"),
         ("OSError('no tokenizer there')", 2, "StartFailed", "no tokenizer there"),
         ("PermissionError(errno.EACCES, 'Denied', 'w.bin')", 2, "StartFailed", "w.bin"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ from deploy.run_dir import RunDir
 from tests.stack import FLASHMOE, ROOT, assert_nothing_left, served, wait_for
 
 pytestmark = pytest.mark.system
+
+
+@pytest.fixture(autouse=True)
+def hang_ups_heard() -> Iterator[None]:
+    """Also where the tests themselves were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
