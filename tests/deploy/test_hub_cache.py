@@ -27,7 +27,8 @@ def test_the_links_lead_somewhere_in_the_container_too(tmp_path: Path) -> None:
         weights.chmod(0o644)  # the containers' user reads them; safetensors saves them for us alone
     container_config(tmp_path / "store", tmp_path / "out", memory="1GiB")
     variables = (tmp_path / "out" / "compose.env").read_text().splitlines()
-    mounted = Path(next(v for v in variables if v.startswith("FLASHMOE_SOURCE=")).split("=")[1])
+    said = next(v for v in variables if v.startswith("FLASHMOE_SOURCE="))
+    mounted = Path(said.split("=")[1].strip("'"))
     tables = tomllib.loads((tmp_path / "out" / "flashmoe.toml").read_text())
     inside = Path(tables["expert_store"]["source_root"]).relative_to(SOURCE_DIR)
     seen = shutil.copytree(mounted, tmp_path / "container", symlinks=True)
