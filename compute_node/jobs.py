@@ -83,7 +83,7 @@ class _Errand:
             self.done.set_exception(error)
 
     def cancel(self) -> None:
-        """Who asked waits for it: it is done."""
+        """Does nothing: the caller of `do` waits until it is done."""
 
 
 class ComputeThread:

@@ -23,13 +23,13 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         # The tokens before decide how a new one is spelled (leading space, a character's first
-        # bytes); what they spell themselves has been told.
+        # bytes); what they spell themselves has gone out.
         self._ids = list(prompt_ids)
         self._told = self._spell(self._ids)
         self._num_waiting = 0
 
     def add(self, token_id: int) -> str:
-        """What can be told now."""
+        """The new text that is complete."""
         self._ids.append(token_id)
         self._num_waiting += 1
         text = self._spell(self._ids)
@@ -48,7 +48,7 @@ class Detokenizer:
         return self._tell(self._spell(self._ids)) if self._num_waiting else ""
 
     def _tell(self, text: str) -> str:
-        """What is new in `text`, which all tokens spell."""
+        """The part of `text`, which all tokens spell, that has not gone out."""
         told = self._told
         known = _num_common(told, text)
         if told[known:].strip(_REPLACEMENT):  # the decoder spells earlier tokens otherwise now

@@ -23,8 +23,7 @@ from proto.weight_format import EXACT
 MIB = 1024 * 1024
 
 # PSS of each process beside weights and buffers, measured on an idle stack with room for what
-# they grow by
-# under load (tests/bench/LOG.md has the figures).
+# they grow by under load (tests/bench/LOG.md has the figures).
 OVERHEAD_BYTES = {
     "compute_node": 370 * MIB,
     "expert_store": 48 * MIB,
@@ -133,8 +132,8 @@ def _check_machine(ceiling_bytes: int) -> None:
 
 
 def check_room(plan: MemoryPlan) -> None:
-    """Raises MemoryExceeded when the plan's parts are not to be had now: what other processes hold
-    would be taken from them, by the kernel, with SIGKILL.
+    """Raises MemoryExceeded when the plan needs more memory than is available now: the kernel would
+    take it from other processes, with SIGKILL.
     """
     if problem := shortage(plan):
         raise errors.MemoryExceeded(problem)

@@ -169,10 +169,10 @@ def serving(
     say: Callable[[str], None] = silent,
 ) -> Iterator[Stack]:
     """A running stack for the block; when `until` turns true before it serves, the block runs
-    early. say: hears what goes on, a line each.
+    early. say: is given a line whenever something happens.
 
     Raises AlreadyRunning when another stack holds the run directory, MemoryExceeded when the plan's
-    memory is not to be had now, StartFailed, Unavailable, ConfigInvalid, also for a Redis that
+    memory is not available now, StartFailed, Unavailable, ConfigInvalid, also for a Redis that
     cannot carry evidence and advice.
     """
     run = RunDir(settings.run_dir.resolve())

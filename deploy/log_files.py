@@ -1,4 +1,4 @@
-"""Keeps the logs of daemons within a limit, whoever writes them: a library in C and Valkey too."""
+"""Keeps the logs of daemons within a limit, also what Valkey and libraries in C write there."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class _Event:
 
 
 class CountingHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic in stubs only
-    """Writes so many lines a period of each place in the code, and counts the others.
+    """Writes that number of lines a period of each place in the code, and counts the others.
 
     Each such count is one line, after the period: before the next line of any kind, or at the end.
     """
