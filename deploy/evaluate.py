@@ -28,7 +28,7 @@ MAX_TOKENS = typer.Option(
     min=0, max=online.COUNT_MAX, help="Tokens in all, as many of each text; 0: all of them."
 )
 CONTEXT = typer.Option(
-    min=2, max=online.COUNT_MAX, help="Longer texts are scored in pieces of so many tokens."
+    min=2, max=online.COUNT_MAX, help="Longer texts are scored in pieces of this many tokens."
 )
 CARD = typer.Option("--card", help="Write the figures into the store's README.md.")
 

@@ -32,7 +32,7 @@ PROMPTS = typer.Option(
 )
 MODEL = typer.Option(help="Store to start a stack of its own with. (default: the running stack)")
 PROMPT_TOKENS = typer.Option(
-    min=1, max=online.COUNT_MAX, help="A longer prompt is cut to its first so many."
+    min=1, max=online.COUNT_MAX, help="A longer prompt is cut to this many tokens."
 )
 SEED = typer.Option(
     min=0, max=online.SEED_MAX, help="Of the first generation; the next has the next."

@@ -3,8 +3,8 @@ agree on.
 
 `python -m NAME --config flashmoe.toml` reads its own table of that file, logs JSON lines to
 stderr, and ends with one sentence as its last line. Its status is START_ERROR when trying again
-would not help: a start that cannot succeed, for whatever reason. Where whoever starts it cannot be
-told that (a container engine restarts whatever ends), `--hold FILE` has it write the sentence there
+would not help: a start that cannot succeed, for whatever reason. Where the starter cannot act on
+that (a container engine restarts whatever ends), `--hold FILE` has it write the sentence there
 and stay, without serving, until the file is removed.
 """
 
@@ -121,7 +121,7 @@ def _tell_end(name: str, error: Exception, hold: Path | None) -> int:
 
 
 def _problem(error: Exception) -> errors.FlashMoEError:
-    """What an error means to whoever started us: retryable where it may pass by waiting."""
+    """The error as the process that started us should see it: retryable where waiting may help."""
     if isinstance(error, errors.FlashMoEError) and (error.retryable or not rpc.has_served()):
         return error
     if rpc.has_served():  # so it can start: a defect that hit one request may spare the next

@@ -1,4 +1,4 @@
-"""What a daemon says last: one line of who, why and which kind, for whoever started it.
+"""The last line of a daemon that ends: its name, why, and which kind of error, for its starter.
 
 Imports nothing of others, so that a daemon whose libraries cannot be loaded says so too.
 """

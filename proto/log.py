@@ -26,7 +26,7 @@ class _Event:
 
 
 class CountingHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic in stubs only
-    """Writes that number of lines a period of each place in the code, and counts the others.
+    """Writes a limited number of lines a period from each place in the code; counts the others.
 
     Each such count is one line, after the period: before the next line of any kind, or at the end.
     """
