@@ -190,7 +190,7 @@ def _describe_usage(error: TyperException) -> str:
     """What is wrong with the arguments, and how to go on."""
     sentence = error.format_message().rstrip(".")
     if type(error).__name__ == "NoSuchOption":
-        sentence += "; an argument that begins with a dash goes behind --"
+        sentence += "; an argument that begins with a dash goes behind --, after all options"
     context: typer.Context | None = getattr(error, "ctx", None)
     return f"{sentence} ({context.command_path if context else 'flashmoe'} --help tells more)"
 

@@ -46,7 +46,7 @@ FORECASTER = typer.Option(
 PROMPT = typer.Argument(
     metavar="PROMPT",
     help="Text to go on from; - reads it from standard input. One that begins with a dash goes "
-    "behind --.",
+    "behind --, after all options.",
     show_default=False,
 )
 PROMPT_FILE = typer.Option(

@@ -127,11 +127,14 @@ class ServeSettings(BaseModel):
 def parse_bytes(text: str, what: str) -> int:
     """`2GiB`, `512MB`, `1073741824`. Raises ConfigInvalid."""
     try:
-        return int(_BYTES.validate_python(text))
+        size_bytes = int(_BYTES.validate_python(text))
     except ValidationError:
         raise errors.ConfigInvalid(
             f"{what} {text!r} is not a size: write for example 2GiB"
         ) from None
+    if 0 < size_bytes < 1024:
+        raise errors.ConfigInvalid(f"{what} {text!r} is {size_bytes} bytes: is {text}GiB meant?")
+    return size_bytes
 
 
 def parse_experts_memory(text: str, num_experts: int, slot_bytes: int) -> int:

@@ -159,9 +159,9 @@ _POLICIES = {"actual": "this node", "min": "min, the optimum"}
 def _score(name: str, score: Facts) -> str:
     short = 100 * score["windowed_regret"]
     hits = f"{score['windowed_hit_ratio']:.2%} hits lately, {score['hit_ratio']:.2%} in all"
-    if name == "min" or abs(short) < 0.005:
+    if name == "min" or short < 0.005:  # a node that was followed later may seem to be above it
         return hits
-    return f"{hits}; {abs(short):.2f} points {'short of' if short > 0 else 'above'} the optimum"
+    return f"{hits}; {short:.2f} points short of the optimum"
 
 
 def count(number: int, what: str) -> str:

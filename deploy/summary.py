@@ -9,7 +9,7 @@ from compute_node.result import Phase, Result
 from deploy import console
 from deploy.memory import MemoryReport
 
-_ENDS = {"stop": "ended by itself", "length": "cut at --max-tokens"}
+_ENDS = {"stop": "ended by itself or at a stop string", "length": "cut at --max-tokens"}
 
 
 def print_summary(result: Result, report: MemoryReport | None) -> None:

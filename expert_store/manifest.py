@@ -74,6 +74,11 @@ class Manifest:
         try:
             document = json.loads(path.read_bytes())
         except FileNotFoundError as error:
+            if not store_dir.exists():
+                raise errors.ManifestInvalid(
+                    f"{store_dir} does not exist: give a folder that `flashmoe index` or `pack` "
+                    "made"
+                ) from error
             raise errors.ManifestInvalid(
                 f"{store_dir} is not a store (no {MANIFEST_NAME}): make one with `flashmoe index`"
             ) from error

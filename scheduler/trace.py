@@ -171,7 +171,9 @@ def _arrays(path: Path) -> dict[str, Any]:
                 raise TraceInvalid(f"{path} has no {', '.join(missing)}: it is no access trace")
             return {name: archive[name] for name in archive.files if name in REQUIRED + OPTIONAL}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
-        raise TraceInvalid(f"{path} is not an npz file that needs no pickle ({error})") from error
+        raise TraceInvalid(
+            f"{path} is no access trace: record one with `flashmoe record`"
+        ) from error
 
 
 def _check_ids(path: Path, ids: Any, num_experts: Any) -> None:

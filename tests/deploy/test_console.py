@@ -102,7 +102,7 @@ def test_every_code_is_documented() -> None:
         (["index", "x", "--out", ""], "--out is empty"),
         (["index", "x", "--out="], "--out is empty"),
         (["generate", "--", ""], "an argument is empty"),
-        (["generate", "hi", "-5"], "goes behind --"),
+        (["generate", "hi", "-5"], "goes behind --, after all options"),
         (["generate", "hi", "--seed", "-1"], "'--seed'"),
         (["generate", "hi", "--seed", str(1 << 64)], "'--seed'"),
         (["generate", "hi", "--max-tokens", "0"], "'--max-tokens'"),
