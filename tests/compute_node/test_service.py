@@ -144,7 +144,7 @@ def test_no_new_tokens_are_refused_and_a_missing_number_is_the_default(
         with pytest.raises(grpc.RpcError, match="max_tokens must be at least 1"):
             list(stub.Generate(pb.GenerateRequest(prompt="In", max_tokens=0), timeout=20))
         long = pb.TokenIds(ids=[5] * 2000)
-        with pytest.raises(grpc.RpcError, match="2000 prompt tokens and 128 new ones"):
+        with pytest.raises(grpc.RpcError, match="prompt of 2000 and max_tokens of 128"):
             list(stub.Generate(pb.GenerateRequest(token_ids=long), timeout=20))
 
 
