@@ -113,8 +113,8 @@ class Engine:
         if total > self._max_context_tokens:
             raise errors.InvalidRequest(
                 f"a prompt of {len(request.token_ids)} and max_tokens of {request.max_tokens} "
-                f"exceed max_context_tokens = {self._max_context_tokens}: shorten one, or raise the limit "
-                "in flashmoe.toml and start again"
+                f"exceed max_context_tokens = {self._max_context_tokens}: shorten one, or raise "
+                "the limit in flashmoe.toml and start again"
             )
         if max(request.token_ids) >= self._vocab_size:
             raise errors.InvalidRequest(

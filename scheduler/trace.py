@@ -172,7 +172,8 @@ def _arrays(path: Path) -> dict[str, Any]:
             return {name: archive[name] for name in archive.files if name in REQUIRED + OPTIONAL}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
         raise TraceInvalid(
-            f"{path} is no access trace (no pickle is ever loaded): record one with `flashmoe record`"
+            f"{path} is no access trace (no pickle is ever loaded): record one with `flashmoe "
+            "record`"
         ) from error
 
 
