@@ -171,6 +171,7 @@ def own_stack(
     with tempfile.TemporaryDirectory(prefix="flashmoe-") as scratch:
         settings = ServeSettings.load(config).with_flags(**flags, run_dir=Path(scratch))
         store_dir, manifest, plan = prepare(settings)
+        console.say(f"starting {model_name(manifest)} ...")
         with local.serving(settings, store_dir, manifest, plan, stopped, say=console.say) as stack:
             yield stack, RunDir(settings.run_dir.resolve())
 
