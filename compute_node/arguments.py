@@ -26,7 +26,12 @@ def set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
     items = items_of("prompt", prompt, "text, a list of token ids, or a list of chat messages")
     if not items:
         raise errors.InvalidRequest("the prompt is empty: give at least one token or message")
-    if all(isinstance(item, Mapping) for item in items):
+    kinds = {isinstance(item, Mapping) for item in items}
+    if len(kinds) > 1:
+        raise errors.InvalidRequest(
+            "the prompt mixes chat messages with other things: give messages alone, or token ids"
+        )
+    if kinds == {True}:
         messages = [_message(number, item) for number, item in enumerate(items)]
         request.chat.messages.extend(messages)
     else:
