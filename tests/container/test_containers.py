@@ -166,7 +166,7 @@ def test_it_is_healthy_and_answers_from_the_host(image: str, run_dir: Path) -> N
             f"{command} --max-tokens 8", shell=True, cwd=ROOT, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        assert "8 tokens, length" in done.stderr
+        assert "8 tokens, cut at --max-tokens" in done.stderr
         assert containers.status()["compute_node"]["slots"] == 64
         for service in SERVICES:
             wait_for(lambda s=service: containers.health(s) == "healthy", 60, f"{service} healthy")
