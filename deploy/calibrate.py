@@ -25,7 +25,7 @@ PASSAGE_CHARACTERS = 600
 TEXT = typer.Option(help="Text to generate from: files or folders; repeat for more.")
 TRACE = typer.Option(help="Trace of this model, made by `flashmoe record`.")
 GENERATIONS = typer.Option(min=4, help="At most so many, from passages of the texts.")
-OUT = typer.Option(metavar="FILE", help="What to write.  [default: beside the manifest]")
+OUT = typer.Option(metavar="FILE", help="What to write. (default: beside the manifest)")
 UPDATES = typer.Option(min=1, help="It stops by itself when nothing is gained; at the latest here.")
 TOKENS = typer.Option(min=8, max=online.COUNT_MAX, help="New tokens of each generation.")
 PROMPT_TOKENS = 64
@@ -87,13 +87,12 @@ def calibrate(
     console.out.print(
         f"{out or store / FORECASTER_NAME}: trained on {known.num_steps} steps of "
         f"{known.num_generations} generations; the next `{user}` uses it",
-        markup=False,
     )
 
 
 def say(line: str) -> None:
     """Progress, on stderr."""
-    console.err.print(line, markup=False)
+    console.err.print(line)
 
 
 def passages(texts: Sequence[Prompt], most: int, seed: int) -> list[Prompt]:

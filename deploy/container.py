@@ -27,7 +27,7 @@ from scheduler.config import FORECASTER_NAME
 
 RUN_NAME = "run"
 OUT = typer.Option("--out", metavar="DIR", help="Folder to write; DIR/run will hold the sockets.")
-NAME = typer.Option(help="Of the compose project, one a stack.  [default: follows from DIR]")
+NAME = typer.Option(help="Of the compose project, one a stack. (default: follows from DIR)")
 
 # Where docker-compose.yml mounts things.
 RUN = RunDir(Path("/run/flashmoe"))
@@ -94,7 +94,7 @@ def container_config(
         f"{plan.slots} of {plan.num_experts} experts in memory; the containers may use "
         f"{console.size(sum(limits.values()))} in all; `make image` builds what they run"
     )
-    console.out.print(f"{compose_project.command(out)} up --detach", markup=False)
+    console.out.print(f"{compose_project.command(out)} up --detach")
 
 
 def check_readable(user: ContainerUser, store: Path, root: Path, manifest: Manifest) -> None:

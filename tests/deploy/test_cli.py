@@ -35,6 +35,8 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
     assert f"Example: flashmoe {verb}" in said
     assert "Exit codes" in said
     assert ("--run-dir" in said) <= ("~/.flashmoe/run" in said)  # rich took the default for a tag
+    helps = [getattr(option, "help", None) or "" for option in VERBS[verb].load(verb).params]
+    assert not [text for text in helps if "[" in text], "rich shows nothing of what is in brackets"
 
 
 def loaded_by(*arguments: str) -> set[str]:
