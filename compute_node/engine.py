@@ -26,6 +26,7 @@ from compute_node.text import check_stops
 from compute_node.usage import Measure, Usage
 from compute_node.writer import Token, Writer
 from proto import errors
+from proto.sequence_state import state_bytes
 from proto.text_files import load_generation_config
 from proto.trained_context import trained_context_tokens
 
@@ -67,7 +68,7 @@ class SequenceState:
 
     @property
     def cache_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in _cache_tensors(self.cache))
+        return state_bytes(self.cache)
 
 
 class Engine:
@@ -272,21 +273,3 @@ def _eos_ids(model: Any, model_dir: Path) -> frozenset[int]:
     if eos is None:
         return frozenset()
     return frozenset([eos] if isinstance(eos, int) else eos)
-
-
-def _cache_tensors(cache: Any) -> list[Tensor]:
-    """Every tensor that a transformers cache holds, once, whatever its class."""
-    seen: dict[int, Any] = {}
-    pending: list[Any] = [cache]
-    while pending:
-        value = pending.pop()
-        if id(value) in seen:
-            continue
-        seen[id(value)] = value
-        if isinstance(value, dict):
-            pending.extend(value.values())
-        elif isinstance(value, (list, tuple)):
-            pending.extend(value)
-        elif type(value).__module__.startswith("transformers."):
-            pending.extend(vars(value).values())
-    return [value for value in seen.values() if isinstance(value, Tensor)]

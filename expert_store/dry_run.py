@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from proto import errors
+from proto.sequence_state import state_bytes
 
 _NUM_TOKENS = 64  # a pass; the second goes on where the first ended
 _IMPLEMENTATION = "flashmoe_dry_run"
@@ -59,7 +60,7 @@ def dry_run(model: Any, experts: Mapping[int, tuple[str, Any]]) -> DryRun:
         for _ in range(2):
             ids = torch.zeros(1, _NUM_TOKENS, dtype=torch.long)
             cache = model.base_model(ids, use_cache=True, past_key_values=cache).past_key_values
-            sizes.append(sum(t.numel() * t.element_size() for t in cache_tensors(cache)))
+            sizes.append(state_bytes(cache))
     return DryRun(
         cache_bytes=(sizes[0], sizes[1]),
         top_k={layer: found.top_k for layer, found in routing.items()},
@@ -150,21 +151,3 @@ def _skipping_experts(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_experts_implementation(previous)
-
-
-def cache_tensors(cache: Any) -> list[Tensor]:
-    """Every tensor that a transformers cache holds, once, whatever its class."""
-    seen: dict[int, Any] = {}
-    pending: list[Any] = [cache]
-    while pending:
-        value = pending.pop()
-        if id(value) in seen:
-            continue
-        seen[id(value)] = value
-        if isinstance(value, dict):
-            pending.extend(value.values())
-        elif isinstance(value, (list, tuple)):
-            pending.extend(value)
-        elif type(value).__module__.startswith("transformers."):
-            pending.extend(vars(value).values())
-    return [value for value in seen.values() if isinstance(value, Tensor)]
