@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 _ROOT = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 
@@ -22,14 +20,21 @@ class MemoryGroup:
 
 def memory_groups() -> Iterator[MemoryGroup]:
     """Those with a limit, from this process's own upwards."""
-    for line in _MEMBERSHIP.read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        for group in (Path(path), *Path(path).parents):
-            if controllers == "memory":
+    for is_v1, path in _memberships():
+        for group in (path, *path.parents):
+            if is_v1:
                 names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
                 yield from _group(Path(f"{_ROOT}/memory{group}"), *names)
-            elif controllers == "":
+            else:
                 yield from _group(Path(f"{_ROOT}{group}"), "memory.max", "memory.current", "")
+
+
+def _memberships() -> Iterator[tuple[bool, Path]]:
+    """Whether it is of v1, and its path below the hierarchy: of each that may limit memory."""
+    for line in _MEMBERSHIP.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("memory", ""):
+            yield controllers == "memory", Path(path)
 
 
 def _group(folder: Path, limit: str, usage: str, prefix: str) -> Iterator[MemoryGroup]:
@@ -63,7 +68,19 @@ def limit_bytes() -> int | None:
     return min((group.limit_bytes for group in memory_groups()), default=None)
 
 
+def peak_bytes() -> int | None:
+    """The highest use of a cgroup of this process's own; None when it has none."""
+    for is_v1, path in _memberships():
+        name = "memory.max_usage_in_bytes" if is_v1 else "memory.peak"
+        peak = _number(Path(f"{_ROOT}{'/memory' if is_v1 else ''}{path}/{name}"))
+        if path != Path("/") and peak is not None:
+            return peak
+    return None
+
+
 def available_bytes() -> int:
     """What processes here may take now: page cache that gives way counts, swap does not."""
+    import psutil  # clients of a stack, who read its memory report, need none of it
+
     rooms = (group.limit_bytes - group.used_bytes for group in memory_groups())
     return max(0, min([psutil.virtual_memory().available, *rooms]))

@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from deploy import cgroup
+
 FILE_NAME = "memory.json"
 _WALK_INTERVAL_S = 2.0
 _WRITE_INTERVAL_S = 0.5
@@ -88,7 +90,7 @@ class MemorySampler:
 
     def write(self) -> None:
         """Replace the report. A disk that refuses is counted and told by `problem`, not raised."""
-        self.report.cgroup_peak_bytes = cgroup_peak_bytes()
+        self.report.cgroup_peak_bytes = cgroup.peak_bytes()
         self.report.written_at_s = time.time()
         partial = self._path.with_suffix(".partial")
         try:
@@ -126,17 +128,3 @@ def _kilobytes(path: str, field_name: str) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0  # it ended between two looks
     return 0
-
-
-def cgroup_peak_bytes() -> int | None:
-    """The highest use of a limited cgroup this process is in; None when it is in none."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        names = {
-            "memory": f"/sys/fs/cgroup/memory{path}/memory.max_usage_in_bytes",
-            "": f"/sys/fs/cgroup{path}/memory.peak",
-        }
-        file = Path(names.get(controllers, "/nonexistent"))
-        if path != "/" and file.exists():
-            return int(file.read_text())
-    return None

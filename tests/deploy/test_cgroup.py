@@ -79,3 +79,21 @@ def test_without_a_limit_it_is_what_the_machine_has(root: Path) -> None:
     v1(root / "memory", UNLIMITED, 9 * MIB, 0)
     assert cgroup.limit_bytes() is None
     assert cgroup.available_bytes() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("memory/own/memory.max_usage_in_bytes", "4:memory:{}\n3:cpu:/x"),
+        ("own/memory.peak", "0::{}"),
+    ],
+)
+def test_a_peak_is_told_of_a_group_of_its_own_only(file: str, line: str, root: Path) -> None:
+    """In the topmost group everybody on the machine counts."""
+    (root / file).parent.mkdir(parents=True)
+    (root / file).write_text(f"{5 * MIB}\n")
+    (root / file).parent.parent.joinpath(Path(file).name).write_text(f"{9 * MIB}\n")
+    (root / "membership").write_text(line.format("/own") + "\n")
+    assert cgroup.peak_bytes() == 5 * MIB
+    (root / "membership").write_text(line.format("/") + "\n")
+    assert cgroup.peak_bytes() is None
