@@ -49,7 +49,6 @@ def container_wait(out: Annotated[Path, DIR], timeout: Annotated[float, TIMEOUT]
         time.sleep(_POLL_S if waiting else 0)
     console.out.print(
         f'{_program()} generate "Once upon a time" --run-dir {shlex.quote(str(run.path))}',
-        markup=False,
     )
 
 

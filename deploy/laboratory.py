@@ -116,7 +116,7 @@ class Laboratory:
         except TraceInvalid as error:
             if self.is_choice:
                 raise
-            console.err.print(f"{name} is left out: {error}", markup=False)
+            console.err.print(f"{name} is left out: {error}")
             return None
         return replay_through(setting, Watched(cache, lambda steps: bar.advance(task, steps)))
 

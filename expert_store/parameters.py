@@ -161,12 +161,10 @@ class ParameterSources:
             and not any(re.search(pattern, name) for pattern in ignored)
         ]
         if missing:
+            others = f", nor for {len(missing) - 1} others that" if missing[1:] else ", which"
             raise errors.CheckpointUnsupported(
-                f"the checkpoint has no tensor for {missing[0]}, nor for {len(missing) - 1} others "
-                "that the model needs: download it again, or check config.json"
-                if len(missing) > 1
-                else f"the checkpoint has no tensor for {missing[0]}, which the model needs: "
-                "download it again, or check config.json"
+                f"the checkpoint has no tensor for {missing[0]}{others} the model needs: download "
+                "it again, or check config.json"
             )
 
     def _targets_beside(self, target: str, pattern: str | None) -> list[str]:

@@ -160,10 +160,8 @@ class ExpertCache:
         nothing: what it asked for comes, and is kept by the next.
         Raises StoreUnavailable and what `check` raises; iterating also ExpertDamaged, StaleLease.
         """
-        self._disproved = (
-            *self._disproved,
-            *disproved,
-        )  # told with the next message, whatever comes
+        # They go with the next message, also when this step is given up before it sends one.
+        self._disproved = (*self._disproved, *disproved)
         self.check()
         self.let_go_if_lost()
         self._collect()
