@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from proto import last_words
+from proto.process import last_words
 
 if __name__ == "__main__":
     last_words.tell_of_imports("compute_node")
 
-import proto.quiet_grpc  # noqa: F401  isort: skip  before grpc
+import proto.process.quiet_grpc  # noqa: F401  isort: skip  before grpc
 import compute_node.lean_imports  # noqa: F401  isort: skip  before transformers
 
 import gc
@@ -34,9 +34,10 @@ from compute_node.metrics import NodeCollector
 from compute_node.model import LoadedModel, Lookahead, load_model
 from compute_node.service import SERVICE_NAME, ComputeNodeService
 from compute_node.store_client import StoreClient
-from proto import daemon, rpc
+from proto import rpc
 from proto.compute_node_pb2_grpc import add_ComputeNodeServicer_to_server
 from proto.expert import ModelSpec
+from proto.process import daemon
 
 logger = logging.getLogger("compute_node")
 

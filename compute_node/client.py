@@ -9,7 +9,7 @@ with NodeClient("unix:/path/to/run-dir/compute_node.sock") as node:
 
 from __future__ import annotations
 
-import proto.quiet_grpc  # noqa: F401  isort: skip  before grpc
+import proto.process.quiet_grpc  # noqa: F401  isort: skip  before grpc
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

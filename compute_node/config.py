@@ -14,7 +14,7 @@ from pydantic import (
     field_validator,
 )
 
-from proto import daemon
+from proto.process import daemon
 from proto.redis_schema import PolicySetting
 from proto.rpc import Listen, TlsFiles
 

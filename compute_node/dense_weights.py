@@ -15,7 +15,8 @@ import xxhash
 from torch import Tensor
 
 from compute_node.expert_memory import TORCH_DTYPES
-from proto import errors, hub_cache
+from proto import errors
+from proto.checkpoint import hub_cache
 from proto.expert import DenseTensor
 
 _READS_AT_ONCE = 4  # 1.4 GB/s where one after another gives 0.7 to 1.3; one hashes, others read

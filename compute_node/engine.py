@@ -26,9 +26,9 @@ from compute_node.text import check_stops
 from compute_node.usage import Measure, Usage
 from compute_node.writer import Token, Writer
 from proto import errors
-from proto.sequence_state import state_bytes
-from proto.text_files import load_generation_config
-from proto.trained_context import trained_context_tokens
+from proto.checkpoint.sequence_state import state_bytes
+from proto.checkpoint.text_files import load_generation_config
+from proto.checkpoint.trained_context import trained_context_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from compute_node.overlap import Overlap
 from compute_node.prefetcher import Prefetcher
 from compute_node.routers import RouterScores
 from proto import errors
+from proto.checkpoint.text_files import load_tokenizer
 from proto.expert import ModelSpec
-from proto.text_files import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

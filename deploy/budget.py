@@ -14,7 +14,7 @@ import psutil
 
 from deploy import cgroup
 from deploy.settings import parse_experts_memory
-from expert_store.manifest import Manifest
+from expert_store.manifest.manifest import Manifest
 from proto import errors
 from proto.expert import DTYPE_BYTES, ModelSpec
 from proto.shm import SegmentLayout

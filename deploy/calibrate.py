@@ -15,7 +15,7 @@ from deploy.offline import STORE, load_store
 from deploy.prompts import Prompt, read_prompts
 from deploy.record import publishing, record_trace
 from deploy.recorder import Drawing
-from expert_store.manifest import Manifest
+from expert_store.manifest.manifest import Manifest
 from proto import errors
 from scheduler.config import FORECASTER_NAME
 from scheduler.trace import AccessTrace, TraceInvalid

@@ -4,7 +4,7 @@ one sentence and an exit code.
 
 from __future__ import annotations
 
-import proto.quiet_grpc  # noqa: F401  isort: skip  before grpc
+import proto.process.quiet_grpc  # noqa: F401  isort: skip  before grpc
 
 import importlib
 import importlib.metadata

@@ -20,8 +20,9 @@ from deploy.online import CONFIG, EXPERTS_MEMORY, MEMORY, SOURCE
 from deploy.run_dir import CONFIG_NAME, RunDir
 from deploy.serve import prepare
 from deploy.settings import ServeSettings, parse_bytes
-from expert_store.manifest import MANIFEST_NAME, Manifest, check_sources
-from proto import errors, hub_cache
+from expert_store.manifest.manifest import MANIFEST_NAME, Manifest, check_sources
+from proto import errors
+from proto.checkpoint import hub_cache
 from proto.shm import SegmentLayout
 from scheduler.config import FORECASTER_NAME
 

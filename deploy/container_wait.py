@@ -17,7 +17,8 @@ from deploy.container import RUN_NAME, refusal_file
 from deploy.online import seconds
 from deploy.run_dir import RunDir
 from deploy.status import check_health
-from proto import daemon, errors
+from proto import errors
+from proto.process import daemon
 
 DIR = typer.Argument(metavar="DIR", help="What --out of container-config was.")
 TIMEOUT = typer.Option(

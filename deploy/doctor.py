@@ -19,7 +19,7 @@ from rich.text import Text
 from compute_node import native_library, processors
 from deploy import cgroup, console, leftovers
 from deploy.disk import measure_disk
-from expert_store import huge_pages
+from expert_store.io import huge_pages
 
 _PROBE_BYTES = 64 * 1024 * 1024
 _PATTERN_BYTES = 4 * 1024 * 1024

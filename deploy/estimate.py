@@ -11,7 +11,7 @@ import numpy as np
 
 from deploy.budget import MemoryPlan
 from deploy.disk import RecordSpeed
-from expert_store.manifest import Manifest
+from expert_store.manifest.manifest import Manifest
 
 # Between uniform routing, where a cache hits as often as it is large, and the gap that decayed
 # frequency closed

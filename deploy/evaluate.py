@@ -16,7 +16,7 @@ from deploy.offline import STORE, load_store
 from deploy.progress import NowAndThen
 from deploy.prompts import Prompt, read_prompts
 from deploy.scorer import Comparison, Score, Scorer
-from expert_store.card import check_card, write_perplexity
+from expert_store.offline.card import check_card, write_perplexity
 
 TEXT = typer.Option(
     metavar="FILE",

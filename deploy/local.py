@@ -24,7 +24,7 @@ from deploy.run_dir import RunDir, RunState
 from deploy.settings import ServeSettings
 from deploy.supervisor import Daemon, Stack, silent
 from expert_store.config import ExpertStoreConfig
-from expert_store.manifest import Manifest
+from expert_store.manifest.manifest import Manifest
 from proto import errors, redis_schema
 from proto.shm import SegmentLayout
 from scheduler.config import SchedulerConfig

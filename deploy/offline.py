@@ -16,8 +16,8 @@ from deploy.estimate import Estimate, estimate
 from deploy.imports import importing
 from deploy.progress import progress
 from deploy.settings import ServeSettings, parse_bytes
-from expert_store.manifest import MANIFEST_NAME, Manifest, check_sources
-from expert_store.sources import resolve_inside
+from expert_store.manifest.manifest import MANIFEST_NAME, Manifest, check_sources
+from expert_store.manifest.sources import resolve_inside
 from proto import errors
 
 PackFormat = Literal["exact", "lossless", "bf16", "int8", "int4"]  # proto.weight_format.NAMES
@@ -37,8 +37,8 @@ def index(checkpoint: Annotated[Path, CHECKPOINT], out: Annotated[Path, OUT]) ->
     """
     with importing():
         from compute_node import lean_imports  # noqa: F401  before torch, whose imports it halves
-        from expert_store.index import index as make_index
-        from expert_store.index import is_indexed
+        from expert_store.offline.index import index as make_index
+        from expert_store.offline.index import is_indexed
 
     if is_indexed(checkpoint, out):
         console.err.print(f"{out} is up to date")
@@ -65,7 +65,7 @@ def pack(
     """
     with importing():
         from compute_node import lean_imports  # noqa: F401  before torch, whose imports it halves
-        from expert_store.pack import pack as make_pack
+        from expert_store.offline.pack import pack as make_pack
 
     with progress("packing") as report:
         manifest = make_pack(
@@ -79,7 +79,7 @@ def verify(store: Annotated[Path, STORE], source: Annotated[Path | None, SOURCE]
 
     Example: flashmoe verify ~/stores/olmoe
     """
-    from expert_store.verify import verify as check
+    from expert_store.offline.verify import verify as check
 
     with progress("verifying") as report:
         damage = check(store, source, report)
@@ -138,7 +138,7 @@ def plan(
 def _index_for_plan(checkpoint: Path, store_dir: Path) -> None:
     with importing():
         from compute_node import lean_imports  # noqa: F401  before torch, whose imports it halves
-        from expert_store.index import index as make_index
+        from expert_store.offline.index import index as make_index
 
     with progress("reading the checkpoint") as report:
         make_index(checkpoint, store_dir, report, _warn)

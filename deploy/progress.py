@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 from deploy import console
-from expert_store.progress import Report
+from expert_store.offline.checkpoint.progress import Report
 
 _LINE_INTERVAL_S = 10.0
 

@@ -41,7 +41,7 @@ from deploy.run_dir import RunDir
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.summary import print_summary
 from deploy.supervisor import Stack
-from expert_store.manifest import Manifest
+from expert_store.manifest.manifest import Manifest
 from proto import errors
 from proto.redis_schema import PolicySetting
 from proto.weight_format import EXACT

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 
-from expert_store.sizing import Sizing
+from expert_store.manifest.sizing import Sizing
 from proto import errors
 from proto.redis_schema import PolicySetting
 

@@ -19,7 +19,7 @@ from deploy import log_files
 from deploy.memory import MemorySampler
 from deploy.run_dir import RunDir
 from proto import errors
-from proto.daemon import START_ERROR, may_pass, refusal
+from proto.process.daemon import START_ERROR, may_pass, refusal
 
 _POLL_S = 0.05
 _RESTARTS_ALLOWED = 5

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from proto import last_words
+from proto.process import last_words
 
 if __name__ == "__main__":
     last_words.tell_of_imports("expert_store")
 
-import proto.quiet_grpc  # noqa: F401  isort: skip  before grpc
+import proto.process.quiet_grpc  # noqa: F401  isort: skip  before grpc
 
 import logging
 import threading
 from collections.abc import Awaitable, Callable
 
-from expert_store import kernel_queue, resident_list, segment
 from expert_store.config import ExpertStoreConfig
-from expert_store.doorbell import Doorbell
-from expert_store.manifest import Manifest, check_sources
-from expert_store.metrics import StoreCollector
-from expert_store.reader import open_files
-from expert_store.readers import Readers
-from expert_store.service import SERVICE_NAME, ExpertStoreService
-from expert_store.sessions import SessionTable, await_free_locks
-from expert_store.slots import SlotPool
-from expert_store.store import ExpertStore
-from proto import daemon, rpc
+from expert_store.face.local_socket import Doorbell
+from expert_store.face.metrics import StoreCollector
+from expert_store.face.service import SERVICE_NAME, ExpertStoreService
+from expert_store.io.reader import open_files
+from expert_store.manifest.manifest import Manifest, check_sources
+from expert_store.store import kernel_queue, resident_list, segment
+from expert_store.store.readers import Readers
+from expert_store.store.sessions import SessionTable, await_free_locks
+from expert_store.store.slots import SlotPool
+from expert_store.store.store import ExpertStore
+from proto import rpc
 from proto.expert_store_pb2_grpc import add_ExpertStoreServicer_to_server
+from proto.process import daemon
 
 logger = logging.getLogger("expert_store")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from proto import daemon
+from proto.process import daemon
 from proto.rpc import Listen, TlsFiles
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from proto import last_words
+from proto.process import last_words
 
 if __name__ == "__main__":
     last_words.tell_of_imports("scheduler")
 
-import proto.quiet_grpc  # noqa: F401  isort: skip  before grpc
+import proto.process.quiet_grpc  # noqa: F401  isort: skip  before grpc
 
 import asyncio
 import os
@@ -22,7 +22,8 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from proto import daemon, rpc
+from proto import rpc
+from proto.process import daemon
 from scheduler import service
 from scheduler.access_stream import AccessStream
 from scheduler.advisor import Advisor

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_store.index import index
+from expert_store.offline.index import index
 from tests.stack import MODEL
 
 # Tiny matrices gain nothing from a second thread, and lose a lot when the machine is busy.

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from compute_node.store_client import StoreClient
-from expert_store.index import index
-from expert_store.pack import pack
+from expert_store.offline.index import index
+from expert_store.offline.pack import pack
 from proto.expert import ExpertKey
 from tests.bench.table import percentile, show
 from tests.checkpoints import make

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compute_node import gemv, lossless, low_bit, native_library
-from expert_store import lossless as encoder
+from expert_store.offline.formats import lossless as encoder
 from proto.weight_format import SCALE, SCALE_ZERO, lossless_tensors
 from tests.bench.table import machine, show, spread
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from proto import log
+from proto.process import log
 from tests.bench.table import show
 from tests.expert_store.fuzz import OPEN, fuzz
 from tests.expert_store.raw_session import Wire

@@ -26,15 +26,16 @@ from unittest import mock
 import aiofiles
 import xxhash
 
-from expert_store import huge_pages, kernel_queue, segment
-from expert_store.device import Device, ReadersThemselves
-from expert_store.extents import ExpertRecord, Extent
-from expert_store.manifest import Manifest
-from expert_store.reader import SourceFiles
-from expert_store.readers import Readers
-from expert_store.sessions import SessionTable
-from expert_store.slots import SlotPool
-from expert_store.store import ExpertStore, Lent
+from expert_store.io import huge_pages
+from expert_store.io.reader import SourceFiles
+from expert_store.manifest.extents import ExpertRecord, Extent
+from expert_store.manifest.manifest import Manifest
+from expert_store.store import kernel_queue, segment
+from expert_store.store.device import Device, ReadersThemselves
+from expert_store.store.readers import Readers
+from expert_store.store.sessions import SessionTable
+from expert_store.store.slots import SlotPool
+from expert_store.store.store import ExpertStore, Lent
 from proto.expert import ExpertKey
 from tests.bench.table import percentile, show, spread
 

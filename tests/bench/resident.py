@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compute_node.client import NodeClient
-from expert_store.index import index
-from expert_store.manifest import Manifest
+from expert_store.manifest.manifest import Manifest
+from expert_store.offline.index import index
 from tests.bench.table import show, spread
 from tests.daemons import daemon, node_table, store_table
 from tests.stack import MODEL

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compute_node.client import NodeClient
-from expert_store.index import index
+from expert_store.offline.index import index
 from tests.bench.table import show, spread
 from tests.bench.widen import MIB, widen
 from tests.stack import MODEL, ROOT, served

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from compute_node.client import NodeClient
 from compute_node.result import Result
-from expert_store.index import index
+from expert_store.offline.index import index
 from tests.bench.table import show, spread
 from tests.stack import MODEL, served
 

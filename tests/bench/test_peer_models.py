@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compute_node.engine import SequenceState
-from expert_store.pack import pack
+from expert_store.offline.pack import pack
 from tests import checkpoints
 from tests.bench.peers.fused import fuse
 from tests.bench.peers.mapped_worker import engine, sample

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 from compute_node.usage import Usage
-from expert_store.manifest import Manifest
-from expert_store.verify import verify
+from expert_store.manifest.manifest import Manifest
+from expert_store.offline.verify import verify
 from scheduler.trace import AccessTrace, TraceInvalid
 from tests.bench.scale import random_store
 from tests.bench.scale.advice import told_by

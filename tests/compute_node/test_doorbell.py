@@ -1,8 +1,8 @@
 """What a store says at its doorbell becomes the error that the cache acts on.
 
-The other end is played with the messages of `expert_store/doorbell.py`, whose kinds
-`tests/expert_store/test_doorbell.py` holds. Planted fault seen red: every refusal raised as it is,
-which ended a request whose session the store had just closed; sessions opened again at full speed
+The other end is played with the messages of `expert_store/face/local_socket.py`, whose kinds
+`tests/expert_store/face/test_local_socket.py` holds. Planted fault seen red: every refusal raised as it
+is, which ended a request whose session the store had just closed; sessions opened again at full speed
 and without end while a doorbell refuses them all.
 """
 
@@ -20,7 +20,7 @@ import pytest
 from compute_node.doorbell import Doorbell, HungUp
 from compute_node.store_client import StoreClient
 from compute_node.store_session import SessionLost
-from expert_store.exchanges import to_detail
+from expert_store.face.exchange import to_detail
 from proto import errors
 from proto import expert_store_pb2 as pb
 from proto.expert import ExpertKey

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compute_node import gemm, gemv, lossless, native_library
-from expert_store import lossless as encoder
+from expert_store.offline.formats import lossless as encoder
 from proto import errors
 from proto.expert import ModelSpec, TensorLayout
 from proto.weight_format import OUTLIERS, WeightFormat, lossless_tensors

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from compute_node import low_bit
-from expert_store import quantise
+from expert_store.offline.formats import quantise
 from proto import errors
 from proto.expert import ModelSpec, TensorLayout
 from proto.weight_format import BLOCK_ROWS, SCALE, SCALE_ZERO, WeightFormat, low_bit_tensors

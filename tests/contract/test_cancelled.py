@@ -13,7 +13,7 @@ import torch
 
 from compute_node.engine import SequenceState
 from compute_node.request import Request
-from expert_store.index import index
+from expert_store.offline.index import index
 from proto import errors
 from tests.contract.test_exactness import engine, prompt, reference
 

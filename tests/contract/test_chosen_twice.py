@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from compute_node.engine import SequenceState
-from expert_store.index import index
-from expert_store.pack import pack
+from expert_store.offline.index import index
+from expert_store.offline.pack import pack
 from tests.checkpoints import ARCHITECTURES, make
 from tests.contract.test_exactness import eager_model, engine, prompt, reference
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compute_node.engine import SequenceState
-from expert_store.index import index
-from expert_store.pack import pack
+from expert_store.offline.index import index
+from expert_store.offline.pack import pack
 from proto import errors
 from tests.architectures import causal_types, tiny_config
 from tests.checkpoints import make, save

@@ -22,9 +22,9 @@ from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.engine import Engine, SequenceState
 from compute_node.model import load_model
 from compute_node.store_client import StoreClient
-from expert_store.index import index
-from expert_store.manifest import Manifest
-from expert_store.pack import pack
+from expert_store.manifest.manifest import Manifest
+from expert_store.offline.index import index
+from expert_store.offline.pack import pack
 from tests.checkpoints import ARCHITECTURES, make
 from tests.local_store import local_store
 

@@ -18,11 +18,11 @@ import torch
 from compute_node import low_bit
 from compute_node.engine import Engine, SequenceState
 from compute_node.expert_memory import TORCH_DTYPES
-from expert_store import quantise
-from expert_store.encoders import LosslessEncoder
-from expert_store.manifest import Manifest
-from expert_store.pack import pack
-from expert_store.records import RECORDS_NAME
+from expert_store.manifest.manifest import Manifest
+from expert_store.offline.formats import quantise
+from expert_store.offline.formats.encoders import LosslessEncoder
+from expert_store.offline.pack import pack
+from expert_store.offline.records import RECORDS_NAME
 from proto import errors
 from proto.expert import ExpertKey
 from tests.checkpoints import ARCHITECTURES, make

@@ -11,7 +11,7 @@ import pytest
 
 from compute_node.engine import Engine, Finished
 from compute_node.request import Request
-from expert_store.index import index
+from expert_store.offline.index import index
 from tests.checkpoints import make
 from tests.contract.test_exactness import engine
 

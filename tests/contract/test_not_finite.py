@@ -20,7 +20,7 @@ from compute_node.request import Request
 from compute_node.sampling_options import SamplingOptions
 from compute_node.scoring import ScoredText, score
 from deploy import console
-from expert_store.index import index
+from expert_store.offline.index import index
 from proto import errors
 from tests.checkpoints import make
 from tests.contract.test_exactness import engine, prompt

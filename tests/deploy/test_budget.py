@@ -13,8 +13,8 @@ from deploy.budget import check_room, plan_memory, shortage
 from deploy.local import compose
 from deploy.run_dir import RunDir
 from deploy.settings import ServeSettings, parse_bytes, parse_experts_memory
-from expert_store.manifest import Manifest
-from expert_store.pack import pack
+from expert_store.manifest.manifest import Manifest
+from expert_store.offline.pack import pack
 from proto import errors
 from tests.stack import MODEL
 

@@ -65,7 +65,12 @@ def test_asking_a_stack_imports_no_launcher(verb: str, tmp_path: Path) -> None:
     arguments = [verb, *(["hi"] if verb == "generate" else []), "--run-dir", str(tmp_path)]
     loaded = loaded_by(*arguments)
     assert "grpc" in loaded and "deploy.absence" in loaded
-    assert not loaded & {"deploy.local", "deploy.budget", "psutil", "expert_store.manifest"}
+    assert not loaded & {
+        "deploy.local",
+        "deploy.budget",
+        "psutil",
+        "expert_store.manifest.manifest",
+    }
     assert not loaded & {"torch", "scheduler", "river"}
 
 

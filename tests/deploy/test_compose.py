@@ -30,7 +30,7 @@ from deploy.container import RUN, STORE_ROOM_BYTES, container_config, refusal_fi
 from deploy.container_wait import container_wait
 from deploy.run_dir import RunDir
 from expert_store.config import ExpertStoreConfig
-from expert_store.manifest import Manifest
+from expert_store.manifest.manifest import Manifest
 from proto import errors
 from proto.shm import SegmentLayout
 from scheduler.config import SchedulerConfig

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from compute_node.client import ScoredToken
 from deploy.prompts import Prompt
 from deploy.scorer import Comparison, Score, Scorer
-from expert_store.card import CARD_NAME
-from expert_store.pack import pack
+from expert_store.offline.card import CARD_NAME
+from expert_store.offline.pack import pack
 from proto import errors
 from tests.contract.test_exactness import align
 from tests.stack import MODEL, flashmoe

@@ -10,8 +10,8 @@ import tomllib
 from pathlib import Path
 
 from deploy.container import SOURCE_DIR, container_config
-from expert_store.index import index
-from expert_store.manifest import check_sources
+from expert_store.manifest.manifest import check_sources
+from expert_store.offline.index import index
 from tests.checkpoints import make
 
 

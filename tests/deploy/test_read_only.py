@@ -19,8 +19,8 @@ from deploy import plot
 from deploy.budget import forecaster_room
 from deploy.calibrate import calibrate
 from deploy.settings import ServeSettings
-from expert_store.card import CARD_NAME, check_card
-from expert_store.pack import pack
+from expert_store.offline.card import CARD_NAME, check_card
+from expert_store.offline.pack import pack
 from proto import errors
 from scheduler.config import FORECASTER_NAME
 from tests.places import not_root, read_only

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from expert_store.index import index
-from expert_store.pack import pack
+from expert_store.offline.index import index
+from expert_store.offline.pack import pack
 from tests.checkpoints import make
 from tests.expert_store.raw_session import Wire, exchange, receive
 from tests.expert_store.stores import (

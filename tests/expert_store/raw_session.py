@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import xxhash
 
-from expert_store.slots import SlotPool
+from expert_store.store.slots import SlotPool
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc

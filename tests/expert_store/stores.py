@@ -8,10 +8,10 @@ from pathlib import Path
 
 import xxhash
 
-from expert_store.extents import ExpertRecord, Extent
-from expert_store.manifest import Manifest
-from expert_store.sizing import Sizing
-from expert_store.sources import SourceFile
+from expert_store.manifest.extents import ExpertRecord, Extent
+from expert_store.manifest.manifest import Manifest
+from expert_store.manifest.sizing import Sizing
+from expert_store.manifest.sources import SourceFile
 from proto.expert import DenseTensor, ExpertKey, ModelSpec, TensorLayout
 from proto.shm import PAGE_BYTES
 

@@ -16,8 +16,8 @@ from prometheus_client.registry import CollectorRegistry
 
 from compute_node.store_client import StoreClient
 from expert_store.config import ExpertStoreConfig
-from expert_store.metrics import StoreCollector
-from expert_store.store import Counters
+from expert_store.face.metrics import StoreCollector
+from expert_store.store.store import Counters
 from proto import errors
 from proto.expert import ExpertKey
 from tests.expert_store.raw_session import Lock, Wire

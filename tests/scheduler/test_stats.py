@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from proto import errors
-from proto.daemon import serving_metrics
+from proto.process.daemon import serving_metrics
 from scheduler.policy.hedged import Reason
 from scheduler.shadows import Report, Score
 from scheduler.stats import SchedulerStats, StatsCollector

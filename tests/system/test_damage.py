@@ -15,8 +15,8 @@ import pytest
 import tomli_w
 
 from compute_node.client import NodeClient
-from expert_store.index import index
-from expert_store.manifest import Manifest
+from expert_store.manifest.manifest import Manifest
+from expert_store.offline.index import index
 from proto import errors, rpc
 from proto.expert import ExpertKey
 from proto.expert_store_pb2 import ResidentRequest

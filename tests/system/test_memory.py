@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from expert_store.index import index
-from expert_store.manifest import Manifest
+from expert_store.manifest.manifest import Manifest
+from expert_store.offline.index import index
 from tests.checkpoints import make
 from tests.stack import MODEL, flashmoe, served
 

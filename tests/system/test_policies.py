@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expert_store.manifest import Manifest
+from expert_store.manifest.manifest import Manifest
 from scheduler.calibration import CalibrationSettings, calibrate
 from scheduler.config import FORECASTER_NAME
 from tests.scheduler.replays import recorded

@@ -15,8 +15,8 @@ import torch
 
 from compute_node.cache.expert_cache import LayerCounters
 from compute_node.expert_memory import TORCH_DTYPES, Borrowed
-from expert_store.extents import Extent
-from expert_store.manifest import Manifest
+from expert_store.manifest.extents import Extent
+from expert_store.manifest.manifest import Manifest
 from proto.expert import ExpertKey
 
 # The kernel reads no more ahead for one call than its read-ahead, or the device's largest request.

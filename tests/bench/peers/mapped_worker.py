@@ -20,7 +20,7 @@ from compute_node.model import load_model
 from compute_node.request import Request
 from compute_node.sampling_options import SamplingOptions
 from compute_node.writer import Token
-from expert_store.manifest import Manifest
+from expert_store.manifest.manifest import Manifest
 from tests.bench.peers.mapped_experts import MappedExperts
 from tests.bench.peers.prompt_lines import TEMPERATURE, serve
 

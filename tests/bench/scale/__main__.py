@@ -27,7 +27,7 @@ from compute_node import native_library
 from deploy.budget import MemoryPlan, check_shared_memory, plan_memory
 from deploy.calibrate import check_trace
 from deploy.settings import ServeSettings, parse_bytes
-from expert_store.manifest import MANIFEST_NAME, Manifest
+from expert_store.manifest.manifest import MANIFEST_NAME, Manifest
 from proto import errors
 from scheduler.forecaster import Forecaster
 from scheduler.trace import AccessTrace

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from expert_store.manifest import Manifest
+from expert_store.manifest.manifest import Manifest
 from proto.redis_schema import Advice, DecodeAccess
 from scheduler.calibration import CalibrationSettings, calibrate
 from scheduler.config import FORECASTER_NAME

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from compute_node.expert_memory import TORCH_DTYPES
 from compute_node.kernels import feed_forward
-from expert_store.checkpoint import read_chunks
-from expert_store.manifest import Manifest
-from expert_store.sources import resolve_inside
+from expert_store.manifest.manifest import Manifest
+from expert_store.manifest.sources import resolve_inside
+from expert_store.offline.checkpoint.files import read_chunks
 from proto.expert import ExpertKey
 
 

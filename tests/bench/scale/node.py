@@ -24,7 +24,7 @@ from compute_node.model import LoadedModel, load_model
 from compute_node.overlap import Overlap
 from compute_node.store_client import StoreClient
 from compute_node.usage import Measure, Usage
-from expert_store.manifest import Manifest
+from expert_store.manifest.manifest import Manifest
 from proto.expert import ExpertKey, ModelSpec
 from proto.redis_schema import Advice
 from tests.bench.peers.cpu import CpuMoment

@@ -21,16 +21,21 @@ import xxhash
 from torch import Tensor
 from transformers import AutoConfig
 
-from expert_store.architecture import Architecture, build_meta, load_config, read_architecture
-from expert_store.checkpoint import CheckpointTensor, read_chunks
-from expert_store.encoders import Int4Encoder
-from expert_store.index import make_spec, measure
-from expert_store.manifest import Manifest
-from expert_store.parameters import ExpertParameter
-from expert_store.progress import Journal, Report, silent
-from expert_store.records import RECORDS_NAME, RecordWriter
-from expert_store.sources import SourceFile
-from expert_store.weight_source import WeightSource
+from expert_store.manifest.manifest import Manifest
+from expert_store.manifest.sources import SourceFile
+from expert_store.offline.checkpoint.architecture import (
+    Architecture,
+    build_meta,
+    load_config,
+    read_architecture,
+)
+from expert_store.offline.checkpoint.files import CheckpointTensor, read_chunks
+from expert_store.offline.checkpoint.parameters import ExpertParameter
+from expert_store.offline.checkpoint.progress import Journal, Report, silent
+from expert_store.offline.formats.encoders import Int4Encoder
+from expert_store.offline.formats.weight_source import WeightSource
+from expert_store.offline.index import make_spec, measure
+from expert_store.offline.records import RECORDS_NAME, RecordWriter
 from proto.expert import DenseTensor, TensorLayout
 from proto.shm import PAGE_BYTES, align_up
 

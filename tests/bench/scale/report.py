@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from compute_node.usage import Usage
 from deploy.budget import MemoryPlan
-from expert_store.manifest import Manifest
+from expert_store.manifest.manifest import Manifest
 from tests.bench.scale.node import Run
 from tests.bench.scale.segments import Segment
 from tests.bench.table import percentile, show, spread

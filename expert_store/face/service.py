@@ -1,0 +1,249 @@
+"""The gRPC face of the store: translates messages, and no more."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from expert_store.face.exchange import is_acknowledged, perform, to_lease
+from expert_store.store import sessions
+from expert_store.store.store import ExpertStore, Lent
+from proto import errors, rpc
+from proto import expert_store_pb2 as pb
+from proto import expert_store_pb2_grpc as pb_grpc
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = "flashmoe.v1.ExpertStore"
+_MAX_UNANSWERED = 64
+_DRAIN_POLL_S = 0.005
+
+
+class ExpertStoreService(pb_grpc.ExpertStoreServicer):
+    """model_dir: where config, tokenizer and dense weights are.
+
+    doorbell_path: where nodes on this host may ring, None: nowhere
+    """
+
+    def __init__(self, store: ExpertStore, model_dir: str, doorbell_path: Path | None) -> None:
+        self._store = store
+        self._model_dir = model_dir
+        self._doorbell_path = doorbell_path
+        self._draining = asyncio.Event()
+
+    def drain(self) -> None:
+        """End every session once its exchanges are answered; open no more."""
+        self._draining.set()
+
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeReply:
+        layout = self._store.segment.layout
+        return pb.DescribeReply(
+            protocol_version=rpc.PROTOCOL_VERSION,
+            model=self._store.manifest.spec.to_pb(),
+            model_dir=self._model_dir,
+            slot_bytes=layout.slot_bytes,
+            num_slots=layout.num_slots,
+            read_depth=self._store.read_depth,
+            direct_io=self._store.direct_io,
+            num_spare_slots=self._store.num_spare,
+            piece_bytes=self._store.piece_bytes,
+        )
+
+    async def Resident(self, request: pb.ResidentRequest, context: Any) -> pb.ResidentReply:
+        return pb.ResidentReply(keys=[key.to_pb() for key in self._store.slots.resident()])
+
+    async def Stats(self, request: pb.StoreStatsRequest, context: Any) -> pb.StoreStatsReply:
+        store, counters = self._store, self._store.counters
+        slots = store.slots.counts()
+        return pb.StoreStatsReply(
+            demand_reads=counters.demand_reads,
+            prefetch_reads=counters.prefetch_reads,
+            refill_reads=counters.refill_reads,
+            bytes_read=counters.bytes_read,
+            shared_hits=counters.shared_hits,
+            prefetches_dropped=counters.prefetches_dropped,
+            slots_free=slots["free"],
+            slots_filling=slots["filling"],
+            slots_leased=slots["leased"],
+            slots_reclaimable=slots["reclaimable"],
+            sessions=store.sessions.num_open,
+            orphaned_sessions=store.sessions.num_orphaned,
+            quarantined=[str(key) for key in store.quarantined],
+            read_s_total=counters.read_s,
+            busy_s_total=counters.busy_s,
+            prefetches_withdrawn=counters.prefetches_withdrawn,
+            prefetches_used=counters.prefetches_used,
+            prefetch_bytes_wasted=counters.prefetch_bytes_wasted,
+        )
+
+    async def Session(
+        self, request_iterator: AsyncIterator[pb.SessionRequest], context: Any
+    ) -> AsyncIterator[pb.SessionReply]:
+        if self._draining.is_set():
+            raise errors.Unavailable("the store is stopping: retry")
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("kind") != "open":
+            raise errors.InvalidRequest("a session starts with an open message")
+        session = self._open(first.open)
+        try:
+            yield pb.SessionReply(opened=self._opened(session))
+            stream = _SessionStream(self._store, session, self._draining)
+            async for reply in stream.replies(request_iterator):
+                yield reply
+        finally:
+            self._store.sessions.close(session)
+
+    def _open(self, request: pb.Open) -> sessions.Session:
+        if request.protocol_version != rpc.PROTOCOL_VERSION:
+            raise errors.VersionMismatch(
+                f"the store speaks protocol {rpc.PROTOCOL_VERSION}, the node "
+                f"{request.protocol_version}: "
+                "update the older one"
+            )
+        fingerprint = self._store.manifest.spec.fingerprint
+        if request.fingerprint != fingerprint:
+            raise errors.VersionMismatch(
+                f"the store serves model {fingerprint}, the node wants {request.fingerprint}"
+            )
+        if request.transport not in (pb.TRANSPORT_SHARED_MEMORY, pb.TRANSPORT_CHUNKS):
+            raise errors.InvalidRequest("choose a transport: shared memory or chunks")
+        shared = request.transport == pb.TRANSPORT_SHARED_MEMORY
+        return self._store.sessions.open(
+            request.node, request.quota_slots, request.lock_name if shared else None
+        )
+
+    def _opened(self, session: sessions.Session) -> pb.Opened:
+        segment = self._store.segment
+        return pb.Opened(
+            session_id=session.session_id,
+            segment_path=str(segment.path) if session.lock_path else "",
+            epoch=segment.epoch,
+            slot_bytes=segment.layout.slot_bytes,
+            num_slots=segment.layout.num_slots,
+            doorbell_path=str(self._doorbell_path)
+            if session.lock_path and self._doorbell_path
+            else "",
+        )
+
+
+class _SessionStream:
+    """Reads exchanges, answers each as its leases come; the first error ends the stream."""
+
+    def __init__(
+        self, store: ExpertStore, session: sessions.Session, draining: asyncio.Event
+    ) -> None:
+        self._store = store
+        self._session = session
+        self._draining = draining
+        self._loop = asyncio.get_running_loop()
+        self._replies: asyncio.Queue[pb.SessionReply | errors.FlashMoEError | None] = asyncio.Queue(
+            8
+        )
+        self._unanswered: dict[int, int] = {}  # exchange -> leases to come
+        self._answers: set[asyncio.Task[None]] = set()
+
+    async def replies(
+        self, requests: AsyncIterator[pb.SessionRequest]
+    ) -> AsyncIterator[pb.SessionReply]:
+        reading = asyncio.create_task(self._read(requests))
+        drained = asyncio.create_task(self._end_when_drained())
+        try:
+            while (reply := await self._replies.get()) is not None:
+                if isinstance(reply, errors.FlashMoEError):
+                    raise reply
+                yield reply
+        finally:
+            tasks = [reading, drained, *self._answers]
+            for task in tasks:
+                task.cancel()
+            # An answer may be giving back what it sent: the session closes after it.
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, requests: AsyncIterator[pb.SessionRequest]) -> None:
+        try:
+            async for request in requests:
+                self._start(request)
+        except errors.FlashMoEError as error:
+            await self._replies.put(error)
+            return
+        await self._finish_answers()
+        await self._replies.put(None)
+
+    async def _end_when_drained(self) -> None:
+        await self._draining.wait()
+        await self._finish_answers()
+        await self._replies.put(errors.Unavailable("the store is stopping: retry"))
+
+    async def _finish_answers(self) -> None:
+        """Also what was asked over the doorbell."""
+        while self._unanswered or self._answers or self._session.awaited:  # noqa: ASYNC110
+            await asyncio.sleep(_DRAIN_POLL_S)
+
+    def _start(self, request: pb.SessionRequest) -> None:
+        if request.WhichOneof("kind") != "exchange":
+            raise errors.InvalidRequest("after its opening a session carries exchanges")
+        if len(self._unanswered) >= _MAX_UNANSWERED:
+            raise errors.QueueFull(f"{_MAX_UNANSWERED} exchanges are unanswered: wait for some")
+        exchange = request.exchange
+        number = exchange.exchange_id
+        if number in self._unanswered:
+            raise errors.InvalidRequest(f"exchange {number} is not answered yet: count on")
+        if exchange.acquires:
+            self._unanswered[number] = len(exchange.acquires)
+
+        def deliver(lent: list[Lent]) -> None:
+            self._loop.call_soon_threadsafe(self._answer, number, lent)
+
+        perform(self._store, self._session, exchange, deliver)
+        if is_acknowledged(exchange):
+            self._answer(number, [])
+
+    def _answer(self, exchange_id: int, lent: list[Lent]) -> None:
+        task = asyncio.create_task(self._send(exchange_id, lent))
+        self._answers.add(task)
+        task.add_done_callback(self._answers.discard)
+
+    async def _send(self, exchange_id: int, lent: list[Lent]) -> None:
+        if self._session.lock_path is None:
+            await self._send_chunks(exchange_id, lent)
+        leases = [to_lease(item) for item in lent]
+        exchanged = pb.Exchanged(exchange_id=exchange_id, leases=leases)
+        await self._replies.put(pb.SessionReply(exchanged=exchanged))
+        if exchange_id in self._unanswered:
+            self._unanswered[exchange_id] -= len(lent)
+            if self._unanswered[exchange_id] == 0:
+                del self._unanswered[exchange_id]
+
+    async def _send_chunks(self, exchange_id: int, lent: list[Lent]) -> None:
+        """Copy each record to the stream and give its slot back."""
+        for item in lent:
+            if item.error is None:
+                try:
+                    await self._send_record(exchange_id, item)
+                finally:
+                    self._store.sessions.release(self._session, [item.key])
+
+    async def _send_record(self, exchange_id: int, item: Lent) -> None:
+        record = self._store.manifest.records[item.key]
+        digest = xxhash.xxh3_64()
+        with self._store.segment.slot(item.slot) as view:
+            for number, extent in enumerate(record.extents):
+                end = extent.place_bytes + extent.length_bytes
+                for offset in range(extent.place_bytes, end, rpc.CHUNK_BYTES):
+                    data = bytes(view[offset : min(offset + rpc.CHUNK_BYTES, end)])
+                    digest.update(data)
+                    last = number == len(record.extents) - 1 and offset + len(data) == end
+                    chunk = pb.Chunk(
+                        exchange_id=exchange_id,
+                        key=item.key.to_pb(),
+                        offset_bytes=offset,
+                        data=data,
+                        last=last,
+                        checksum=digest.intdigest() if last else 0,
+                    )
+                    await self._replies.put(pb.SessionReply(chunk=chunk))

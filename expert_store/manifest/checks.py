@@ -1,0 +1,107 @@
+"""What must add up in a manifest: layers, sizes, extents within their files, tensors within what is
+read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
+
+from expert_store.manifest.extents import ExpertRecord, plan_reads
+from expert_store.manifest.sources import SourceFile, resolve_name
+from proto import errors
+from proto.expert import DTYPE_BYTES, DenseTensor, ExpertKey, ModelSpec, TensorLayout
+from proto.shm import TENSOR_ALIGN_BYTES
+from proto.weight_format import INT4_GROUPS
+
+
+def check(
+    spec: ModelSpec, files: Sequence[SourceFile], records: Mapping[ExpertKey, ExpertRecord]
+) -> None:
+    """Raises ManifestInvalid naming the first thing that does not add up."""
+    if not spec.moe_layers or list(spec.moe_layers) != sorted(spec.layouts):
+        raise errors.ManifestInvalid("its MoE layers and layouts do not agree")
+    if not 0 < spec.top_k <= spec.num_experts <= 1 << 16:
+        raise errors.ManifestInvalid(f"top_k {spec.top_k} of {spec.num_experts} experts")
+    if spec.weight_format.group not in (0, *INT4_GROUPS):
+        raise errors.ManifestInvalid(f"weight format with groups of {spec.weight_format.group}")
+    if len(records) != spec.num_experts_total:
+        raise errors.ManifestInvalid(
+            f"it has {len(records)} experts, the model {spec.num_experts_total}"
+        )
+    for record in records.values():
+        for problem in _record_problems(record, spec, files):
+            raise errors.ManifestInvalid(f"expert {record.key}: {problem}")
+    for tensor in spec.dense:
+        _check_dense(tensor, files)
+
+
+def _check_dense(tensor: DenseTensor, files: Sequence[SourceFile]) -> None:
+    end_bytes = tensor.offset_bytes + tensor.length_bytes
+    if end_bytes > resolve_name(files, tensor.file).size_bytes:
+        raise errors.ManifestInvalid(f"{tensor.name} reaches beyond {tensor.file}")
+    if tensor.length_bytes != prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]:
+        raise errors.ManifestInvalid(f"{tensor.name} has the wrong size")
+
+
+def _record_problems(
+    record: ExpertRecord, spec: ModelSpec, files: Sequence[SourceFile]
+) -> Iterator[str]:
+    if not spec.contains(record.key):
+        yield "the model has no such expert"
+        return
+    if not record.extents:
+        yield "it has no extents"
+        return
+    layout = spec.layouts[record.key.layer]
+    if len(record.tensor_offsets) != len(layout):
+        yield f"{len(record.tensor_offsets)} tensors, its layer has {len(layout)}"
+        return
+    if record.payload_bytes != spec.expert_bytes(record.key.layer):
+        yield "its extents and its tensors differ in size"
+    yield from _extent_problems(record, files)
+    yield from _tensor_problems(record, layout)
+
+
+def _tensor_problems(record: ExpertRecord, layout: Sequence[TensorLayout]) -> Iterator[str]:
+    """Each tensor lies aligned in bytes that are read, and no two share any."""
+    runs = _runs((e.place_bytes, e.length_bytes) for e in record.extents)
+    free_from = 0
+    for offset, tensor in sorted(zip(record.tensor_offsets, layout, strict=True), key=_offset):
+        end = offset + tensor.length_bytes
+        if offset % TENSOR_ALIGN_BYTES or offset < free_from:
+            yield f"tensor {tensor.name} is not aligned, or overlaps another"
+        if not any(start <= offset and end <= stop for start, stop in runs):
+            yield f"tensor {tensor.name} lies where nothing is read"
+        free_from = end
+
+
+def _offset(placed: tuple[int, TensorLayout]) -> int:
+    return placed[0]
+
+
+def _runs(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(start, stop) of what (start, length) pieces in ascending order cover without a gap."""
+    runs: list[tuple[int, int]] = []
+    for start, length in pieces:
+        follows = bool(runs) and runs[-1][1] == start
+        runs.append((runs.pop()[0] if follows else start, start + length))
+    return runs
+
+
+def _extent_problems(record: ExpertRecord, files: Sequence[SourceFile]) -> Iterator[str]:
+    free_from = 0
+    for read in plan_reads(record.extents):
+        extent = read.extent
+        if extent.file >= len(files):
+            yield f"file number {extent.file} of {len(files)}"
+            return
+        source = files[extent.file]
+        if (
+            extent.length_bytes == 0
+            or extent.offset_bytes + extent.length_bytes > source.size_bytes
+        ):
+            yield f"an extent reaches beyond {source.path}"
+        if not free_from <= extent.place_bytes <= read.arrived_bytes:
+            yield "an extent's place overlaps another's"
+        free_from = extent.place_bytes + extent.length_bytes

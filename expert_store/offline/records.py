@@ -1,0 +1,121 @@
+"""Writes the file of records, one aligned record an expert; goes on where a killed run was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import xxhash
+
+from expert_store.manifest.durable import write_all
+from expert_store.manifest.extents import ExpertRecord, Extent
+from expert_store.offline.checkpoint.architecture import Architecture
+from expert_store.offline.checkpoint.progress import Journal, Report
+from expert_store.offline.formats.encoders import Encoder, record_layouts
+from expert_store.offline.formats.weight_source import WeightSource
+from proto.expert import ExpertKey, TensorLayout
+from proto.shm import TENSOR_ALIGN_BYTES, align_up
+
+RECORDS_NAME = "experts.bin"
+_SYNC_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class RecordWriter:
+    """What all records have in common."""
+
+    architecture: Architecture
+    encoder: Encoder
+    source: WeightSource
+
+    @property
+    def layouts(self) -> dict[int, tuple[TensorLayout, ...]]:
+        return record_layouts(self.architecture, self.encoder)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all records, aligned."""
+        ends = [place_tensors(layout)[1] for layout in self.layouts.values()]
+        return self.architecture.num_experts * sum(map(align_up, ends))
+
+    def write(self, path: Path, journal: Journal, report: Report) -> dict[ExpertKey, ExpertRecord]:
+        """Every record that the journal has not, one after another in `path`.
+
+        Raises ManifestInvalid for a damaged source, OSError for a full disk.
+        """
+        records: dict[ExpertKey, ExpertRecord] = {}
+        layouts, total_bytes = self.layouts, self.total_bytes
+        with path.open("r+b" if path.exists() else "w+b") as file:
+            start_bytes = unsynced_bytes = 0
+            for key in self.architecture.keys:
+                layout = layouts[key.layer]
+                offsets, end_bytes = place_tensors(layout)
+                record_bytes = align_up(end_bytes)
+                if str(key) not in journal.done:
+                    journal.add(
+                        str(key),
+                        self._write_one(file.fileno(), key, start_bytes, offsets, record_bytes),
+                    )
+                    unsynced_bytes += record_bytes
+                if unsynced_bytes >= _SYNC_BYTES:
+                    os.fdatasync(file.fileno())  # the journal may promise only what is on disk
+                    journal.flush()
+                    unsynced_bytes = 0
+                extents = _extents(layout, offsets, start_bytes)
+                records[key] = ExpertRecord(key, extents, offsets, journal.done[str(key)])
+                start_bytes += record_bytes
+                report(start_bytes, total_bytes)
+            file.truncate(start_bytes)
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            journal.flush()
+        return records
+
+    def _write_one(
+        self,
+        descriptor: int,
+        key: ExpertKey,
+        start_bytes: int,
+        offsets: Sequence[int],
+        record_bytes: int,
+    ) -> int:
+        """Returns the checksum."""
+        digest, cursor = xxhash.xxh3_64(), start_bytes
+        tensors = (
+            tensor
+            for parameter in self.architecture.layers[key.layer]
+            for tensor in self.encoder.encode(parameter, key.expert, self.source)
+        )
+        for offset, chunks in zip(offsets, tensors, strict=True):
+            cursor += write_all(descriptor, bytes(start_bytes + offset - cursor), cursor)
+            for chunk in chunks:
+                digest.update(chunk)
+                cursor += write_all(descriptor, chunk, cursor)
+        write_all(descriptor, bytes(start_bytes + record_bytes - cursor), cursor)
+        return digest.intdigest()
+
+
+def place_tensors(layout: Sequence[TensorLayout]) -> tuple[tuple[int, ...], int]:
+    """Offsets of an expert's tensors in its record, and the payload's end."""
+    offsets, cursor = [], 0
+    for tensor in layout:
+        cursor = align_up(cursor, TENSOR_ALIGN_BYTES)
+        offsets.append(cursor)
+        cursor += tensor.length_bytes
+    return tuple(offsets), cursor
+
+
+def _extents(
+    layout: Sequence[TensorLayout], offsets: Sequence[int], start_bytes: int
+) -> tuple[Extent, ...]:
+    """One extent where tensors fill the record without gaps, else one read per run between gaps."""
+    extents: list[Extent] = []
+    for offset, tensor in zip(offsets, layout, strict=True):
+        length = tensor.length_bytes
+        if extents and extents[-1].place_bytes + extents[-1].length_bytes == offset:
+            extents[-1] = replace(extents[-1], length_bytes=extents[-1].length_bytes + length)
+        else:
+            extents.append(Extent(0, start_bytes + offset, length, offset))
+    return tuple(extents)

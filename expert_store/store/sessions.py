@@ -1,0 +1,232 @@
+"""Who may hold how many slots, and which they hold; leases outlive a broken stream while the
+node's lock does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from expert_store.store.slots import Slot, SlotPool
+from proto import errors
+from proto.expert import ExpertKey
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Session:
+    """One node's leases. lock_path: held by the node as long as it may read slots; None with
+    chunks.
+    """
+
+    session_id: str
+    node: str
+    quota_slots: int
+    lock_path: Path | None
+    leases: dict[ExpertKey, Slot] = field(default_factory=dict)
+    awaited: set[ExpertKey] = field(default_factory=set)  # acquires under way
+    ended: bool = False
+
+
+class SessionTable:
+    """Every open session, and every orphaned one whose node still holds its lock.
+
+    lock: held around every change; shared with whoever else changes slots, from any thread.
+    Sessions open and close on the event loop.
+    """
+
+    def __init__(
+        self,
+        slots: SlotPool,
+        lock: threading.RLock,
+        max_leased: int,
+        session_dir: Path,
+        lock_poll_s: float,
+    ) -> None:
+        self._slots = slots
+        self._lock = lock
+        self.max_leased = max_leased
+        self._session_dir = session_dir
+        self._lock_poll_s = lock_poll_s
+        self._open: set[Session] = set()
+        self._orphans: dict[Session, asyncio.Task[None]] = {}
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_orphaned(self) -> int:
+        return len(self._orphans)
+
+    def open(self, node: str, quota_slots: int, lock_name: str | None) -> Session:
+        """Grant a quota, or not, at once: the sum of all quotas never exceeds what can be leased.
+
+        Raises SlotsExhausted, InvalidRequest (bad quota or lock name, or the lock is not held).
+        """
+        if quota_slots <= 0:
+            raise errors.InvalidRequest("quota_slots must be positive")
+        lock_path = self._lock_path(lock_name) if lock_name is not None else None
+        with self._lock:
+            self._sweep()
+            session = self._grant(node, quota_slots, lock_path)
+        logger.info("session opened", extra={"node": node, "quota_slots": quota_slots})
+        return session
+
+    def _grant(self, node: str, quota_slots: int, lock_path: Path | None) -> Session:
+        granted = sum(s.quota_slots for s in (*self._open, *self._orphans))
+        if granted + quota_slots > self.max_leased:
+            raise errors.SlotsExhausted(
+                f"{quota_slots} slots asked, {self.max_leased - granted} of "
+                f"{self.max_leased} left: "
+                "ask for fewer, or give the store more"
+            )
+        session = Session(uuid.uuid4().hex[:12], node, quota_slots, lock_path)
+        self._open.add(session)
+        return session
+
+    def find(self, session_id: str) -> Session:
+        """The open session of that name. Raises Unavailable."""
+        with self._lock:
+            for session in self._open:
+                if session.session_id == session_id:
+                    return session
+        raise errors.Unavailable("no open session has this name: open one first")
+
+    def reserve(self, session: Session, keys: Sequence[ExpertKey]) -> None:
+        """Room for acquires under way.
+
+        Raises Unavailable when the session's stream is gone, InvalidRequest for an expert that is
+        leased or awaited already (a second lease would outlive the session), SlotsExhausted beyond
+        the quota.
+        """
+        if session not in self._open:
+            raise errors.Unavailable("the session is closed: open another")
+        for key in keys:
+            if key in session.leases or key in session.awaited:
+                raise errors.InvalidRequest(f"{key} is leased by this session already")
+        if len(session.leases) + len(session.awaited) + len(keys) > session.quota_slots:
+            raise errors.SlotsExhausted(
+                f"{len(keys)} more slots asked, {len(session.leases)} of {session.quota_slots} "
+                "leased: release some in the same message"
+            )
+        session.awaited.update(keys)
+
+    def lease(self, session: Session, key: ExpertKey, slot: Slot) -> bool:
+        """An awaited expert becomes a lease; False when the session ended meanwhile."""
+        session.awaited.discard(key)
+        if session.ended:
+            return False
+        self._slots.lease(slot)
+        session.leases[key] = slot
+        return True
+
+    def release(self, session: Session, keys: Iterable[ExpertKey]) -> None:
+        """Raises InvalidRequest for a key the session does not hold."""
+        with self._lock:
+            for key in keys:
+                slot = session.leases.pop(key, None)
+                if slot is None:
+                    raise errors.InvalidRequest(f"{key} is not leased by this session")
+                self._slots.release(slot)
+
+    def _sweep(self) -> None:
+        """End sessions whose node let go of its lock, before their stream or a poll tells us."""
+        for session in [*self._open, *self._orphans]:
+            if session.lock_path is not None and lock_is_free(session.lock_path):
+                self._end(session)
+
+    def close(self, session: Session) -> None:
+        """The stream ended: give the leases back, now or when the node lets go of its lock."""
+        if session.ended:
+            return
+        if session.lock_path is None or lock_is_free(session.lock_path):
+            self._end(session)
+        else:
+            with self._lock:
+                self._open.remove(session)
+            logger.warning(
+                "session orphaned", extra={"node": session.node, "slots": len(session.leases)}
+            )
+            self._orphans[session] = asyncio.create_task(self._await_lock(session))
+
+    def stop(self) -> None:
+        for task in self._orphans.values():
+            task.cancel()
+
+    async def _await_lock(self, session: Session) -> None:
+        assert session.lock_path is not None
+        while not lock_is_free(session.lock_path):  # noqa: ASYNC110  another process's lock
+            await asyncio.sleep(self._lock_poll_s)
+        self._end(session)
+
+    def _end(self, session: Session) -> None:
+        """Give everything back, once."""
+        with self._lock:
+            if session.ended:
+                return
+            session.ended = True
+            self._open.discard(session)
+            self.release(session, list(session.leases))
+        waiting = self._orphans.pop(session, None)
+        if waiting is not None and waiting is not asyncio.current_task():
+            waiting.cancel()
+        if session.lock_path is not None:
+            session.lock_path.unlink(missing_ok=True)
+        logger.info("session ended", extra={"node": session.node})
+
+    def _lock_path(self, name: str) -> Path:
+        if Path(name).name != name or name.startswith(".") or not name.endswith(".lock"):
+            raise errors.InvalidRequest(f"lock name {name!r} is not a plain *.lock file name")
+        path = self._session_dir / name
+        try:
+            free = lock_is_free(path)
+        except (OSError, ValueError) as error:  # too long, a folder, a link, a zero byte
+            raise errors.InvalidRequest(f"lock name {name!r} is not a lock: {error}") from error
+        if free:
+            raise errors.InvalidRequest(f"nobody holds the lock {name!r}: hold it before opening")
+        return path
+
+
+def lock_is_free(path: Path) -> bool:
+    """Whether nobody holds an flock on the file (a missing file is free)."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+async def await_free_locks(session_dir: Path, poll_s: float, wait_s: float) -> None:
+    """Wait until no node of an earlier store still reads the segment; clear what dead ones left.
+
+    Raises AlreadyRunning naming the lock after `wait_s`.
+    """
+    deadline = asyncio.get_running_loop().time() + wait_s
+    for path in _lock_files(session_dir):
+        while not lock_is_free(path):
+            if asyncio.get_running_loop().time() > deadline:
+                raise errors.AlreadyRunning(
+                    f"a node still reads the old segment (it holds {path}): stop that node"
+                )
+            await asyncio.sleep(poll_s)
+        path.unlink(missing_ok=True)
+
+
+def _lock_files(session_dir: Path) -> list[Path]:
+    session_dir.mkdir(parents=True, exist_ok=True)
+    return sorted(session_dir.glob("*.lock"))
