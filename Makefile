@@ -37,7 +37,7 @@ $(READY): requirements.lock pyproject.toml $(wildcard compute_node/native/*.c co
 	@$(PY) -m pip install --quiet --disable-pip-version-check \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.lock
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@$(PY) -c 'from compute_node.native_library import obstacle as why; \
+	@$(PY) -c 'from compute_node.native.binding import obstacle as why; \
 	    why() and print("torch multiplies, the native kernels do not:", why())'
 	@touch $@
 

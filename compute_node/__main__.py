@@ -8,7 +8,7 @@ if __name__ == "__main__":
     last_words.tell_of_imports("compute_node")
 
 import proto.process.quiet_grpc  # noqa: F401  isort: skip  before grpc
-import compute_node.lean_imports  # noqa: F401  isort: skip  before transformers
+import compute_node.model.lean_imports  # noqa: F401  isort: skip  before transformers
 
 import gc
 import logging
@@ -21,19 +21,20 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from transformers.utils import logging as transformers_logging
 
-from compute_node import learning, processors
-from compute_node.access_log import AccessLog
-from compute_node.advice import AdviceFeed
 from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.config import ComputeNodeConfig
-from compute_node.engine import Engine
-from compute_node.evidence import Evidence
-from compute_node.jobs import ComputeThread
-from compute_node.metrics import NodeCollector
-from compute_node.model import LoadedModel, Lookahead, load_model
-from compute_node.service import SERVICE_NAME, ComputeNodeService
-from compute_node.store_client import StoreClient
+from compute_node.engine.engine import Engine
+from compute_node.engine.jobs import ComputeThread
+from compute_node.evidence import learning
+from compute_node.evidence.advice import AdviceFeed
+from compute_node.evidence.log import AccessLog
+from compute_node.evidence.step import Evidence
+from compute_node.face.metrics import NodeCollector
+from compute_node.face.service import SERVICE_NAME, ComputeNodeService
+from compute_node.kernels import processors
+from compute_node.model.loaded import LoadedModel, Lookahead, load_model
+from compute_node.store.borrow import StoreClient
 from proto import rpc
 from proto.compute_node_pb2_grpc import add_ComputeNodeServicer_to_server
 from proto.expert import ModelSpec

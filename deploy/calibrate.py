@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from compute_node import processors
+from compute_node.kernels import processors
 from deploy import console, online
 from deploy.offline import STORE, load_store
 from deploy.prompts import Prompt, read_prompts

@@ -16,7 +16,8 @@ import psutil
 import typer
 from rich.text import Text
 
-from compute_node import native_library, processors
+from compute_node.kernels import processors
+from compute_node.native import binding
 from deploy import cgroup, console, leftovers
 from deploy.disk import measure_disk
 from expert_store.io import huge_pages
@@ -154,12 +155,12 @@ def check_threads() -> Finding:
 
 def check_kernel() -> Finding:
     """Whether our own matrix kernel runs here; which shapes it takes, a node finds out and logs."""
-    obstacle = native_library.obstacle()
+    obstacle = binding.obstacle()
     if not obstacle:
         return Finding("matrix kernel", "avx512_bf16: one token streams weights as memory does")
     fact = f"torch's, about half the speed for one token of bf16: {obstacle}"
     remedy = "install a C compiler (gcc) and run `pip install` of FlashMoE again"
-    cannot = obstacle == native_library.CPU_LACKS_IT
+    cannot = obstacle == binding.CPU_LACKS_IT
     return Finding("matrix kernel", fact, "" if cannot else remedy)
 
 

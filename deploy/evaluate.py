@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compute_node.client import NodeClient
+from compute_node.client.node_client import NodeClient
 from deploy import console, online, serve
 from deploy.offline import STORE, load_store
 from deploy.progress import NowAndThen

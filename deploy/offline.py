@@ -36,7 +36,7 @@ def index(checkpoint: Annotated[Path, CHECKPOINT], out: Annotated[Path, OUT]) ->
     Example: flashmoe index ~/models/OLMoE-1B-7B --out ~/stores/olmoe
     """
     with importing():
-        from compute_node import lean_imports  # noqa: F401  before torch, whose imports it halves
+        from compute_node.model import lean_imports  # noqa: F401  before torch, whose imports it halves
         from expert_store.offline.index import index as make_index
         from expert_store.offline.index import is_indexed
 
@@ -64,7 +64,7 @@ def pack(
     Example: flashmoe pack ~/models/OLMoE-1B-7B --out /nvme/olmoe-int4 --format int4
     """
     with importing():
-        from compute_node import lean_imports  # noqa: F401  before torch, whose imports it halves
+        from compute_node.model import lean_imports  # noqa: F401  before torch, whose imports it halves
         from expert_store.offline.pack import pack as make_pack
 
     with progress("packing") as report:
@@ -137,7 +137,7 @@ def plan(
 
 def _index_for_plan(checkpoint: Path, store_dir: Path) -> None:
     with importing():
-        from compute_node import lean_imports  # noqa: F401  before torch, whose imports it halves
+        from compute_node.model import lean_imports  # noqa: F401  before torch, whose imports it halves
         from expert_store.offline.index import index as make_index
 
     with progress("reading the checkpoint") as report:

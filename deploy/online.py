@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from compute_node.client import NodeClient
+from compute_node.client.node_client import NodeClient
 from deploy import console
 from deploy.absence import Absence, explain_absence, find_absence
 from deploy.memory import MemoryReport

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from compute_node.client import NodeClient
-from compute_node.result import Result
+from compute_node.client.node_client import NodeClient
+from compute_node.client.result import Result
 from deploy import console, online, serve
 from deploy.prompts import Prompt, read_prompts
 from deploy.recorder import Drawing, Recorder, to_trace

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from compute_node.client import NodeClient
-from compute_node.result import Generation, RecordedStep, Result
+from compute_node.client.node_client import NodeClient
+from compute_node.client.result import Generation, RecordedStep, Result
 from deploy.prompts import Prompt
 from proto import errors
 from scheduler.trace import AccessTrace

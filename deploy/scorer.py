@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from compute_node.client import NodeClient, ScoredToken, Scoring
+from compute_node.client.node_client import NodeClient, ScoredToken, Scoring
 from deploy.prompts import Prompt
 from proto import errors
 

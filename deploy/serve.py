@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compute_node.result import Generation, Result
+from compute_node.client.result import Generation, Result
 from deploy import console, local
 from deploy.budget import MemoryPlan, forecaster_room, plan_memory
 from deploy.memory import MemoryReport

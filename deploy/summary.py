@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from compute_node.result import Phase, Result
+from compute_node.client.result import Phase, Result
 from deploy import console
 from deploy.memory import MemoryReport
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from compute_node.expert_memory import Borrowed
-from compute_node.store_session import Arrival, SessionLost
+from compute_node.store.memory import Borrowed
+from compute_node.store.session import Arrival, SessionLost
 from proto import errors
 from proto.expert import ExpertKey
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from compute_node.cache.decayed import Decayed
-from compute_node.cache.lfru import Lfru
-from compute_node.cache.lfu import Lfu
-from compute_node.cache.lru import Lru
-from compute_node.cache.policy import EvictionPolicy
-from compute_node.cache.scored import Scored
+from compute_node.cache.policies.decayed import Decayed
+from compute_node.cache.policies.lfru import Lfru
+from compute_node.cache.policies.lfu import Lfu
+from compute_node.cache.policies.lru import Lru
+from compute_node.cache.policies.policy import EvictionPolicy
+from compute_node.cache.policies.scored import Scored
 from proto.expert import ExpertKey
 from proto.redis_schema import AUTO, FALLBACK_POLICY, Advice
 

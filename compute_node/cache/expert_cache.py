@@ -12,8 +12,8 @@ from typing import Protocol, TypeVar
 
 from compute_node.cache.charge import Charge
 from compute_node.cache.residents import Residents
-from compute_node.expert_memory import Borrowed
-from compute_node.store_session import Arrival, SessionLost
+from compute_node.store.memory import Borrowed
+from compute_node.store.session import Arrival, SessionLost
 from proto import errors
 from proto.expert import ExpertKey
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Iterable
 
-from compute_node.cache.policy import EvictionPolicy
-from compute_node.expert_memory import Borrowed
+from compute_node.cache.policies.policy import EvictionPolicy
+from compute_node.store.memory import Borrowed
 from proto.expert import ExpertKey
 
 Entry = tuple[float, ExpertKey]

@@ -2,7 +2,7 @@
  *
  * oneDNN generates code for every number of tokens, which takes longer than a small product, and
  * keeps it in memory. Its order of additions is that of gemv.c, but for where it starts a new
- * accumulator: compute_node/gemm.py finds out where, for each shape and number of tokens.
+ * accumulator: compute_node/kernels/gemm.py finds out where, for each shape and number of tokens.
  *
  * 16 rows are transposed once, or unpacked where they are lossless, a panel of columns at a time, and
  * multiplied with all tokens.

@@ -4,7 +4,7 @@
  * by one vdpbf16ps after the other, starts a new accumulator every 512 columns, adds these up in
  * order and rounds the sum to bf16. So does this file, for 16 rows at a time, which it transposes in
  * registers; oneDNN first writes a repacked copy of the matrix. That the bits are the same is not
- * taken for granted: compute_node/gemv.py finds out for each shape.
+ * taken for granted: compute_node/kernels/gemv.py finds out for each shape.
  */
 #include <string.h>
 

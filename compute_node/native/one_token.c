@@ -2,8 +2,8 @@
  * the gate of experts, the weighted sum of what they made.
  *
  * Every number is computed in float32 and rounded to bf16 where torch's own sequence of operations
- * rounds it; sums go in torch's order. compute_node/one_token_norm.py and
- * compute_node/one_token_experts.py find out for each module whether the bits are the same. Nothing
+ * rounds it; sums go in torch's order. compute_node/kernels/one_token_norm.py and
+ * compute_node/kernels/one_token_experts.py find out for each module whether the bits are the same. Nothing
  * here may be contracted to a fused multiply-add: compile with -ffp-contract=off.
  */
 #if defined(__x86_64__)
@@ -18,7 +18,7 @@ enum {
   LEVELS = 4     /* torch's: sums of sums */
 };
 
-/* How a norm ends; compute_node/one_token_norm.py has the same numbers. */
+/* How a norm ends; compute_node/kernels/one_token_norm.py has the same numbers. */
 enum { WEIGHT_AFTER_ROUNDING = 0, WEIGHT_BEFORE_ROUNDING = 1, ONE_PLUS_WEIGHT = 2 };
 
 void gemv(const uint16_t *const *weights, const uint16_t *const *biases, int64_t count,

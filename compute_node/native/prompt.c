@@ -1,7 +1,7 @@
 /* The tokens of a prompt through the experts that they chose, from hidden states to weighted outputs.
  *
  * Between the two products every number is rounded where torch's own operations round it;
- * compute_node/prompt_experts.py takes this way where each step is known to give torch's bits.
+ * compute_node/kernels/prompt_experts.py takes this way where each step is known to give torch's bits.
  */
 #include <string.h>
 

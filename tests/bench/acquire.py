@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from compute_node.store_client import StoreClient
+from compute_node.store.borrow import StoreClient
 from expert_store.offline.index import index
 from expert_store.offline.pack import pack
 from proto.expert import ExpertKey

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node import gemv, lossless, low_bit, native_library
+from compute_node.kernels import gemv, lossless, low_bit
+from compute_node.native import binding
 from expert_store.offline.formats import lossless as encoder
 from proto.weight_format import SCALE, SCALE_ZERO, lossless_tensors
 from tests.bench.table import machine, show, spread
@@ -81,7 +82,7 @@ def products(shape: tuple[int, int], inputs: Tensor) -> list[Multiply | None]:
             lambda weight, k=kernel: k.multiply(weight, "w", inputs),
             lambda weight, k=kernel: inputs @ k.dequantise(weight, "w"),
         ]
-    native = one and native_library.load() is not None
+    native = one and binding.load() is not None
     return [
         lambda weight: functional.linear(inputs, weight["w"]),
         (lambda weight: gemv.multiply([weight["w"]], inputs)) if native else None,

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import cast
 
-from compute_node.result import Result
+from compute_node.client.result import Result
 from deploy.prompts import Prompt
 from deploy.recorder import Drawing, Recorder, to_trace
 from proto.redis_schema import POOL

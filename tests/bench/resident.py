@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from compute_node.client import NodeClient
+from compute_node.client.node_client import NodeClient
 from expert_store.manifest.manifest import Manifest
 from expert_store.offline.index import index
 from tests.bench.table import show, spread

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from compute_node.client import NodeClient
+from compute_node.client.node_client import NodeClient
 from expert_store.offline.index import index
 from tests.bench.table import show, spread
 from tests.bench.widen import MIB, widen

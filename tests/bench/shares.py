@@ -7,8 +7,8 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from compute_node.client import NodeClient
-from compute_node.result import Result
+from compute_node.client.node_client import NodeClient
+from compute_node.client.result import Result
 from expert_store.offline.index import index
 from tests.bench.table import show, spread
 from tests.stack import MODEL, served

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compute_node.usage import Usage
+from compute_node.engine.usage import Usage
 from expert_store.manifest.manifest import Manifest
 from expert_store.offline.verify import verify
 from scheduler.trace import AccessTrace, TraceInvalid

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compute_node.sampling import Sampler
-from compute_node.sampling_options import SamplingOptions
+from compute_node.client.sampling_options import SamplingOptions
+from compute_node.engine.sampling import Sampler
 from tests.compute_node.traces import PATH
 from tests.stack import MODEL
 

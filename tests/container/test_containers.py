@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
-from compute_node.client import NodeClient
+from compute_node.client.node_client import NodeClient
 from deploy.run_dir import RunDir
 from proto import errors
 from tests.stack import MODEL, ROOT, flashmoe, wait_for

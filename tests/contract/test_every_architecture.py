@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from compute_node.engine import SequenceState
+from compute_node.engine.engine import SequenceState
 from expert_store.offline.index import index
 from expert_store.offline.pack import pack
 from proto import errors

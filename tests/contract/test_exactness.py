@@ -16,12 +16,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compute_node import gemm, gemv, lossless, native_library
 from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
-from compute_node.engine import Engine, SequenceState
-from compute_node.model import load_model
-from compute_node.store_client import StoreClient
+from compute_node.engine.engine import Engine, SequenceState
+from compute_node.kernels import gemm, gemv, lossless
+from compute_node.model.loaded import load_model
+from compute_node.native import binding
+from compute_node.store.borrow import StoreClient
 from expert_store.manifest.manifest import Manifest
 from expert_store.offline.index import index
 from expert_store.offline.pack import pack
@@ -179,7 +180,7 @@ def test_pool_of_all_layers_is_exact(references: dict[Any, Reference], tmp_path:
     assert tokens == expected.tokens
 
 
-@pytest.mark.skipif(native_library.obstacle() != "", reason=native_library.obstacle())
+@pytest.mark.skipif(binding.obstacle() != "", reason=binding.obstacle())
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("weight_format", ["exact", "lossless"])
 def test_native_kernels_are_exact(

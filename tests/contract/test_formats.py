@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from compute_node import low_bit
-from compute_node.engine import Engine, SequenceState
-from compute_node.expert_memory import TORCH_DTYPES
+from compute_node.engine.engine import Engine, SequenceState
+from compute_node.kernels import low_bit
+from compute_node.store.memory import TORCH_DTYPES
 from expert_store.manifest.manifest import Manifest
 from expert_store.offline.formats import quantise
 from expert_store.offline.formats.encoders import LosslessEncoder

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from compute_node.cache.expert_cache import Lender
-from compute_node.store_client import StoreClient
-from compute_node.store_session import SessionLost
+from compute_node.store.borrow import StoreClient
+from compute_node.store.session import SessionLost
 from proto import errors
 from proto.expert import ExpertKey
 from tests.fakes import FakeLender

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from compute_node.engine import Engine, Finished
-from compute_node.request import Request
+from compute_node.engine.engine import Engine, Finished
+from compute_node.engine.request import Request
 from expert_store.offline.index import index
 from tests.checkpoints import make
 from tests.contract.test_exactness import engine

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compute_node.engine import Engine
-from compute_node.request import Request
-from compute_node.sampling_options import SamplingOptions
-from compute_node.scoring import ScoredText, score
+from compute_node.client.sampling_options import SamplingOptions
+from compute_node.engine.engine import Engine
+from compute_node.engine.request import Request
+from compute_node.engine.scoring import ScoredText, score
 from deploy import console
 from expert_store.offline.index import index
 from proto import errors

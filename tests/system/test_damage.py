@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from compute_node.client import NodeClient
+from compute_node.client.node_client import NodeClient
 from expert_store.manifest.manifest import Manifest
 from expert_store.offline.index import index
 from proto import errors, rpc

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compute_node.client import NodeClient
+from compute_node.client.node_client import NodeClient
 from proto import errors
 from tests.daemons import daemon, node_table, store_table
 

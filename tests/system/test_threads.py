@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from compute_node.client import NodeClient
+from compute_node.client.node_client import NodeClient
 from tests.daemons import DaemonProcess, daemon, node_table, store_table
 
 NUM_THREADS = 5

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from compute_node.client import NodeClient
+from compute_node.client.node_client import NodeClient
 from expert_store.manifest.manifest import Manifest
 from proto import errors, shm
 from tests.daemons import (

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from compute_node.client import NodeClient
+from compute_node.client.node_client import NodeClient
 from deploy.run_dir import RunDir
 from tests.bench.peers.engine import (
     STOP_S,

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from compute_node.cache.expert_cache import LayerCounters
-from compute_node.expert_memory import TORCH_DTYPES, Borrowed
+from compute_node.store.memory import TORCH_DTYPES, Borrowed
 from expert_store.manifest.extents import Extent
 from expert_store.manifest.manifest import Manifest
 from proto.expert import ExpertKey

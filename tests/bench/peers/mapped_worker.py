@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import compute_node.lean_imports  # noqa: F401  isort: skip  before transformers
+import compute_node.model.lean_imports  # noqa: F401  isort: skip  before transformers
 
 import sys
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from typing import Any, cast
 
 import torch
 
-from compute_node.engine import Engine, SequenceState
-from compute_node.model import load_model
-from compute_node.request import Request
-from compute_node.sampling_options import SamplingOptions
-from compute_node.writer import Token
+from compute_node.client.sampling_options import SamplingOptions
+from compute_node.engine.engine import Engine, SequenceState
+from compute_node.engine.request import Request
+from compute_node.engine.writer import Token
+from compute_node.model.loaded import load_model
 from expert_store.manifest.manifest import Manifest
 from tests.bench.peers.mapped_experts import MappedExperts
 from tests.bench.peers.prompt_lines import TEMPERATURE, serve

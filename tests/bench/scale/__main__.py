@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from compute_node import native_library
+from compute_node.native import binding
 from deploy.budget import MemoryPlan, check_shared_memory, plan_memory
 from deploy.calibrate import check_trace
 from deploy.settings import ServeSettings, parse_bytes
@@ -140,7 +140,7 @@ def _machine(num_threads: int) -> str:
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return (
         f"commit {commit}, {machine()}, torch {torch.__version__}, {num_threads} threads, "
-        f"native kernel: {native_library.obstacle() or 'used'}"
+        f"native kernel: {binding.obstacle() or 'used'}"
     )
 
 

@@ -9,8 +9,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from compute_node.expert_memory import TORCH_DTYPES
-from compute_node.kernels import feed_forward
+from compute_node.kernels.feed_forward import feed_forward
+from compute_node.store.memory import TORCH_DTYPES
 from expert_store.manifest.manifest import Manifest
 from expert_store.manifest.sources import resolve_inside
 from expert_store.offline.checkpoint.files import read_chunks

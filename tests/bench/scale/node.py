@@ -18,12 +18,12 @@ from torch import Tensor
 
 from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
-from compute_node.engine import Engine, SequenceState
-from compute_node.experts import RoutedExperts, StepRecord
-from compute_node.model import LoadedModel, load_model
-from compute_node.overlap import Overlap
-from compute_node.store_client import StoreClient
-from compute_node.usage import Measure, Usage
+from compute_node.engine.engine import Engine, SequenceState
+from compute_node.engine.usage import Measure, Usage
+from compute_node.model.loaded import LoadedModel, load_model
+from compute_node.moe.layer import RoutedExperts, StepRecord
+from compute_node.predict.overlap import Overlap
+from compute_node.store.borrow import StoreClient
 from expert_store.manifest.manifest import Manifest
 from proto.expert import ExpertKey, ModelSpec
 from proto.redis_schema import Advice

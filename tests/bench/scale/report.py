@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from compute_node.usage import Usage
+from compute_node.engine.usage import Usage
 from deploy.budget import MemoryPlan
 from expert_store.manifest.manifest import Manifest
 from tests.bench.scale.node import Run

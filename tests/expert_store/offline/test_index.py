@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compute_node.dense_weights import reading_dense
+from compute_node.model.dense_weights import reading_dense
 from expert_store.io.reader import SourceFiles, read_record
 from expert_store.manifest.extents import ExpertRecord, slot_bytes_needed
 from expert_store.manifest.manifest import Manifest, check_sources

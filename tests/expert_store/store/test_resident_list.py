@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compute_node.store_client import StoreClient
+from compute_node.store.borrow import StoreClient
 from expert_store.store import resident_list
 from expert_store.store.resident_list import Keeper, load, save
 from proto.expert import ExpertKey

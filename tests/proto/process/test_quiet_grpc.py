@@ -14,7 +14,7 @@ from tests.proto.test_rpc import free_port, serve
 from tests.stack import ROOT
 
 CALLER = """
-from compute_node.client import NodeClient
+from compute_node.client.node_client import NodeClient
 from deploy import cli
 from proto import errors
 from proto.rpc import TlsFiles

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from compute_node import low_bit
+from compute_node.kernels import low_bit
 from expert_store.offline.formats import mxfp4
 from expert_store.offline.index import index
 from expert_store.offline.pack import pack

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compute_node import low_bit
+from compute_node.kernels import low_bit
 from expert_store.offline.formats import quantise
 from proto.weight_format import SCALE, SCALE_ZERO
 

@@ -1,0 +1,166 @@
+"""What a Python user imports: text from a running node.
+
+from compute_node.client.node_client import NodeClient
+
+with NodeClient("unix:/path/to/run-dir/compute_node.sock") as node:
+    for piece in node.generate("Once upon a time", max_tokens=64):
+        print(piece.text, end="")
+"""
+
+from __future__ import annotations
+
+import proto.process.quiet_grpc  # noqa: F401  isort: skip  before grpc
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from compute_node.client import arguments
+from compute_node.client.result import Generation
+from proto import compute_node_pb2 as pb
+from proto import compute_node_pb2_grpc as pb_grpc
+from proto import errors, rpc
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """log_prob: natural logarithm of its probability, given what came before it in its piece"""
+
+    token_id: int
+    log_prob: float
+
+
+class Scoring:
+    """An iterator over the scored tokens of a text. Leaving early: call `cancel`."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __iter__(self) -> Iterator[ScoredToken]:
+        """Raises the typed error the node ended with (proto/errors.py)."""
+        try:
+            for reply in self._call:
+                yield ScoredToken(reply.id, reply.log_prob)
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error) from None
+
+    def cancel(self) -> None:
+        """Tell the node to stop; it does so between layers."""
+        self._call.cancel()
+
+
+class NodeClient:
+    """A connection to one node. Use as a context manager, or call `close`."""
+
+    def __init__(self, address: str, tls: rpc.TlsFiles | None = None) -> None:
+        self._channel = rpc.connect(address, tls)
+        self._stub = pb_grpc.ComputeNodeStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def generate(
+        self,
+        prompt: arguments.Prompt,
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        repetition_penalty: float = 0.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        skip_special_tokens: bool = True,
+        max_prompt_tokens: int = 0,
+        record: bool = False,
+        router_scores: bool = False,
+        timeout_s: float | None = None,
+    ) -> Generation:
+        """Start generating.
+
+        prompt: text, token ids, or chat messages ({"role": ..., "content": ...})
+        max_tokens: new ones at most, one or more
+        temperature: 0 is greedy, and exact
+        stop: one or several strings that end the text and are not part of it
+        skip_special_tokens: leave them out of the text; else it shows the one that ends it, too
+        max_prompt_tokens: a longer prompt is cut to its first so many tokens; 0: never
+        record: keep what each decode step asked of the experts, in `Result.steps`
+        router_scores: record the router's scores of all experts, too
+
+        Raises InvalidRequest before anything is sent. Iterating raises what the node ends with.
+        """
+        request = pb.GenerateRequest(
+            max_tokens=arguments.count_of("max_tokens", max_tokens, least=1),
+            sampling=arguments.sampling_of(temperature, top_k, top_p, repetition_penalty, seed),
+            stop=arguments.stops_of(stop),
+            stop_token_ids=arguments.ids_of("stop_token_ids", stop_token_ids),
+            ignore_eos=arguments.flag_of("ignore_eos", ignore_eos),
+            show_special_tokens=not arguments.flag_of("skip_special_tokens", skip_special_tokens),
+            max_prompt_tokens=arguments.count_of("max_prompt_tokens", max_prompt_tokens),
+            recording=arguments.recording_of(record, router_scores),
+        )
+        arguments.set_prompt(request, prompt)
+        arguments.check_size(request)
+        return Generation(self._stub.Generate(request, timeout=arguments.timeout_of(timeout_s)))
+
+    def score(
+        self,
+        text: str | Sequence[int],
+        *,
+        max_tokens: int = 0,
+        context_tokens: int = 0,
+        timeout_s: float | None = None,
+    ) -> Scoring:
+        """How likely each token of a text is, computed one by one as decode does.
+
+        text: text or token ids
+        max_tokens: a longer text is cut to its first so many tokens; 0: never
+        context_tokens: a longer text is scored in pieces of so many; 0: 512
+
+        Raises InvalidRequest before anything is sent. Iterating raises what the node ends with.
+        """
+        request = pb.ScoreRequest(
+            max_tokens=arguments.count_of("max_tokens", max_tokens),
+            context_tokens=arguments.count_of("context_tokens", context_tokens),
+        )
+        if isinstance(text, str):
+            request.text = arguments.text_of("text", text)
+        else:
+            request.token_ids.ids.extend(arguments.ids_of("text", text))
+        arguments.check_size(request)
+        return Scoring(self._stub.Score(request, timeout=arguments.timeout_of(timeout_s)))
+
+    def forward(self, request: pb.ForwardRequest, timeout_s: float | None = None) -> bytes:
+        """One MoE layer's routed experts on raw arrays, as proto/compute_node.proto lays them
+        out. Raises InvalidRequest, and what the node ends with.
+        """
+        arguments.check_size(request)
+        try:
+            return self._stub.Forward(
+                request, timeout=arguments.timeout_of(timeout_s)
+            ).hidden_states
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error) from None
+
+    def stats(self, timeout_s: float = 5.0) -> pb.NodeStatsReply:
+        """Counters since the node started. Raises Unavailable, InvalidRequest."""
+        try:
+            return self._stub.Stats(pb.NodeStatsRequest(), timeout=arguments.timeout_of(timeout_s))
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error) from None

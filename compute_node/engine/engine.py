@@ -1,0 +1,275 @@
+"""The decode loop: prompt chunks, then a token at a time, on one thread.
+
+Takes a list of sequences, computes one after another.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compute_node.cache.expert_cache import ExpertCache
+from compute_node.client.result import RecordedStep
+from compute_node.engine.request import Request
+from compute_node.engine.text import check_stops
+from compute_node.engine.usage import Measure, Usage
+from compute_node.engine.writer import Token, Writer
+from compute_node.evidence.accesses import Recording, latest_step
+from compute_node.evidence.step import Evidence
+from compute_node.model.finite import fault_of, is_usable
+from compute_node.model.loaded import LoadedModel
+from proto import errors
+from proto.checkpoint.sequence_state import state_bytes
+from proto.checkpoint.text_files import load_generation_config
+from proto.checkpoint.trained_context import trained_context_tokens
+
+logger = logging.getLogger(__name__)
+
+_MAX_CHARACTERS_A_TOKEN = 64
+_WEIGHED_TOKENS = 16  # a cache grows little; weighing it looks at every tensor
+
+
+@dataclass(frozen=True)
+class Finished:
+    """text: what was held back and is no stop string; warnings: a sentence each"""
+
+    reason: str
+    text: str
+    ttft_s: float
+    prefill: Usage
+    decode: Usage
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.decode.tokens / self.decode.wall_s if self.decode.wall_s else 0.0
+
+
+Event = Token | RecordedStep | Finished
+
+
+@dataclass
+class SequenceState:
+    """One sequence under way. cache: transformers' own, for this model class; None before the
+    first chunk.
+    """
+
+    name: str
+    token_ids: list[int]
+    num_computed: int = 0
+    cache: Any = None
+
+    @property
+    def cache_bytes(self) -> int:
+        return state_bytes(self.cache)
+
+
+class Engine:
+    """Runs sequences through a model. One thread.
+
+    evidence: told of every pass; None: nobody learns
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        cache: ExpertCache,
+        model_dir: Path,
+        max_context_tokens: int,
+        prefill_chunk_tokens: int,
+        evidence: Evidence | None = None,
+    ) -> None:
+        self.loaded = loaded
+        self.cache = cache
+        self.peak_cache_bytes = 0
+        self._max_context_tokens = max_context_tokens
+        self._chunk_tokens = prefill_chunk_tokens
+        self._evidence = evidence
+        self._eos_ids = _eos_ids(loaded.model, model_dir)
+        self._vocab_size = int(loaded.model.config.get_text_config().vocab_size)
+        self._num_sequences = 0
+        self._trained_tokens = trained_context_tokens(loaded.model.config)
+        if self._trained_tokens and max_context_tokens > self._trained_tokens:
+            logger.warning(
+                "max_context_tokens exceeds what the model was trained for",
+                extra={"tokens": max_context_tokens, "trained_tokens": self._trained_tokens},
+            )
+
+    def check_request(self, request: Request) -> None:
+        """Raises InvalidRequest for an empty or too long prompt, token ids the model does not
+        have, or a stop string that can never come.
+        """
+        if not request.token_ids:
+            raise errors.InvalidRequest("the prompt is empty: give at least one token")
+        if request.max_tokens < 1:
+            raise errors.InvalidRequest("max_tokens must be at least 1")
+        total = len(request.token_ids) + request.max_tokens
+        if total > self._max_context_tokens:
+            raise errors.InvalidRequest(
+                f"a prompt of {len(request.token_ids)} and max_tokens of {request.max_tokens} "
+                f"exceed max_context_tokens = {self._max_context_tokens}: shorten one, or raise "
+                "the limit in flashmoe.toml and start again"
+            )
+        if max(request.token_ids) >= self._vocab_size:
+            raise errors.InvalidRequest(
+                f"token id {max(request.token_ids)} is beyond the vocabulary of {self._vocab_size}"
+            )
+        check_stops(self.loaded.tokenizer, request.stop, request.skip_special_tokens)
+
+    def _warnings(self, request: Request) -> tuple[str, ...]:
+        total = len(request.token_ids) + request.max_tokens
+        if self._trained_tokens is None or total <= self._trained_tokens:
+            return ()
+        return (
+            f"prompt and max_tokens make {total} tokens, the model was trained for "
+            f"{self._trained_tokens}: what goes beyond may be nonsense",
+        )
+
+    def check_length(self, num_characters: int) -> None:
+        """Before tokenising. Raises InvalidRequest for text that no tokenizer makes short
+        enough.
+        """
+        if num_characters > _MAX_CHARACTERS_A_TOKEN * self._max_context_tokens:
+            raise errors.InvalidRequest(
+                f"{num_characters} characters cannot fit max_context_tokens = "
+                f"{self._max_context_tokens}: shorten the prompt"
+            )
+
+    def check_forward(self, num_tokens: int) -> None:
+        """Raises InvalidRequest for more tokens than memory was planned for."""
+        if not 0 < num_tokens <= self._chunk_tokens:
+            raise errors.InvalidRequest(
+                f"num_tokens is {num_tokens}, not within 1 and prefill_chunk_tokens = "
+                f"{self._chunk_tokens}: send fewer at once"
+            )
+
+    def generate(
+        self, request: Request, check: Callable[[], None] = lambda: None
+    ) -> Iterator[Event]:
+        """Tokens as they come, each decode step's accesses if they are recorded, then how it ended.
+        `check` may raise between layers to abandon the request.
+
+        Raises InvalidRequest, StoreUnavailable, WeightsDamaged, NotFinite, StaleLease, and what
+        `check` raises.
+        """
+        self.check_request(request)
+        self.cache.check = check
+        self._num_sequences += 1
+        sequence = SequenceState(f"s{self._num_sequences}", list(request.token_ids))
+        prefill, decode = Usage(), Usage()
+        start_s = time.perf_counter()
+        with Measure(self.cache, prefill, len(request.token_ids)):
+            logits = self.prefill(sequence)
+        writer = Writer(request, self.loaded.tokenizer, self._eos_ids)
+        ttft_s = time.perf_counter() - start_s
+        while True:
+            token = writer.next(sequence.token_ids, logits)
+            yield token
+            if writer.finish_reason:
+                break
+            with Measure(self.cache, decode, 1):
+                logits = self.decode([sequence])[0]
+            if request.recording:
+                yield self._step_access(request.recording)
+        text = writer.flush()
+        warnings = self._warnings(request)
+        yield Finished(writer.finish_reason, text, ttft_s, prefill, decode, warnings)
+
+    @torch.inference_mode()
+    def prefill(self, sequence: SequenceState) -> Tensor:
+        """Compute the prompt in chunks. Returns the logits of its last position, [1, V]."""
+        logits = torch.empty(0)
+        while sequence.num_computed < len(sequence.token_ids):
+            start = sequence.num_computed
+            chunk = sequence.token_ids[start : start + self._chunk_tokens]
+            logits = self._forward(sequence, chunk)
+            if self._evidence:
+                self._evidence.prefill(sequence.name, len(chunk), self.loaded.record)
+        return logits
+
+    @torch.inference_mode()
+    def decode(self, sequences: Sequence[SequenceState]) -> list[Tensor]:
+        """One more token of each sequence. Returns the logits of each, [1, V]."""
+        logits = []
+        for sequence in sequences:
+            logits.append(self._forward(sequence, sequence.token_ids[-1:]))
+            if self._evidence:
+                self._evidence.decode(sequence.name, sequence.num_computed, self.loaded.record)
+        return logits
+
+    @torch.inference_mode()
+    def forward_layer(
+        self,
+        layer: int,
+        hidden: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        check: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """One MoE layer's routed experts. hidden: [T, D]; topk_ids, topk_weights: [T, K]. Returns
+        [T, D].
+
+        Raises InvalidRequest for a layer without experts or ids beyond them.
+        """
+        module = self.loaded.experts_modules.get(layer)
+        if module is None:
+            raise errors.InvalidRequest(
+                f"layer {layer} has no routed experts: use one of "
+                f"{list(self.loaded.spec.moe_layers)}"
+            )
+        if not ((topk_ids >= 0) & (topk_ids < self.loaded.spec.num_experts)).all():
+            raise errors.InvalidRequest("topk_ids name experts the model does not have")
+        self.cache.check = check
+        output: Tensor = module(hidden, topk_ids, topk_weights)
+        return output
+
+    def _forward(self, sequence: SequenceState, chunk: list[int]) -> Tensor:
+        output = self.loaded.model(
+            torch.tensor([chunk]),
+            past_key_values=sequence.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        sequence.cache = output.past_key_values
+        sequence.num_computed += len(chunk)
+        if len(chunk) > 1 or sequence.num_computed % _WEIGHED_TOKENS == 0:
+            self.peak_cache_bytes = max(self.peak_cache_bytes, sequence.cache_bytes)
+        logits: Tensor = output.logits[:, -1, :]
+        if not is_usable(logits):
+            raise fault_of(self.loaded.model, lambda: self._compute_again(sequence))
+        return logits
+
+    def _compute_again(self, sequence: SequenceState) -> None:
+        """All positions up to the latest, in chunks, from nothing; the sequence is given up."""
+        sequence.cache, cache = None, None
+        for start in range(0, sequence.num_computed, self._chunk_tokens):
+            end = min(start + self._chunk_tokens, sequence.num_computed)
+            chunk = torch.tensor([sequence.token_ids[start:end]])
+            output = self.loaded.model(
+                chunk, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            cache = output.past_key_values
+
+    def _step_access(self, recording: Recording) -> RecordedStep:
+        """Of the latest decode step."""
+        loaded = self.loaded
+        scores = loaded.scores if recording.router_scores else None
+        return latest_step(loaded.spec, loaded.record, scores)
+
+
+def _eos_ids(model: Any, model_dir: Path) -> frozenset[int]:
+    """Tokens that end a text, as the checkpoint's generation config has them."""
+    config = load_generation_config(model_dir) or model.generation_config
+    eos = config.eos_token_id if config is not None else None
+    if eos is None:
+        eos = model.config.get_text_config().eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset([eos] if isinstance(eos, int) else eos)

@@ -1,0 +1,27 @@
+"""What a caller wants generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from compute_node.client.sampling_options import SamplingOptions
+from compute_node.evidence.accesses import Recording
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate from.
+
+    token_ids: the prompt, never empty
+    skip_special_tokens: leave them out of the text; else it shows what ends it, too
+    recording: what to tell of every decode step; None: nothing
+    """
+
+    token_ids: tuple[int, ...]
+    max_tokens: int = 128
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    recording: Recording | None = None

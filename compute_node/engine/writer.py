@@ -1,0 +1,58 @@
+"""From logits to an answer: tokens drawn, their text, and where it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from compute_node.engine.request import Request
+from compute_node.engine.sampling import Sampler
+from compute_node.engine.text import Detokenizer, StopStrings, special_stop_ids
+
+
+@dataclass(frozen=True)
+class Token:
+    """text may be empty: a character or a stop string is not complete yet."""
+
+    token_id: int
+    text: str
+
+
+class Writer:
+    """Draws tokens, spells them, and knows when to stop."""
+
+    def __init__(self, request: Request, tokenizer: Any, eos_ids: frozenset[int]) -> None:
+        self._sampler = Sampler(request.sampling)
+        skip = request.skip_special_tokens
+        self._detokenizer = Detokenizer(tokenizer, request.token_ids, skip)
+        self._stops = StopStrings(request.stop)
+        self._silent_ids = request.stop_token_ids | special_stop_ids(tokenizer, request.stop)
+        self._eos_ids = frozenset() if request.ignore_eos else eos_ids
+        if skip:
+            self._silent_ids |= self._eos_ids
+        self._left = request.max_tokens
+        self.finish_reason = ""
+
+    def next(self, token_ids: list[int], logits: Tensor) -> Token:
+        """The token after `token_ids`, which it joins. logits: [1, V]"""
+        token_id = self._sampler.draw(token_ids, logits)
+        token_ids.append(token_id)
+        self._left -= 1
+        if token_id in self._silent_ids:
+            self.finish_reason = "stop"
+            return Token(token_id, "")
+        text = self._stops.add(self._detokenizer.add(token_id))
+        if self._stops.found or token_id in self._eos_ids:
+            self.finish_reason = "stop"
+        elif self._left == 0:
+            self.finish_reason = "length"
+        return Token(token_id, text)
+
+    def flush(self) -> str:
+        """What was held back and is no stop string."""
+        text = self._stops.add("" if self._stops.found else self._detokenizer.flush())
+        if self._stops.found:
+            self.finish_reason = "stop"
+        return text + self._stops.flush()

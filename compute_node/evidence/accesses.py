@@ -1,0 +1,65 @@
+"""What one decode step chose, as arrays: evidence sends it, a recording keeps it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compute_node.client.result import RecordedStep
+from compute_node.moe.layer import LayerAccess, StepRecord
+from compute_node.moe.routers import RouterScores
+from proto import errors
+from proto.expert import ModelSpec
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a request wants to be told of its decode steps. router_scores: of all experts, too."""
+
+    router_scores: bool = False
+
+
+def latest_step(
+    spec: ModelSpec, record: StepRecord, scores: RouterScores | None = None
+) -> RecordedStep:
+    """Of the latest forward pass, which was of one token. scores: to be told with it.
+
+    Raises InvalidRequest when scores are wanted of a layer whose router is not recognised.
+    """
+    layers = layers_of(spec, record)
+    ids = torch.stack([access.ids[0] for access in layers])
+    latest = _latest_scores(spec, scores) if scores else None
+    return RecordedStep(
+        num_experts=spec.num_experts,
+        topk_ids=ids.numpy().astype(np.uint16),
+        topk_weights=_half([access.weights[0] for access in layers]),
+        router_scores=_half(latest) if latest else None,
+    )
+
+
+def _latest_scores(spec: ModelSpec, scores: RouterScores) -> list[Tensor]:
+    """[E] of each MoE layer."""
+    unknown = [layer for layer in spec.moe_layers if layer not in scores.latest]
+    if unknown:
+        raise errors.InvalidRequest(
+            f"{spec.model_type}: layer {unknown[0]} chooses experts without scores that could be "
+            "recorded: record without router scores"
+        )
+    return [scores.latest[layer][0] for layer in spec.moe_layers]
+
+
+def layers_of(spec: ModelSpec, record: StepRecord) -> list[LayerAccess]:
+    """In the order of the model's MoE layers."""
+    return [record.layers[layer] for layer in spec.moe_layers]
+
+
+def _half(rows: list[Tensor]) -> NDArray[np.float16]:
+    """[L, ...]; what half precision cannot hold becomes its largest number."""
+    limit = float(np.finfo(np.float16).max)
+    stacked = torch.stack(rows).float()
+    packed: NDArray[np.float16] = stacked.clamp(-limit, limit).numpy().astype(np.float16)
+    return packed

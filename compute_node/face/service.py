@@ -1,0 +1,250 @@
+"""The gRPC face of the node: translates messages, and no more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from compute_node.client.result import RecordedStep
+from compute_node.client.sampling_options import SamplingOptions
+from compute_node.engine import engine as core
+from compute_node.engine.jobs import ComputeThread
+from compute_node.engine.request import Request
+from compute_node.engine.scoring import ScoredText, ScoredToken, check_text, score
+from compute_node.engine.text import encode_chat, encode_prompt
+from compute_node.engine.writer import Token
+from compute_node.evidence import learning
+from compute_node.evidence.accesses import Recording
+from compute_node.evidence.advice import AdviceFeed
+from compute_node.evidence.log import AccessLog
+from compute_node.store.borrow import StoreClient
+from proto import compute_node_pb2 as pb
+from proto import compute_node_pb2_grpc as pb_grpc
+from proto import errors
+
+SERVICE_NAME = "flashmoe.v1.ComputeNode"
+_DEFAULT_MAX_TOKENS = 128
+_DEFAULT_SCORE_TOKENS = 512
+_MAX_SCORED_CHARACTERS = 1 << 20
+_MAX_STOPS = 16
+
+
+class ComputeNodeService(pb_grpc.ComputeNodeServicer):
+    """access_log, advice: None without Redis."""
+
+    def __init__(
+        self,
+        engine: core.Engine,
+        compute: ComputeThread,
+        store: StoreClient,
+        access_log: AccessLog | None,
+        advice: AdviceFeed | None,
+    ) -> None:
+        self._engine = engine
+        self._compute = compute
+        self._store = store
+        self._access_log = access_log
+        self._advice = advice
+        self._num_requests = 0
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: Any
+    ) -> AsyncIterator[pb.GenerateReply]:
+        wanted = await self._translate(request)
+        self._engine.check_request(wanted)
+        self._num_requests += 1
+
+        def work(check: Callable[[], None]) -> Iterator[core.Event]:
+            return self._engine.generate(wanted, check)
+
+        jobs = self._compute.run(work, context.time_remaining())
+        yield pb.GenerateReply(started=pb.Started(prompt_token_ids=wanted.token_ids))
+        try:
+            async for job, event in jobs:
+                yield _reply(event, job.queued_s)
+        finally:
+            await jobs.aclose()  # type: ignore[attr-defined]
+
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncIterator[pb.ScoreReply]:
+        token_ids = await asyncio.to_thread(self._scored_ids, request)
+        text = ScoredText(
+            tuple(token_ids[: request.max_tokens or None]),
+            request.context_tokens or _DEFAULT_SCORE_TOKENS,
+        )
+        check_text(self._engine, text)
+        self._num_requests += 1
+
+        def work(check: Callable[[], None]) -> Iterator[ScoredToken]:
+            return score(self._engine, text, check)
+
+        jobs = self._compute.run(work, context.time_remaining())
+        try:
+            async for _, scored in jobs:
+                yield pb.ScoreReply(id=scored.token_id, log_prob=scored.log_prob)
+        finally:
+            await jobs.aclose()  # type: ignore[attr-defined]
+
+    async def Forward(self, request: pb.ForwardRequest, context: Any) -> pb.ForwardReply:
+        hidden, topk_ids, topk_weights = self._tensors(request)
+
+        def work(check: Callable[[], None]) -> Iterator[torch.Tensor]:
+            yield self._engine.forward_layer(request.layer, hidden, topk_ids, topk_weights, check)
+
+        output = torch.empty(0)
+        async for _, result in self._compute.run(work, context.time_remaining()):
+            output = result
+        return pb.ForwardReply(
+            hidden_states=output.contiguous().view(torch.uint8).numpy().tobytes()
+        )
+
+    async def Stats(self, request: pb.NodeStatsRequest, context: Any) -> pb.NodeStatsReply:
+        cache, loaded = self._engine.cache, self._engine.loaded
+        counters = cache.counters
+        reply = pb.NodeStatsReply(
+            fingerprint=loaded.spec.fingerprint,
+            policy=cache.charge.name,
+            slots=cache.budget.slots,
+            resident=len(cache),
+            hits=sum(c.hits for c in counters.values()),
+            misses=sum(c.misses for c in counters.values()),
+            bytes_read=sum(c.bytes_read for c in counters.values()),
+            stall_s=sum(c.stall_s for c in counters.values()),
+            requests=self._num_requests,
+            queued=self._compute.num_queued,
+            advice_used=cache.charge.num_advised,
+            advice_fallbacks=cache.charge.num_fallbacks,
+            store_reconnects=max(0, self._store.num_opened - 1),
+            dense_bytes=loaded.dense_bytes,
+            cache_bytes=self._engine.peak_cache_bytes,
+            weight_format=loaded.spec.weight_format.to_pb(),
+            layers=[
+                pb.LayerStats(layer=layer, hits=c.hits, misses=c.misses, stall_s=c.stall_s)
+                for layer, c in counters.items()
+            ],
+            prefetches=[
+                pb.Prefetches(sent=d.sent, right=d.right, precision=d.precision)
+                for d in loaded.prefetcher.distances
+            ],
+            unguessed_misses=loaded.prefetcher.num_unguessed,
+            prefetch_depth=loaded.prefetcher.depth,
+            expert_read_s=cache.read_s,
+        )
+        if self._access_log:
+            reply.evidence_sent = self._access_log.num_sent
+            reply.evidence_dropped = self._access_log.num_dropped
+        reply.learning_obstacle = learning.obstacle(self._access_log, self._advice)
+        if self._advice:
+            reply.advice_rejected = self._advice.num_rejected
+            reply.advice_version = self._advice.version
+            if self._advice.age_s is not None:
+                reply.advice_age_s = self._advice.age_s
+        return reply
+
+    async def _translate(self, request: pb.GenerateRequest) -> Request:
+        if len(request.stop) > _MAX_STOPS:
+            raise errors.InvalidRequest(f"{len(request.stop)} stop strings, at most {_MAX_STOPS}")
+        sampling = request.sampling
+        # Tokenising megabytes takes seconds: not on the event loop.
+        token_ids = await asyncio.to_thread(self._prompt_ids, request)
+        return Request(
+            token_ids=tuple(token_ids[: request.max_prompt_tokens or None]),
+            max_tokens=_max_tokens(request),
+            sampling=SamplingOptions(
+                sampling.temperature,
+                sampling.top_k,
+                sampling.top_p,
+                sampling.repetition_penalty,
+                _seed(sampling),
+            ),
+            stop=tuple(request.stop),
+            stop_token_ids=frozenset(request.stop_token_ids),
+            ignore_eos=request.ignore_eos,
+            skip_special_tokens=not request.show_special_tokens,
+            recording=_recording(request),
+        )
+
+    def _prompt_ids(self, request: pb.GenerateRequest) -> list[int]:
+        tokenizer = self._engine.loaded.tokenizer
+        match request.WhichOneof("input"):
+            case "prompt":
+                self._engine.check_length(len(request.prompt))
+                return encode_prompt(tokenizer, request.prompt)
+            case "token_ids":
+                return list(request.token_ids.ids)
+            case "chat":
+                self._engine.check_length(sum(len(m.content) for m in request.chat.messages))
+                messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
+                return encode_chat(tokenizer, messages)
+        raise errors.InvalidRequest("give a prompt, token_ids or chat messages")
+
+    def _scored_ids(self, request: pb.ScoreRequest) -> list[int]:
+        if request.WhichOneof("input") == "token_ids":
+            return list(request.token_ids.ids)
+        if len(request.text) > _MAX_SCORED_CHARACTERS:
+            raise errors.InvalidRequest(
+                f"the text has {len(request.text)} characters, at most {_MAX_SCORED_CHARACTERS} "
+                "are scored at once: send it in parts"
+            )
+        return encode_prompt(self._engine.loaded.tokenizer, request.text)
+
+    def _tensors(
+        self, request: pb.ForwardRequest
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """hidden [T, D], ids [T, K], weights [T, K]. Raises InvalidRequest for wrong sizes."""
+        loaded = self._engine.loaded
+        num_tokens, top_k = request.num_tokens, loaded.spec.top_k
+        self._engine.check_forward(num_tokens)
+        want = {
+            "hidden_states": num_tokens * loaded.hidden_size * loaded.dtype.itemsize,
+            "topk_ids": num_tokens * top_k * 4,
+            "topk_weights": num_tokens * top_k * 4,
+        }
+        for name, length in want.items():
+            if num_tokens == 0 or len(getattr(request, name)) != length:
+                raise errors.InvalidRequest(
+                    f"{name} has {len(getattr(request, name))} bytes, {num_tokens} tokens need "
+                    f"{length}"
+                )
+        hidden = torch.frombuffer(bytearray(request.hidden_states), dtype=loaded.dtype)
+        ids = torch.frombuffer(bytearray(request.topk_ids), dtype=torch.int32).long()
+        weights = torch.frombuffer(bytearray(request.topk_weights), dtype=torch.float32)
+        return (
+            hidden.view(num_tokens, loaded.hidden_size),
+            ids.view(num_tokens, top_k),
+            weights.view(num_tokens, top_k),
+        )
+
+
+def _max_tokens(request: pb.GenerateRequest) -> int:
+    return request.max_tokens if request.HasField("max_tokens") else _DEFAULT_MAX_TOKENS
+
+
+def _seed(sampling: pb.Sampling) -> int | None:
+    return sampling.seed if sampling.HasField("seed") else None
+
+
+def _recording(request: pb.GenerateRequest) -> Recording | None:
+    return Recording(request.recording.router_scores) if request.HasField("recording") else None
+
+
+def _reply(event: core.Event, queued_s: float) -> pb.GenerateReply:
+    if isinstance(event, Token):
+        return pb.GenerateReply(token=pb.Token(id=event.token_id, text=event.text))
+    if isinstance(event, RecordedStep):
+        return pb.GenerateReply(step_access=event.to_pb())
+    return pb.GenerateReply(
+        finished=pb.Finished(
+            finish_reason=event.reason,
+            text=event.text,
+            ttft_s=event.ttft_s + queued_s,
+            tokens_per_s=event.tokens_per_s,
+            queued_s=queued_s,
+            prefill=pb.PhaseUsage(**asdict(event.prefill)),
+            decode=pb.PhaseUsage(**asdict(event.decode)),
+            warnings=event.warnings,
+        )
+    )

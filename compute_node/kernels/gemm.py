@@ -1,0 +1,153 @@
+"""Products of several tokens with a bf16 matrix: by native/gemm.c where it gives torch's own bits,
+which is found out for each shape and number of tokens on this machine.
+
+oneDNN generates a kernel for every number of tokens an expert happens to get, which takes longer
+than most of the products themselves, and a node has no memory to keep them all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compute_node.kernels import gemv
+from compute_node.native import binding
+
+logger = logging.getLogger(__name__)
+
+_TILE_COLUMNS = 32
+_MAX_WORK = 1 << 31  # multiplications, 10 ms; generating a kernel for more is a small part of it
+_STEPS = (1024, 512, 2048, 4096)  # oneDNN starts a new accumulator after 1024; 512 for one token
+_MIXED_TOKENS = 17  # from so many on one product tries out every kind of input
+_POOL_NUMBERS = 1 << 21  # larger matrices are tried out as they are
+
+_steps: dict[tuple[object, ...], int] = {}  # 0: torch multiplies
+
+
+def num_products(native: bool) -> int:
+    """Shapes and numbers of tokens seen so far that the kernel multiplies, or leaves to torch."""
+    return [step > 0 for step in _steps.values()].count(native)
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """functional.linear and its bits. inputs: [t, K]; weight: [N, K]; bias: [N]."""
+    step = 0
+    if inputs.dtype == weight.dtype and inputs.is_contiguous() and inputs.shape[0] > 1:
+        step = step_of(inputs.shape[0], weight, bias)
+    return multiply(inputs, weight, bias, step) if step else functional.linear(inputs, weight, bias)
+
+
+def step_of(
+    num_tokens: int, weight: Tensor, bias: Tensor | None = None, max_work: float | None = None
+) -> int:
+    """After how many columns `multiply` has to start a new accumulator to give torch's bits, for
+    matrices [N, K] of this shape and so many tokens. 0: torch has to multiply.
+
+    max_work: multiplications beyond which torch does, untried; None: 10 ms of them
+    """
+    if num_tokens * weight.numel() > (_MAX_WORK if max_work is None else max_work):
+        return 0
+    key = (num_tokens, weight.shape, weight.dtype, bias is not None, torch.get_num_threads())
+    step = _steps.get(key)
+    if step is None:
+        can_take = _can_take(weight)
+        step = _steps[key] = _find_step(num_tokens, weight, bias) if can_take else 0
+        if can_take and not step:
+            logger.info("product left to torch", extra={"shape": weight.shape, "tokens": key[0]})
+    return step
+
+
+def multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
+    """inputs: [t, K], contiguous; weight: [N, K], contiguous, K a multiple of 32.
+
+    step: columns after which a new accumulator starts
+
+    Returns [t, N].
+    """
+    return multiply_arrays(inputs, [weight], False, weight.shape[0], bias, step)
+
+
+def multiply_arrays(
+    inputs: Tensor,
+    arrays: Sequence[Tensor],
+    is_lossless: bool,
+    num_outputs: int,
+    bias: Tensor | None,
+    step: int,
+) -> Tensor:
+    """The same with a matrix of either kind. arrays: the matrix, or those of native/lossless.h."""
+    num_tokens, num_inputs = inputs.shape
+    outputs = torch.empty((num_tokens, num_outputs), dtype=torch.bfloat16)
+    binding.kernels().gemm(
+        gemv.addresses(arrays),
+        is_lossless,
+        None if bias is None else bias.data_ptr(),
+        inputs.data_ptr(),
+        outputs.data_ptr(),
+        num_tokens,
+        num_outputs,
+        num_inputs,
+        step,
+        gemv.parallel(),
+        torch.get_num_threads(),
+    )
+    return outputs
+
+
+def _can_take(weight: Tensor) -> bool:
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.shape[1] % _TILE_COLUMNS == 0
+        and weight.is_contiguous()
+        and binding.load() is not None
+    )
+
+
+@torch.no_grad()
+def _find_step(num_tokens: int, weight: Tensor, bias: Tensor | None) -> int:
+    """The first that gives torch's bits; 0: none does."""
+    if weight.numel() <= _POOL_NUMBERS:  # a real one may be mostly zeros, which prove nothing
+        weight = _pool()[: weight.numel()].view(weight.shape)
+    expected = [
+        (inputs, scaled, functional.linear(inputs, weight, scaled))
+        for inputs, scaled in _probes(num_tokens, weight, bias)
+    ]
+    steps = [step for step in _STEPS if step < weight.shape[1]] or [weight.shape[1]]
+    for step in steps:
+        if all(
+            torch.equal(
+                multiply(inputs, weight, scaled, step).view(torch.int16), found.view(torch.int16)
+            )
+            for inputs, scaled, found in expected
+        ):
+            return step
+    return 0
+
+
+def _probes(
+    num_tokens: int, weight: Tensor, bias: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Inputs [t, K] and what becomes of the bias: what `gemv.probes` has, all in one where there
+    is no bias to scale: a row of each kind in turn, the last one near underflow, where another
+    order of additions shows best.
+    """
+    if bias is not None or num_tokens < _MIXED_TOKENS:
+        for inputs, scale in gemv.probes(weight, torch.Generator().manual_seed(0), num_tokens):
+            yield inputs, None if bias is None else bias * scale
+        return
+    kinds = list(gemv.probes(weight, torch.Generator().manual_seed(0), _MIXED_TOKENS))
+    mixed = torch.stack([inputs for inputs, _ in kinds], dim=1).flatten(0, 1)  # [51, K]
+    first = (2 - num_tokens) % len(kinds)
+    yield mixed.repeat(num_tokens // len(mixed) + 2, 1)[first : first + num_tokens], None
+
+
+@cache
+def _pool() -> Tensor:
+    """[_POOL_NUMBERS], random."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.empty(_POOL_NUMBERS, dtype=torch.bfloat16).normal_(generator=generator)

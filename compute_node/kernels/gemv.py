@@ -1,0 +1,157 @@
+"""Products of one token with bf16 matrices: by native/gemv.c wherever it gives torch's own bits,
+which is found out for each shape on this machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compute_node.native import binding
+
+logger = logging.getLogger(__name__)
+
+_TILE_COLUMNS = 32
+_NUM_DRAWS = 4
+_MADE_UP_LIMIT = 1 << 24  # numbers; a larger matrix is tried out as it is, a few times
+# Sums of this size lose bits to flushing whenever they pass zero: another order of additions, and
+# nearly every output differs.
+_NEAR_UNDERFLOW = 2.0**-121
+_LEAST_INPUT = 2.0**-124
+_MAPPINGS = Path("/proc/self/maps")
+
+_same_bits: dict[tuple[object, ...], bool] = {}
+
+
+def num_shapes(native: bool) -> int:
+    """Shapes of matrices seen so far that the kernel multiplies, or that it leaves to torch."""
+    return list(_same_bits.values()).count(native)
+
+
+def is_exact(weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `multiply` gives torch's bits for matrices [N, K] of this shape, with as many threads
+    as torch has now. The first of a shape is tried out and logged.
+    """
+    shape, dense = (weight.shape[0], weight.shape[1]), weight.is_contiguous()
+    key = (shape, weight.dtype, dense, bias is not None, torch.get_num_threads())
+    if key not in _same_bits:
+        _same_bits[key] = _can_take(weight) and _gives_same_bits(weight, bias)
+        by = "native" if _same_bits[key] else "torch"
+        logger.info(
+            "kernel chosen",
+            extra={"shape": shape, "kernel": by, "threads": torch.get_num_threads()},
+        )
+    return _same_bits[key]
+
+
+def multiply(weights: Sequence[Tensor], inputs: Tensor, biases: Sequence[Tensor] = ()) -> Tensor:
+    """Several matrices at once; `is_exact` of them must be true.
+
+    weights: E times [N, K]
+    inputs:  [E, K], a row for each matrix, or [1, K], one for all
+    biases:  none, or E times [N]
+
+    Returns [E, N].
+    """
+    count, (num_outputs, num_inputs) = len(weights), weights[0].shape
+    outputs = torch.empty((count, num_outputs), dtype=torch.bfloat16)
+    binding.kernels().gemv(
+        addresses(weights),
+        addresses(biases) if biases else None,
+        count,
+        inputs.data_ptr(),
+        num_inputs if inputs.shape[0] > 1 else 0,
+        outputs.data_ptr(),
+        num_outputs,
+        num_inputs,
+        parallel(),
+        torch.get_num_threads(),
+    )
+    return outputs
+
+
+def multiply_one(weight: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """One matrix [N, K], of which `is_exact` must be true, and one token.
+
+    inputs: [..., K], contiguous, one token in all; bias: [N]
+
+    Returns [..., N].
+    """
+    num_outputs, num_inputs = weight.shape
+    output = torch.empty((*inputs.shape[:-1], num_outputs), dtype=torch.bfloat16)
+    binding.kernels().gemv_one(
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        inputs.data_ptr(),
+        output.data_ptr(),
+        num_outputs,
+        num_inputs,
+        parallel(),
+        torch.get_num_threads(),
+    )
+    return output
+
+
+def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+@cache
+def parallel() -> int | None:
+    """The entry of torch's own OpenMP runtime: its threads are there already, and a second pool
+    would fight them for the cores. None: torch brought another runtime, one thread multiplies.
+    """
+    folder = str(Path(torch.__file__).parent.parent)
+    paths = {line.split(maxsplit=5)[-1] for line in _MAPPINGS.read_text().splitlines()}
+    for path in sorted(paths):
+        if path.startswith(folder) and "/libgomp" in path:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+    return None
+
+
+def _can_take(weight: Tensor) -> bool:
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.is_contiguous()
+        and weight.shape[1] % _TILE_COLUMNS == 0
+        and binding.load() is not None
+    )
+
+
+@torch.no_grad()
+def _gives_same_bits(weight: Tensor, bias: Tensor | None) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    num_draws = 1
+    if weight.numel() <= _MADE_UP_LIMIT:  # a real one may be mostly zeros, which prove nothing
+        weight = torch.empty_like(weight).normal_(generator=generator)
+        num_draws = _NUM_DRAWS
+    for _ in range(num_draws):
+        for inputs, scale in probes(weight, generator):
+            scaled = None if bias is None else bias * scale
+            expected = functional.linear(inputs, weight, scaled)
+            found = multiply([weight], inputs, [] if scaled is None else [scaled])
+            if not torch.equal(expected.view(torch.int16), found.view(torch.int16)):
+                return False
+    return True
+
+
+def probes(
+    weight: Tensor, generator: torch.Generator, num_tokens: int = 1
+) -> Iterator[tuple[Tensor, float]]:
+    """Inputs [t, K] that tell orders of additions apart, and what to scale a bias by."""
+    shape = (num_tokens, weight.shape[1])
+    typical_output = float(weight[:64].float().std()) * math.sqrt(shape[1])
+    tiny = max(_LEAST_INPUT, _NEAR_UNDERFLOW / max(typical_output, _NEAR_UNDERFLOW))
+    normal = torch.randn(shape, generator=generator)
+    exponents = torch.randint(-40, 40, shape, generator=generator)
+    yield normal.bfloat16(), 1.0
+    yield normal.mul(tiny).bfloat16(), _NEAR_UNDERFLOW
+    yield normal.mul(torch.exp2(exponents.float())).bfloat16(), 1.0

@@ -1,0 +1,247 @@
+"""Loads the dense part of a checkpoint and hangs borrowed experts into it; experts never
+materialise.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._device import DeviceContext
+from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import LoadStateDictConfig
+
+from compute_node.cache.expert_cache import ExpertCache
+from compute_node.kernels import lossless, low_bit, one_token_linear, one_token_norm
+from compute_node.model.dense_weights import reading_dense
+from compute_node.moe import layer
+from compute_node.moe.layer import RoutedExperts, StepRecord
+from compute_node.moe.routers import RouterScores
+from compute_node.predict.overlap import Overlap
+from compute_node.predict.prefetcher import Prefetcher
+from compute_node.store.memory import TORCH_DTYPES
+from proto import errors
+from proto.checkpoint.text_files import load_tokenizer
+from proto.expert import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+_LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A transformers model whose experts are borrowed. tokenizer: None when the checkpoint has
+    none.
+    """
+
+    model: Any
+    tokenizer: Any
+    spec: ModelSpec
+    record: StepRecord
+    scores: RouterScores
+    prefetcher: Prefetcher
+    experts_modules: dict[int, Any]
+    dense_bytes: int
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """How far ahead experts are guessed, and how many guesses the store has room for.
+
+    piece_bytes: the longest read: what a demand may wait for behind a wrong guess
+    """
+
+    max_depth: int = 0
+    max_guesses: int = 0
+    piece_bytes: int = 0
+
+
+NO_LOOKAHEAD = Lookahead()
+
+
+def load_model(
+    model_dir: Path, spec: ModelSpec, cache: ExpertCache, lookahead: Lookahead = NO_LOOKAHEAD
+) -> LoadedModel:
+    """Build the checkpoint's own model class around borrowed experts.
+
+    Raises CheckpointUnsupported, ManifestInvalid, WeightsDamaged, ConfigInvalid.
+    """
+    with reading_dense(model_dir, spec.dense) as dense:
+        # The disk is busy while Python imports the model's class and builds it.
+        model, modules = _build(model_dir, spec)
+        tokenizer = _load_tokenizer(model_dir)
+        _fill(model, dense())
+    record, scores = StepRecord(), RouterScores()
+    for layer, (path, _) in modules.items():
+        scores.watch(model, layer, path)
+    prefetcher = _prefetcher(spec, cache, scores, lookahead)
+    overlap = Overlap(cache, prefetcher.computed)
+    for layer, (_, module) in modules.items():
+        module.flashmoe = RoutedExperts(layer, cache, record, prefetcher, overlap)
+    layer.register()
+    model.set_experts_implementation(layer.IMPLEMENTATION)
+    _check_nothing_missing(model)
+    one_token_linear.adopt(model)
+    one_token_norm.adopt(model)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        spec=spec,
+        record=record,
+        scores=scores,
+        prefetcher=prefetcher,
+        experts_modules={layer: module for layer, (_, module) in modules.items()},
+        dense_bytes=sum(_bytes(p) for p in model.parameters() if not p.is_meta),
+    )
+
+
+def _build(model_dir: Path, spec: ModelSpec) -> tuple[Any, dict[int, tuple[str, Any]]]:
+    """The checkpoint's own model class without a weight, and its experts modules as
+    `_experts_modules` has them. Raises CheckpointUnsupported, ManifestInvalid.
+    """
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    config.dtype = config.dtype or _weights_dtype(spec)
+    with _OnMeta("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=config.dtype, trust_remote_code=False
+        )
+    model.eval()
+    modules = _experts_modules(model, spec)
+    for weight_format in (lossless, low_bit):
+        weight_format.check_format(spec, {layer: found[1] for layer, found in modules.items()})
+    return model, modules
+
+
+def _weights_dtype(spec: ModelSpec) -> torch.dtype:
+    """Of the first floating-point weight: what transformers takes where the config says nothing."""
+    found = (TORCH_DTYPES[t.dtype] for t in spec.dense if t.dtype in ("F32", "BF16", "F16"))
+    return next(found, torch.float32)
+
+
+class _OnMeta(DeviceContext):
+    """Parameters without memory. Position tables are made on the CPU: a few floats, where the meta
+    device would import sympy for its arange (45 MiB). What mixes them with other tables (longrope,
+    proportional) goes to the meta device; `_fill` makes all of them again.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.arange:
+            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if len({t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}) > 1:
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+
+def _prefetcher(
+    spec: ModelSpec, cache: ExpertCache, scores: RouterScores, lookahead: Lookahead
+) -> Prefetcher:
+    expert_bytes = max(spec.expert_bytes(layer) for layer in spec.moe_layers)
+    piece_share = min(1.0, lookahead.piece_bytes / expert_bytes)
+    return Prefetcher(
+        layers=spec.moe_layers,
+        routers=scores.next_routers,
+        top_k=spec.top_k,
+        resident=cache,
+        read_s=lambda: cache.read_s,
+        piece_s=lambda: cache.read_s * piece_share,
+        max_guesses=lookahead.max_guesses,
+        max_depth=lookahead.max_depth,
+    )
+
+
+def _bytes(tensor: Any) -> int:
+    return int(tensor.numel() * tensor.element_size())
+
+
+def _experts_modules(model: Any, spec: ModelSpec) -> dict[int, tuple[str, Any]]:
+    """Model layer number -> (path, experts module). Raises CheckpointUnsupported."""
+    found = {}
+    for path, module in model.named_modules():
+        match = _LAYER_NUMBER.search(path)
+        if match and hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+            found[int(match[1])] = (path, module)
+    if tuple(sorted(found)) != spec.moe_layers:
+        raise errors.CheckpointUnsupported(
+            f"the model has experts in layers {sorted(found)}, the store in "
+            f"{list(spec.moe_layers)}: "
+            "index the checkpoint again"
+        )
+    return dict(sorted(found.items()))
+
+
+def _fill(model: Any, dense: dict[str, Tensor]) -> None:
+    """Load through transformers' renaming, re-create what is not stored, tie what is shared.
+
+    dense: by checkpoint name; emptied
+    """
+    dtype = model.config.dtype or torch.float32
+    load_config = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+    info, _ = convert_and_load_state_dict_in_model(model, dense, load_config)
+    dense.clear()
+    borrowed = _mark_experts(model)
+    not_stored = set(info.missing_keys)
+    model._adjust_missing_and_unexpected_keys(info)
+    missing = info.missing_keys - borrowed - set(model.all_tied_weights_keys)
+    if missing or info.conversion_errors or info.mismatched_keys:
+        problem = sorted(missing) or info.conversion_errors or sorted(info.mismatched_keys)
+        raise errors.CheckpointUnsupported(f"the checkpoint does not fill the model: {problem}")
+    model.mark_tied_weights_as_initialized(info)
+    may_be_missing = not_stored - info.missing_keys
+    model._move_missing_keys_from_meta_to_device(may_be_missing, {"": "cpu"}, None, None)
+    model._initialize_missing_keys(False)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+
+
+def _mark_experts(model: Any) -> set[str]:
+    """Names of the experts' parameters, marked so that nobody fills them."""
+    names = set()
+    for path, module in model.named_modules():
+        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    parameter._is_hf_initialized = True
+                    names.add(f"{path}.{name}")
+    return names
+
+
+def _check_nothing_missing(model: Any) -> None:
+    borrowed = _mark_experts(model)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    left = [name for name, tensor in tensors if tensor.is_meta and name not in borrowed]
+    if left:
+        raise errors.CheckpointUnsupported(f"weights were not loaded: {', '.join(left[:5])}")
+
+
+def _load_tokenizer(model_dir: Path) -> Any:
+    """None when there is no tokenizer that can be loaded: prompts are then token ids."""
+    try:
+        return load_tokenizer(model_dir)
+    except errors.CheckpointUnsupported as error:
+        logger.warning("no text, only token ids", extra={"reason": str(error)})
+        return None

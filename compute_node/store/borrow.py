@@ -1,0 +1,239 @@
+"""The demand arrow's near end: finds the store, opens sessions, borrows experts. Blocking, for
+one thread.
+
+A session that breaks takes every lease with it: the caller forgets what it borrowed and borrows
+again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from compute_node.store.memory import Borrowed
+from compute_node.store.session import Arrival, Loan, SessionLost, StoreDescription, StoreSession
+from proto import errors, rpc
+from proto import expert_store_pb2 as pb
+from proto import expert_store_pb2_grpc as pb_grpc
+from proto.expert import ExpertKey, ModelSpec
+
+_RETRY_S = 0.1
+_GAVE_UP = (errors.Cancelled, errors.DeadlineExceeded)  # whoever asked, not the session
+
+
+class StoreClient:
+    """One node's connection to its store.
+
+    session_dir: where the node's lock files lie; None: another host, bytes come as chunks
+    deadline_s:  how long to wait for a store that is away
+    """
+
+    def __init__(
+        self,
+        address: str,
+        node: str,
+        quota_slots: int,
+        session_dir: Path | None,
+        deadline_s: float,
+        tls: rpc.TlsFiles | None = None,
+    ) -> None:
+        self._channel = rpc.connect(address, tls)
+        self._stub = pb_grpc.ExpertStoreStub(self._channel)
+        self._address = address
+        self._node = node
+        self._quota_slots = quota_slots
+        self._session_dir = session_dir
+        self._deadline_s = deadline_s
+        self._session: StoreSession | None = None
+        self._description: StoreDescription | None = None
+        self.num_opened = 0
+        self._num_fruitless = 0  # sessions in a row that lent nothing
+
+    def describe(self) -> StoreDescription:
+        """Wait for the store and ask what it serves.
+
+        Raises StoreUnavailable after the deadline, VersionMismatch.
+        """
+        reply = self._until_deadline(
+            lambda: self._stub.Describe(pb.DescribeRequest(), timeout=self._deadline_s)
+        )
+        if reply.protocol_version != rpc.PROTOCOL_VERSION:
+            raise errors.VersionMismatch(
+                f"the store speaks protocol {reply.protocol_version}, this node "
+                f"{rpc.PROTOCOL_VERSION}: update the older one"
+            )
+        spec = ModelSpec.from_pb(reply.model)
+        self._description = StoreDescription(
+            spec,
+            Path(reply.model_dir),
+            reply.slot_bytes,
+            reply.num_slots,
+            reply.num_spare_slots,
+            reply.piece_bytes,
+        )
+        return self._description
+
+    @property
+    def is_open(self) -> bool:
+        """Whether leases still count; false as soon as the stream breaks, even if nobody waits."""
+        return self._session is not None and not self._session.broken
+
+    def open(self, check: Callable[[], None] = lambda: None) -> None:
+        """Open a session, waiting for the store if it is away; what was borrowed before is gone.
+
+        check: called while waiting; may raise to give up
+        Raises StoreUnavailable after the deadline, also when sessions keep breaking before anything
+        was lent; SlotsExhausted, VersionMismatch (another model).
+        """
+        self.abort()
+        self._pause_if_fruitless(check)
+        description = self._description or self.describe()
+        self._session = self._until_deadline(lambda: self._open_once(description), check)
+        self.num_opened += 1
+        self._num_fruitless += 1
+
+    def borrow(
+        self,
+        releases: Sequence[ExpertKey],
+        acquires: Sequence[ExpertKey],
+        check: Callable[[], None] = lambda: None,
+        prefetches: Sequence[ExpertKey] = (),
+        withdrawals: Sequence[ExpertKey] = (),
+    ) -> Iterator[list[Arrival]]:
+        """Give experts back, ask for others, say which may be wanted next and which guesses were
+        wrong: said at once, in one message. The iterator blocks for what was asked for, as it
+        comes.
+
+        Raises SessionLost (nothing is borrowed any more), InvalidRequest. Iterating raises these
+        too, StoreUnavailable when no answer comes before the deadline, ExpertDamaged after all that
+        came (which stays borrowed), and what `check` raises: after Cancelled or DeadlineExceeded
+        the rest is still on its way, and iterating may go on; after anything else nothing is
+        borrowed any more.
+        """
+        if self._session is None:
+            raise SessionLost("there is no session: open one")
+        try:
+            loan = self._session.begin(releases, acquires, prefetches, withdrawals)
+        except BaseException:
+            self.abort()
+            raise
+        return _Arrivals(lambda: self._take(loan, check))
+
+    def exchange(
+        self,
+        releases: Sequence[ExpertKey],
+        acquires: Sequence[ExpertKey],
+        check: Callable[[], None] = lambda: None,
+    ) -> list[Arrival]:
+        """`borrow`, and wait for everything. Raises what it raises; nothing is borrowed any more
+        after what `check` raises.
+        """
+        try:
+            parts = self.borrow(releases, acquires, check)
+            return [arrival for part in parts for arrival in part]
+        except _GAVE_UP:
+            self.abort()
+            raise
+
+    def resident(self) -> list[ExpertKey]:
+        """What the store has in memory. Raises StoreUnavailable."""
+        reply = self._until_deadline(
+            lambda: self._stub.Resident(pb.ResidentRequest(), timeout=self._deadline_s)
+        )
+        return [ExpertKey.from_pb(key) for key in reply.keys]
+
+    def is_current(self, borrowed: Borrowed) -> bool:
+        """Whether the slot still holds what was lent."""
+        session = self._session
+        return (
+            session is not None and session.memory.generation(borrowed.slot) == borrowed.generation
+        )
+
+    def abort(self) -> None:
+        """End the session and let go of its lock: the store may refill every slot."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def close(self) -> None:
+        self.abort()
+        self._channel.close()
+
+    def _pause_if_fruitless(self, check: Callable[[], None]) -> None:
+        """A store that opens sessions and serves none is not asked without end, nor at full speed.
+        Raises StoreUnavailable, and what `check` raises.
+        """
+        if self._num_fruitless * _RETRY_S > self._deadline_s:
+            self._num_fruitless = 0
+            raise errors.StoreUnavailable(
+                f"expert_store at {self._address} opens sessions and lends nothing: see its log"
+            )
+        if self._num_fruitless:
+            check()
+            time.sleep(_RETRY_S)
+
+    def _take(self, loan: Loan, check: Callable[[], None]) -> list[Arrival]:
+        try:
+            arrived = loan.take(self._deadline_s, check)
+        except (errors.ExpertDamaged, *_GAVE_UP):
+            raise
+        except BaseException:
+            # Leases may be on their way that nobody would account for: end the session as a whole.
+            self.abort()
+            raise
+        if arrived:
+            self._num_fruitless = 0
+        return arrived
+
+    def _open_once(self, description: StoreDescription) -> StoreSession:
+        quota_slots = min(self._quota_slots, description.spec.num_experts_total)
+        return StoreSession.open(
+            self._stub, self._node, quota_slots, self._session_dir, description
+        )
+
+    def _may_pass(self, problem: errors.FlashMoEError) -> bool:
+        """Whether waiting helps: the store comes back, or notices that our old session ended."""
+        if isinstance(problem, errors.SlotsExhausted):
+            return self.num_opened > 0
+        return isinstance(problem, (errors.Unavailable, errors.SegmentInvalid))
+
+    def _until_deadline(
+        self, call: Callable[[], Any], check: Callable[[], None] = lambda: None
+    ) -> Any:
+        """Repeat `call` while the store is away, up to the deadline."""
+        deadline = time.monotonic() + self._deadline_s
+        while True:
+            check()
+            try:
+                return call()
+            except grpc.RpcError as error:
+                problem = errors.from_rpc(error)
+            except (errors.Unavailable, errors.SegmentInvalid, errors.SlotsExhausted) as error:
+                problem = error
+            if not self._may_pass(problem):
+                raise problem
+            if time.monotonic() > deadline:
+                raise errors.StoreUnavailable(
+                    f"expert_store at {self._address} stayed away for {self._deadline_s:g} s "
+                    f"({problem}): start it, then retry"
+                )
+            time.sleep(_RETRY_S)
+
+
+class _Arrivals:
+    """What was asked for, as it comes. Unlike a generator it goes on after an error."""
+
+    def __init__(self, take: Callable[[], list[Arrival]]) -> None:
+        self._take = take
+
+    def __iter__(self) -> Iterator[list[Arrival]]:
+        return self
+
+    def __next__(self) -> list[Arrival]:
+        if not (arrived := self._take()):
+            raise StopIteration
+        return arrived

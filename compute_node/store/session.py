@@ -1,0 +1,324 @@
+"""One open stream to the store: its lock, its memory, and the exchanges it carries. Blocking, for
+one thread.
+
+A session that breaks takes every lease with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from compute_node.store.local_socket import Doorbell, HungUp
+from compute_node.store.memory import Borrowed, ExpertMemory, PrivateMemory, SegmentMemory
+from proto import errors, rpc
+from proto import expert_store_pb2 as pb
+from proto.expert import ExpertKey, ModelSpec
+
+_POLL_S = 0.05
+_OPEN_S = 10.0
+
+
+logger = logging.getLogger(__name__)
+
+
+class SessionLost(errors.Unavailable):
+    """The stream to the store broke: every lease is gone."""
+
+
+@dataclass(frozen=True)
+class StoreDescription:
+    """What the store says of itself.
+
+    num_spare: slots never lent by quota, where prefetched experts wait
+    piece_bytes: the longest read
+    """
+
+    spec: ModelSpec
+    model_dir: Path
+    slot_bytes: int
+    num_slots: int
+    num_spare: int
+    piece_bytes: int
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """An expert that came, with what it cost. bytes_read is 0 when another node's copy answered.
+
+    read_s:   from the first byte asked of the device to the last that came
+    verify_s: checksumming after that
+    """
+
+    borrowed: Borrowed
+    bytes_read: int
+    read_s: float = 0.0
+    verify_s: float = 0.0
+
+
+class Loan:
+    """Experts asked for in one exchange, as they come."""
+
+    def __init__(self, session: StoreSession, exchange_id: int, num_acquires: int) -> None:
+        self._session = session
+        self._exchange_id = exchange_id
+        self._left = num_acquires
+        self._damage: errors.FlashMoEError | None = None
+
+    def take(self, deadline_s: float, check: Callable[[], None]) -> list[Arrival]:
+        """What came since, at least one; nothing when all has come. Blocks; may be called again
+        after `check` raised.
+
+        Raises what `StoreSession.answer` raises, ExpertDamaged after all that came.
+        """
+        deadline = time.monotonic() + deadline_s
+        while self._left:
+            exchanged = self._session.answer(self._exchange_id, deadline, check)
+            self._left -= len(exchanged.leases)
+            arrived = [
+                self._session.arrival(lease) for lease in exchanged.leases if self._is_whole(lease)
+            ]
+            if not self._left:
+                self._session.forget(self._exchange_id)
+            if arrived:
+                return arrived
+        damage, self._damage = self._damage, None
+        if damage is not None:
+            raise damage
+        return []
+
+    def _is_whole(self, lease: pb.Lease) -> bool:
+        if lease.HasField("error"):
+            self._damage = errors.from_kind(lease.error.kind, lease.error.message)
+            return False
+        return True
+
+
+class StoreSession:
+    """One open stream, its lock, and the memory its leases point into.
+
+    Exchanges go over the store's doorbell where both ends share the host, else over the stream.
+    """
+
+    def __init__(self, lock: _Lock | None, description: StoreDescription) -> None:
+        self._call: Any = None
+        self._lock = lock
+        self._layouts = description.spec.layouts
+        self._requests: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[pb.SessionReply | Exception] = queue.SimpleQueue()
+        self._answers: dict[int, deque[pb.Exchanged]] = {}
+        self._ids = itertools.count(1)
+        self._doorbell: Doorbell | None = None
+        self.broken = False
+        self.memory: ExpertMemory
+
+    @classmethod
+    def open(
+        cls,
+        stub: Any,
+        node: str,
+        quota_slots: int,
+        session_dir: Path | None,
+        description: StoreDescription,
+    ) -> StoreSession:
+        """Raises grpc.RpcError, Unavailable, SegmentInvalid, SlotsExhausted, VersionMismatch."""
+        lock = _Lock(session_dir, node) if session_dir is not None else None
+        session = cls(lock, description)
+        session._call = stub.Session(iter(session._requests.get, None))
+        opening = pb.Open(
+            protocol_version=rpc.PROTOCOL_VERSION,
+            fingerprint=description.spec.fingerprint,
+            node=node,
+            quota_slots=quota_slots,
+            transport=pb.TRANSPORT_SHARED_MEMORY if lock else pb.TRANSPORT_CHUNKS,
+            lock_name=lock.path.name if lock else "",
+        )
+        session._requests.put(pb.SessionRequest(open=opening))
+        threading.Thread(target=session._pump, name="store-replies", daemon=True).start()
+        try:
+            opened = session._next(time.monotonic() + _OPEN_S, lambda: None).opened
+            session.memory = (
+                SegmentMemory(opened.segment_path, opened.epoch)
+                if lock
+                else PrivateMemory(quota_slots, description.slot_bytes)
+            )
+            session._doorbell = _ring(opened)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def begin(
+        self,
+        releases: Sequence[ExpertKey],
+        acquires: Sequence[ExpertKey],
+        prefetches: Sequence[ExpertKey] = (),
+        withdrawals: Sequence[ExpertKey] = (),
+    ) -> Loan:
+        """Say what is given back, wanted, and guessed; does not wait. Raises SessionLost."""
+        exchange_id = next(self._ids)
+        over_chunks = isinstance(self.memory, PrivateMemory)
+        if isinstance(self.memory, PrivateMemory):
+            for key in releases:
+                self.memory.release(key)
+        exchange = pb.Exchange(
+            exchange_id=exchange_id,
+            # With chunks the store gave its slot back when the bytes were sent.
+            releases=[] if over_chunks else [key.to_pb() for key in releases],
+            acquires=[key.to_pb() for key in acquires],
+            prefetches=[key.to_pb() for key in prefetches],
+            withdrawals=[key.to_pb() for key in withdrawals],
+        )
+        self._send(exchange)
+        if acquires:
+            self._answers[exchange_id] = deque()
+        return Loan(self, exchange_id, len(acquires))
+
+    def answer(self, exchange_id: int, deadline: float, check: Callable[[], None]) -> pb.Exchanged:
+        """The next answer to this exchange; those to others are kept for them.
+
+        Raises SessionLost, StoreUnavailable after the deadline, what `check` raises.
+        """
+        kept = self._answers[exchange_id]
+        while not kept:
+            exchanged = self._next_answer(deadline, check)
+            if exchanged is not None and exchanged.exchange_id in self._answers:
+                self._answers[exchanged.exchange_id].append(exchanged)
+        return kept.popleft()
+
+    def forget(self, exchange_id: int) -> None:
+        """It is answered in full."""
+        del self._answers[exchange_id]
+
+    def arrival(self, lease: pb.Lease) -> Arrival:
+        key, memory = ExpertKey.from_pb(lease.key), self.memory
+        slot, generation = lease.slot, lease.generation
+        if isinstance(memory, PrivateMemory):
+            slot, generation = memory.slot_of(key), 0
+        tensors = memory.tensors(slot, lease.tensor_offsets, self._layouts[key.layer])
+        borrowed = Borrowed(key, slot, generation, tensors)
+        return Arrival(borrowed, lease.bytes_read, lease.read_s, lease.verify_s)
+
+    def close(self) -> None:
+        """Nobody reads slots any more: let go of the lock first, so that the store sees it free."""
+        if self._lock is not None:
+            self._lock.release()
+        if self._doorbell is not None:
+            self._doorbell.close()
+        self._requests.put(None)
+        if self._call is not None:
+            self._call.cancel()
+
+    def _send(self, exchange: pb.Exchange) -> None:
+        if self._doorbell is None:
+            self._requests.put(pb.SessionRequest(exchange=exchange))
+            return
+        try:
+            self._doorbell.send(exchange)
+        except HungUp as error:
+            raise SessionLost(str(error)) from error
+
+    def _next_answer(self, deadline: float, check: Callable[[], None]) -> pb.Exchanged | None:
+        if self._doorbell is not None:
+            return self._rung(self._doorbell, deadline, check)
+        reply = self._next(deadline, check)
+        if reply.WhichOneof("kind") == "chunk":
+            self._add_chunk(reply.chunk)
+            return None
+        return reply.exchanged
+
+    def _rung(
+        self, doorbell: Doorbell, deadline: float, check: Callable[[], None]
+    ) -> pb.Exchanged | None:
+        check()
+        try:
+            exchanged = doorbell.receive()
+        except HungUp as error:
+            raise SessionLost(str(error)) from error
+        if exchanged is None:
+            if self.broken:
+                raise SessionLost("the stream to the store broke")
+            _check_deadline(deadline)
+        return exchanged
+
+    def _add_chunk(self, chunk: pb.Chunk) -> None:
+        if not isinstance(self.memory, PrivateMemory):
+            raise errors.InvalidRequest("the store sent chunks to a shared-memory session")
+        key = ExpertKey.from_pb(chunk.key)
+        checksum = chunk.checksum if chunk.last else None
+        self.memory.add_chunk(key, chunk.offset_bytes, chunk.data, checksum)
+
+    def _next(self, deadline: float, check: Callable[[], None]) -> pb.SessionReply:
+        while True:
+            check()
+            try:
+                reply = self._replies.get(timeout=_POLL_S)
+            except queue.Empty:
+                _check_deadline(deadline)
+                continue
+            if isinstance(reply, Exception):
+                raise reply
+            return reply
+
+    def _pump(self) -> None:
+        """Move replies to the waiting thread until the stream ends; its end is a reply too."""
+        for reply in _until_broken(self._call):
+            self.broken = isinstance(reply, Exception)
+            self._replies.put(reply)
+
+
+def _check_deadline(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise errors.StoreUnavailable("expert_store does not answer: see its log, then retry")
+
+
+def _ring(opened: pb.Opened) -> Doorbell | None:
+    """The store's doorbell, if it has one that can be reached; the stream carries exchanges too."""
+    if not opened.doorbell_path:
+        return None
+    try:
+        return Doorbell(opened.doorbell_path, opened.session_id, _POLL_S)
+    except errors.Unavailable as error:
+        logger.warning("no doorbell, misses take the slower stream", extra={"reason": str(error)})
+        return None
+
+
+def _until_broken(call: Any) -> Iterator[pb.SessionReply | Exception]:
+    try:
+        yield from call
+    except grpc.RpcError as error:
+        problem = errors.from_rpc(error)
+        lost = isinstance(problem, (errors.Unavailable, errors.Cancelled))
+        yield SessionLost(f"the stream to the store broke: {problem}") if lost else problem
+    else:
+        yield SessionLost("the store closed the session")
+
+
+class _Lock:
+    """A fresh locked file: while it is held, the store refills no slot of this session."""
+
+    def __init__(self, session_dir: Path, node: str) -> None:
+        session_dir.mkdir(parents=True, exist_ok=True)
+        self.path = session_dir / f"{node}-{uuid.uuid4().hex[:12]}.lock"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._descriptor: int | None = os.open(self.path, flags, 0o600)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -1,0 +1,154 @@
+"""Several tokens by native/gemm.c: torch's bits where it is trusted, and trusted only there.
+
+Planted faults seen red: an accumulator beyond the last column, accumulators not added up, tokens
+done twice, no bias, outputs of the first rows only, accumulators of 512 columns, a wrong order
+trusted; more tokens than there is room for, strides of weights or tokens ignored; the token and its
+place mixed up, another token's gate weight, tokens of another expert or in another order; of a
+lossless matrix, the first tile of each panel alone; the last expert of a wave left out, one scratch
+for two threads; of more tokens than go through at once, the first ones again; rows added up in the
+order of places, the last tokens left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.integrations.moe import _default_apply_gate
+
+from compute_node.kernels import gemm, one_token_experts, prompt_experts
+from compute_node.kernels.prompt_experts import Prompt, combine
+from tests.compute_node.test_gemv import inputs, matrices, needs_kernel, same_bits
+from tests.compute_node.test_lossless import packed_expert
+
+pytestmark = pytest.mark.usefixtures("threads")
+SHAPES = [(192, 256), (17, 1024), (48, 1536), (48, 2048), (300, 5120)]
+TOKENS = (2, 3, 12, 33, 64, 300)
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "_steps", {})
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bits_of_torch(shape: tuple[int, int]) -> None:
+    weight, bias = matrices(shape, 2)[1], torch.randn(shape[0]).bfloat16()
+    for num_tokens in TOKENS:
+        x = inputs(shape[1], num_tokens)
+        for b in (None, bias):
+            assert same_bits(gemm.linear(x, weight, b), functional.linear(x, weight, b))
+    assert gemm.num_products(native=True) == 2 * len(TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (torch.ones(3, 64), torch.ones(64, 64)),
+        (torch.ones(3, 48).bfloat16(), torch.ones(64, 48).bfloat16()),
+        (torch.ones(257, 64).bfloat16(), torch.ones(64, 64).bfloat16()),
+        (torch.ones(3, 32).bfloat16(), torch.ones(64, 64).bfloat16()[:, :32]),
+        (torch.ones(64, 3).bfloat16().T, torch.ones(64, 64).bfloat16()),
+    ],
+    ids=["float32", "columns", "work", "strides", "transposed tokens"],
+)
+def test_what_the_kernel_cannot_take_is_left_to_torch(
+    x: Tensor, weight: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm, "multiply", None)
+    monkeypatch.setattr(gemm, "_MAX_WORK", 256 * 64 * 64)
+    assert torch.equal(gemm.linear(x, weight), functional.linear(x, weight))
+
+
+@needs_kernel
+def test_other_orders_of_addition_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And torch multiplies then."""
+    weight, x = matrices((96, 256), 2)[1], inputs(256, 5)
+    honest = gemm.multiply
+
+    def backwards(x: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
+        return honest(x.flip(1).contiguous(), weight.flip(1).contiguous(), bias, step)
+
+    monkeypatch.setattr(gemm, "multiply", backwards)
+    assert same_bits(gemm.linear(x, weight), functional.linear(x, weight))
+    assert gemm.num_products(native=False) == 1
+
+
+class Experts(SimpleNamespace):
+    """What prompt_experts asks of an experts module."""
+
+    has_gate, has_bias, is_transposed = True, False, False
+    act_fn = torch.nn.SiLU()
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    _apply_gate = _default_apply_gate
+
+
+@needs_kernel
+@pytest.mark.parametrize("is_lossless", [False, True], ids=["exact", "lossless"])
+@pytest.mark.parametrize(
+    "waves",
+    [lambda experts: [experts], lambda experts: [experts[:1], experts[1:]]],
+    ids=["a thread an expert", "all threads an expert"],
+)
+@torch.inference_mode()
+def test_a_prompt_through_its_experts(
+    waves: Callable[[list[int]], list[list[int]]],
+    is_lossless: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In one call a wave, the bits of torch's own operations; nobody's token stays zero."""
+    num_tokens, num_experts, top_k, hidden_size, inner = 24, 5, 2, 64, 96
+    topk_ids = torch.rand(num_tokens, num_experts - 1).topk(top_k).indices  # the last has none
+    topk_ids[3, 1] = num_experts  # transformers' mark for none
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = torch.rand(num_tokens, top_k).to(dtype)
+        x = torch.randn(num_tokens, hidden_size).bfloat16()
+        module = Experts(
+            gate_up_proj=torch.empty(num_experts, 2 * inner, hidden_size, device="meta"),
+            down_proj=torch.empty(num_experts, hidden_size, inner, device="meta"),
+        )
+        monkeypatch.setattr(one_token_experts, "_tables", {})
+        prompts = [Prompt(x, topk_ids, weights, num_experts) for _ in range(2)]
+        experts = {
+            expert: {
+                "gate_up_proj": (torch.randn(2 * inner, hidden_size) * 0.2).bfloat16(),
+                "down_proj": (torch.randn(hidden_size, inner) * 0.2).bfloat16(),
+            }
+            for expert in set(topk_ids.flatten().tolist()) - {num_experts}
+        }
+        stored = {
+            expert: packed_expert(tensors) if is_lossless else tensors
+            for expert, tensors in experts.items()
+        }
+        with monkeypatch.context() as patched:
+            patched.setattr(prompt_experts, "feed_forward", None)
+            for wave in waves(sorted(stored)):
+                prompts[0].add(module, {expert: stored[expert] for expert in wave})
+        with monkeypatch.context() as patched:
+            patched.setattr(one_token_experts, "table_of", lambda *_: None)
+            prompts[1].add(module, experts)
+        assert same_bits(prompts[0].outputs, prompts[1].outputs)
+        computed = prompts[0].outputs.ne(0).any(dim=2)
+        assert computed.sum() == num_tokens * top_k - 1 and not computed[3, 1]
+
+
+@needs_kernel
+@pytest.mark.parametrize(("num_tokens", "columns"), [(1, 64), (40, 64), (515, 256), (8, 72)])
+def test_a_tokens_outputs_are_added_up_by_expert(num_tokens: int, columns: int) -> None:
+    """As eager's index_add_ over ascending experts; 72 columns are left to torch."""
+    topk_ids = torch.rand(32, num_tokens).topk(4, dim=0).indices.T  # strides of a column
+    outputs = torch.randn(num_tokens, 4, columns).bfloat16()
+    outputs[0, :, 0] = -0.0
+    expected = torch.zeros(num_tokens, columns).bfloat16()
+    for expert in range(32):
+        token, place = (topk_ids == expert).nonzero(as_tuple=True)
+        expected.index_add_(0, token, outputs[token, place])
+    assert same_bits(combine(outputs, topk_ids), expected)

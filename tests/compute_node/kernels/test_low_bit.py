@@ -1,0 +1,108 @@
+"""Low-bit products: the kernel and the dequantised matrix say the same, and say it of these codes.
+
+Planted faults seen red: halves of a byte swapped, padding of inputs or outputs left, scale and zero
+swapped, records of other shapes taken, a matrix handed out in the scratch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from compute_node.kernels import low_bit
+from expert_store.offline.formats import quantise
+from proto import errors
+from proto.expert import ModelSpec, TensorLayout
+from proto.weight_format import BLOCK_ROWS, SCALE, SCALE_ZERO, WeightFormat, low_bit_tensors
+
+SHAPES = [(128, 64), (96, 48), (16, 32), (192, 96), (64, 160)]
+DTYPES = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+
+
+def make(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    weight = torch.randn(shape) * 0.05
+    if kind == "int8":
+        codes, scale = quantise.int8(weight, dtype)
+        return {"w": codes, "w" + SCALE: scale}
+    codes, scale_zero = quantise.int4(weight, 32, quantise.int4_layout(), dtype)
+    return {"w": codes, "w" + SCALE_ZERO: scale_zero}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_few_and_many_tokens_agree(
+    kind: str, dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row for row; many, bit for bit the product with the dequantised matrix."""
+    tensors = make(kind, shape, dtype)
+    matrix = low_bit.dequantise(tensors, "w", shape)
+    inputs = torch.randn(5, shape[1]).to(dtype)
+    expected = inputs @ matrix.T
+    few = low_bit.project(tensors, "w", inputs, shape[0])
+    assert few.shape == expected.shape
+    assert (few - expected).norm() <= DTYPES[dtype] * expected.norm()
+    monkeypatch.setattr(low_bit.KERNELS[tensors["w"].dtype], "few_tokens", 4)
+    many = low_bit.project(tensors, "w", inputs, shape[0])
+    torch.testing.assert_close(many, expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 0)
+
+
+def test_codes_lie_as_torch_lays_them() -> None:
+    """Every code at its own place: the kernel reads what torch's own packing makes."""
+    codes = torch.randint(0, 16, (192, 64), dtype=torch.uint8)
+    rows = BLOCK_ROWS[quantise.int4_layout()]
+    theirs = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+    assert torch.equal(quantise.pack_codes(codes, rows), theirs)
+    scale_zero = torch.tensor([1.0, 0.0]).expand(2, 192, 2).contiguous()
+    found = low_bit.dequantise({"w": theirs, "w" + SCALE_ZERO: scale_zero}, "w", (192, 64))
+    assert torch.equal(found, codes.float() - 8)
+
+
+def test_a_dequantised_matrix_outlives_the_next() -> None:
+    """It is not the scratch that the next is written to."""
+    first = low_bit.dequantise(make("int4", (64, 64), torch.float32), "w", (64, 64))
+    before = first.clone()
+    low_bit.dequantise(make("int4", (64, 64), torch.float32), "w", (64, 64))
+    assert torch.equal(first, before)
+
+
+def spec_of(weight_format: WeightFormat, module: torch.nn.Module) -> ModelSpec:
+    layout = tuple(
+        TensorLayout(name + suffix, dtype, shape)
+        for name, (outputs, inputs) in {"gate_up_proj": (96, 64), "down_proj": (64, 48)}.items()
+        for suffix, dtype, shape in low_bit_tensors(weight_format, outputs, inputs, "BF16")
+    )
+    return ModelSpec("", "toy", (1,), 4, 2, {1: layout}, weight_format=weight_format)
+
+
+@pytest.fixture(params=[False, True], ids=["", "transposed"])
+def module(request: pytest.FixtureRequest) -> torch.nn.Module:
+    made = torch.nn.Module()
+    made.is_transposed = request.param
+    for name, (outputs, inputs) in {"gate_up_proj": (96, 64), "down_proj": (64, 48)}.items():
+        shape = (inputs, outputs) if request.param else (outputs, inputs)
+        parameter = torch.nn.Parameter(torch.empty(4, *shape, dtype=torch.bfloat16, device="meta"))
+        made.register_parameter(name, parameter)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_records_of_other_shapes_are_refused(kind: str, module: torch.nn.Module) -> None:
+    """They would be read beyond their end: torch's kernels do not look."""
+    group = 32 if kind == "int4" else 0
+    found = WeightFormat(kind, group, quantise.int4_layout() if group else "", lossy=True)
+    spec = spec_of(found, module)
+    low_bit.check_format(spec, {1: module})
+    for number, tensor in enumerate(spec.layouts[1]):
+        shorter = replace(tensor, shape=(tensor.shape[0] - 1, *tensor.shape[1:]))
+        layout = (*spec.layouts[1][:number], shorter, *spec.layouts[1][number + 1 :])
+        with pytest.raises(errors.ManifestInvalid, match=rf"layer 1: \['{tensor.name}'\]"):
+            low_bit.check_format(replace(spec, layouts={1: layout}), {1: module})
+
+
+def test_exact_formats_are_not_looked_at() -> None:
+    spec = ModelSpec("", "toy", (1,), 4, 2, {1: ()})
+    low_bit.check_format(spec, {1: SimpleNamespace()})

@@ -1,0 +1,235 @@
+"""Norms and experts of one token by native/one_token.c: torch's bits, and trusted only there.
+
+Planted faults seen red: a norm's four sums added in another order, norms compared after rounding
+alone, its inputs' dtype or strides not looked at, the sum over experts rounded once, gate weights
+left out, a gate not tried out, an activation tabulated of neighbouring numbers alone, a table of
+its own for each layer, lossless arrays taken for plain ones.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import (
+    Qwen3NextRMSNorm,
+    Qwen3NextRMSNormGated,
+)
+
+from compute_node.kernels import feed_forward, gemv, one_token_experts, one_token_norm
+from compute_node.kernels.one_token_norm import Form, OneTokenNorm
+from compute_node.native import binding
+from tests.compute_node.test_lossless import packed_expert
+
+needs_kernel = pytest.mark.skipif(
+    binding.obstacle() != "" or "amx_bf16" in Path("/proc/cpuinfo").read_text(),
+    reason=binding.obstacle() or "torch multiplies with AMX here",
+)
+pytestmark = [needs_kernel, pytest.mark.usefixtures("inference")]
+NORMS: dict[type[nn.Module], Form] = {
+    Qwen3MoeRMSNorm: Form.AFTER_ROUNDING,
+    GptOssRMSNorm: Form.BEFORE_ROUNDING,
+    Qwen3NextRMSNorm: Form.ONE_PLUS,
+}
+D, F, E = 96, 64, 5
+
+
+@pytest.fixture
+def inference() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+def norm(kind: Callable[..., nn.Module], width: int) -> nn.Module:
+    torch.manual_seed(width)
+    made = kind(width, eps=1e-6).bfloat16()
+    made.weight.data.normal_(0.5, 0.5)  # type: ignore[operator, union-attr]
+    return made
+
+
+def tokens(*shape: int) -> Tensor:
+    """Rows of very different sizes."""
+    return (torch.randn(shape) * torch.exp2(torch.randint(-6, 6, (*shape[:-1], 1)))).bfloat16()
+
+
+@pytest.mark.parametrize("width", [16, 96, 2048, 2880])
+@pytest.mark.parametrize("kind", NORMS)
+def test_norms_keep_their_bits(kind: type[nn.Module], width: int) -> None:
+    model = nn.Sequential(norm(kind, width))
+    inputs = [tokens(1, 1, width), tokens(1, 1, 4, width), tokens(1, 300, width)]
+    inputs += [tokens(1, 4, 2 * width)[..., :width], tokens(1, 1, width).float()]
+    before = [model(x) for x in inputs]
+    one_token_norm.adopt(model)
+    assert isinstance(model[0], OneTokenNorm) and isinstance(model[0], kind)
+    assert model[0].flashmoe_form == NORMS[kind]
+    for x, expected in zip(inputs, before, strict=True):
+        found = model(x)
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+    assert one_token_norm.num_modules(native=True) == 1
+
+
+def test_one_token_does_not_reach_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(norm(Qwen3MoeRMSNorm, 96))
+    one_token_norm.adopt(model)
+    model(tokens(1, 1, 96))
+    monkeypatch.setattr(Qwen3MoeRMSNorm, "forward", None)
+    model(tokens(1, 1, 96))
+    with pytest.raises(TypeError):
+        model(tokens(1, 300, 96))
+
+
+def test_rows_whose_bits_differ_are_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(norm(Qwen3MoeRMSNorm, 96))
+    x = tokens(1, 1, 4, 96)
+    expected = model(x)
+    one_token_norm.adopt(model)
+    monkeypatch.setattr(one_token_norm, "norm", lambda inputs, *_: inputs)
+    assert torch.equal(model(x), expected)
+    assert [(r.message, r.rows) for r in caplog.records] == [("norm left to torch", 4)]  # type: ignore[attr-defined]
+
+
+class OtherOrder(Qwen3MoeRMSNorm):
+    """Its sum of squares goes the other way round: seldom seen once it is rounded to bf16."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.float()
+        total = wide.flip(-1).pow(2).cumsum(-1)[..., -1:]
+        scaled = wide * torch.rsqrt(total / len(self.weight) + self.variance_epsilon)
+        return self.weight * scaled.to(hidden.dtype)
+
+
+class NoMean(Qwen3MoeRMSNorm):
+    """A norm by the largest number."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.weight * (hidden / hidden.abs().amax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("kind", [OtherOrder, NoMean, Qwen3NextRMSNormGated, nn.LayerNorm])
+def test_what_is_no_such_norm_is_left_to_torch(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(norm(kind, 1024))
+    one_token_norm.adopt(model)
+    assert type(model[0]) is kind
+
+
+def test_norms_of_widths_and_dtypes_the_kernel_cannot_take(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = nn.Sequential(norm(Qwen3MoeRMSNorm, 40), norm(Qwen3MoeRMSNorm, 64).float())
+    with caplog.at_level(logging.INFO):
+        one_token_norm.adopt(model)
+    assert [type(module) for module in model] == [Qwen3MoeRMSNorm] * 2
+    assert one_token_norm.num_modules(native=False) == 2
+    assert [r.torch for r in caplog.records] == [2]  # type: ignore[attr-defined]
+
+
+class Gated(nn.Module):
+    """What transformers' experts modules tell of themselves."""
+
+    has_gate, has_bias, is_transposed = True, False, False
+
+    def __init__(self, act: str = "silu") -> None:
+        super().__init__()
+        self.gate_up_proj = torch.empty(E, 2 * F, D, device="meta")
+        self.down_proj = torch.empty(E, D, F, device="meta")
+        self.act_fn = ACT2FN[act]
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        product: Tensor = self.act_fn(gate) * up
+        return product
+
+
+class Interleaved(Gated):
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        product: Tensor = self.act_fn(gate_up[..., ::2]) * gate_up[..., 1::2]
+        return product
+
+
+class Clamped(Gated):
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        return super()._apply_gate(gate_up.clamp(max=7.0))
+
+
+def weights(inner: int = F) -> list[dict[str, Tensor]]:
+    torch.manual_seed(inner)
+    return [
+        {
+            "gate_up_proj": (torch.randn(2 * inner, D) * 0.3).bfloat16(),
+            "down_proj": (torch.randn(D, inner) * 0.3).bfloat16(),
+        }
+        for _ in range(E)
+    ]
+
+
+def reference(module: Gated, experts: list[dict[str, Tensor]], hidden: Tensor) -> Tensor:
+    """[E, D], unweighted, by torch's own operations."""
+    return torch.cat([feed_forward.feed_forward(module, tensors, hidden) for tensors in experts])
+
+
+@pytest.mark.parametrize("is_lossless", [False, True], ids=["exact", "lossless"])
+@pytest.mark.parametrize("act", ["silu", "relu", "relu2"])
+def test_experts_keep_their_bits(act: str, is_lossless: bool) -> None:
+    module, experts, gates = Gated(act), weights(), [0.5, 0.123, 1.7, 0.001, 0.25]
+    hidden = tokens(1, D)
+    stored = [packed_expert(tensors) for tensors in experts] if is_lossless else experts
+    table = one_token_experts.table_of(module, stored[0], hidden)
+    assert table is not None
+    found = one_token_experts.feed_forward(module, stored, hidden, gates, table)
+    rows = reference(module, experts, hidden)
+    expected = [row * gate for row, gate in zip(rows[:, None].unbind(), gates, strict=True)]
+    assert one_token_norm.same_bits(found, torch.cat(expected))
+    total = torch.zeros(1, D, dtype=torch.bfloat16)
+    for row in expected:
+        total += row
+    assert one_token_norm.same_bits(one_token_experts.add_rows(found), total)
+
+
+@pytest.mark.parametrize("kind", [Interleaved, Clamped])
+def test_other_gates_are_left_to_torch(kind: type[Gated], caplog: pytest.LogCaptureFixture) -> None:
+    module = kind()
+    before = one_token_experts.num_modules(native=False)
+    with caplog.at_level(logging.INFO):
+        assert one_token_experts.table_of(module, weights()[0], tokens(1, D)) is None
+    assert [r.kernel for r in caplog.records if r.message == "gate chosen"] == ["torch"]  # type: ignore[attr-defined]
+    assert one_token_experts.num_modules(native=False) == before + 1
+
+
+def test_an_activation_that_depends_on_the_place_is_left_to_torch() -> None:
+    """torch's gelu of a small number is another beside others than alone."""
+    module = Gated("gelu_pytorch_tanh")
+    assert one_token_experts.table_of(module, weights()[0], tokens(1, D)) is None
+
+
+def test_experts_the_kernel_cannot_take_are_left_to_torch() -> None:
+    module, experts = Gated(), weights()
+    wide = {name: tensor.float() for name, tensor in experts[0].items()}
+    assert one_token_experts.table_of(module, wide, tokens(1, D)) is None
+    assert one_token_experts.table_of(module, weights(48)[0], tokens(1, D)) is None
+    module.is_transposed = True
+    assert one_token_experts.table_of(module, experts[0], tokens(1, D)) is None
+
+
+def test_layers_with_one_activation_share_a_table() -> None:
+    """A table a layer would push the others out of the CPU's cache."""
+    first, second = Gated(), Gated()
+    tables = [one_token_experts.table_of(m, weights()[0], tokens(1, D)) for m in (first, second)]
+    assert tables[0] is tables[1] is not None
+
+
+def test_matrices_multiply_as_before() -> None:
+    weight = (torch.randn(96, 64) * 0.1).bfloat16()
+    assert gemv.is_exact(weight)
+    x = tokens(1, 1, 64)
+    expected = torch.nn.functional.linear(x, weight)
+    assert one_token_norm.same_bits(gemv.multiply_one(weight, x, None), expected)
