@@ -18,7 +18,7 @@ from deploy.recorder import Drawing
 from expert_store.manifest.manifest import Manifest
 from proto import errors
 from scheduler.config import FORECASTER_NAME
-from scheduler.trace import AccessTrace, TraceInvalid
+from scheduler.simulate.trace import AccessTrace, TraceInvalid
 
 PASSAGE_CHARACTERS = 600
 
@@ -58,8 +58,8 @@ def calibrate(
     """
     import torch
 
-    from scheduler.calibration import CalibrationSettings  # imports torch
-    from scheduler.calibration import calibrate as train
+    from scheduler.lab.calibration import CalibrationSettings  # imports torch
+    from scheduler.lab.calibration import calibrate as train
 
     manifest = load_store(store)
     if (trace is None) == (not text):

@@ -14,12 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deploy import console
 from proto import errors
 from proto.redis_schema import DecodeAccess
-from scheduler.lockstep import replay_together
-from scheduler.policies import POLICIES, Background
-from scheduler.replay import Outcome, ReplayCache, Setting
-from scheduler.replay import replay as replay_through
-from scheduler.slots import Hits
-from scheduler.trace import AccessTrace, TraceInvalid, check_same_model
+from scheduler.lab.lockstep import replay_together
+from scheduler.lab.policies import POLICIES, Background
+from scheduler.simulate.replay import Outcome, ReplayCache, Setting
+from scheduler.simulate.replay import replay as replay_through
+from scheduler.simulate.slots import Hits
+from scheduler.simulate.trace import AccessTrace, TraceInvalid, check_same_model
 
 FRAME = {"lru", "min"}  # always replayed: the others are measured against them
 PLOTTED_SIZES = (0.5, 0.75, 1, 1.25, 1.5, 2)  # times --slots

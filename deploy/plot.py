@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from proto import errors
 from proto.redis_schema import LAYER
-from scheduler.replay import Outcome, Setting, gap_closed
+from scheduler.simulate.replay import Outcome, Setting, gap_closed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

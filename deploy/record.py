@@ -20,7 +20,7 @@ from deploy.recorder import Drawing, Recorder, to_trace
 from deploy.run_dir import RunDir
 from deploy.settings import ServeSettings
 from proto import errors
-from scheduler.trace import AccessTrace
+from scheduler.simulate.trace import AccessTrace
 
 _POLL_S = 0.05
 

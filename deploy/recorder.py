@@ -13,7 +13,7 @@ from compute_node.client.node_client import NodeClient
 from compute_node.client.result import Generation, RecordedStep, Result
 from deploy.prompts import Prompt
 from proto import errors
-from scheduler.trace import AccessTrace
+from scheduler.simulate.trace import AccessTrace
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from deploy import console
 from proto.redis_schema import LAYER
 
 if TYPE_CHECKING:
-    from scheduler.replay import Outcome, Setting
+    from scheduler.simulate.replay import Outcome, Setting
 
 FRAME = {"lru": "lru, the floor", "min": "min, the optimum"}
 
@@ -58,9 +58,9 @@ def replay(
     # River and its kind take seconds to import, and memory that other verbs count.
     from deploy import plot
     from deploy.laboratory import Laboratory, chosen_policies, plotted_sizes, training_trace
-    from scheduler.policies import Background
-    from scheduler.replay import Setting, as_document
-    from scheduler.trace import AccessTrace
+    from scheduler.lab.policies import Background
+    from scheduler.simulate.replay import Setting, as_document
+    from scheduler.simulate.trace import AccessTrace
 
     if picture is not None:
         plot.check_writable(picture)
@@ -85,7 +85,7 @@ def replay(
 
 
 def _print(setting: Setting, train: Path | None, outcomes: Mapping[str, Outcome]) -> None:
-    from scheduler.replay import gap_closed
+    from scheduler.simulate.replay import gap_closed
 
     trace = setting.trace
     counted = trace.num_steps - setting.warmup_steps

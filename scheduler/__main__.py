@@ -24,18 +24,18 @@ from redis.backoff import NoBackoff
 
 from proto import rpc
 from proto.process import daemon
-from scheduler import service
-from scheduler.access_stream import AccessStream
-from scheduler.advisor import Advisor
 from scheduler.config import SchedulerConfig
-from scheduler.forecaster import Forecaster
-from scheduler.loop import SchedulerLoop
-from scheduler.members import Members
-from scheduler.publisher import Publisher
-from scheduler.scorer import Scorer
-from scheduler.service import SchedulerService
-from scheduler.snapshot import SnapshotFile
-from scheduler.stats import StatsCollector
+from scheduler.daemon import service
+from scheduler.daemon.access_stream import AccessStream
+from scheduler.daemon.loop import SchedulerLoop
+from scheduler.daemon.members import Members
+from scheduler.daemon.publisher import Publisher
+from scheduler.daemon.scorer import Scorer
+from scheduler.daemon.service import SchedulerService
+from scheduler.daemon.snapshot import SnapshotFile
+from scheduler.daemon.stats import StatsCollector
+from scheduler.learn.forecaster import Forecaster
+from scheduler.shadow.advisor import Advisor
 
 REDIS_TIMEOUT_S = 2.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection
 
-from scheduler.queues import oldest
+from scheduler.simulate.queues import oldest
 
 Queue = OrderedDict[int, None]  # least recently used first
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from proto.redis_schema import DecodeAccess
 from scheduler.policy.lru import Lru
-from scheduler.ranking import Ranks, chosen
+from scheduler.simulate.ranking import Ranks, chosen
 
 
 class Decayed:

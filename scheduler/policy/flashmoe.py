@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from proto.redis_schema import DecodeAccess
 from scheduler.policy.lru import Lru
-from scheduler.ranking import Ranks, chosen
-from scheduler.trace import AccessTrace
+from scheduler.simulate.ranking import Ranks, chosen
+from scheduler.simulate.trace import AccessTrace
 
 Array = NDArray[np.float32]
 
@@ -92,7 +92,7 @@ class FlashMoe:
 
 def learn_flashmoe(trace: AccessTrace) -> Net:
     """Train on a trace; minutes. Imports torch, which replay alone may."""
-    from scheduler.policy.imitation import imitate_belady
+    from scheduler.lab.imitation import imitate_belady
 
     return imitate_belady(trace)
 

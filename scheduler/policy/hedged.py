@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proto.redis_schema import DecodeAccess
-from scheduler.replay import RankedCache
-from scheduler.slots import Hits, Slots
+from scheduler.simulate.replay import RankedCache
+from scheduler.simulate.slots import Hits, Slots
 
 LEAD_STEPS = 2.0  # what the scout wants to see gained, in the accesses of so many steps
 LONG_RUN_STEPS = 2048  # half-life of what tells a member from the scout ...

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from proto.redis_schema import DecodeAccess
-from scheduler.features import Features
-from scheduler.forecaster import Forecast, Forecaster
-from scheduler.ranking import Ranks, chosen
+from scheduler.learn.features import Features
+from scheduler.learn.forecaster import Forecast, Forecaster
+from scheduler.simulate.ranking import Ranks, chosen
 
 
 class Learned:

@@ -7,7 +7,7 @@ import random
 from collections import Counter, OrderedDict
 from collections.abc import Collection
 
-from scheduler.queues import oldest
+from scheduler.simulate.queues import oldest
 
 LEARNING_RATE = 0.45
 REGRET_AFTER_A_CACHEFUL = 0.005  # what is left of a regret after as many uses as there are slots

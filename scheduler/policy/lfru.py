@@ -5,7 +5,7 @@ from __future__ import annotations
 from proto.redis_schema import DecodeAccess
 from scheduler.policy.lfu import Lfu
 from scheduler.policy.lru import Lru
-from scheduler.ranking import Ranks
+from scheduler.simulate.ranking import Ranks
 
 
 class Lfru:

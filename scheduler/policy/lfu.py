@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from proto.redis_schema import DecodeAccess
-from scheduler.ranking import Ranks, chosen
+from scheduler.simulate.ranking import Ranks, chosen
 
 
 class Lfu:

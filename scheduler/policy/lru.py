@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proto.redis_schema import DecodeAccess
-from scheduler.ranking import Ranks, chosen
+from scheduler.simulate.ranking import Ranks, chosen
 
 
 class Lru:

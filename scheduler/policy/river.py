@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from proto.redis_schema import DecodeAccess, PrefillAccess
-from scheduler.features import Features, feature_names
-from scheduler.followers import Followers
-from scheduler.labels import DelayedLabels, Questions
-from scheduler.model import ReuseModel
-from scheduler.ranking import Ranks
-from scheduler.recall import Recall, StepMemory
+from scheduler.learn.features import Features, feature_names
+from scheduler.learn.followers import Followers
+from scheduler.learn.labels import DelayedLabels, Questions
+from scheduler.learn.learner import ReuseModel
+from scheduler.learn.recall import Recall, StepMemory
+from scheduler.simulate.ranking import Ranks
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from scheduler.policies import POLICIES, Background
-from scheduler.replay import Setting
-from scheduler.trace import AccessTrace
+from scheduler.lab.policies import POLICIES, Background
+from scheduler.simulate.replay import Setting
+from scheduler.simulate.trace import AccessTrace
 from tests.bench.table import show
 
 matplotlib.use("Agg")

@@ -19,14 +19,14 @@ from deploy.prompts import Prompt
 from deploy.recorder import Drawing, Recorder, to_trace
 from proto.redis_schema import POOL
 from scheduler.config import FORECASTER_NAME
-from scheduler.followers import Followers
-from scheduler.forecaster import Forecaster
-from scheduler.policies import POLICIES, Background
+from scheduler.lab.policies import POLICIES, Background
+from scheduler.learn.followers import Followers
+from scheduler.learn.forecaster import Forecaster
 from scheduler.policy.hedged import Hedged
 from scheduler.policy.learned import Learned
 from scheduler.policy.river import RiverSettings
-from scheduler.replay import Outcome, RankedCache, Setting, ranked, replay, slots_of
-from scheduler.trace import AccessTrace
+from scheduler.simulate.replay import Outcome, RankedCache, Setting, ranked, replay, slots_of
+from scheduler.simulate.trace import AccessTrace
 from tests.bench.record_tiny import split
 from tests.bench.table import show
 from tests.stack import MODEL, served

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from scheduler.lockstep import replay_together
-from scheduler.policies import POLICIES, Background
-from scheduler.replay import Outcome, Setting, gap_closed
-from scheduler.trace import AccessTrace
+from scheduler.lab.lockstep import replay_together
+from scheduler.lab.policies import POLICIES, Background
+from scheduler.simulate.replay import Outcome, Setting, gap_closed
+from scheduler.simulate.trace import AccessTrace
 from tests.bench.table import show, spread
 
 HELD_OUT_RATIO = 0.265

@@ -21,9 +21,9 @@ from proto import redis_schema, rpc
 from proto import scheduler_pb2 as pb
 from proto.redis_schema import Advice, DecodeAccess
 from proto.scheduler_pb2_grpc import SchedulerStub
-from scheduler.calibration import CalibrationSettings, calibrate
-from scheduler.forecaster import Forecaster
-from scheduler.trace import AccessTrace
+from scheduler.lab.calibration import CalibrationSettings, calibrate
+from scheduler.learn.forecaster import Forecaster
+from scheduler.simulate.trace import AccessTrace
 from tests.bench.table import percentile, show
 from tests.daemons import daemon
 

@@ -23,7 +23,7 @@ import pytest
 from compute_node.engine.usage import Usage
 from expert_store.manifest.manifest import Manifest
 from expert_store.offline.verify import verify
-from scheduler.trace import AccessTrace, TraceInvalid
+from scheduler.simulate.trace import AccessTrace, TraceInvalid
 from tests.bench.scale import random_store
 from tests.bench.scale.advice import told_by
 from tests.bench.scale.node import Node, Run

@@ -14,12 +14,12 @@ import pytest
 from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
 from proto.redis_schema import Advice, DecodeAccess
-from scheduler.policies import POLICIES, Background
+from scheduler.lab.policies import POLICIES, Background
 from scheduler.policy.decayed import Decayed
 from scheduler.policy.lfru import Lfru
-from scheduler.ranking import RankingPolicy, Ranks
-from scheduler.replay import RankedCache, Setting, ranked, replay
-from scheduler.trace import AccessTrace
+from scheduler.simulate.ranking import RankingPolicy, Ranks
+from scheduler.simulate.replay import RankedCache, Setting, ranked, replay
+from scheduler.simulate.trace import AccessTrace
 from tests.fakes import FakeLender
 from tests.scheduler.replays import recorded
 

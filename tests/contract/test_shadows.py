@@ -16,13 +16,13 @@ import pytest
 from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
 from proto.redis_schema import Advice, DecodeAccess
-from scheduler.advisor import Advisor
 from scheduler.policy.decayed import Decayed
 from scheduler.policy.hedged import Hedged
 from scheduler.policy.lfru import Lfru
 from scheduler.policy.lru import Lru
-from scheduler.ranking import RankingPolicy, Ranks
-from scheduler.replay import RankedCache, Setting, ranked, replay, slots_of
+from scheduler.shadow.advisor import Advisor
+from scheduler.simulate.ranking import RankingPolicy, Ranks
+from scheduler.simulate.replay import RankedCache, Setting, ranked, replay, slots_of
 from tests.fakes import FakeLender
 from tests.scheduler.replays import recorded
 

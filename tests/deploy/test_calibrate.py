@@ -16,8 +16,8 @@ import pytest
 from deploy.calibrate import PASSAGE_CHARACTERS, passages
 from deploy.prompts import Prompt
 from scheduler.config import FORECASTER_NAME
-from scheduler.forecaster import Forecaster
-from scheduler.trace import AccessTrace
+from scheduler.learn.forecaster import Forecaster
+from scheduler.simulate.trace import AccessTrace
 from tests.deploy.test_cli import assert_one_sentence
 from tests.scheduler.replays import recorded
 from tests.stack import flashmoe, served

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import scheduler.calibration
+import scheduler.lab.calibration
 from deploy import plot
 from deploy.budget import forecaster_room
 from deploy.calibrate import calibrate

@@ -20,7 +20,7 @@ from deploy.prompts import Prompt, read_prompts
 from deploy.record import publishing
 from deploy.recorder import Drawing, Recorder, to_trace
 from proto import errors
-from scheduler.trace import AccessTrace
+from scheduler.simulate.trace import AccessTrace
 from tests.deploy.test_cli import assert_one_sentence
 from tests.stack import flashmoe
 

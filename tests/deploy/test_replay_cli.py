@@ -16,9 +16,9 @@ import pytest
 from deploy import laboratory, plot
 from deploy.laboratory import Laboratory, plotted_sizes
 from proto import errors
-from scheduler.policies import POLICIES, Background
-from scheduler.replay import Outcome, ReplayCache, Setting
-from scheduler.trace import TraceInvalid
+from scheduler.lab.policies import POLICIES, Background
+from scheduler.simulate.replay import Outcome, ReplayCache, Setting
+from scheduler.simulate.trace import TraceInvalid
 from tests.scheduler.replays import PATH, recorded, trace_of
 from tests.stack import flashmoe
 

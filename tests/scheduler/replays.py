@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from scheduler.policies import POLICIES, Background
-from scheduler.replay import Setting, replay
-from scheduler.trace import AccessTrace
+from scheduler.lab.policies import POLICIES, Background
+from scheduler.simulate.replay import Setting, replay
+from scheduler.simulate.trace import AccessTrace
 
 PATH = Path(__file__).resolve().parent.parent / "traces" / "tiny-moe-decode.npz"
 

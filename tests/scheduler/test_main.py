@@ -23,11 +23,11 @@ from proto import scheduler_pb2 as pb
 from proto.expert import ExpertKey
 from proto.redis_schema import Advice
 from proto.scheduler_pb2_grpc import SchedulerStub
-from scheduler import service, snapshot
 from scheduler.__main__ import run
 from scheduler.config import SchedulerConfig
-from scheduler.loop import SchedulerLoop
-from scheduler.scorer import Scorer
+from scheduler.daemon import service, snapshot
+from scheduler.daemon.loop import SchedulerLoop
+from scheduler.daemon.scorer import Scorer
 from tests.scheduler.conftest import start_valkey
 from tests.scheduler.traces import structured_trace
 

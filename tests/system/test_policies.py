@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from expert_store.manifest.manifest import Manifest
-from scheduler.calibration import CalibrationSettings, calibrate
 from scheduler.config import FORECASTER_NAME
+from scheduler.lab.calibration import CalibrationSettings, calibrate
 from tests.scheduler.replays import recorded
 from tests.stack import ServedStack, flashmoe, served, wait_for
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scheduler.trace import AccessTrace
+from scheduler.simulate.trace import AccessTrace
 from tests.stack import FLASHMOE, ROOT, ServedStack, flashmoe, served, wait_for
 
 pytestmark = pytest.mark.system

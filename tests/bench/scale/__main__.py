@@ -29,8 +29,8 @@ from deploy.calibrate import check_trace
 from deploy.settings import ServeSettings, parse_bytes
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest
 from proto import errors
-from scheduler.forecaster import Forecaster
-from scheduler.trace import AccessTrace
+from scheduler.learn.forecaster import Forecaster
+from scheduler.simulate.trace import AccessTrace
 from tests.bench.policies import splits
 from tests.bench.scale.advice import told_by, trained
 from tests.bench.scale.node import Node, Run

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from expert_store.manifest.manifest import Manifest
 from proto.redis_schema import Advice, DecodeAccess
-from scheduler.calibration import CalibrationSettings, calibrate
 from scheduler.config import FORECASTER_NAME
-from scheduler.followers import Followers
-from scheduler.forecaster import Forecaster
+from scheduler.lab.calibration import CalibrationSettings, calibrate
+from scheduler.learn.followers import Followers
+from scheduler.learn.forecaster import Forecaster
 from scheduler.policy.learned import Learned
 from scheduler.policy.river import River, RiverSettings
-from scheduler.ranking import RankingPolicy, Ranks
-from scheduler.trace import AccessTrace
+from scheduler.simulate.ranking import RankingPolicy, Ranks
+from scheduler.simulate.trace import AccessTrace
 
 
 @dataclass(frozen=True)

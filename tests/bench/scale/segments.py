@@ -14,10 +14,10 @@ from scheduler.policy.decayed import Decayed
 from scheduler.policy.lfru import Lfru
 from scheduler.policy.lfu import Lfu
 from scheduler.policy.lru import Lru
-from scheduler.ranking import RankingPolicy
-from scheduler.replay import RankedCache
-from scheduler.shadows import ADVISED_LAG_STEPS, Budget
-from scheduler.trace import AccessTrace, TraceInvalid
+from scheduler.shadow.shadows import ADVISED_LAG_STEPS, Budget
+from scheduler.simulate.ranking import RankingPolicy
+from scheduler.simulate.replay import RankedCache
+from scheduler.simulate.trace import AccessTrace, TraceInvalid
 from tests.bench.scale.advice import Following, Told
 
 

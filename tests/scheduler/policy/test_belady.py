@@ -11,8 +11,8 @@ from itertools import combinations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.policies import POLICIES
-from scheduler.trace import AccessTrace
+from scheduler.lab.policies import POLICIES
+from scheduler.simulate.trace import AccessTrace
 from tests.scheduler.replays import misses, recorded, traces
 
 Keys = frozenset[int]

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from scheduler.policies import POLICIES, Background
-from scheduler.policy import flashmoe, imitation
+from scheduler.lab import imitation
+from scheduler.lab.imitation import imitate_belady
+from scheduler.lab.policies import POLICIES, Background
+from scheduler.policy import flashmoe
 from scheduler.policy.flashmoe import FlashMoe, Net, Usage, learn_flashmoe
-from scheduler.policy.imitation import imitate_belady
 from scheduler.policy.lru import Lru
-from scheduler.replay import Setting, ranked, replay
-from scheduler.trace import AccessTrace
+from scheduler.simulate.replay import Setting, ranked, replay
+from scheduler.simulate.trace import AccessTrace
 from tests.scheduler.replays import misses, recorded, trace_of
 
 

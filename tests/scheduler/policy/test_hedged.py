@@ -12,13 +12,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from scheduler.policies import POLICIES, Background
+from scheduler.lab.policies import POLICIES, Background
 from scheduler.policy.decayed import Decayed
 from scheduler.policy.hedged import FIRST, LED, STEADY, Hedge, Hedged, Scout
 from scheduler.policy.lfru import Lfru
 from scheduler.policy.lru import Lru
-from scheduler.replay import RankedCache, Setting, ranked, replay, slots_of
-from scheduler.trace import AccessTrace
+from scheduler.simulate.replay import RankedCache, Setting, ranked, replay, slots_of
+from scheduler.simulate.trace import AccessTrace
 from tests.scheduler.replays import recorded, trace_of
 
 

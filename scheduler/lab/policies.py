@@ -1,0 +1,118 @@
+"""Every policy that a trace can be replayed through, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from proto.redis_schema import POOL
+from scheduler.learn.followers import Followers
+from scheduler.learn.forecaster import Forecaster
+from scheduler.policy.arc import Arc
+from scheduler.policy.belady import Belady
+from scheduler.policy.decayed import Decayed
+from scheduler.policy.flashmoe import FlashMoe, learn_flashmoe
+from scheduler.policy.hedged import Hedged
+from scheduler.policy.learned import Learned
+from scheduler.policy.lecar import LeCar
+from scheduler.policy.lfru import Lfru
+from scheduler.policy.lfu import Lfu
+from scheduler.policy.lru import Lru
+from scheduler.policy.river import River, RiverSettings
+from scheduler.policy.s3fifo import S3Fifo
+from scheduler.simulate.queues import QueueCache, QueuePolicy
+from scheduler.simulate.ranking import RankingPolicy
+from scheduler.simulate.replay import RankedCache, ReplayCache, Setting, ranked, slots_of
+from scheduler.simulate.trace import AccessTrace
+
+Lesson = TypeVar("Lesson")
+
+
+@dataclass(frozen=True)
+class Background:
+    """What a learned policy may know before the replay. train: None, nothing.
+
+    One background serves replays of many cache sizes: what was learned once is kept.
+    """
+
+    train: AccessTrace | None = None
+    _learned: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def learned(self, learn: Callable[[AccessTrace], Lesson]) -> Lesson | None:
+        """What `learn` makes of the training trace; None without one."""
+        if self.train is None:
+            return None
+        if learn not in self._learned:
+            self._learned[learn] = learn(self.train)
+        return cast(Lesson, self._learned[learn])
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Trains a forecaster whose answers will be `lag_steps` late."""
+
+    lag_steps: int
+    report: Callable[[str], None] = field(default=lambda line: None, compare=False)
+
+    def __call__(self, trace: AccessTrace) -> Forecaster:
+        from scheduler.lab.calibration import CalibrationSettings, calibrate  # imports torch
+
+        return calibrate(trace, CalibrationSettings(lag_steps=self.lag_steps), self.report)
+
+
+Maker = Callable[[Setting, Background], ReplayCache]
+
+
+def queued(setting: Setting, make: Callable[[int, int], QueuePolicy]) -> QueueCache:
+    """make: a policy, of its slots and the number of its layer."""
+    trace, pooled = setting.trace, setting.scope == POOL
+    slots = setting.slots * (trace.num_layers if pooled else 1)
+    return QueueCache(lambda layer: make(slots, layer), trace.shape, pooled=pooled)
+
+
+def river(setting: Setting) -> River:
+    """River from nothing."""
+    settings, shape = RiverSettings(), setting.trace.shape
+    features = settings.new_features(shape, Followers(*shape))
+    return River(settings, settings.new_model(), features)
+
+
+def learned(setting: Setting, background: Background) -> RankingPolicy:
+    """What the training trace taught; River from nothing without one."""
+    forecaster = background.learned(Calibrate(setting.lag_steps))
+    if forecaster is None:
+        return river(setting)
+    settings, shape = RiverSettings(), setting.trace.shape
+    return Learned(forecaster, settings.new_features(shape, Followers(*shape), forecaster.memory()))
+
+
+def hedged(setting: Setting, background: Background) -> Hedged:
+    """Over what may be in charge live: simplest first; learned when there is something to learn
+    from.
+    """
+    names = ["decayed", "lru", "lfru", "river", *(["learned"] if background.train else [])]
+    members = {name: cast(RankedCache, POLICIES[name](setting, background)) for name in names}
+    return Hedged(members, slots_of(setting))
+
+
+POLICIES: dict[str, Maker] = {
+    "lru": lambda setting, _: ranked(setting, Lru(setting.trace.shape)),
+    "lfu": lambda setting, _: ranked(setting, Lfu(setting.trace.shape)),
+    "lfru": lambda setting, _: ranked(setting, Lfru(setting.trace.shape)),
+    "decayed": lambda setting, _: ranked(setting, Decayed(setting.trace.shape)),
+    "arc": lambda setting, _: queued(setting, lambda slots, _: Arc(slots)),
+    "s3fifo": lambda setting, _: queued(setting, lambda slots, _: S3Fifo(slots)),
+    "lecar": lambda setting, _: queued(setting, LeCar),
+    "flashmoe": lambda setting, background: ranked(
+        setting, FlashMoe(setting.trace.shape, background.learned(learn_flashmoe))
+    ),
+    "river": lambda setting, _: ranked(setting, river(setting), advised=True),
+    "learned": lambda setting, background: ranked(
+        setting, learned(setting, background), advised=True
+    ),
+    "hedged": hedged,
+    "min": lambda setting, _: ranked(
+        setting, Belady(setting.trace.topk_ids, setting.trace.num_experts)
+    ),
+}

@@ -1,0 +1,91 @@
+"""Which policy every node is advised to follow: the one configured, or the one that the shadows of
+the node's own stream put in charge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proto import errors
+from proto.redis_schema import ADVISED_POLICIES, AUTO, FALLBACK_POLICY, DecodeAccess, PrefillAccess
+from scheduler.shadow.shadows import Budget, Report, Shadows
+from scheduler.simulate.ranking import RankingPolicy
+
+MakeMembers = Callable[[str], Mapping[str, RankingPolicy]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to tell a node. scores: [L, E], or None when it needs none for that policy."""
+
+    policy: str
+    scores: NDArray[np.float32] | None
+
+
+class Advisor:
+    """Keeps shadows for every node.
+
+    names:   of the policies that may be in charge, simplest first
+    members: makes them for the node so named
+    policy:  who is in charge of every node; AUTO, the shadows decide
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        members: MakeMembers,
+        half_life_steps: float,
+        policy: str = AUTO,
+    ) -> None:
+        """Raises ConfigInvalid when the policy is one that scores, and nothing was learned for
+        it.
+        """
+        if policy in ADVISED_POLICIES and policy not in names:
+            raise errors.ConfigInvalid(
+                f"policy = {policy!r}, but nothing was calibrated for this model: run "
+                "`flashmoe calibrate` on the store, or choose another policy"
+            )
+        self._members = members
+        self._half_life_steps = half_life_steps
+        self._pinned = None if policy == AUTO else policy
+        self._nodes: dict[str, Shadows] = {}
+        self.restarts = 0
+
+    def check(self, event: DecodeAccess | PrefillAccess) -> None:
+        """Raises MessageInvalid for a budget that cannot hold the experts of a token."""
+        if isinstance(event, DecodeAccess):
+            Budget.of(event)
+
+    def observe(self, event: DecodeAccess) -> None:
+        """One more step of a node; under another budget than before, its shadows begin anew."""
+        budget = Budget.of(event)
+        shadows = self._nodes.get(event.node)
+        if shadows is None or shadows.budget != budget:
+            self.restarts += shadows is not None
+            shadows = self._nodes[event.node] = self._begin(event.node, budget)
+        shadows.step(event)
+
+    def keep(self, nodes: Collection[str]) -> None:
+        """Forget all others."""
+        for gone in self._nodes.keys() - nodes:
+            del self._nodes[gone]
+
+    def advise(self, node: str) -> Verdict:
+        """Before any evidence of a step, the node's own fallback."""
+        shadows = self._nodes.get(node)
+        if shadows is None:
+            return Verdict(FALLBACK_POLICY, None)
+        return Verdict(shadows.in_charge, shadows.scores())
+
+    def reports(self) -> tuple[Report, ...]:
+        """Of every node that told of a step."""
+        return tuple(shadows.report(node) for node, shadows in self._nodes.items())
+
+    def _begin(self, node: str, budget: Budget) -> Shadows:
+        members = self._members(node)
+        advised = frozenset(ADVISED_POLICIES)
+        return Shadows(budget, members, advised, self._half_life_steps, self._pinned)
