@@ -19,8 +19,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-from deploy import console
-from deploy.imports import importing
+from deploy.terminal import console
+from deploy.terminal.imports import importing
 from proto import errors
 
 
@@ -44,51 +44,59 @@ class Verb:
 
 VERBS = {
     "index": Verb(
-        "deploy.offline",
+        "deploy.verbs.offline",
         "index",
         "Write a manifest over a checkpoint in place: no copy of its weights.",
     ),
     "pack": Verb(
-        "deploy.offline", "pack", "Copy a checkpoint into aligned records that read fastest."
+        "deploy.verbs.offline", "pack", "Copy a checkpoint into aligned records that read fastest."
     ),
     "verify": Verb(
-        "deploy.offline", "verify", "Read and check every expert and dense weight of a store."
+        "deploy.verbs.offline", "verify", "Read and check every expert and dense weight of a store."
     ),
     "plan": Verb(
-        "deploy.offline",
+        "deploy.verbs.offline",
         "plan",
         "Tell whether a model fits a memory ceiling, and how fast it should decode.",
     ),
-    "serve": Verb("deploy.serve", "serve", "Run all daemons on this box until interrupted."),
+    "serve": Verb("deploy.verbs.serve", "serve", "Run all daemons on this box until interrupted."),
     "run": Verb(
-        "deploy.serve", "run", "Start a stack of its own, generate once, print a summary, stop."
+        "deploy.verbs.serve",
+        "run",
+        "Start a stack of its own, generate once, print a summary, stop.",
     ),
-    "generate": Verb("deploy.online", "generate", "Stream text from a running stack."),
-    "status": Verb("deploy.online", "status", "Tell how every daemon of a running stack is."),
+    "generate": Verb("deploy.verbs.online", "generate", "Stream text from a running stack."),
+    "status": Verb("deploy.verbs.online", "status", "Tell how every daemon of a running stack is."),
     "record": Verb(
-        "deploy.record", "record", "Write which experts every decode step chose, as a trace."
+        "deploy.verbs.record", "record", "Write which experts every decode step chose, as a trace."
     ),
     "replay": Verb(
-        "deploy.replay", "replay", "Tell what each eviction policy would have missed on a trace."
+        "deploy.verbs.replay",
+        "replay",
+        "Tell what each eviction policy would have missed on a trace.",
     ),
     "calibrate": Verb(
-        "deploy.calibrate", "calibrate", "Learn ahead which experts a model uses after which."
+        "deploy.verbs.calibrate", "calibrate", "Learn ahead which experts a model uses after which."
     ),
     "eval": Verb(
-        "deploy.evaluate", "evaluate", "Measure the perplexity of a store's model on held-out text."
+        "deploy.verbs.evaluate",
+        "evaluate",
+        "Measure the perplexity of a store's model on held-out text.",
     ),
     "container-config": Verb(
-        "deploy.container",
+        "deploy.verbs.container",
         "container_config",
         "Write what deploy/docker-compose.yml reads to serve a store.",
     ),
     "container-wait": Verb(
-        "deploy.container_wait",
+        "deploy.verbs.container_wait",
         "container_wait",
         "Wait until the containers serve, and print how to reach them.",
     ),
-    "doctor": Verb("deploy.doctor", "doctor", "Check what on this machine stands in the way."),
-    "health": Verb("deploy.online", "health", "Ask one daemon whether it serves."),
+    "doctor": Verb(
+        "deploy.verbs.doctor", "doctor", "Check what on this machine stands in the way."
+    ),
+    "health": Verb("deploy.verbs.online", "health", "Ask one daemon whether it serves."),
 }
 
 

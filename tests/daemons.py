@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import tomli_w
 
-from deploy.status import check_health
+from deploy.report.status import check_health
 from proto import expert_store_pb2 as pb
 from proto import rpc
 from proto.expert_store_pb2_grpc import ExpertStoreStub

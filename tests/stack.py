@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from compute_node.client.node_client import NodeClient
-from deploy.run_dir import RunDir
+from deploy.stack.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "deploy/models/tiny-moe"

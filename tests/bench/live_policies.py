@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import cast
 
 from compute_node.client.result import Result
-from deploy.prompts import Prompt
-from deploy.recorder import Drawing, Recorder, to_trace
+from deploy.lab.recorder import Drawing, Recorder, to_trace
+from deploy.terminal.prompts import Prompt
 from proto.redis_schema import POOL
 from scheduler.config import FORECASTER_NAME
 from scheduler.lab.policies import POLICIES, Background

@@ -12,9 +12,9 @@ import random
 import tempfile
 from pathlib import Path
 
-from deploy.prompts import Prompt
-from deploy.record import publishing, record_trace
-from deploy.recorder import Drawing
+from deploy.lab.recorder import Drawing
+from deploy.terminal.prompts import Prompt
+from deploy.verbs.record import publishing, record_trace
 
 PROMPTS = Path(__file__).parent / "prompts"
 PASSAGES = 6

@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from compute_node.client.node_client import NodeClient
-from deploy.run_dir import RunDir
+from deploy.stack.run_dir import RunDir
 from proto import errors
 from tests.stack import MODEL, ROOT, flashmoe, wait_for
 
@@ -175,7 +175,7 @@ def test_it_is_healthy_and_answers_from_the_host(image: str, run_dir: Path) -> N
 
 
 def test_limits_are_kept_under_load(shared: Containers) -> None:
-    """Red for a `--memory` that the limits exceed, and for a room in deploy/container.py that makes
+    """Red for a `--memory` that the limits exceed, and for a room in deploy/verbs/container.py that makes
     the kernel kill a container.
     """
     shared.tokens(256)

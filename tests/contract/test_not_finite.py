@@ -19,7 +19,7 @@ from compute_node.client.sampling_options import SamplingOptions
 from compute_node.engine.engine import Engine
 from compute_node.engine.request import Request
 from compute_node.engine.scoring import ScoredText, score
-from deploy import console
+from deploy.terminal import console
 from expert_store.offline.index import index
 from proto import errors
 from tests.checkpoints import make

@@ -64,10 +64,10 @@ def test_asking_a_stack_imports_no_launcher(verb: str, tmp_path: Path) -> None:
     """Seen red: half of the time of `status` were imports of planner, launcher and scheduler."""
     arguments = [verb, *(["hi"] if verb == "generate" else []), "--run-dir", str(tmp_path)]
     loaded = loaded_by(*arguments)
-    assert "grpc" in loaded and "deploy.absence" in loaded
+    assert "grpc" in loaded and "deploy.report.absence" in loaded
     assert not loaded & {
-        "deploy.local",
-        "deploy.budget",
+        "deploy.stack.local",
+        "deploy.plan.budget",
         "psutil",
         "expert_store.manifest.manifest",
     }

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from deploy.run_dir import RunDir
+from deploy.stack.run_dir import RunDir
 from tests.stack import FLASHMOE, ROOT, served, stop_hard, wait_for
 
 pytestmark = pytest.mark.system

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.run_dir import RunDir
+from deploy.stack.run_dir import RunDir
 from tests.stack import FLASHMOE, ROOT, assert_nothing_left, served, wait_for
 
 pytestmark = pytest.mark.system

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deploy import leftovers
+from deploy.stack import leftovers
 from tests.contract.test_exactness import align
 from tests.stack import MODEL, assert_nothing_left, flashmoe, served, wait_for
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from compute_node.client.node_client import NodeClient
-from deploy.run_dir import RunDir
+from deploy.stack.run_dir import RunDir
 from tests.bench.peers.engine import (
     STOP_S,
     THREADS,

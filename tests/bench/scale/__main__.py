@@ -24,9 +24,9 @@ import psutil
 import torch
 
 from compute_node.native import binding
-from deploy.budget import MemoryPlan, check_shared_memory, plan_memory
-from deploy.calibrate import check_trace
+from deploy.plan.budget import MemoryPlan, check_shared_memory, plan_memory
 from deploy.settings import ServeSettings, parse_bytes
+from deploy.verbs.calibrate import check_trace
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest
 from proto import errors
 from scheduler.learn.forecaster import Forecaster

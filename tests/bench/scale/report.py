@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from compute_node.engine.usage import Usage
-from deploy.budget import MemoryPlan
+from deploy.plan.budget import MemoryPlan
 from expert_store.manifest.manifest import Manifest
 from tests.bench.scale.node import Run
 from tests.bench.scale.segments import Segment

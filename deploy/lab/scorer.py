@@ -1,0 +1,107 @@
+"""Scores texts one after another: how likely each token was to the model."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from compute_node.client.node_client import NodeClient, ScoredToken, Scoring
+from deploy.terminal.prompts import Prompt
+from proto import errors
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of all texts together. scored: every token that was scored, in order."""
+
+    scored: tuple[ScoredToken, ...]
+    wall_s: float
+
+    @property
+    def nats_per_token(self) -> float:
+        return -statistics.fmean(token.log_prob for token in self.scored)
+
+    @property
+    def bits_per_token(self) -> float:
+        return self.nats_per_token / math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats_per_token)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return len(self.scored) / self.wall_s
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Perplexity as a share of another's on the same tokens. low, high: two standard errors."""
+
+    ratio: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, score: Score, other: Score) -> Comparison:
+        """Raises InvalidRequest when the two cut the texts into different tokens."""
+        pairs = list(zip(score.scored, other.scored, strict=False))
+        same_ids = all(a.token_id == b.token_id for a, b in pairs)
+        if len(score.scored) != len(other.scored) or not same_ids:
+            raise errors.InvalidRequest(
+                "the two stores cut the text into different tokens, so their perplexities do not "
+                "compare: give stores of one checkpoint"
+            )
+        nats = [b.log_prob - a.log_prob for a, b in pairs]
+        mean, spread = statistics.fmean(nats), statistics.pstdev(nats)
+        error = 2 * spread / math.sqrt(len(nats))
+        return cls(math.exp(mean), math.exp(mean - error), math.exp(mean + error))
+
+
+@dataclass
+class Scorer:
+    """Uses one thread; `cancel` may be called from another.
+
+    max_tokens: of each text; 0: all
+    report:     hears of each scored token of the text at hand, by its number
+    """
+
+    node: NodeClient
+    max_tokens: int
+    context_tokens: int
+    report: Callable[[int], None] = lambda num_tokens: None
+    _current: Scoring | None = None
+    _cancelled: bool = False
+
+    def run(self, texts: Sequence[Prompt], done: Callable[[int, Prompt], None]) -> Score:
+        """`done` hears of each text with its number.
+
+        Raises Cancelled after `cancel`, and what the node ends a text with.
+        """
+        scored: list[ScoredToken] = []
+        start_s = time.perf_counter()
+        for number, text in enumerate(texts):
+            scored += self._score(text)
+            done(number, text)
+        return Score(tuple(scored), time.perf_counter() - start_s)
+
+    def cancel(self) -> None:
+        """End the text at hand and begin no other."""
+        self._cancelled = True
+        if self._current is not None:
+            self._current.cancel()
+
+    def _score(self, text: Prompt) -> list[ScoredToken]:
+        self._current = self.node.score(
+            text.text, max_tokens=self.max_tokens, context_tokens=self.context_tokens
+        )
+        if self._cancelled:  # between two texts, when there was none to cancel
+            self._current.cancel()
+        scored = []
+        for token in self._current:
+            scored.append(token)
+            self.report(len(scored))
+        return scored

@@ -1,0 +1,254 @@
+"""Splits the memory ceiling into parts at start: what is left for expert slots, and whether it
+is enough.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import psutil
+
+from deploy.plan import cgroup
+from deploy.settings import parse_experts_memory
+from expert_store.manifest.manifest import Manifest
+from proto import errors
+from proto.expert import DTYPE_BYTES, ModelSpec
+from proto.shm import SegmentLayout
+from proto.weight_format import EXACT
+
+MIB = 1024 * 1024
+
+# PSS of each process beside weights and buffers, measured on an idle stack with room for what
+# they grow by under load (tests/bench/LOG.md has the figures).
+OVERHEAD_BYTES = {
+    "compute_node": 370 * MIB,
+    "expert_store": 48 * MIB,
+    "scheduler": 90 * MIB,
+    "launcher": 56 * MIB,
+    "valkey": 32 * MIB,
+}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """parts: bytes by part, summing to total_bytes. slots: experts that can be resident.
+
+    spare_slots: beside them, for reads under way
+    smallest_bytes: the ceiling below which the model cannot be served
+    warnings: what to know of it, a sentence each
+    """
+
+    ceiling_bytes: int
+    parts: dict[str, int]
+    slots: int
+    slot_bytes: int
+    num_experts: int
+    spare_slots: int
+    smallest_bytes: int
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+def plan_memory(
+    manifest: Manifest,
+    memory_bytes: int | None,
+    experts_memory: str | None,
+    *,
+    context_tokens: int,
+    chunk_tokens: int,
+    spare_slots: int,
+    embedded_valkey: bool = True,
+    forecaster_bytes: int = 0,
+) -> MemoryPlan:
+    """Where the memory goes.
+
+    forecaster_bytes: what a calibration adds to the scheduler, see `forecaster_room`
+    memory_bytes: the ceiling; None: what experts_memory needs
+    Raises MemoryExceeded, naming what would be enough, when the ceiling cannot be kept;
+    ConfigInvalid.
+    """
+    spec, slot_bytes = manifest.spec, manifest.slot_bytes
+    parts = _fixed_parts(manifest, context_tokens, chunk_tokens, spare_slots, embedded_valkey)
+    parts["scheduler"] += forecaster_bytes
+    fixed = sum(parts.values())
+    smallest = spec.top_k * len(spec.moe_layers)
+    if experts_memory is not None:
+        slots = parse_experts_memory(experts_memory, spec.num_experts_total, slot_bytes)
+    elif memory_bytes is not None:
+        slots = (memory_bytes - fixed) // slot_bytes
+    else:
+        raise errors.ConfigInvalid("give --memory (for example 2GiB) or --experts-memory")
+    slots = min(slots, spec.num_experts_total)
+    smallest_bytes = fixed + smallest * slot_bytes
+    _check_slots(slots, smallest, smallest_bytes, memory_bytes, experts_memory)
+    parts["experts"] = slots * slot_bytes
+    plan = MemoryPlan(
+        memory_bytes or fixed + parts["experts"],
+        parts,
+        slots,
+        slot_bytes,
+        spec.num_experts_total,
+        spare_slots,
+        smallest_bytes,
+        tuple(_beyond_training(context_tokens, manifest.sizing.max_position_embeddings)),
+    )
+    if plan.total_bytes > plan.ceiling_bytes:
+        raise errors.MemoryExceeded(
+            f"{slots} expert slots need {_mib(plan.total_bytes)} in all, --memory is "
+            f"{_mib(plan.ceiling_bytes)}: give fewer experts memory or a higher ceiling"
+        )
+    _check_machine(plan.ceiling_bytes)
+    return plan
+
+
+def _beyond_training(context_tokens: int, trained_tokens: int) -> Iterator[str]:
+    if 0 < trained_tokens < context_tokens:
+        yield (
+            f"max_context_tokens is {context_tokens:,}, the model was trained for "
+            f"{trained_tokens:,}: what goes beyond may be nonsense"
+        )
+
+
+def _check_machine(ceiling_bytes: int) -> None:
+    """Raises MemoryExceeded when this machine or cgroup does not have so much."""
+    total = psutil.virtual_memory().total
+    if ceiling_bytes > total:
+        raise errors.MemoryExceeded(
+            f"--memory {_mib(ceiling_bytes)} is more than this machine's {_mib(total)}: lower it"
+        )
+    limit = cgroup.limit_bytes()
+    if limit is not None and ceiling_bytes > limit:
+        raise errors.MemoryExceeded(
+            f"--memory {_mib(ceiling_bytes)} is above this cgroup's limit of {_mib(limit)}: "
+            "lower it, or raise the limit"
+        )
+
+
+def check_room(plan: MemoryPlan) -> None:
+    """Raises MemoryExceeded when the plan needs more memory than is available now: the kernel would
+    take it from other processes, with SIGKILL.
+    """
+    if problem := shortage(plan):
+        raise errors.MemoryExceeded(problem)
+    check_shared_memory(plan)
+
+
+def shortage(plan: MemoryPlan) -> str:
+    """Why the plan does not fit beside what runs here now, and what would; empty when it fits."""
+    launcher_bytes = plan.parts["launcher"]  # this process: it has its memory already
+    fitting_bytes = cgroup.available_bytes() + launcher_bytes
+    if plan.total_bytes <= fitting_bytes:
+        return ""
+    fact = (
+        f"the stack takes {_mib(plan.total_bytes)}, and only {fitting_bytes // MIB:,} MiB are "
+        "available now beside what other processes hold"
+    )
+    if fitting_bytes < plan.smallest_bytes:
+        return f"{fact}: end some, the smallest --memory that works is {_mib(plan.smallest_bytes)}"
+    return (
+        f"{fact}: end some, or give --memory {fitting_bytes // MIB}MiB and no more "
+        "--experts-memory than fits it"
+    )
+
+
+def check_shared_memory(plan: MemoryPlan) -> None:
+    """Raises MemoryExceeded when /dev/shm has no room for the segment."""
+    needed = plan.parts["experts"] + plan.parts["spare_slots"]
+    free = shutil.disk_usage("/dev/shm").free
+    if needed > free:
+        raise errors.MemoryExceeded(
+            f"expert slots need {_mib(needed)} of /dev/shm, which has {_mib(free)} free: mount it "
+            "larger (mount -o remount,size=...), or give fewer experts memory"
+        )
+
+
+def forecaster_room(path: Path | None) -> int:
+    """Bytes for what was calibrated, if anything: its weights, and its steps made searchable."""
+    return 3 * path.stat().st_size if path else 0
+
+
+def _fixed_parts(
+    manifest: Manifest,
+    context_tokens: int,
+    chunk_tokens: int,
+    spare_slots: int,
+    embedded_valkey: bool,
+) -> dict[str, int]:
+    """Everything but the experts' slots."""
+    spec, sizing = manifest.spec, manifest.sizing
+    tensors = [tensor for layout in spec.layouts.values() for tensor in layout]
+    widest = spec.weight_format.codes_per_byte * max(
+        tensor.shape[-1] if len(tensor.shape) > 1 else 0 for tensor in tensors
+    )
+    itemsize = 4
+    inner_itemsize = _own_itemsize(spec)
+    overheads = dict(OVERHEAD_BYTES)
+    if not embedded_valkey:
+        del overheads["valkey"]
+    return {
+        "dense_weights": sizing.dense_bytes,
+        "kv_cache": sizing.cache_bytes_fixed + sizing.cache_bytes_per_token * context_tokens,
+        # [T, K, D] outputs, a dozen [T, D] activations, one expert's inner activations, logits,
+        # and where attention is eager its scores, their softmax and a copy
+        "prefill_buffers": itemsize * chunk_tokens * sizing.hidden_size * (spec.top_k + 12)
+        + inner_itemsize * chunk_tokens * widest * 6
+        + itemsize * 4 * sizing.vocab_size
+        + itemsize * 3 * sizing.eager_attention_heads * chunk_tokens * context_tokens
+        + _dequantised_bytes(spec),
+        "spare_slots": spare_slots * manifest.slot_bytes
+        + SegmentLayout(spec.num_experts_total, manifest.slot_bytes).header_bytes,
+        **overheads,
+    }
+
+
+def _own_itemsize(spec: ModelSpec) -> int:
+    """Of the model's own dtype, which low-bit records keep their scales in."""
+    if spec.weight_format.name == "bf16" and spec.weight_format.lossy:
+        return 4
+    if spec.weight_format.name == "lossless":
+        return 2
+    tensors = [tensor for layout in spec.layouts.values() for tensor in layout]
+    return max(2, *(DTYPE_BYTES[tensor.dtype] for tensor in tensors))
+
+
+def _dequantised_bytes(spec: ModelSpec) -> int:
+    """One matrix as the model's own dtype has it, and its codes one by one, while many tokens are
+    multiplied with it.
+    """
+    if spec.weight_format == EXACT:
+        return 0
+    tensors = [tensor for layout in spec.layouts.values() for tensor in layout]
+    weights = max(prod(t.shape) for t in tensors) * spec.weight_format.codes_per_byte
+    return weights * (_own_itemsize(spec) + 1)
+
+
+def _check_slots(
+    slots: int,
+    smallest: int,
+    enough_bytes: int,
+    memory_bytes: int | None,
+    experts_memory: str | None,
+) -> None:
+    if slots >= smallest:
+        return
+    if experts_memory is not None:
+        raise errors.MemoryExceeded(
+            f"--experts-memory {experts_memory} is {max(0, slots)} slots, one token needs "
+            f"{smallest}: "
+            f"give at least {smallest}"
+        )
+    raise errors.MemoryExceeded(
+        f"--memory {_mib(memory_bytes or 0)} does not fit this model: the smallest that works is "
+        f"{_mib(enough_bytes)}"
+    )
+
+
+def _mib(count: int) -> str:
+    return f"{-(-count // MIB):,} MiB"

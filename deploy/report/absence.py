@@ -1,0 +1,66 @@
+"""Why a daemon does not answer: never started, starting, stopping, killed, hanging."""
+
+from __future__ import annotations
+
+import socket
+from enum import Enum
+
+from deploy.stack.run_dir import RunDir, RunState
+
+
+class Absence(Enum):
+    """As far as the run directory tells. The value is what `status` says."""
+
+    NO_STACK = "no stack runs here: `flashmoe serve` starts one"
+    KILLED = "it was killed, or its container is down: start the stack again"
+    STARTING = "the stack is starting"
+    STOPPING = "the stack is stopping"
+    DIED = "it died and is being started again: its log may tell why"
+    FORBIDDEN = "its socket belongs to another user"
+    SILENT = "it takes connections and does not answer"
+
+
+_WITHOUT_SOCKET = {
+    RunState.ABSENT: Absence.NO_STACK,
+    RunState.STARTING: Absence.STARTING,
+    RunState.SERVING: Absence.DIED,
+    RunState.STOPPING: Absence.STOPPING,
+}
+
+
+def find_absence(run: RunDir, name: str) -> Absence:
+    """Of a daemon that did not answer. Opens a connection and says nothing on it."""
+    try:
+        state = run.state()
+    except OSError:  # no folder that a stack could live in
+        return Absence.NO_STACK
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(run.socket(name)))
+        except FileNotFoundError:
+            return _WITHOUT_SOCKET[state]
+        except ConnectionRefusedError:
+            return Absence.KILLED if state is RunState.ABSENT else _WITHOUT_SOCKET[state]
+        except PermissionError:
+            return Absence.FORBIDDEN
+        except OSError:  # a path too long for a socket, a folder in its place
+            return Absence.NO_STACK
+    return Absence.SILENT
+
+
+def explain_absence(run: RunDir, absence: Absence) -> str:
+    """A sentence for who wants an answer of the stack, with what to do."""
+    return {
+        Absence.NO_STACK: f"no stack runs in {run.path}: start one with `flashmoe serve`, or name "
+        "it with --run-dir",
+        Absence.KILLED: f"the stack in {run.path} was killed, or its containers are down: start it "
+        "again (`flashmoe serve`)",
+        Absence.STARTING: f"the stack in {run.path} is starting: try again once `flashmoe serve` "
+        "says that it is ready",
+        Absence.STOPPING: f"the stack in {run.path} is stopping: start it again once it has "
+        "stopped",
+        Absence.DIED: f"the node in {run.path} died and is started again in a moment: try again; "
+        f"{run.log('compute_node')} may tell why",
+        Absence.FORBIDDEN: f"the stack in {run.path} belongs to another user: run as that user",
+        Absence.SILENT: f"the node in {run.path} does not answer: see `flashmoe status`",
+    }[absence]

@@ -1,0 +1,180 @@
+"""What a person reads of a stack's state: the facts of `deploy/report/status.py` in words and units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from deploy.terminal import console
+
+_HEALTH = {"SERVING": "serving", "NOT_SERVING": "not serving: it is starting or stopping"}
+Facts = Mapping[str, Any]
+_OLD_S = 5.0  # of a memory report, which is written twice a second
+
+
+def status_rows(
+    found: Mapping[str, Facts], absences: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
+    """A table a daemon: title -> rows.
+
+    absences: why each daemon that is away does not answer
+    """
+    pages: dict[str, dict[str, str]] = {}
+    for name, show in _DAEMONS.items():
+        facts = found[name]
+        rows = {"health": _health(facts, absences.get(name, ""))}
+        if facts.keys() - {"health", "metrics"}:
+            rows |= show(facts)
+        if "metrics" in facts:
+            rows["metrics"] = facts["metrics"]
+        pages[name.replace("_", " ")] = rows
+    if "memory" in found:
+        pages["memory"] = _memory_rows(found["memory"])
+    for node, shadows in found["scheduler"].get("nodes", {}).items():
+        pages[f"policies of {node}"] = shadow_rows(shadows)
+    return pages
+
+
+def _health(facts: Facts, absence: str) -> str:
+    health: str = facts["health"]
+    return f"away: {absence}" if health == "away" else _HEALTH.get(health, health)
+
+
+def _store_rows(facts: Facts) -> dict[str, str]:
+    rate = facts["device_bytes_per_s"]
+    damaged = facts["quarantined"]
+    sessions = count(facts["sessions"], "node")
+    if facts["orphaned_sessions"]:
+        sessions += f", {facts['orphaned_sessions']:,} more whose connection broke"
+    return {
+        "read": f"{console.size(facts['bytes_read'])}"
+        + (f" at {console.size(rate)}/s" if rate else "")
+        + f"; {count(facts['demand_reads'], 'expert')} on demand, "
+        f"{facts['prefetch_reads']:,} ahead",
+        "read ahead": f"{facts['prefetches_used']:,} used, {facts['prefetches_withdrawn']:,} "
+        f"withdrawn, {console.size(facts['prefetch_bytes_wasted'])} read for nothing",
+        "from memory": f"{count(facts['shared_hits'], 'expert')} lent without a read",
+        "slots": f"{facts['slots_leased']:,} lent, {facts['slots_filling']:,} being filled, "
+        f"{facts['slots_reclaimable']:,} kept and not lent, {facts['slots_free']:,} free",
+        "lends to": sessions,
+        "damaged": f"{', '.join(damaged)}: `flashmoe verify` names the files"
+        if damaged
+        else "nothing found",
+    }
+
+
+def _node_rows(facts: Facts) -> dict[str, str]:
+    reopened = facts["store_reconnects"]
+    return {
+        "weights": facts["weights"],
+        "hit ratio": "nothing was computed yet"
+        if facts["hit_ratio"] is None
+        else f"{facts['hit_ratio']:.1%} of the experts used were in memory",
+        "experts": f"{facts['resident']:,} in memory, room for {facts['slots']:,}",
+        "requests": f"{facts['requests']:,} since the start, {facts['queued']:,} waiting",
+        "gives up by": f"policy {facts['policy']}",
+        "learning": facts["learning"],
+        "advice": _advice(facts),
+        "evidence": f"{count(facts['evidence_sent'], 'step')} told to the scheduler, "
+        f"{facts['evidence_dropped']:,} dropped",
+        "guesses": _guesses(facts),
+        "store": "never lost" if not reopened else f"lost and opened again {times(reopened)}",
+    }
+
+
+def _advice(facts: Facts) -> str:
+    age_s = facts["advice_age_s"]
+    decided = (
+        f"it decided {facts['advice_used']:,} evictions, the node alone "
+        f"{facts['advice_fallbacks']:,}"
+    )
+    return f"none came yet; {decided}" if age_s is None else f"{age_s:.1f} s old; {decided}"
+
+
+def _guesses(facts: Facts) -> str:
+    """How well the next layers' routers, asked early, name the experts that will be missed."""
+    depth, recall = facts["prefetch_depth"], facts["prefetch_recall"]
+    if not depth:
+        return "none are sent: they do not pay now"
+    right = [f"{precision:.0%}" for precision in facts["prefetch_precision"][:depth]]
+    text = f"{', '.join(right)} right, by layers ahead" if right else f"up to {depth} layers ahead"
+    return text if recall is None else f"{text}; {recall:.0%} of what was missing was guessed"
+
+
+def _scheduler_rows(facts: Facts) -> dict[str, str]:
+    age_s = facts["advice_age_s"]
+    published = f"{facts['advice_published']:,} published"
+    lost = {
+        "refused": facts["events_rejected"],
+        "lost": facts["events_lost"],
+        "missed": facts["steps_missed"],
+    }
+    return {
+        "Redis": "connected" if facts["redis_connected"] else "not reached: nothing is learned",
+        "learning": facts["learning"],
+        "evidence": f"{count(facts['events_seen'], 'step')} seen"
+        + "".join(f", {number:,} {what}" for what, number in lost.items() if number),
+        "advice": published if age_s is None else f"{published}, the latest {age_s:.1f} s ago",
+        "learned": _learned(facts),
+        "takes": f"{facts['step_ms']:.1f} ms a step, {facts['cpu_share']:.1%} of a core",
+    }
+
+
+def _learned(facts: Facts) -> str:
+    if not facts["labels_learned"]:
+        return "nothing yet"
+    return (
+        f"from {facts['labels_learned']:,} outcomes; loss {facts['log_loss']:.3f}, "
+        f"always guessing the mean {facts['baseline_log_loss']:.3f}"
+    )
+
+
+def _memory_rows(facts: Facts) -> dict[str, str]:
+    now = f"{console.size(facts['current_bytes'])} of {console.size(facts['ceiling_bytes'])}"
+    if facts["age_s"] > _OLD_S:
+        now += f", {facts['age_s']:,.0f} s ago: the launcher could not write it since"
+    return {
+        "now": now,
+        "at most": console.size(facts["peak_bytes"]),
+    }
+
+
+def shadow_rows(shadows: Facts) -> dict[str, str]:
+    """Who is in charge and why, then a line a policy, the best of the last steps first."""
+    scope = "in one pool" if shadows["scope"] == "pool" else "divided by layer"
+    rows = {
+        "in charge": f"{shadows['in_charge']}: {shadows['why']}, "
+        f"{times(shadows['switches'])} changed",
+        "budget": f"{shadows['slots']:,} slots {scope}, {count(shadows['steps'], 'step')} followed",
+    }
+    scores = shadows["policies"]
+    for name in sorted(scores, key=lambda name: -scores[name]["windowed_hit_ratio"]):
+        rows[_POLICIES.get(name, name)] = _score(name, scores[name])
+    return rows
+
+
+_POLICIES = {"actual": "this node", "min": "min, the optimum"}
+
+
+def _score(name: str, score: Facts) -> str:
+    short = 100 * score["windowed_regret"]
+    hits = f"{score['windowed_hit_ratio']:.2%} hits lately, {score['hit_ratio']:.2%} in all"
+    if name == "min" or short < 0.005:  # a node that was followed later may seem to be above it
+        return hits
+    return f"{hits}; {short:.2f} points short of the optimum"
+
+
+def count(number: int, what: str) -> str:
+    """`1 step`, `1,234 steps`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def times(number: int) -> str:
+    return {0: "never", 1: "once"}.get(number, f"{number:,} times")
+
+
+_DAEMONS: dict[str, Callable[[Facts], dict[str, str]]] = {
+    "expert_store": _store_rows,
+    "compute_node": _node_rows,
+    "scheduler": _scheduler_rows,
+}

@@ -1,0 +1,132 @@
+"""The verb that trains the `learned` policy's forecaster for one store, on this box."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compute_node.kernels import processors
+from deploy.lab.recorder import Drawing
+from deploy.terminal import console
+from deploy.terminal.prompts import Prompt, read_prompts
+from deploy.verbs import online
+from deploy.verbs.offline import STORE, load_store
+from deploy.verbs.record import publishing, record_trace
+from expert_store.manifest.manifest import Manifest
+from proto import errors
+from scheduler.config import FORECASTER_NAME
+from scheduler.simulate.trace import AccessTrace, TraceInvalid
+
+PASSAGE_CHARACTERS = 600
+
+TEXT = typer.Option(help="Text to generate from: files or folders; repeat for more.")
+TRACE = typer.Option(help="Trace of this model, made by `flashmoe record`.")
+GENERATIONS = typer.Option(min=4, help="At most so many, from passages of the texts.")
+OUT = typer.Option(metavar="FILE", help="What to write. (default: beside the manifest)")
+UPDATES = typer.Option(min=1, help="It stops by itself when nothing is gained; at the latest here.")
+TOKENS = typer.Option(min=8, max=online.COUNT_MAX, help="New tokens of each generation.")
+PROMPT_TOKENS = 64
+REMEDY = "give --out FILE, and start with `flashmoe serve --forecaster FILE`"
+
+
+def calibrate(
+    store: Annotated[Path, STORE],
+    text: Annotated[list[Path] | None, TEXT] = None,
+    trace: Annotated[Path | None, TRACE] = None,
+    generations: Annotated[int, GENERATIONS] = 80,
+    max_tokens: Annotated[int, TOKENS] = 200,
+    temperature: Annotated[float, online.TEMPERATURE] = 0.8,
+    seed: Annotated[int, online.SEED] = 0,
+    max_updates: Annotated[int, UPDATES] = 1200,
+    out: Annotated[Path | None, OUT] = None,
+    memory: Annotated[str | None, online.MEMORY] = None,
+    experts_memory: Annotated[str | None, online.EXPERTS_MEMORY] = None,
+    run_dir: Annotated[Path | None, online.RUN_DIR] = None,
+    config: Annotated[Path | None, online.CONFIG] = None,
+) -> None:
+    """Learn ahead which experts this model uses after which, for better advice from the first
+    token on; a few minutes. Text should be like what the model will be used for.
+
+    Generates from passages of the text with a running stack, or with one of its own when --memory
+    is given; writes forecaster.safetensors beside the manifest, where `flashmoe serve` finds it, or
+    the file named with --out, for `flashmoe serve --forecaster`.
+
+    Example: flashmoe calibrate ~/stores/olmoe --text ~/notes --memory 4GiB
+    """
+    import torch
+
+    from scheduler.lab.calibration import CalibrationSettings  # imports torch
+    from scheduler.lab.calibration import calibrate as train
+
+    manifest = load_store(store)
+    if (trace is None) == (not text):
+        raise errors.InvalidRequest("give either --text FILES or --trace TRACE")
+    with publishing(out or store / FORECASTER_NAME, REMEDY) as partial:
+        if trace is not None:
+            known = AccessTrace.load(trace)
+        else:
+            drawing = Drawing(max_tokens, temperature, 1.0, seed, True, PROMPT_TOKENS)
+            prompts = passages(read_prompts(text or []), generations, seed)
+            flags = {"model": store if memory else None, "memory": memory}
+            known = record_trace(
+                "calibration",
+                prompts,
+                drawing,
+                config=config,
+                run_dir=run_dir,
+                flags=flags | {"experts_memory": experts_memory},
+            )
+        check_trace(known, manifest)
+        torch.set_num_threads(processors.usable())
+        settings = CalibrationSettings(lag_steps=1, max_updates=max_updates, seed=seed)
+        train(known, settings, say, manifest.spec.fingerprint).save(partial)
+    user = f"flashmoe serve --forecaster {out}" if out else "flashmoe serve"
+    console.out.print(
+        f"{out or store / FORECASTER_NAME}: trained on {known.num_steps} steps of "
+        f"{known.num_generations} generations; the next `{user}` uses it",
+    )
+
+
+def say(line: str) -> None:
+    """Progress, on stderr."""
+    console.err.print(line)
+
+
+def passages(texts: Sequence[Prompt], most: int, seed: int) -> list[Prompt]:
+    """Pieces of the texts in random order, as many of each text as of another while there are."""
+    draw = random.Random(seed)
+    piles = [list(_pieces(text)) for text in texts]
+    for pile in piles:
+        draw.shuffle(pile)
+    taken = [pile[turn] for turn in range(most) for pile in piles if turn < len(pile)][:most]
+    draw.shuffle(taken)
+    return taken
+
+
+def _pieces(text: Prompt) -> Iterator[Prompt]:
+    """Of about PASSAGE_CHARACTERS each, cut at white space."""
+    words = text.text.split(" ")
+    piece: list[str] = []
+    for word in words:
+        piece.append(word)
+        if sum(map(len, piece)) + len(piece) >= PASSAGE_CHARACTERS:
+            yield Prompt(text.name, " ".join(piece))
+            piece = []
+    if piece:
+        yield Prompt(text.name, " ".join(piece))
+
+
+def check_trace(trace: AccessTrace, manifest: Manifest) -> None:
+    """Raises TraceInvalid when a trace cannot be of this store's model."""
+    spec = manifest.spec
+    of_store = (len(spec.moe_layers), spec.num_experts, spec.top_k)
+    if (*trace.shape, trace.top_k) != of_store:
+        raise TraceInvalid(
+            f"{trace.name} has {trace.num_layers} layers x {trace.num_experts} experts, top "
+            f"{trace.top_k}, the store's model {of_store[0]} x {of_store[1]}, top {of_store[2]}: "
+            "record a trace of this model"
+        )

@@ -1,0 +1,171 @@
+"""The verb that measures a store's model on held-out text: perplexity, as decode computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compute_node.client.node_client import NodeClient
+from deploy.lab.scorer import Comparison, Score, Scorer
+from deploy.terminal import console
+from deploy.terminal.progress import NowAndThen
+from deploy.terminal.prompts import Prompt, read_prompts
+from deploy.verbs import online, serve
+from deploy.verbs.offline import STORE, load_store
+from expert_store.offline.card import check_card, write_perplexity
+
+TEXT = typer.Option(
+    metavar="FILE",
+    help='A text, or a .jsonl with one {"text": ...} a line; a folder, all of its.',
+    show_default=False,
+)
+AGAINST = typer.Option(metavar="STORE2", help="Score it too, and compare: the exact store, say.")
+MAX_TOKENS = typer.Option(
+    min=0, max=online.COUNT_MAX, help="Tokens in all, as many of each text; 0: all of them."
+)
+CONTEXT = typer.Option(
+    min=2, max=online.COUNT_MAX, help="Longer texts are scored in pieces of this many tokens."
+)
+CARD = typer.Option("--card", help="Write the figures into the store's README.md.")
+
+
+def evaluate(
+    store: Annotated[Path, STORE],
+    text: Annotated[list[Path], TEXT],
+    against: Annotated[Path | None, AGAINST] = None,
+    max_tokens: Annotated[int, MAX_TOKENS] = 0,
+    context_tokens: Annotated[int, CONTEXT] = 512,
+    memory: Annotated[str | None, online.MEMORY] = None,
+    experts_memory: Annotated[str | None, online.EXPERTS_MEMORY] = None,
+    card: Annotated[bool, CARD] = False,
+    as_json: Annotated[bool, online.JSON] = False,
+    config: Annotated[Path | None, online.CONFIG] = None,
+) -> None:
+    """Perplexity of a store's model on held-out text, scored token by token as decode does, by a
+    stack of its own. Without --memory and --experts-memory all experts are in memory.
+
+    Example: flashmoe eval /nvme/olmoe-int4 --text heldout.jsonl --against ~/stores/olmoe
+    """
+    texts = read_prompts(text)
+    if card:
+        check_card(store)
+    if memory is None and experts_memory is None:
+        experts_memory = "100%"
+    share = -(-max_tokens // len(texts))
+    stopped = serve.stop_flag()
+
+    def measure(model: Path) -> Score:
+        flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
+        return _score(config, flags, texts, (share, context_tokens), stopped)
+
+    scores = {path: measure(path) for path in (store, against) if path is not None}
+    comparison = Comparison.of(scores[store], scores[against]) if against else None
+    if card:
+        write_perplexity(store, _card_figures(texts, scores, comparison, context_tokens))
+    if as_json:
+        console.print_json(_document(scores, comparison))
+    else:
+        _print(scores, comparison)
+
+
+def _score(
+    config: Path | None,
+    flags: Mapping[str, Any],
+    texts: Sequence[Prompt],
+    lengths: tuple[int, int],
+    stopped: Callable[[], bool],
+) -> Score:
+    """lengths: tokens of each text, and of a piece. Raises KeyboardInterrupt when it was
+    stopped.
+    """
+
+    def say(number: int, text: Prompt) -> None:
+        console.err.print(f"{number + 1}/{len(texts)} {text.name}")
+
+    with (
+        serve.own_stack(config, flags, stopped) as (stack, run),
+        NodeClient(run.address("compute_node")) as node,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        due = NowAndThen()
+
+        def report(num_tokens: int) -> None:
+            if due.elapsed_s():
+                console.say(f"{num_tokens:,} tokens of this text")
+
+        scorer = Scorer(node, *lengths, report)
+        scoring = threads.submit(scorer.run, texts, say)
+        try:
+            stack.watch(lambda: scoring.done() or stopped())
+        finally:
+            scorer.cancel()  # does nothing to one that is through
+        if stopped() and scoring.exception():
+            raise KeyboardInterrupt
+        return scoring.result()
+
+
+def _weights(store: Path) -> str:
+    return str(load_store(store).spec.weight_format)
+
+
+def _document(scores: Mapping[Path, Score], comparison: Comparison | None) -> dict[str, Any]:
+    found = [
+        {
+            "store": str(store),
+            "weights": _weights(store),
+            "tokens": len(score.scored),
+            "nats_per_token": score.nats_per_token,
+            "bits_per_token": score.bits_per_token,
+            "perplexity": score.perplexity,
+            "tokens_per_s": score.tokens_per_s,
+        }
+        for store, score in scores.items()
+    ]
+    document: dict[str, Any] = dict(found[0])
+    if comparison:
+        document |= {"against": found[1], "perplexity_ratio": asdict(comparison)}
+    return document
+
+
+def _print(scores: Mapping[Path, Score], comparison: Comparison | None) -> None:
+    for store, score in scores.items():
+        rows = {
+            "weights": _weights(store),
+            "tokens": f"{len(score.scored):,}, {score.tokens_per_s:.1f} a second",
+            "nats a token": f"{score.nats_per_token:.4f} ({score.bits_per_token:.4f} bits)",
+            "perplexity": f"{score.perplexity:.4f}",
+        }
+        console.out.print(console.table(str(store), rows))
+    if comparison:
+        console.out.print(f"perplexity ratio {_ratio(comparison)}")
+
+
+def _ratio(comparison: Comparison) -> str:
+    return f"{comparison.ratio:.5f} ({comparison.low:.5f} to {comparison.high:.5f}, two errors)"
+
+
+def _card_figures(
+    texts: Sequence[Prompt],
+    scores: Mapping[Path, Score],
+    comparison: Comparison | None,
+    context_tokens: int,
+) -> str:
+    lines = [
+        f"Over {len(texts)} held-out texts in pieces of {context_tokens} tokens, token by token as "
+        "decode computes them",
+        "(`flashmoe eval`):",
+        "",
+        "| weights | tokens | nats a token | perplexity |",
+        "|---|---|---|---|",
+    ]
+    for store, score in scores.items():
+        row = f"{len(score.scored):,} | {score.nats_per_token:.4f} | {score.perplexity:.4f}"
+        lines.append(f"| {_weights(store)} | {row} |")
+    if comparison:
+        lines += ["", f"Ratio of perplexities: {_ratio(comparison)}."]
+    return "\n".join(lines)
