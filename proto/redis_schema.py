@@ -1,7 +1,8 @@
 """Every Redis key, stream, field and time to live, with its one writer and one reader.
 
-Evidence (stream): writer compute_node.access_log, reader scheduler.access_stream.
-Advice (string with a time to live): writer scheduler.publisher, reader compute_node.advice.
+Evidence (stream): writer compute_node.evidence.log, reader scheduler.daemon.access_stream.
+Advice (string with a time to live): writer scheduler.daemon.publisher,
+reader compute_node.evidence.advice.
 Arrays are packed little endian; L counts MoE layers, K experts a token, E experts a layer.
 """
 

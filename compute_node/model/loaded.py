@@ -23,8 +23,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.kernels import lossless, low_bit, one_token_linear, one_token_norm
 from compute_node.model.dense_weights import reading_dense
-from compute_node.moe import layer
-from compute_node.moe.layer import RoutedExperts, StepRecord
+from compute_node.moe.layer import IMPLEMENTATION, RoutedExperts, StepRecord, register
 from compute_node.moe.routers import RouterScores
 from compute_node.predict.overlap import Overlap
 from compute_node.predict.prefetcher import Prefetcher
@@ -97,8 +96,8 @@ def load_model(
     overlap = Overlap(cache, prefetcher.computed)
     for layer, (_, module) in modules.items():
         module.flashmoe = RoutedExperts(layer, cache, record, prefetcher, overlap)
-    layer.register()
-    model.set_experts_implementation(layer.IMPLEMENTATION)
+    register()
+    model.set_experts_implementation(IMPLEMENTATION)
     _check_nothing_missing(model)
     one_token_linear.adopt(model)
     one_token_norm.adopt(model)

@@ -8,7 +8,7 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-_FOLDER = Path(__file__).parent / "native"
+_FOLDER = Path(__file__).parent
 _VERSION = 0x27F0C5F0693A6DDB  # native/version.h has the same
 
 NOT_COMPILED = "it was not compiled when FlashMoE was installed"

@@ -1,4 +1,6 @@
-"""What a person reads of a stack's state: the facts of `deploy/report/status.py` in words and units."""
+"""What a person reads of a stack's state: the facts of `deploy/report/status.py` in words and
+units.
+"""
 
 from __future__ import annotations
 

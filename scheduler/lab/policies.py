@@ -12,7 +12,7 @@ from scheduler.learn.forecaster import Forecaster
 from scheduler.policy.arc import Arc
 from scheduler.policy.belady import Belady
 from scheduler.policy.decayed import Decayed
-from scheduler.policy.flashmoe import FlashMoe, learn_flashmoe
+from scheduler.policy.flashmoe import FlashMoe, Net
 from scheduler.policy.hedged import Hedged
 from scheduler.policy.learned import Learned
 from scheduler.policy.lecar import LeCar
@@ -96,6 +96,13 @@ def hedged(setting: Setting, background: Background) -> Hedged:
     return Hedged(members, slots_of(setting))
 
 
+def learn_flashmoe(trace: AccessTrace) -> Net:
+    """Train the nets of the `flashmoe` policy on a trace; minutes."""
+    from scheduler.lab.imitation import imitate_belady  # imports torch
+
+    return imitate_belady(trace)
+
+
 POLICIES: dict[str, Maker] = {
     "lru": lambda setting, _: ranked(setting, Lru(setting.trace.shape)),
     "lfu": lambda setting, _: ranked(setting, Lfu(setting.trace.shape)),
@@ -105,7 +112,8 @@ POLICIES: dict[str, Maker] = {
     "s3fifo": lambda setting, _: queued(setting, lambda slots, _: S3Fifo(slots)),
     "lecar": lambda setting, _: queued(setting, LeCar),
     "flashmoe": lambda setting, background: ranked(
-        setting, FlashMoe(setting.trace.shape, background.learned(learn_flashmoe))
+        setting,
+        FlashMoe(setting.trace.shape, background.learned(learn_flashmoe), learn_flashmoe),
     ),
     "river": lambda setting, _: ranked(setting, river(setting), advised=True),
     "learned": lambda setting, background: ranked(

@@ -1,4 +1,4 @@
-"""A forecaster trained ahead (scheduler.calibration), run in numpy: which experts will be used
+"""A forecaster trained ahead (scheduler.lab.calibration), run in numpy: which experts will be used
 within some horizons, from the experts that all layers chose and from every expert's own features.
 """
 

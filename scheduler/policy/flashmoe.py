@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,13 +69,16 @@ class Usage:
 class FlashMoe:
     """Evicts what its net says is used again last.
 
-    net: None, nothing is known; then it learns from its own past after 256 steps, 512, 1024, and
-    so on, and goes by recency before.
+    net: trained before. None: it evicts by recency until `learn` has trained one on its own past,
+    after 256 steps, 512, 1024, and so on.
     """
 
-    def __init__(self, shape: tuple[int, int], net: Net | None) -> None:
+    def __init__(
+        self, shape: tuple[int, int], net: Net | None, learn: Callable[[AccessTrace], Net]
+    ) -> None:
         self._usage = Usage(shape)
         self._net = net
+        self._learn = learn
         self._past = None if net else _Past(shape[1])
 
     def observe(self, event: DecodeAccess) -> None:
@@ -82,19 +86,12 @@ class FlashMoe:
         if self._past is not None:
             self._past.append(event)
             if self._past.is_lesson_due:
-                self._net = learn_flashmoe(self._past.trace())
+                self._net = self._learn(self._past.trace())
 
     def ranks(self) -> Ranks:
         if self._net is None:
             return self._usage.recency()
         return -self._net.scores(self._usage.features()).astype(np.float64)
-
-
-def learn_flashmoe(trace: AccessTrace) -> Net:
-    """Train on a trace; minutes. Imports torch, which replay alone may."""
-    from scheduler.lab.imitation import imitate_belady
-
-    return imitate_belady(trace)
 
 
 class _Past:

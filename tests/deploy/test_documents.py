@@ -51,7 +51,7 @@ def is_repo_path(name: str) -> bool:
 
 
 def exists(name: str) -> bool:
-    """Also `config.py` or `cache/lru.py`: written without their folder."""
+    """Also `config.py` or `policies/lru.py`: written without their folder."""
     if (ROOT / name).exists():
         return True
     folders = [ROOT / top for top in TOP if (ROOT / top).is_dir()]
@@ -130,7 +130,7 @@ def test_a_path_that_does_not_exist_is_found(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "`expert_store/io/reader.py`, `reader.py`, `cache/lru.py`, `proto/`, `Makefile`",
+        "`expert_store/io/reader.py`, `reader.py`, `policies/lru.py`, `proto/`, `Makefile`",
         "`/dev/shm/x.toml`, `~/flashmoe.toml`, `cache/<policy>.py`, `tokens/s`, `1/2`",
         "`gate_up_proj`, `transformers.integrations.moe`, [site](https://example.org/a.md)",
         "```\necho `nowhere.toml`\n```",

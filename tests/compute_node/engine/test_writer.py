@@ -13,7 +13,7 @@ import torch
 
 from compute_node.engine.request import Request
 from compute_node.engine.writer import Writer
-from tests.compute_node.test_text import TOKENIZERS, ids_of
+from tests.compute_node.engine.test_text import TOKENIZERS, ids_of
 
 TOKENIZER = TOKENIZERS["byte-level"]
 (END,) = ids_of(TOKENIZER, "<|end|>")

@@ -22,8 +22,8 @@ from transformers.integrations.moe import _default_apply_gate
 
 from compute_node.kernels import gemm, one_token_experts, prompt_experts
 from compute_node.kernels.prompt_experts import Prompt, combine
-from tests.compute_node.test_gemv import inputs, matrices, needs_kernel, same_bits
-from tests.compute_node.test_lossless import packed_expert
+from tests.compute_node.kernels.test_gemv import inputs, matrices, needs_kernel, same_bits
+from tests.compute_node.kernels.test_lossless import packed_expert
 
 pytestmark = pytest.mark.usefixtures("threads")
 SHAPES = [(192, 256), (17, 1024), (48, 1536), (48, 2048), (300, 5120)]

@@ -23,7 +23,7 @@ from expert_store.offline.formats import lossless as encoder
 from proto import errors
 from proto.expert import ModelSpec, TensorLayout
 from proto.weight_format import OUTLIERS, WeightFormat, lossless_tensors
-from tests.compute_node.test_gemv import inputs, matrices, needs_kernel, same_bits
+from tests.compute_node.kernels.test_gemv import inputs, matrices, needs_kernel, same_bits
 
 pytestmark = pytest.mark.usefixtures("threads")
 SHAPES = [(192, 256), (17, 1024), (33, 70), (300, 5120)]

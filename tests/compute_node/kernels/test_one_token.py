@@ -27,7 +27,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 from compute_node.kernels import feed_forward, gemv, one_token_experts, one_token_norm
 from compute_node.kernels.one_token_norm import Form, OneTokenNorm
 from compute_node.native import binding
-from tests.compute_node.test_lossless import packed_expert
+from tests.compute_node.kernels.test_lossless import packed_expert
 
 needs_kernel = pytest.mark.skipif(
     binding.obstacle() != "" or "amx_bf16" in Path("/proc/cpuinfo").read_text(),

@@ -15,7 +15,7 @@ def test_openmp_hears_of_its_spinning() -> None:
     chosen = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environ = {name: value for name, value in os.environ.items() if name not in chosen}
     shown = subprocess.run(
-        [sys.executable, "-c", "import compute_node.lean_imports"],
+        [sys.executable, "-c", "import compute_node.model.lean_imports"],
         env=environ | {"OMP_DISPLAY_ENV": "VERBOSE"},
         capture_output=True,
         text=True,

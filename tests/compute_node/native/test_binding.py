@@ -12,7 +12,7 @@ import xxhash
 
 from compute_node.native import binding
 
-NATIVE = Path(binding.__file__).parent / "native"
+NATIVE = Path(binding.__file__).parent
 
 
 def test_the_version_is_that_of_the_sources() -> None:

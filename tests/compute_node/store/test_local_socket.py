@@ -1,9 +1,9 @@
 """What a store says at its doorbell becomes the error that the cache acts on.
 
 The other end is played with the messages of `expert_store/face/local_socket.py`, whose kinds
-`tests/expert_store/face/test_local_socket.py` holds. Planted fault seen red: every refusal raised as it
-is, which ended a request whose session the store had just closed; sessions opened again at full speed
-and without end while a doorbell refuses them all.
+`tests/expert_store/face/test_local_socket.py` holds. Planted fault seen red: every refusal raised
+as it is, which ended a request whose session the store had just closed; sessions opened again at
+full speed and without end while a doorbell refuses them all.
 """
 
 from __future__ import annotations

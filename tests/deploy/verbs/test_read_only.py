@@ -46,7 +46,7 @@ def test_calibrate_refuses_before_it_trains(
     def train(*_: object) -> None:
         raise AssertionError("it trained")
 
-    monkeypatch.setattr(scheduler.calibration, "calibrate", train)
+    monkeypatch.setattr(scheduler.lab.calibration, "calibrate", train)
     store = Path(shutil.copytree(tiny_store, run_dir / "store"))
     copied = shutil.copyfile(trace, run_dir / "trace.npz")
     for path, mode in ((run_dir, 0o755), (store, 0o555), (copied, 0o644)):

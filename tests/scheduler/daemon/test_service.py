@@ -13,7 +13,7 @@ from proto.scheduler_pb2_grpc import SchedulerStub
 from scheduler.daemon import service
 from scheduler.daemon.scorer import Scorer
 from scheduler.daemon.service import SchedulerService
-from tests.scheduler.test_stats import REPORT, STATS
+from tests.scheduler.daemon.test_stats import REPORT, STATS
 from tests.scheduler.traces import small_config, structured_trace
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from scheduler.daemon import snapshot
 from scheduler.daemon.snapshot import SnapshotFile, SnapshotInvalid
 from scheduler.learn.learner import ReuseModel
 from tests.expert_store.conftest import SmallDisk, small_disk  # noqa: F401  a fixture
-from tests.scheduler.test_model import NAMES, taught
+from tests.scheduler.learn.test_learner import NAMES, taught
 
 FINGERPRINT = "f00d"
 

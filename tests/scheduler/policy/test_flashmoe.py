@@ -14,9 +14,9 @@ import torch
 
 from scheduler.lab import imitation
 from scheduler.lab.imitation import imitate_belady
-from scheduler.lab.policies import POLICIES, Background
+from scheduler.lab.policies import POLICIES, Background, learn_flashmoe
 from scheduler.policy import flashmoe
-from scheduler.policy.flashmoe import FlashMoe, Net, Usage, learn_flashmoe
+from scheduler.policy.flashmoe import FlashMoe, Net, Usage
 from scheduler.policy.lru import Lru
 from scheduler.simulate.replay import Setting, ranked, replay
 from scheduler.simulate.trace import AccessTrace
@@ -134,7 +134,7 @@ def test_numpy_runs_what_torch_trained() -> None:
 def test_evicts_what_the_net_sees_farthest() -> None:
     trace = recorded()
     net = random_net(trace.shape)
-    policy, usage = FlashMoe(trace.shape, net), Usage(trace.shape)
+    policy, usage = FlashMoe(trace.shape, net, imitation.imitate_belady), Usage(trace.shape)
     for event in list(trace.events())[:20]:
         policy.observe(event)
         usage.observe(event)
@@ -150,10 +150,9 @@ def test_from_nothing_goes_by_recency_and_learns_at_powers_of_two(
         lessons.append((past.num_steps, past.seq_offsets.tolist()))
         return random_net(past.shape)
 
-    monkeypatch.setattr(flashmoe, "learn_flashmoe", learn)
     monkeypatch.setattr(flashmoe, "FIRST_LESSON_STEPS", 16)
     trace = rings(4, seed=0, num_steps=25)
-    policy, lru = FlashMoe(trace.shape, None), Lru(trace.shape)
+    policy, lru = FlashMoe(trace.shape, None, learn), Lru(trace.shape)
     for step, event in enumerate(trace.events(), start=1):
         policy.observe(event)
         lru.observe(event)
@@ -182,5 +181,5 @@ def test_one_background_trains_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_golden_misses_of_a_fixed_net(scope: str, golden: int) -> None:
     trace = recorded()
     setting = Setting(trace, 12, scope, warmup_steps=0)
-    policy = FlashMoe(trace.shape, random_net(trace.shape))
+    policy = FlashMoe(trace.shape, random_net(trace.shape), imitation.imitate_belady)
     assert replay(setting, ranked(setting, policy)).misses == golden
