@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_VERSION = 0x27F0C5F0693A6DDB  # native/version.h has the same
+_VERSION = 0x31D148454EAD434A  # native/version.h has the same
 
 NOT_COMPILED = "it was not compiled when FlashMoE was installed"
 OUTDATED = "it was compiled from older sources (install FlashMoE again)"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from proto import errors
 
-COMPOSE_FILE = Path(__file__).with_name("docker-compose.yml")
+COMPOSE_FILE = Path(__file__).parents[1] / "docker-compose.yml"
 ENV_NAME = "compose.env"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")  # what both generations of compose take
 _UNTOLD = re.compile(r"[:\\\n\r]")  # in a path: compose cannot mount it, or cannot be told it

@@ -87,7 +87,7 @@ def group() -> Iterator[Path]:
 
 def test_a_real_quota_is_followed(group: Path) -> None:
     program = (
-        "from compute_node import processors as p; print(p.quota_processors(), p.usable());"
+        "from compute_node.kernels import processors as p; print(p.quota_processors(), p.usable());"
         "from deploy.verbs.doctor import check_threads; print(check_threads().fact)"
     )
     joined = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(group)]
