@@ -168,7 +168,10 @@ def test_a_closed_pipe_is_neither_damage_nor_a_traceback(tmp_path: Path) -> None
 
 
 def test_an_encoding_that_lacks_a_character_keeps_its_code(tmp_path: Path) -> None:
-    write = "from deploy.terminal import console; console.prepare_output(); console.write('caf\\u00e9\\n')"
+    write = (
+        "from deploy.terminal import console;"
+        "console.prepare_output(); console.write('caf\\u00e9\\n')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", write],
         cwd=ROOT,
