@@ -7,6 +7,7 @@ SOURCES := proto expert_store compute_node scheduler deploy tests
 PROTOS := $(wildcard proto/*.proto)
 STUBS := proto/.generated
 READY := .venv/.ready
+NATIVE := compute_node/native expert_store/native
 MODEL := deploy/models/tiny-moe
 STORE := .flashmoe/tiny-moe
 export PROMPT ?= In the beginning
@@ -29,7 +30,7 @@ COMPOSED = $(COMPOSE) --env-file '$(CONTAINER)/compose.env' -f '$(CONTAINER)/doc
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-$(READY): requirements.lock pyproject.toml $(wildcard compute_node/native/*.c compute_node/native/*.h)
+$(READY): requirements.lock pyproject.toml $(wildcard $(NATIVE:=/*.c) $(NATIVE:=/*.h))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "FlashMoE needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@test -x $(PY) || $(PYTHON) -m venv .venv

@@ -1,8 +1,4 @@
-"""Linux's asynchronous reads: a piece is asked for without waking a thread that then waits.
-
-Its system calls are called as they are: there are four, and what wraps them for Python reads into
-memory of its own.
-"""
+"""Linux's asynchronous reads: a piece is asked for without waking a thread that then waits."""
 
 from __future__ import annotations
 
@@ -10,8 +6,6 @@ import ctypes
 import itertools
 import logging
 import os
-import platform
-import struct
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,24 +13,14 @@ from contextlib import contextmanager
 
 from expert_store.io import huge_pages
 from expert_store.io.reader import PIECE_BYTES, SourceFiles
+from expert_store.native import binding
 from expert_store.store.device import Device, Issued, ReadersThemselves
 
 logger = logging.getLogger(__name__)
 
-# io_setup, io_destroy, io_submit, io_getevents: asm/unistd_64.h, asm-generic/unistd.h
-_NUMBERS = {"x86_64": (206, 207, 209, 208), "aarch64": (0, 1, 2, 4), "riscv64": (0, 1, 2, 4)}
-# linux/aio_abi.h. A request: data, key, rw_flags, opcode, priority, file, buffer, bytes, offset,
-# reserved, flags, eventfd. An event: data, request, result, second result.
-_REQUEST = struct.Struct("<QIiHhIQQqQII")
-_EVENT = struct.Struct("<QQqq")
-_READ, _TELL_EVENTFD = 0, 1
 _COUNT_BYTES = 8
 _NUM_READERS = 2  # one asks and hands on while the other hashes; measured: tests/bench/LOG.md
 _MOST_ASKING_RATIO, _TRIALS = 0.8, 3
-
-# How the C library calls them: number, five arguments. The second keeps Python's lock meanwhile.
-_MAY_WAIT = ctypes.CFUNCTYPE(ctypes.c_long, *[ctypes.c_long] * 6, use_errno=True)
-_AT_ONCE = ctypes.PYFUNCTYPE(ctypes.c_long, *[ctypes.c_long] * 6)
 
 
 class KernelQueue:
@@ -48,31 +32,23 @@ class KernelQueue:
     num_readers = _NUM_READERS
 
     def __init__(self, files: SourceFiles, read_depth: int) -> None:
-        numbers = _NUMBERS.get(platform.machine())
-        if numbers is None:
-            raise OSError(f"unknown system calls on {platform.machine()}")
-        self._setup, self._destroy, self._submit, self._get_events = numbers
-        self._call = _MAY_WAIT(("syscall", ctypes.CDLL(None)))
-        self._call_at_once = _AT_ONCE(("syscall", ctypes.CDLL(None)))
-        self._no_time = (ctypes.c_long * 2)(0, 0)
+        self._functions = binding.load()
         self._files = files
         self._in_flight: dict[int, Issued] = {}
         self._refused: deque[Issued] = deque()
         self._names = itertools.count()
         self._is_over = self._has_warned = False
-        self._requests = bytearray(read_depth * _REQUEST.size)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self._requests))
-        addresses = range(start, start + len(self._requests), _REQUEST.size)
-        self._pointers = (ctypes.c_uint64 * read_depth)(*addresses)
-        self._context = ctypes.c_long(0)
+        self._reads = (binding.Read * read_depth)()
+        self._refusal, self._queue = ctypes.c_int64(0), ctypes.c_void_p(None)
         self._came = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
-        if self._call(self._setup, read_depth, ctypes.addressof(self._context), 0, 0, 0) < 0:
+        error = -self._functions.open(read_depth, self._came, ctypes.byref(self._queue))
+        if error:
             os.close(self._came)
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            raise OSError(error, os.strerror(error))
 
     def close(self) -> None:
         """Waits for what is in flight: nothing is written into a slot afterwards."""
-        self._call(self._destroy, self._context.value, 0, 0, 0, 0)
+        self._functions.close(self._queue)
         os.close(self._came)
 
     def submit(self, issued: Sequence[Issued]) -> None:
@@ -129,26 +105,19 @@ class KernelQueue:
         return asked_s / whole_s
 
     def _ask(self, count: int) -> int:
-        """How many of the first requests the kernel takes."""
-        taken, start = 0, ctypes.addressof(self._pointers)
-        while taken < count:
-            rest = (count - taken, start + taken * ctypes.sizeof(ctypes.c_uint64))
-            got = self._call(self._submit, self._context.value, *rest, 0, 0)
-            if got <= 0:
-                self._warn(ctypes.get_errno())
-                break
-            taken += got
-        return taken
+        """How many of the first reads the kernel takes."""
+        refusal = self._refusal
+        taken = self._functions.submit(self._queue, self._reads, count, ctypes.byref(refusal))
+        if refusal.value:
+            self._warn(refusal.value)
+        return int(taken)
 
     def _event(self) -> tuple[int, int]:
         """Of a read that was counted: its name, and its bytes or an error below 0."""
-        event = (ctypes.c_char * _EVENT.size)()
-        where, no_time = ctypes.addressof(event), ctypes.addressof(self._no_time)
-        context = self._context.value
-        if self._call_at_once(self._get_events, context, 0, 1, where, no_time) != 1:
+        event = binding.Event()
+        if self._functions.event(self._queue, ctypes.byref(event)) != 1:
             raise OSError("the kernel counted a read that it does not tell")
-        name, _, got_bytes, _ = _EVENT.unpack(event)
-        return name, got_bytes
+        return event.name, event.got_bytes
 
     def _write(
         self,
@@ -160,11 +129,10 @@ class KernelQueue:
         length_bytes: int,
         offset_bytes: int,
     ) -> None:
-        """The request of that number."""
+        """The read of that number."""
         buffer = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + landing_bytes
-        where = (self._files.descriptor(file), buffer, length_bytes, offset_bytes)
-        request = (name, 0, 0, _READ, 0, *where, 0, _TELL_EVENTFD, self._came)
-        _REQUEST.pack_into(self._requests, number * _REQUEST.size, *request)
+        descriptor = self._files.descriptor(file)
+        self._reads[number] = binding.Read(name, buffer, length_bytes, offset_bytes, descriptor)
 
     def _warn(self, error: int) -> None:
         """Once: a reader reads by itself what the kernel refused, and may find out why."""

@@ -2,11 +2,12 @@
 test_store.py, for both devices.
 
 Planted faults seen red: refused pieces forgotten, a short read taken for whole, no word to the log,
-buffered files asked of the kernel, no trial read, no io_destroy.
+buffered files asked of the kernel, no trial read, no io_destroy, a library of other sources used.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import mmap
@@ -20,6 +21,7 @@ import pytest
 from expert_store.io.assembly import Assembly
 from expert_store.io.reader import SourceFiles, open_files
 from expert_store.manifest.manifest import Manifest
+from expert_store.native import binding
 from expert_store.store import kernel_queue
 from expert_store.store.device import Issued, ReadersThemselves
 from expert_store.store.fills import Fill, Priority
@@ -142,22 +144,45 @@ def test_a_disk_is_asked_and_reads_by_itself(store_dir: Path) -> None:
         assert isinstance(device, KernelQueue)
 
 
-@pytest.mark.parametrize("numbers", [{}, {os.uname().machine: (1 << 20,) * 4}])
-def test_falls_back_loudly_where_there_is_no_queue(
-    numbers: dict[str, tuple[int, int, int, int]],
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("_FOLDER", Path("/nowhere"), binding.NOT_COMPILED),
+        ("_VERSION", 0, binding.OUTDATED),
+    ],
+)
+def test_falls_back_loudly_without_the_library(
+    name: str,
+    value: object,
+    reason: str,
     store_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """An unknown processor, and a kernel without these calls."""
-    monkeypatch.setattr(kernel_queue, "_NUMBERS", numbers)
+    monkeypatch.setattr(binding, name, value)
+    assert falls_back(store_dir, caplog) == reason
+
+
+def test_falls_back_loudly_where_the_kernel_refuses(
+    store_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one without these calls does."""
+    functions = dataclasses.replace(binding.load(), open=lambda *arguments: -errno.ENOSYS)
+    monkeypatch.setattr(binding, "load", lambda: functions)
+    assert falls_back(store_dir, caplog) == os.strerror(errno.ENOSYS)
+
+
+def falls_back(folder: Path, caplog: pytest.LogCaptureFixture) -> str:
+    """The reason in the log."""
     with (
         caplog.at_level(logging.WARNING),
-        files_of(store_dir) as files,
+        files_of(folder) as files,
         kernel_queue.opened(files, 3) as device,
     ):
         assert isinstance(device, ReadersThemselves)
-    assert [record.message.split(",")[0] for record in caplog.records] == ["no asynchronous reads"]
+    (record,) = caplog.records
+    assert record.message.split(",")[0] == "no asynchronous reads"
+    return str(record.__dict__["reason"]).split("] ")[-1]
 
 
 def test_closing_gives_everything_back(store_dir: Path) -> None:
