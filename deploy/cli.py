@@ -11,8 +11,6 @@ import importlib.metadata
 import re
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -23,94 +21,49 @@ from deploy.terminal import console
 from deploy.terminal.imports import importing
 from proto import errors
 
-
-@dataclass(frozen=True)
-class Verb:
-    """Where a verb is written, and what the list of verbs says of it."""
-
-    module: str
-    function: str
-    summary: str
-
-    def load(self, name: str) -> Any:
-        """The command itself; imports what it works with."""
-        alone = typer.Typer(add_completion=False)
-        with importing():
-            module = importlib.import_module(self.module)
-        function: Callable[..., None] = getattr(module, self.function)
-        alone.command(name, epilog=console.EXIT_CODES)(function)
-        return typer.main.get_command(alone)
-
-
 VERBS = {
-    "index": Verb(
-        "deploy.verbs.offline",
-        "index",
-        "Write a manifest over a checkpoint in place: no copy of its weights.",
-    ),
-    "pack": Verb(
-        "deploy.verbs.offline", "pack", "Copy a checkpoint into aligned records that read fastest."
-    ),
-    "verify": Verb(
-        "deploy.verbs.offline", "verify", "Read and check every expert and dense weight of a store."
-    ),
-    "plan": Verb(
-        "deploy.verbs.offline",
-        "plan",
-        "Tell whether a model fits a memory ceiling, and how fast it should decode.",
-    ),
-    "serve": Verb("deploy.verbs.serve", "serve", "Run all daemons on this box until interrupted."),
-    "run": Verb(
-        "deploy.verbs.serve",
-        "run",
-        "Start a stack of its own, generate once, print a summary, stop.",
-    ),
-    "generate": Verb("deploy.verbs.online", "generate", "Stream text from a running stack."),
-    "status": Verb("deploy.verbs.online", "status", "Tell how every daemon of a running stack is."),
-    "record": Verb(
-        "deploy.verbs.record", "record", "Write which experts every decode step chose, as a trace."
-    ),
-    "replay": Verb(
-        "deploy.verbs.replay",
-        "replay",
-        "Tell what each eviction policy would have missed on a trace.",
-    ),
-    "calibrate": Verb(
-        "deploy.verbs.calibrate", "calibrate", "Learn ahead which experts a model uses after which."
-    ),
-    "eval": Verb(
-        "deploy.verbs.evaluate",
-        "evaluate",
-        "Measure the perplexity of a store's model on held-out text.",
-    ),
-    "container-config": Verb(
-        "deploy.verbs.container",
-        "container_config",
-        "Write what deploy/docker-compose.yml reads to serve a store.",
-    ),
-    "container-wait": Verb(
-        "deploy.verbs.container_wait",
-        "container_wait",
-        "Wait until the containers serve, and print how to reach them.",
-    ),
-    "doctor": Verb(
-        "deploy.verbs.doctor", "doctor", "Check what on this machine stands in the way."
-    ),
-    "health": Verb("deploy.verbs.online", "health", "Ask one daemon whether it serves."),
+    "index": "Write a manifest over a checkpoint in place: no copy of its weights.",
+    "pack": "Copy a checkpoint into aligned records that read fastest.",
+    "verify": "Read and check every expert and dense weight of a store.",
+    "plan": "Tell whether a model fits a memory ceiling, and how fast it should decode.",
+    "serve": "Run all daemons on this box until interrupted.",
+    "run": "Start a stack of its own, generate once, print a summary, stop.",
+    "generate": "Stream text from a running stack.",
+    "status": "Tell how every daemon of a running stack is.",
+    "record": "Write which experts every decode step chose, as a trace.",
+    "replay": "Tell what each eviction policy would have missed on a trace.",
+    "calibrate": "Learn ahead which experts a model uses after which.",
+    "eval": "Measure the perplexity of a store's model on held-out text.",
+    "container-config": "Write what deploy/docker-compose.yml reads to serve a store.",
+    "container-wait": "Wait until the containers serve, and print how to reach them.",
+    "doctor": "Check what on this machine stands in the way.",
+    "health": "Ask one daemon whether it serves.",
 }
+
+
+def load(verb: str) -> Any:
+    """The command of a verb: the function of that name in the module of that name in `verbs`.
+    Imports what it works with.
+    """
+    name = verb.replace("-", "_")
+    with importing():
+        module = importlib.import_module(f"deploy.verbs.{name}")
+    alone = typer.Typer(add_completion=False)
+    alone.command(verb, epilog=console.EXIT_CODES)(getattr(module, name))
+    return typer.main.get_command(alone)
 
 
 class Verbs(TyperGroup):
     """Help lists the verbs without their work; only the one that is called is imported."""
 
     def __init__(self, **attributes: Any) -> None:
-        listed = {name: TyperCommand(name=name, help=v.summary) for name, v in VERBS.items()}
+        listed = {name: TyperCommand(name=name, help=summary) for name, summary in VERBS.items()}
         super().__init__(**attributes | {"commands": listed})
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
         assert name is not None
-        return name, VERBS[name].load(name), rest
+        return name, load(name), rest
 
 
 _OPTION, _EMPTY_OPTION = re.compile(r"--[a-z-]+"), re.compile(r"(--[a-z-]+)=")

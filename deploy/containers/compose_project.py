@@ -14,6 +14,7 @@ from proto import errors
 
 COMPOSE_FILE = Path(__file__).parents[1] / "docker-compose.yml"
 ENV_NAME = "compose.env"
+RUN_NAME = "run"  # folder of the sockets
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")  # what both generations of compose take
 _UNTOLD = re.compile(r"[:\\\n\r]")  # in a path: compose cannot mount it, or cannot be told it
 

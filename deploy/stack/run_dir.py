@@ -54,6 +54,12 @@ class RunDir:
     def log(self, name: str) -> Path:
         return self.path / f"{name}.log"
 
+    def refusal(self, name: str) -> Path:
+        """Where a daemon in a container says why it refuses to start. It tries again when the file
+        is removed.
+        """
+        return self.path / f"{name}.refused"
+
     @property
     def config(self) -> Path:
         return self.path / CONFIG_NAME

@@ -63,6 +63,11 @@ def say(line: str) -> None:
         err.print(line)
 
 
+def warn(sentence: str) -> None:
+    """What a verb did and the user should know of, on stderr."""
+    err.print(f"flashmoe: {sentence}")
+
+
 def fail(message: str, code: int) -> int:
     """Say what went wrong, in one line whatever is in it; returns the exit code, which counts also
     when nobody reads the line.

@@ -18,3 +18,12 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def importing_torch() -> Iterator[None]:
+    """The same for imports that bring torch and transformers, which are halved first."""
+    with importing():
+        from compute_node.model import lean_imports  # noqa: F401  before torch
+
+        yield

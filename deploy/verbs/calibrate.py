@@ -11,11 +11,11 @@ import typer
 
 from compute_node.kernels import processors
 from deploy.lab.recorder import Drawing
-from deploy.terminal import console
+from deploy.lab.recording import record_trace
+from deploy.stack.stack_plan import load_store
+from deploy.terminal import console, options
+from deploy.terminal.output_file import publishing
 from deploy.terminal.prompts import Prompt, read_prompts
-from deploy.verbs import online
-from deploy.verbs.offline import STORE, load_store
-from deploy.verbs.record import publishing, record_trace
 from expert_store.manifest.manifest import Manifest
 from proto import errors
 from scheduler.config import FORECASTER_NAME
@@ -28,25 +28,25 @@ TRACE = typer.Option(help="Trace of this model, made by `flashmoe record`.")
 GENERATIONS = typer.Option(min=4, help="At most so many, from passages of the texts.")
 OUT = typer.Option(metavar="FILE", help="What to write. (default: beside the manifest)")
 UPDATES = typer.Option(min=1, help="It stops by itself when nothing is gained; at the latest here.")
-TOKENS = typer.Option(min=8, max=online.COUNT_MAX, help="New tokens of each generation.")
+TOKENS = typer.Option(min=8, max=options.COUNT_MAX, help="New tokens of each generation.")
 PROMPT_TOKENS = 64
 REMEDY = "give --out FILE, and start with `flashmoe serve --forecaster FILE`"
 
 
 def calibrate(
-    store: Annotated[Path, STORE],
+    store: Annotated[Path, options.STORE],
     text: Annotated[list[Path] | None, TEXT] = None,
     trace: Annotated[Path | None, TRACE] = None,
     generations: Annotated[int, GENERATIONS] = 80,
     max_tokens: Annotated[int, TOKENS] = 200,
-    temperature: Annotated[float, online.TEMPERATURE] = 0.8,
-    seed: Annotated[int, online.SEED] = 0,
+    temperature: Annotated[float, options.TEMPERATURE] = 0.8,
+    seed: Annotated[int, options.SEED] = 0,
     max_updates: Annotated[int, UPDATES] = 1200,
     out: Annotated[Path | None, OUT] = None,
-    memory: Annotated[str | None, online.MEMORY] = None,
-    experts_memory: Annotated[str | None, online.EXPERTS_MEMORY] = None,
-    run_dir: Annotated[Path | None, online.RUN_DIR] = None,
-    config: Annotated[Path | None, online.CONFIG] = None,
+    memory: Annotated[str | None, options.MEMORY] = None,
+    experts_memory: Annotated[str | None, options.EXPERTS_MEMORY] = None,
+    run_dir: Annotated[Path | None, options.RUN_DIR] = None,
+    config: Annotated[Path | None, options.CONFIG] = None,
 ) -> None:
     """Learn ahead which experts this model uses after which, for better advice from the first
     token on; a few minutes. Text should be like what the model will be used for.

@@ -12,11 +12,11 @@ from typing import Annotated
 import redis
 import typer
 
+from deploy.containers.compose_project import RUN_NAME
 from deploy.report.status import check_health
 from deploy.stack.run_dir import RunDir
 from deploy.terminal import console
-from deploy.verbs.container import RUN_NAME, refusal_file
-from deploy.verbs.online import seconds
+from deploy.terminal.options import seconds
 from proto import errors
 from proto.process import daemon
 
@@ -64,7 +64,7 @@ def _check_refusals(run: RunDir) -> None:
     """Raises what a daemon says that refuses to start."""
     for name in _DAEMONS:
         try:
-            sentence = refusal_file(run, name).read_text().strip()
+            sentence = run.refusal(name).read_text().strip()
         except FileNotFoundError:
             continue
         error = daemon.refusal(sentence)

@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 
 from deploy.lab.recorder import Drawing
+from deploy.lab.recording import record_trace
+from deploy.terminal.output_file import publishing
 from deploy.terminal.prompts import Prompt
-from deploy.verbs.record import publishing, record_trace
 
 PROMPTS = Path(__file__).parent / "prompts"
 PASSAGES = 6

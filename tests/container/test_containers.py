@@ -175,8 +175,8 @@ def test_it_is_healthy_and_answers_from_the_host(image: str, run_dir: Path) -> N
 
 
 def test_limits_are_kept_under_load(shared: Containers) -> None:
-    """Red for a `--memory` that the limits exceed, and for a room in deploy/verbs/container.py
-    that makes the kernel kill a container.
+    """Red for a `--memory` that the limits exceed, and for a room in
+    deploy/verbs/container_config.py that makes the kernel kill a container.
     """
     shared.tokens(256)
     states = {service: shared.inspect(service) for service in SERVICES}

@@ -26,9 +26,9 @@ from compute_node.client.node_client import NodeClient
 from compute_node.config import ComputeNodeConfig
 from deploy.containers import compose_project
 from deploy.containers.compose_project import COMPOSE_FILE
-from deploy.stack import local
+from deploy.stack.launcher import valkey_command
 from deploy.stack.run_dir import RunDir
-from deploy.verbs.container import RUN, STORE_ROOM_BYTES, container_config, refusal_file
+from deploy.verbs.container_config import RUN, STORE_ROOM_BYTES, container_config
 from deploy.verbs.container_wait import container_wait
 from expert_store.config import ExpertStoreConfig
 from expert_store.manifest.manifest import Manifest
@@ -177,7 +177,7 @@ def test_an_engine_restarts_what_dies_and_not_what_refuses(rendered: Rendered) -
     for name, service in rendered.services.items():
         assert service["restart"] == "unless-stopped"
         if name != "valkey":
-            assert service["command"][-2:] == ["--hold", str(refusal_file(RUN, name))]
+            assert service["command"][-2:] == ["--hold", str(RUN.refusal(name))]
 
 
 def test_without_its_variables_it_names_the_remedy(compose: list[str]) -> None:
@@ -192,7 +192,7 @@ def test_without_its_variables_it_names_the_remedy(compose: list[str]) -> None:
 
 def test_valkey_is_run_as_the_launcher_runs_it(rendered: Rendered) -> None:
     """Red for `--maxmemory 128mb`."""
-    assert rendered.services["valkey"]["command"][1:] == local.valkey_command(RUN)[1:]
+    assert rendered.services["valkey"]["command"][1:] == valkey_command(RUN)[1:]
 
 
 def test_stop_grace_is_longer_than_the_daemons(rendered: Rendered) -> None:
@@ -297,7 +297,7 @@ def test_what_changed_is_made_anew(tiny_store: Path, run_dir: Path) -> None:
 def test_a_start_lets_refused_daemons_try_again(tiny_store: Path, run_dir: Path) -> None:
     """Red when the file of an old refusal stays: `make up` then tells it again."""
     container_config(tiny_store, run_dir / "out", memory="1GiB")
-    refused = refusal_file(RunDir(run_dir / "out/run"), "scheduler")
+    refused = RunDir(run_dir / "out/run").refusal("scheduler")
     refused.write_text("scheduler: no [ConfigInvalid]\n")
     with pytest.raises(errors.ConfigInvalid, match=r"^scheduler refuses to start: no$"):
         container_wait(run_dir / "out", timeout=0.0)

@@ -9,7 +9,7 @@ import shutil
 import tomllib
 from pathlib import Path
 
-from deploy.verbs.container import SOURCE_DIR, container_config
+from deploy.verbs.container_config import SOURCE_DIR, container_config
 from expert_store.manifest.manifest import check_sources
 from expert_store.offline.index import index
 from tests.checkpoints import make

@@ -11,8 +11,8 @@ import pytest
 from deploy.plan import cgroup
 from deploy.plan.budget import check_room, plan_memory, shortage
 from deploy.settings import ServeSettings, parse_bytes, parse_experts_memory
-from deploy.stack.local import compose
 from deploy.stack.run_dir import RunDir
+from deploy.stack.tables import compose
 from expert_store.manifest.manifest import Manifest
 from expert_store.offline.pack import pack
 from proto import errors

@@ -18,7 +18,7 @@ import pytest
 from redis import Redis
 
 from deploy.stack import redis_check
-from deploy.stack.local import valkey_command
+from deploy.stack.launcher import valkey_command
 from deploy.stack.redis_check import check_redis
 from deploy.stack.run_dir import RunDir
 from proto import errors

@@ -35,12 +35,12 @@ def fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     def verb() -> None:
         raise error
 
-    def load(self: cli.Verb, name: str) -> object:
+    def load(name: str) -> object:
         alone = typer.Typer(add_completion=False)
         alone.command(name)(verb)
         return typer.main.get_command(alone)
 
-    monkeypatch.setattr(cli.Verb, "load", load)
+    monkeypatch.setattr(cli, "load", load)
     return cli.run(["status"])
 
 

@@ -17,8 +17,8 @@ import pytest
 
 from compute_node.client.result import Phase, RecordedStep, Result
 from deploy.lab.recorder import Drawing, Recorder, to_trace
+from deploy.terminal.output_file import publishing
 from deploy.terminal.prompts import Prompt, read_prompts
-from deploy.verbs.record import publishing
 from proto import errors
 from scheduler.simulate.trace import AccessTrace
 from tests.deploy.test_cli import assert_one_sentence

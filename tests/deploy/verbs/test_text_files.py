@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.verbs import offline
+from deploy.verbs.index import index
+from deploy.verbs.pack import pack
+from deploy.verbs.plan import plan
 from proto import errors
 from tests.checkpoints import make
 from tests.stack import MODEL, served
@@ -28,9 +30,9 @@ def mute(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_index_pack_and_plan_say_it_and_go_on(
     mute: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    offline.index(mute, tmp_path / "indexed")
-    offline.pack(mute, tmp_path / "packed")
-    offline.plan(mute, "1GiB")
+    index(mute, tmp_path / "indexed")
+    pack(mute, tmp_path / "packed")
+    plan(mute, "1GiB")
     said = [line for line in capsys.readouterr().err.splitlines() if "cannot be loaded" in line]
     assert len(said) == 3
     assert all(line.startswith("flashmoe: ") for line in said)
@@ -43,17 +45,17 @@ def test_of_a_missing_or_another_models_tokenizer_it_warns(
     """The tiny model knows 128 tokens, the shipped tokenizer has 8,192."""
     root = make("qwen3_moe", tmp_path / "checkpoint")
     capsys.readouterr()
-    offline.index(root, tmp_path / "without")
+    index(root, tmp_path / "without")
     assert "has no tokenizer; text needs" in capsys.readouterr().err
     shutil.copyfile(MODEL / "tokenizer.json", root / "tokenizer.json")
-    offline.index(root, tmp_path / "foreign")
+    index(root, tmp_path / "foreign")
     assert "has ids up to 8191, the model knows 128" in capsys.readouterr().err
 
 
 def test_a_sound_checkpoint_is_warned_of_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    offline.index(MODEL, tmp_path / "store")
+    index(MODEL, tmp_path / "store")
     assert "flashmoe: " not in capsys.readouterr().err
 
 
@@ -65,7 +67,7 @@ def test_files_that_do_not_belong_together_are_warned_of(
     tokenizer = json.loads((root / "tokenizer.json").read_text())
     tokenizer["decoder"] = {"type": "Replace", "pattern": {"String": "\u0120"}, "content": ""}
     (root / "tokenizer.json").write_text(json.dumps(tokenizer))
-    offline.index(root, tmp_path / "store")
+    index(root, tmp_path / "store")
     assert "gives 'hello world' back as 'helloworld'" in capsys.readouterr().err
 
 
@@ -73,7 +75,7 @@ def test_a_damaged_generation_config_is_refused_before_reading(tmp_path: Path) -
     root = Path(shutil.copytree(MODEL, tmp_path / "model"))
     (root / "generation_config.json").write_text("{")
     with pytest.raises(errors.CheckpointUnsupported, match="generation_config"):
-        offline.index(root, tmp_path / "store")
+        index(root, tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 
@@ -82,7 +84,7 @@ def test_paths_with_brackets_are_said_as_they_are(
 ) -> None:
     """Red: "[/b]" was taken for markup, a traceback after everything was hashed."""
     root = make("qwen3_moe", tmp_path / "my [/b] model")
-    offline.index(root, tmp_path / "st[/b]ore")
+    index(root, tmp_path / "st[/b]ore")
     said = capsys.readouterr()
     assert "st[/b]ore" in said.out
     assert "my [/b] model has no tokenizer" in said.err
@@ -92,7 +94,7 @@ def test_paths_with_brackets_are_said_as_they_are(
 def test_the_node_serves_token_ids_and_says_why_no_text(
     mute: Path, tmp_path: Path, run_dir: Path
 ) -> None:
-    offline.index(mute, tmp_path / "store")
+    index(mute, tmp_path / "store")
     with served(tmp_path / "store", run_dir) as stack:
         assert len(stack.generate([5, 6, 7], max_tokens=4)) == 4
         with pytest.raises(errors.InvalidRequest, match="no tokenizer, its log says why"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +12,12 @@ import typer
 
 from compute_node.client.node_client import NodeClient
 from deploy.lab.scorer import Comparison, Score, Scorer
-from deploy.terminal import console
+from deploy.stack.launcher import own_stack
+from deploy.stack.stack_plan import load_store
+from deploy.terminal import console, options
 from deploy.terminal.progress import NowAndThen
 from deploy.terminal.prompts import Prompt, read_prompts
-from deploy.verbs import online, serve
-from deploy.verbs.offline import STORE, load_store
+from deploy.terminal.signals import stop_flag, work_until_stopped
 from expert_store.offline.card import check_card, write_perplexity
 
 TEXT = typer.Option(
@@ -26,25 +27,25 @@ TEXT = typer.Option(
 )
 AGAINST = typer.Option(metavar="STORE2", help="Score it too, and compare: the exact store, say.")
 MAX_TOKENS = typer.Option(
-    min=0, max=online.COUNT_MAX, help="Tokens in all, as many of each text; 0: all of them."
+    min=0, max=options.COUNT_MAX, help="Tokens in all, as many of each text; 0: all of them."
 )
 CONTEXT = typer.Option(
-    min=2, max=online.COUNT_MAX, help="Longer texts are scored in pieces of this many tokens."
+    min=2, max=options.COUNT_MAX, help="Longer texts are scored in pieces of this many tokens."
 )
 CARD = typer.Option("--card", help="Write the figures into the store's README.md.")
 
 
-def evaluate(
-    store: Annotated[Path, STORE],
+def eval(
+    store: Annotated[Path, options.STORE],
     text: Annotated[list[Path], TEXT],
     against: Annotated[Path | None, AGAINST] = None,
     max_tokens: Annotated[int, MAX_TOKENS] = 0,
     context_tokens: Annotated[int, CONTEXT] = 512,
-    memory: Annotated[str | None, online.MEMORY] = None,
-    experts_memory: Annotated[str | None, online.EXPERTS_MEMORY] = None,
+    memory: Annotated[str | None, options.MEMORY] = None,
+    experts_memory: Annotated[str | None, options.EXPERTS_MEMORY] = None,
     card: Annotated[bool, CARD] = False,
-    as_json: Annotated[bool, online.JSON] = False,
-    config: Annotated[Path | None, online.CONFIG] = None,
+    as_json: Annotated[bool, options.JSON] = False,
+    config: Annotated[Path | None, options.CONFIG] = None,
 ) -> None:
     """Perplexity of a store's model on held-out text, scored token by token as decode does, by a
     stack of its own. Without --memory and --experts-memory all experts are in memory.
@@ -57,7 +58,7 @@ def evaluate(
     if memory is None and experts_memory is None:
         experts_memory = "100%"
     share = -(-max_tokens // len(texts))
-    stopped = serve.stop_flag()
+    stopped = stop_flag()
 
     def measure(model: Path) -> Score:
         flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
@@ -87,26 +88,19 @@ def _score(
     def say(number: int, text: Prompt) -> None:
         console.err.print(f"{number + 1}/{len(texts)} {text.name}")
 
+    due = NowAndThen()
+
+    def report(num_tokens: int) -> None:
+        if due.elapsed_s():
+            console.say(f"{num_tokens:,} tokens of this text")
+
     with (
-        serve.own_stack(config, flags, stopped) as (stack, run),
+        own_stack(config, flags, stopped) as (stack, run),
         NodeClient(run.address("compute_node")) as node,
-        ThreadPoolExecutor(1) as threads,
     ):
-        due = NowAndThen()
-
-        def report(num_tokens: int) -> None:
-            if due.elapsed_s():
-                console.say(f"{num_tokens:,} tokens of this text")
-
         scorer = Scorer(node, *lengths, report)
-        scoring = threads.submit(scorer.run, texts, say)
-        try:
-            stack.watch(lambda: scoring.done() or stopped())
-        finally:
-            scorer.cancel()  # does nothing to one that is through
-        if stopped() and scoring.exception():
-            raise KeyboardInterrupt
-        return scoring.result()
+        work = partial(scorer.run, texts, say)
+        return work_until_stopped(work, scorer.cancel, stack.watch, stopped)
 
 
 def _weights(store: Path) -> str:

@@ -1,11 +1,17 @@
-"""Why a daemon does not answer: never started, starting, stopping, killed, hanging."""
+"""A client's connection to a stack, and why a daemon does not answer: never started, starting,
+stopping, killed, hanging.
+"""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 
+from compute_node.client.node_client import NodeClient
 from deploy.stack.run_dir import RunDir, RunState
+from proto import errors
 
 
 class Absence(Enum):
@@ -64,3 +70,24 @@ def explain_absence(run: RunDir, absence: Absence) -> str:
         Absence.FORBIDDEN: f"the stack in {run.path} belongs to another user: run as that user",
         Absence.SILENT: f"the node in {run.path} does not answer: see `flashmoe status`",
     }[absence]
+
+
+@contextmanager
+def connected(run: RunDir) -> Iterator[NodeClient]:
+    """A client of the stack in `run`, for the block.
+
+    Raises Unavailable with what became of the stack when it does not answer, or no more.
+    """
+    absence = find_absence(run, "compute_node")
+    if absence is not Absence.SILENT:
+        raise errors.Unavailable(explain_absence(run, absence))
+    with NodeClient(run.address("compute_node")) as node:
+        try:
+            yield node
+        except errors.Unavailable as error:
+            absence = find_absence(run, "compute_node")
+            if absence is Absence.SILENT:  # it is there: the error is its own
+                raise
+            raise errors.Unavailable(
+                f"the node went away while it answered: {explain_absence(run, absence)}"
+            ) from error

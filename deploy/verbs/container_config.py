@@ -15,19 +15,17 @@ from deploy.containers import compose_project
 from deploy.containers.container_user import ContainerUser
 from deploy.plan.budget import MIB, OVERHEAD_BYTES, MemoryPlan
 from deploy.settings import ServeSettings, parse_bytes
-from deploy.stack.local import compose
 from deploy.stack.run_dir import CONFIG_NAME, RunDir
+from deploy.stack.stack_plan import StackPlan
+from deploy.stack.tables import compose
 from deploy.terminal import console
-from deploy.verbs.offline import STORE
-from deploy.verbs.online import CONFIG, EXPERTS_MEMORY, MEMORY, SOURCE
-from deploy.verbs.serve import prepare
+from deploy.terminal.options import CONFIG, EXPERTS_MEMORY, MEMORY, SOURCE, STORE
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest, check_sources
 from proto import errors
 from proto.checkpoint import hub_cache
 from proto.shm import SegmentLayout
 from scheduler.config import FORECASTER_NAME
 
-RUN_NAME = "run"
 OUT = typer.Option("--out", metavar="DIR", help="Folder to write; DIR/run will hold the sockets.")
 NAME = typer.Option(help="Of the compose project, one a stack. (default: follows from DIR)")
 
@@ -82,13 +80,13 @@ def container_config(
             "FLASHMOE_GID": user.gid,
             "FLASHMOE_CONFIG": out / CONFIG_NAME,
             "FLASHMOE_CONFIG_DIGEST": compose_project.digest(configuration, manifest_text),
-            "FLASHMOE_RUN_DIR": out / RUN_NAME,
+            "FLASHMOE_RUN_DIR": out / compose_project.RUN_NAME,
             "FLASHMOE_STORE": store,
             "FLASHMOE_SOURCE": mounted,
             **{f"FLASHMOE_{part.upper()}_MEMORY": limit for part, limit in limits.items()},
         }
     )
-    prepare_run_dir(RunDir(out / RUN_NAME), user)
+    prepare_run_dir(RunDir(out / compose_project.RUN_NAME), user)
     (out / CONFIG_NAME).write_text(configuration)
     user.take(out / CONFIG_NAME)
     compose_project.write(out, environment)
@@ -107,21 +105,14 @@ def check_readable(user: ContainerUser, store: Path, root: Path, manifest: Manif
     user.check_can_read(root, [*(source.path for source in manifest.files), *beside])
 
 
-def refusal_file(run: RunDir, name: str) -> Path:
-    """Where a daemon in a container says why it refuses to start; it tries again when the file is
-    removed.
-    """
-    return run.path / f"{name}.refused"
-
-
 def plan_containers(settings: ServeSettings) -> tuple[Manifest, MemoryPlan]:
     """The plan of the box, less what containers need beside it.
 
     Raises ConfigInvalid, ManifestInvalid, MemoryExceeded.
     """
     if settings.memory is None:
-        _, manifest, plan = prepare(settings)
-        return manifest, plan
+        plan = StackPlan.of(settings)
+        return plan.manifest, plan.memory
     beside_bytes = (
         sum(ROOM_BYTES.values())
         + STORE_ROOM_BYTES
@@ -130,13 +121,13 @@ def plan_containers(settings: ServeSettings) -> tuple[Manifest, MemoryPlan]:
     )
     ceiling_bytes = max(0, parse_bytes(settings.memory, "--memory") - beside_bytes)
     try:
-        _, manifest, plan = prepare(settings.with_flags(memory=str(ceiling_bytes)))
+        plan = StackPlan.of(settings.with_flags(memory=str(ceiling_bytes)))
     except errors.MemoryExceeded as error:
         raise errors.MemoryExceeded(
             f"{error} (--memory here is what is left of yours: containers need "
             f"{console.size(beside_bytes)} more, for health checks and Valkey's 64 MB in full)"
         ) from error
-    return manifest, plan
+    return plan.manifest, plan.memory
 
 
 def container_tables(
@@ -186,6 +177,6 @@ def prepare_run_dir(run: RunDir, user: ContainerUser) -> None:
     Raises ConfigInvalid when sockets there cannot be.
     """
     run.prepare((os.geteuid(), user.uid))  # theirs since it was first prepared
-    for file in run.path.glob(refusal_file(run, "*").name):
+    for file in run.path.glob(run.refusal("*").name):
         file.unlink(missing_ok=True)
     user.take(run.path)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deploy import cli
-from deploy.report.absence import Absence, explain_absence, find_absence
+from deploy.stack.connection import Absence, explain_absence, find_absence
 from deploy.stack.run_dir import RunDir, RunState
 
 NODE = "compute_node"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from deploy.verbs.serve import stop_flag
+from deploy.terminal.signals import stop_flag
 
 HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

@@ -6,120 +6,28 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
 
-from compute_node.config import ComputeNodeConfig
-from deploy.plan.budget import MemoryPlan, check_room
+from deploy.plan.budget import check_room
 from deploy.settings import ServeSettings
 from deploy.stack import leftovers, locks, log_files
 from deploy.stack.memory import FILE_NAME, MemorySampler
 from deploy.stack.run_dir import RunDir, RunState
+from deploy.stack.stack_plan import StackPlan
 from deploy.stack.supervisor import Daemon, Stack, silent
-from deploy.terminal.console import size
-from expert_store.config import ExpertStoreConfig
-from expert_store.manifest.manifest import Manifest
+from deploy.stack.tables import compose
+from deploy.terminal import console
 from proto import errors, redis_schema
 from proto.shm import SegmentLayout
-from scheduler.config import SchedulerConfig
 
 _DRAIN_S = 30.0  # longer than a daemon may take to stop
-
-
-def compose(
-    run: RunDir, settings: ServeSettings, store_dir: Path, manifest: Manifest, plan: MemoryPlan
-) -> dict[str, dict[str, Any]]:
-    """The tables every daemon is started with; what flashmoe.toml says of a daemon wins."""
-    spec = manifest.spec
-    redis_url = settings.redis or run.redis_url
-    read_depth = settings.read_depth
-    tables: dict[str, dict[str, Any]] = {
-        "expert_store": {
-            "address": run.address("expert_store"),
-            "store_dir": str(store_dir),
-            "segment_path": str(run.segment),
-            "session_dir": str(run.path / "sessions"),
-            "num_slots": plan.slots + plan.spare_slots,
-            "spare_slots": plan.spare_slots,
-            "resident_list": str(run.path / "resident.json"),
-            "read_depth": read_depth,
-            "metrics_port": 0,
-            "metrics_port_file": str(run.path / "expert_store.metrics"),
-        },
-        "compute_node": {
-            "address": run.address("compute_node"),
-            "store_address": run.address("expert_store"),
-            "session_dir": str(run.path / "sessions"),
-            "slots": plan.slots,
-            "prefill_chunk_tokens": settings.chunk_tokens(manifest.sizing),
-            "policy": settings.policy,
-            "redis_url": redis_url,
-            "metrics_port": 0,
-            "metrics_port_file": str(run.path / "compute_node.metrics"),
-        },
-        "scheduler": {
-            "address": run.address("scheduler"),
-            "redis_url": redis_url,
-            "fingerprint": spec.fingerprint,
-            "moe_layers": list(spec.moe_layers),
-            "num_experts": spec.num_experts,
-            "policy": settings.policy,
-            "decayed_half_life_tokens": settings.half_life_tokens,
-            "snapshot_path": str(run.path / f"scheduler-{spec.fingerprint}.npz"),
-            "metrics_port": 0,
-            "metrics_port_file": str(run.path / "scheduler.metrics"),
-        },
-    }
-    _check_overrides(settings, tables)
-    if forecaster := settings.forecaster(store_dir):
-        tables["scheduler"]["forecaster_path"] = str(forecaster.resolve())
-    if settings.source:
-        tables["expert_store"]["source_root"] = str(settings.source.resolve())
-    for name, table in tables.items():
-        table.update(getattr(settings, name))
-        try:
-            _CONFIGS[name].model_validate(table)
-        except ValidationError as error:
-            raise errors.ConfigInvalid.of(f"table [{name}]", error) from error
-    return tables
-
-
-_CONFIGS: dict[str, type[BaseModel]] = {
-    "expert_store": ExpertStoreConfig,
-    "compute_node": ComputeNodeConfig,
-    "scheduler": SchedulerConfig,
-}
-_OVERRIDABLE = {
-    "read_depth",
-    "spare_slots",
-    "prefill_chunk_tokens",
-    "policy",
-    "decayed_half_life_tokens",
-    "redis_url",
-    "snapshot_path",
-    "metrics_port",
-    "metrics_port_file",
-}
-
-
-def _check_overrides(settings: ServeSettings, tables: dict[str, dict[str, Any]]) -> None:
-    """Raises ConfigInvalid naming a key that the launcher derives from the plan and the run
-    directory.
-    """
-    for name, table in tables.items():
-        derived = (table.keys() - _OVERRIDABLE) & getattr(settings, name).keys()
-        if derived:
-            raise errors.ConfigInvalid(
-                f"table [{name}] sets {sorted(derived)[0]!r}, which the launcher derives: "
-                "remove it, "
-                "and use --experts-memory, --run-dir or --redis"
-            )
 
 
 def _check_redis(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
@@ -161,10 +69,7 @@ def valkey_command(run: RunDir) -> list[str]:
 
 @contextmanager
 def serving(
-    settings: ServeSettings,
-    store_dir: Path,
-    manifest: Manifest,
-    plan: MemoryPlan,
+    plan: StackPlan,
     until: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = silent,
 ) -> Iterator[Stack]:
@@ -175,24 +80,24 @@ def serving(
     memory is not available now, StartFailed, Unavailable, ConfigInvalid, also for a Redis that
     cannot carry evidence and advice.
     """
-    run = RunDir(settings.run_dir.resolve())
+    run, memory = plan.run_dir, plan.memory
     run.prepare()
-    tables = compose(run, settings, store_dir.resolve(), manifest, plan)
+    tables = compose(run, plan.settings, plan.store_dir.resolve(), plan.manifest, memory)
     with run.claimed() as claim, _present(run, until, say) as presence:
         _sweep(say)
         _check_redis(run, tables)
-        check_room(plan)
+        check_room(memory)
         _clear(run, tables)
-        slots = SegmentLayout(tables["expert_store"]["num_slots"], plan.slot_bytes)
-        dense_bytes = manifest.sizing.dense_bytes
-        sampler = MemorySampler(run.path, plan.ceiling_bytes, slots.segment_bytes, dense_bytes)
+        slots = SegmentLayout(tables["expert_store"]["num_slots"], memory.slot_bytes)
+        dense_bytes = plan.manifest.sizing.dense_bytes
+        sampler = MemorySampler(run.path, memory.ceiling_bytes, slots.segment_bytes, dense_bytes)
         activities = {
-            "expert_store": f"taking {size(slots.segment_bytes)} of shared memory",
-            "compute_node": f"loading {size(dense_bytes)} of dense weights",
+            "expert_store": f"taking {console.size(slots.segment_bytes)} of shared memory",
+            "compute_node": f"loading {console.size(dense_bytes)} of dense weights",
         }
         daemons = [
             Daemon(name, command, run, presence, activities.get(name, ""))
-            for name, command in commands(run, settings).items()
+            for name, command in commands(run, plan.settings).items()
         ]
         stack = Stack(daemons, sampler, say)
         try:
@@ -204,6 +109,22 @@ def serving(
             stack.stop()
             sampler.write()
             run.socket("valkey").unlink(missing_ok=True)
+
+
+@contextmanager
+def own_stack(
+    config: Path | None, flags: Mapping[str, Any], stopped: Callable[[], bool]
+) -> Iterator[tuple[Stack, RunDir]]:
+    """A stack in a scratch run directory, for the block. flags: as `with_flags` takes them.
+
+    Raises as `StackPlan.of` and `serving` do.
+    """
+    with tempfile.TemporaryDirectory(prefix=leftovers.SCRATCH_PREFIX) as scratch:
+        settings = ServeSettings.load(config).with_flags(**flags, run_dir=Path(scratch))
+        plan = StackPlan.of(settings)
+        console.say(f"starting {plan.model_name} ...")
+        with serving(plan, stopped, say=console.say) as stack:
+            yield stack, plan.run_dir
 
 
 def _clear(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
@@ -221,7 +142,7 @@ def _clear(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
 def _sweep(say: Callable[[str], None]) -> None:
     """Give back what killed stacks hold, before it is asked what is free."""
     if found := leftovers.sweep():
-        taken = size(sum(leftover.size_bytes for leftover in found))
+        taken = console.size(sum(leftover.size_bytes for leftover in found))
         paths = ", ".join(str(leftover.path) for leftover in found)
         say(f"removed {taken} that killed stacks left: {paths}")
 

@@ -1,0 +1,113 @@
+"""Records an access trace: from the stack that runs, or from one of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from compute_node.client.node_client import NodeClient
+from compute_node.client.result import Result
+from deploy.lab.recorder import Drawing, Recorder, to_trace
+from deploy.settings import ServeSettings
+from deploy.stack.connection import connected
+from deploy.stack.launcher import own_stack
+from deploy.stack.run_dir import RunDir
+from deploy.terminal import console
+from deploy.terminal.prompts import Prompt
+from deploy.terminal.signals import Wait, stop_flag, work_until_stopped
+from proto import errors
+from scheduler.simulate.trace import AccessTrace
+
+_POLL_S = 0.05
+
+
+def record_trace(
+    name: str,
+    prompts: Sequence[Prompt],
+    drawing: Drawing,
+    *,
+    config: Path | None,
+    run_dir: Path | None,
+    flags: Mapping[str, object],
+    scores: bool = False,
+) -> AccessTrace:
+    """One generation a prompt, by the stack in `run_dir`, or by one of its own when flags name a
+    model.
+
+    Raises InvalidRequest, ConfigInvalid, Unavailable, KeyboardInterrupt when it is stopped, and
+    what the node ends a generation with.
+    """
+    _check_flags(flags, run_dir)
+    if not prompts:
+        raise errors.InvalidRequest("there is nothing to generate from: give --prompts DIR|FILE")
+    stopped = stop_flag()
+    with _node(config, run_dir, flags, stopped) as (node, wait):
+        results = _generate(Recorder(node, drawing, scores), prompts, wait, stopped)
+    left_out = sum(not result.steps for result in results)
+    if left_out:
+        console.err.print(f"{left_out} ended with their first token and were left out")
+    return to_trace(name, prompts, results, drawing.as_text())
+
+
+def _check_flags(flags: Mapping[str, object], run_dir: Path | None) -> None:
+    if flags["model"] is not None:
+        if run_dir is not None:
+            raise errors.ConfigInvalid(
+                "--model starts a stack of its own, --run-dir names one that runs: give one of them"
+            )
+        return
+    for name in ("memory", "experts_memory"):
+        if flags[name] is not None:
+            flag = name.replace("_", "-")
+            raise errors.ConfigInvalid(
+                f"--{flag} is for a stack of its own: give --model STORE too, or leave it out"
+            )
+
+
+@contextmanager
+def _node(
+    config: Path | None,
+    run_dir: Path | None,
+    flags: Mapping[str, object],
+    stopped: Callable[[], bool],
+) -> Iterator[tuple[NodeClient, Wait]]:
+    """A stack of its own when a model is named, else the one in the run directory. Raises
+    Unavailable when none runs there.
+    """
+    if flags["model"] is not None:
+        with (
+            own_stack(config, flags, stopped) as (stack, run),
+            NodeClient(run.address("compute_node")) as node,
+        ):
+            yield node, stack.watch
+        return
+    settings = ServeSettings.load(config).with_flags(run_dir=run_dir)
+    with connected(RunDir(settings.run_dir.resolve())) as node:
+        yield node, _sleep_until
+
+
+def _sleep_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(_POLL_S)
+
+
+def _generate(
+    recorder: Recorder, prompts: Sequence[Prompt], wait: Wait, stopped: Callable[[], bool]
+) -> list[Result]:
+    """Raises KeyboardInterrupt when it was stopped."""
+
+    def say(number: int, prompt: Prompt, result: Result) -> None:
+        console.err.print(
+            f"{number + 1}/{len(prompts)} {prompt.name}: {len(result.steps)} steps, "
+            f"{result.tokens_per_s:.1f} tokens/s, hit ratio {result.decode.hit_ratio:.1%}",
+        )
+
+    try:
+        work = partial(recorder.run, prompts, say)
+        return work_until_stopped(work, recorder.cancel, wait, stopped)
+    except KeyboardInterrupt:
+        console.err.print("interrupted: nothing was written")
+        raise

@@ -1,0 +1,18 @@
+"""What `index` and `pack` wrote, in one line on stdout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deploy.terminal import console
+from expert_store.manifest.manifest import Manifest
+
+
+def print_written(manifest: Manifest, out: Path) -> None:
+    spec = manifest.spec
+    console.out.print(
+        f"{out}: {spec.model_type}, {len(spec.moe_layers)} MoE layers x {spec.num_experts} "
+        "experts, "
+        f"{console.size(manifest.expert_bytes_total)} of experts, "
+        f"{console.size(manifest.sizing.dense_bytes)} dense, weights {spec.weight_format}"
+    )

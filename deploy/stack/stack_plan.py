@@ -1,0 +1,78 @@
+"""What a stack will be: its settings, its store, and where its memory goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.plan.budget import MemoryPlan, forecaster_room, plan_memory
+from deploy.settings import ServeSettings, parse_bytes
+from deploy.stack.run_dir import RunDir
+from deploy.terminal import console
+from expert_store.manifest.manifest import MANIFEST_NAME, Manifest
+from proto import errors
+from proto.weight_format import EXACT
+
+
+@dataclass(frozen=True)
+class StackPlan:
+    """A stack that fits into its ceiling."""
+
+    settings: ServeSettings
+    store_dir: Path
+    manifest: Manifest
+    memory: MemoryPlan
+
+    @classmethod
+    def of(cls, settings: ServeSettings) -> StackPlan:
+        """Plan what the settings ask for. Prints the plan's warnings on stderr.
+
+        Raises ConfigInvalid, ManifestInvalid, MemoryExceeded.
+        """
+        if settings.model is None:
+            raise errors.ConfigInvalid("give --model STORE, or model in the [serve] table")
+        manifest = load_store(settings.model)
+        ceiling_bytes = parse_bytes(settings.memory, "--memory") if settings.memory else None
+        memory = plan_stack_memory(settings, settings.model, manifest, ceiling_bytes)
+        for warning in memory.warnings:
+            console.say(f"warning: {warning}")
+        return cls(settings, settings.model, manifest, memory)
+
+    @property
+    def run_dir(self) -> RunDir:
+        return RunDir(self.settings.run_dir.resolve())
+
+    @property
+    def model_name(self) -> str:
+        """The architecture, and how its weights are kept unless as the checkpoint has them."""
+        spec = self.manifest.spec
+        exact = spec.weight_format == EXACT
+        return spec.model_type if exact else f"{spec.model_type} in {spec.weight_format}"
+
+
+def plan_stack_memory(
+    settings: ServeSettings, store_dir: Path, manifest: Manifest, ceiling_bytes: int | None
+) -> MemoryPlan:
+    """The memory of a stack with these settings. ceiling_bytes: None without a ceiling.
+
+    Raises ConfigInvalid, MemoryExceeded.
+    """
+    return plan_memory(
+        manifest,
+        ceiling_bytes,
+        settings.experts_memory,
+        context_tokens=settings.context_tokens,
+        chunk_tokens=settings.chunk_tokens(manifest.sizing),
+        spare_slots=settings.spare_slots(manifest.slot_bytes),
+        embedded_valkey=settings.redis is None,
+        forecaster_bytes=forecaster_room(settings.forecaster(store_dir)),
+    )
+
+
+def load_store(store: Path) -> Manifest:
+    """Raises ManifestInvalid with the command that makes a store of a checkpoint."""
+    if not (store / MANIFEST_NAME).exists() and (store / "config.json").exists():
+        raise errors.ManifestInvalid(
+            f"{store} is a checkpoint, not a store: run `flashmoe index {store} --out DIR` first"
+        )
+    return Manifest.load(store)
