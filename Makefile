@@ -81,7 +81,7 @@ format: $(STUBS)  ## rewrite the sources in our style
 
 check: lint test  ## what passes before a commit
 
-bench: $(STUBS)  ## measure, and print the tables of README
+bench: $(STUBS)  ## measure, and print the tables of docs/figures.md
 	$(PY) -m tests.bench
 
 $(PEERS_READY): $(PEERS_PACKAGES) $(READY)

@@ -1,10 +1,11 @@
-"""What the documents name exists: paths, make targets, verbs of the command."""
+"""The documents name what exists (paths, make targets, verbs), keep lines short, date decisions."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import pytest
 from deploy.cli import VERBS
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / name for name in ("README.md", "DECISIONS.md", "CHANGELOG.md")]
-WRITTEN = [path for path in DOCUMENTS if path.exists()]
+PAGES = [ROOT / name for name in ("README.md", "DECISIONS.md", "CHANGELOG.md")]
+DOCUMENTS = [*PAGES, *sorted((ROOT / "docs").glob("*.md"))]
+MAX_LINE, MAX_DECISION_LINES = 120, 5
 
 TOP = {path.name for path in ROOT.iterdir() if path.name[0] != "."} | {".ci"}
 TRACKED_SUFFIXES = {".py", ".proto", ".toml", ".yml", ".yaml", ".md", ".lock"}
@@ -21,6 +23,8 @@ PLACEHOLDER = re.compile(r"[<>*{}$\s=…]|\.\.\.")
 FENCE = re.compile(r"^```.*?$(.*?)^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s#]+)")
+DECISION = re.compile(r"^## (.*)\n((?:(?!## ).*\n?)*)", re.MULTILINE)
+DATED = re.compile(r".+ \((\d{4}-\d{2}-\d{2})\)")
 COMMAND_ENDS = re.compile(r"&&|\|\||[;|]")
 
 
@@ -58,11 +62,38 @@ def exists(name: str) -> bool:
     return any(next(folder.rglob(name), None) for folder in folders)
 
 
-def missing_paths(text: str) -> list[str]:
+def missing_paths(text: str, folder: Path = ROOT) -> list[str]:
+    """Paths that do not exist. folder: that of the document, which links are relative to."""
     named = [name for name in spans(text) if is_repo_path(name)]
     links = LINK.findall(FENCE.sub("", text))
     linked = [name for name in links if not name.startswith(("/", "http:", "https:", "mailto:"))]
-    return [name for name in [*named, *linked] if not exists(name)]
+    missing = [name for name in named if not exists(name)]
+    return missing + [name for name in linked if not (folder / name).exists()]
+
+
+def long_lines(text: str) -> list[int]:
+    """Numbers of the lines with more than MAX_LINE characters."""
+    lines = enumerate(text.splitlines(), 1)
+    return [number for number, line in lines if len(line) > MAX_LINE]
+
+
+def faulty_decisions(text: str) -> list[str]:
+    """Titles of the entries that have no date, or more than MAX_DECISION_LINES lines."""
+    return [
+        title
+        for title, body in DECISION.findall(text)
+        if not is_dated(title) or len(body.strip().splitlines()) > MAX_DECISION_LINES
+    ]
+
+
+def is_dated(title: str) -> bool:
+    match = DATED.fullmatch(title)
+    if match is None:
+        return False
+    try:
+        return bool(date.fromisoformat(match[1]))
+    except ValueError:
+        return False
 
 
 def missing_targets(text: str) -> list[str]:
@@ -85,22 +116,57 @@ def missing_verbs(text: str) -> list[str]:
     return [name for name in named if re.fullmatch(r"[a-z][a-z-]*", name) and name not in VERBS]
 
 
-@pytest.mark.parametrize("document", WRITTEN, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_paths_named_exist(document: Path) -> None:
     """Red for `expert_store/readr.py` in README."""
-    assert missing_paths(document.read_text()) == []
+    assert missing_paths(document.read_text(), document.parent) == []
 
 
-@pytest.mark.parametrize("document", WRITTEN, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_targets_named_exist(document: Path) -> None:
     """Red for `make rnu` in README."""
     assert missing_targets(document.read_text()) == []
 
 
-@pytest.mark.parametrize("document", WRITTEN, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_verbs_named_exist(document: Path) -> None:
     """Red for `flashmoe packs DIR` in README."""
     assert missing_verbs(document.read_text()) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_lines_are_short(document: Path) -> None:
+    """Red for a README with a line of 121 characters."""
+    assert long_lines(document.read_text()) == []
+
+
+def test_decisions_are_dated_and_short() -> None:
+    """Red for a heading without a date, and for an entry of six lines."""
+    text = (ROOT / "DECISIONS.md").read_text()
+    assert len(DECISION.findall(text)) > 10
+    assert faulty_decisions(text) == []
+
+
+def test_a_long_line_is_found() -> None:
+    """Red when bytes are counted: an arrow is one character."""
+    assert long_lines(f"{'▶' * 120}\n{'x' * 121}\n") == [2]
+
+
+@pytest.mark.parametrize(
+    ("entry", "is_faulty"),
+    [
+        ("## A title (2026-11-22)\nOne.\nTwo.\n\n", False),
+        ("## A title (2026-11-22)\n1\n2\n3\n4\n5\n\n", False),
+        ("## A title (2026-11-22)\n1\n2\n3\n4\n5\n6\n", True),
+        ("## A title\nOne.\n", True),
+        ("## A title (2026-11-31)\nOne.\n", True),
+    ],
+)
+def test_a_faulty_decision_is_found(entry: str, is_faulty: bool) -> None:
+    """Red when a day that no calendar has passes, or only the first entry is looked at."""
+    assert faulty_decisions(f"# Decisions\n\n## First (2026-11-22)\nOne.\n\n{entry}") == (
+        [entry.splitlines()[0].removeprefix("## ")] if is_faulty else []
+    )
 
 
 def test_the_compose_files_instructions_name_what_exists() -> None:
