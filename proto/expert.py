@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 
@@ -35,6 +36,35 @@ class ExpertKey:
         return pb.ExpertKey(layer=self.layer, expert=self.expert)
 
 
+EXACT_VARIANT = "exact"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class RecordKey:
+    """One record of an expert: its weights as `variant` keeps them.
+
+    Every expert has a record of the `exact` variant, which is what the model computes with when
+    nothing else is asked for: the checkpoint's weights as the store was packed. Prints as L07E113,
+    another variant's as L07E113/int4.
+    """
+
+    expert: ExpertKey
+    variant: str = EXACT_VARIANT
+
+    def __str__(self) -> str:
+        return (
+            str(self.expert) if self.variant == EXACT_VARIANT else f"{self.expert}/{self.variant}"
+        )
+
+    @classmethod
+    def from_pb(cls, message: pb.RecordKey) -> RecordKey:
+        return cls(ExpertKey(message.layer, message.expert), message.variant or EXACT_VARIANT)
+
+    def to_pb(self) -> pb.RecordKey:
+        variant = "" if self.variant == EXACT_VARIANT else self.variant
+        return pb.RecordKey(layer=self.expert.layer, expert=self.expert.expert, variant=variant)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorLayout:
     """One tensor of an expert, as the model's experts module names and shapes it (no expert
@@ -55,6 +85,46 @@ class TensorLayout:
 
     def to_pb(self) -> pb.TensorLayout:
         return pb.TensorLayout(name=self.name, dtype=self.dtype, shape=self.shape)
+
+
+Layouts = dict[int, tuple[TensorLayout, ...]]
+"""Per model layer, the tensors of each of its experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How one variant's records keep an expert."""
+
+    weight_format: WeightFormat
+    layouts: Layouts
+
+    def expert_bytes(self, layer: int) -> int:
+        return sum(tensor.length_bytes for tensor in self.layouts[layer])
+
+    @classmethod
+    def from_pb(cls, message: pb.Variant) -> Variant:
+        return cls(WeightFormat.from_pb(message.weight_format), _layouts_from_pb(message.layouts))
+
+    def to_pb(self, name: str) -> pb.Variant:
+        return pb.Variant(
+            name=name,
+            weight_format=self.weight_format.to_pb(),
+            layouts=_layouts_to_pb(self.layouts),
+        )
+
+
+def _layouts_from_pb(messages: Iterable[pb.LayerLayout]) -> Layouts:
+    return {
+        message.layer: tuple(TensorLayout.from_pb(tensor) for tensor in message.tensors)
+        for message in messages
+    }
+
+
+def _layouts_to_pb(layouts: Layouts) -> list[pb.LayerLayout]:
+    return [
+        pb.LayerLayout(layer=layer, tensors=[tensor.to_pb() for tensor in tensors])
+        for layer, tensors in layouts.items()
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +169,8 @@ class ModelSpec:
 
     moe_layers: model layer numbers, ascending; evidence and advice number MoE layers 0..L-1 in
                 this order
-    layouts:    per model layer, the tensors of each of its experts
+    layouts, weight_format: of the exact variant
+    variants:   by name, what is kept beside it
     """
 
     fingerprint: str
@@ -107,9 +178,10 @@ class ModelSpec:
     moe_layers: tuple[int, ...]
     num_experts: int
     top_k: int
-    layouts: dict[int, tuple[TensorLayout, ...]]
+    layouts: Layouts
     dense: tuple[DenseTensor, ...] = field(default=())
     weight_format: WeightFormat = EXACT
+    variants: dict[str, Variant] = field(default_factory=dict)
 
     @property
     def num_experts_total(self) -> int:
@@ -120,7 +192,13 @@ class ModelSpec:
         return sum(tensor.length_bytes for tensor in self.dense)
 
     def expert_bytes(self, layer: int) -> int:
-        return sum(tensor.length_bytes for tensor in self.layouts[layer])
+        return self.variant(EXACT_VARIANT).expert_bytes(layer)
+
+    def variant(self, name: str) -> Variant:
+        """Raises KeyError for a variant that the model does not have."""
+        if name == EXACT_VARIANT:
+            return Variant(self.weight_format, self.layouts)
+        return self.variants[name]
 
     def contains(self, key: ExpertKey) -> bool:
         return key.layer in self.layouts and 0 <= key.expert < self.num_experts
@@ -133,12 +211,10 @@ class ModelSpec:
             moe_layers=tuple(message.moe_layers),
             num_experts=message.num_experts,
             top_k=message.top_k,
-            layouts={
-                layout.layer: tuple(TensorLayout.from_pb(t) for t in layout.tensors)
-                for layout in message.layouts
-            },
+            layouts=_layouts_from_pb(message.layouts),
             dense=tuple(DenseTensor.from_pb(t) for t in message.dense),
             weight_format=WeightFormat.from_pb(message.weight_format),
+            variants={each.name: Variant.from_pb(each) for each in message.variants},
         )
 
     def to_pb(self) -> pb.ModelSpec:
@@ -148,10 +224,8 @@ class ModelSpec:
             moe_layers=self.moe_layers,
             num_experts=self.num_experts,
             top_k=self.top_k,
-            layouts=[
-                pb.LayerLayout(layer=layer, tensors=[t.to_pb() for t in tensors])
-                for layer, tensors in self.layouts.items()
-            ],
+            layouts=_layouts_to_pb(self.layouts),
             dense=[t.to_pb() for t in self.dense],
             weight_format=self.weight_format.to_pb(),
+            variants=[variant.to_pb(name) for name, variant in self.variants.items()],
         )

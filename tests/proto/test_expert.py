@@ -1,7 +1,8 @@
 """Value types survive the wire.
 
 Planted faults seen red: (expert, layer) in ExpertKey.to_pb, a DenseTensor without its checksum,
-`contains` without its lower bound.
+`contains` without its lower bound, a RecordKey that forgets its variant, a ModelSpec that forgets
+its variants.
 """
 
 from __future__ import annotations
@@ -9,12 +10,23 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto.expert import DTYPE_BYTES, DenseTensor, ExpertKey, ModelSpec, TensorLayout
+from proto import expert_pb2 as pb
+from proto.expert import (
+    DTYPE_BYTES,
+    DenseTensor,
+    ExpertKey,
+    ModelSpec,
+    RecordKey,
+    TensorLayout,
+    Variant,
+)
+from proto.weight_format import WeightFormat
 
 u32 = st.integers(0, (1 << 32) - 1)
 u64 = st.integers(0, (1 << 64) - 1)
 names = st.text(st.characters(codec="utf-8"), max_size=20)
 keys = st.builds(ExpertKey, u32, u32)
+record_keys = st.builds(RecordKey, keys, st.sampled_from(["exact", "int4"]))
 layouts = st.builds(
     TensorLayout,
     names,
@@ -35,9 +47,17 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         moe_layers=tuple(layers),
         num_experts=draw(u32),
         top_k=draw(u32),
-        layouts={layer: draw(st.lists(layouts, max_size=3).map(tuple)) for layer in layers},
+        layouts=draw_layouts(draw, layers),
         dense=draw(st.lists(dense, max_size=3).map(tuple)),
+        variants={
+            name: Variant(WeightFormat(name, lossy=True), draw_layouts(draw, layers))
+            for name in draw(st.lists(st.sampled_from(["int4", "int8"]), unique=True))
+        },
     )
+
+
+def draw_layouts(draw: st.DrawFn, layers: list[int]) -> dict[int, tuple[TensorLayout, ...]]:
+    return {layer: draw(st.lists(layouts, max_size=3).map(tuple)) for layer in layers}
 
 
 @given(keys)
@@ -45,6 +65,24 @@ def test_a_key_returns_as_it_went(key: ExpertKey) -> None:
     message = key.to_pb()
     assert (message.layer, message.expert) == (key.layer, key.expert)
     assert ExpertKey.from_pb(message) == key
+
+
+@given(record_keys)
+def test_a_record_key_returns_as_it_went(key: RecordKey) -> None:
+    assert RecordKey.from_pb(key.to_pb()) == key
+
+
+@given(keys)
+def test_an_expert_on_the_wire_is_its_exact_record(key: ExpertKey) -> None:
+    message = pb.RecordKey.FromString(key.to_pb().SerializeToString())
+    assert RecordKey.from_pb(message) == RecordKey(key)
+
+
+def test_a_record_prints_its_variant_unless_it_is_the_exact_one() -> None:
+    assert [str(RecordKey(ExpertKey(7, 113), name)) for name in ("exact", "int4")] == [
+        "L07E113",
+        "L07E113/int4",
+    ]
 
 
 def test_a_key_prints_layer_first_and_sorts_by_it() -> None:
