@@ -5,7 +5,7 @@ from __future__ import annotations
 from proto.process import last_words
 
 if __name__ == "__main__":
-    last_words.tell_of_imports("compute_node")
+    last_words.report_failed_imports("compute_node")
 
 import proto.process.quiet_grpc  # noqa: F401  isort: skip  before grpc
 import compute_node.model.lean_imports  # noqa: F401  isort: skip  before transformers

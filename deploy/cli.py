@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Do what the arguments ask, tell an error in one sentence on stderr; returns the exit code."""
+    """Do what the arguments ask. Prints an error as one sentence. Returns the exit code."""
     try:
         return _run(arguments)
     except console.OutputClosed:
@@ -126,7 +126,7 @@ def _run(arguments: list[str] | None) -> int:
         return console.INTERRUPTED
     except OSError as error:
         return console.fail(_describe_system(error), console.BAD_INPUT)
-    except Exception as error:  # noqa: BLE001  a defect of ours: told whole, for a report
+    except Exception as error:  # noqa: BLE001  a defect of ours: print all of it
         console.say(traceback.format_exc())
         return console.fail(
             f"a defect of FlashMoE, please report the lines above: {type(error).__name__}: {error}",
@@ -136,7 +136,7 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _check_no_empty(arguments: list[str]) -> None:
-    """An empty path would be this folder, and no argument may be empty. Raises InvalidRequest."""
+    """Raises InvalidRequest for an empty argument: an empty path would be this folder."""
     num_options = arguments.index("--") if "--" in arguments else len(arguments)
     for number, argument in enumerate(arguments):
         name = _EMPTY_OPTION.fullmatch(argument) if number < num_options else None

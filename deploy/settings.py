@@ -16,7 +16,7 @@ from proto.redis_schema import PolicySetting
 
 
 def _default_run_dir() -> Path:
-    """In the home folder. As it is written where there is none: `RunDir.prepare` refuses that."""
+    """The folder in the user's home. Without a home `~` stays, and `RunDir.prepare` refuses it."""
     path = Path("~/.flashmoe/run")
     try:
         return path.expanduser()

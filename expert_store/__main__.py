@@ -5,7 +5,7 @@ from __future__ import annotations
 from proto.process import last_words
 
 if __name__ == "__main__":
-    last_words.tell_of_imports("expert_store")
+    last_words.report_failed_imports("expert_store")
 
 import proto.process.quiet_grpc  # noqa: F401  isort: skip  before grpc
 

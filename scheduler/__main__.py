@@ -5,7 +5,7 @@ from __future__ import annotations
 from proto.process import last_words
 
 if __name__ == "__main__":
-    last_words.tell_of_imports("scheduler")
+    last_words.report_failed_imports("scheduler")
 
 import proto.process.quiet_grpc  # noqa: F401  isort: skip  before grpc
 

@@ -16,7 +16,7 @@ COMPOSE_FILE = Path(__file__).parents[1] / "docker-compose.yml"
 ENV_NAME = "compose.env"
 RUN_NAME = "run"  # folder of the sockets
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")  # what both generations of compose take
-_UNTOLD = re.compile(r"[:\\\n\r]")  # in a path: compose cannot mount it, or cannot be told it
+_UNUSABLE = re.compile(r"[:\\\n\r]")  # compose cannot mount a path with one of these
 
 
 def project_name(out: Path, name: str | None) -> str:
@@ -34,9 +34,9 @@ def render_environment(variables: Mapping[str, object]) -> str:
     """An env file that both generations of compose read alike. Raises ConfigInvalid."""
     lines = []
     for name, value in variables.items():
-        if _UNTOLD.search(str(value)):
+        if _UNUSABLE.search(str(value)):
             raise errors.ConfigInvalid(
-                f"compose cannot be told the path {str(value)!r}: it has a colon, a backslash or a "
+                f"compose cannot use the path {str(value)!r}: it has a colon, a backslash or a "
                 "line break; give it another name"
             )
         quoted = str(value).replace("'", "\\'")

@@ -15,7 +15,7 @@ _NOT_ROOT = 10001
 
 @dataclass(frozen=True)
 class ContainerUser:
-    """Us, or nobody's numbers when we are root: the containers are never root."""
+    """The user that the containers run as: ours, or one of no account when we are root."""
 
     uid: int
     gid: int
@@ -25,15 +25,15 @@ class ContainerUser:
         return cls(os.getuid(), os.getgid()) if os.getuid() else cls(_NOT_ROOT, _NOT_ROOT)
 
     def take(self, path: Path) -> None:
-        """Give it a file or a whole folder of ours; does nothing where it is us."""
+        """Make this user the owner of a file or a whole folder. Does nothing when it is ours."""
         if self.uid == os.getuid():
             return
         for each in (path, *path.rglob("*")):
             os.chown(each, self.uid, self.gid, follow_symlinks=False)
 
     def check_can_read(self, folder: Path, names: Iterable[str]) -> None:
-        """Open every one of `names` in `folder` as that user. Folders above do not matter: a mount
-        hides them.
+        """Open every one of `names` in `folder` as this user. The folders above `folder` do not
+        matter, as a mount hides them.
 
         Raises ConfigInvalid naming the first that cannot be opened.
         """
@@ -50,7 +50,7 @@ class ContainerUser:
 
     @contextmanager
     def _acting(self) -> Iterator[None]:
-        """As that user for the block, its one group included."""
+        """Act as this user, with its one group, for the block."""
         if self.uid == os.getuid():
             yield
             return
@@ -68,7 +68,7 @@ class ContainerUser:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[int]:
-    """As a folder is mounted: by root, whoever may reach it. Raises ConfigInvalid."""
+    """Open a folder as a mount does: by its path alone, whatever its mode. Raises ConfigInvalid."""
     try:
         descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:

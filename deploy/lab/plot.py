@@ -41,7 +41,7 @@ LABEL_STEP = 0.042  # of an axis' height: labels closer than this would overlap
 
 
 def check_writable(path: Path) -> None:
-    """Before minutes are spent. Raises InvalidRequest."""
+    """Check the name before minutes are spent. Raises InvalidRequest."""
     if path.suffix.lower() not in SUFFIXES:
         raise errors.InvalidRequest(f"{path} is no picture: give --plot a name that ends in .png")
     if not path.parent.is_dir():

@@ -1,4 +1,4 @@
-"""Generates from one prompt after another and keeps what every decode step asked of the experts."""
+"""Generates from prompts, one after another, and keeps which experts every decode step used."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from scheduler.simulate.trace import AccessTrace
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How tokens are drawn. seed: of the first generation, the next has the next."""
+class Sampling:
+    """How tokens are drawn. seed: that of the first generation; each next one adds 1"""
 
     max_tokens: int
     temperature: float
@@ -28,16 +28,16 @@ class Drawing:
     prompt_tokens: int
 
     def as_text(self) -> str:
-        """For a trace's `sampling`."""
+        """The text that a trace keeps in its field `sampling`."""
         return json.dumps(asdict(self))
 
 
 @dataclass
 class Recorder:
-    """Uses one thread; `cancel` may be called from another."""
+    """Generates and records, on one thread. Another thread may call `cancel`."""
 
     node: NodeClient
-    drawing: Drawing
+    sampling: Sampling
     router_scores: bool
     _current: Generation | None = None
     _cancelled: bool = False
@@ -45,9 +45,9 @@ class Recorder:
     def run(
         self, prompts: Sequence[Prompt], done: Callable[[int, Prompt, Result], None]
     ) -> list[Result]:
-        """A generation a prompt; `done` hears of each with its number.
+        """Generate once from each prompt. Calls `done` with the number of each one that ended.
 
-        Raises Cancelled after `cancel`, and what the node ends a generation with.
+        Raises Cancelled after `cancel`, and the error that the node ends a generation with.
         """
         results = []
         for number, prompt in enumerate(prompts):
@@ -57,7 +57,7 @@ class Recorder:
         return results
 
     def cancel(self) -> None:
-        """End the generation at hand and begin no other."""
+        """End the current generation and begin no other."""
         self._cancelled = True
         if self._current is not None:
             self._current.cancel()
@@ -65,12 +65,12 @@ class Recorder:
     def _generate(self, number: int, prompt: Prompt) -> Result:
         self._current = self.node.generate(
             prompt.text,
-            max_tokens=self.drawing.max_tokens,
-            temperature=self.drawing.temperature,
-            top_p=self.drawing.top_p,
-            seed=self.drawing.seed + number,
-            ignore_eos=self.drawing.ignore_eos,
-            max_prompt_tokens=self.drawing.prompt_tokens,
+            max_tokens=self.sampling.max_tokens,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            seed=self.sampling.seed + number,
+            ignore_eos=self.sampling.ignore_eos,
+            max_prompt_tokens=self.sampling.prompt_tokens,
             record=True,
             router_scores=self.router_scores,
         )
@@ -82,10 +82,10 @@ class Recorder:
 def to_trace(
     name: str, prompts: Sequence[Prompt], results: Sequence[Result], sampling: str
 ) -> AccessTrace:
-    """The decode steps of all generations; one that ended with its first token has none and is
-    left out.
+    """A trace of the decode steps of all generations. A generation that ended with its first token
+    has no step and is left out.
 
-    Raises InvalidRequest when none has any.
+    Raises InvalidRequest when no generation has a step.
     """
     kept = [(p.name, r.steps) for p, r in zip(prompts, results, strict=True) if r.steps]
     steps = [step for _, of_one in kept for step in of_one]
@@ -107,6 +107,6 @@ def to_trace(
 
 
 def _scores(steps: Sequence[RecordedStep]) -> NDArray[np.float16] | None:
-    """[T, L, E], or None when they were not asked for."""
+    """The router scores of all steps, [T, L, E]; None when none were recorded."""
     rows = [step.router_scores for step in steps if step.router_scores is not None]
     return np.stack(rows) if rows else None

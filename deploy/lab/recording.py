@@ -10,7 +10,7 @@ from pathlib import Path
 
 from compute_node.client.node_client import NodeClient
 from compute_node.client.result import Result
-from deploy.lab.recorder import Drawing, Recorder, to_trace
+from deploy.lab.recorder import Recorder, Sampling, to_trace
 from deploy.settings import ServeSettings
 from deploy.stack.connection import connected
 from deploy.stack.launcher import own_stack
@@ -27,29 +27,29 @@ _POLL_S = 0.05
 def record_trace(
     name: str,
     prompts: Sequence[Prompt],
-    drawing: Drawing,
+    sampling: Sampling,
     *,
     config: Path | None,
     run_dir: Path | None,
     flags: Mapping[str, object],
     scores: bool = False,
 ) -> AccessTrace:
-    """One generation a prompt, by the stack in `run_dir`, or by one of its own when flags name a
-    model.
+    """Generate once from each prompt, with the stack in `run_dir`, or with a stack of its own when
+    the flags name a model.
 
-    Raises InvalidRequest, ConfigInvalid, Unavailable, KeyboardInterrupt when it is stopped, and
-    what the node ends a generation with.
+    Raises InvalidRequest, ConfigInvalid, Unavailable, KeyboardInterrupt when the user stops it, and
+    the error that the node ends a generation with.
     """
     _check_flags(flags, run_dir)
     if not prompts:
         raise errors.InvalidRequest("there is nothing to generate from: give --prompts DIR|FILE")
     stopped = stop_flag()
     with _node(config, run_dir, flags, stopped) as (node, wait):
-        results = _generate(Recorder(node, drawing, scores), prompts, wait, stopped)
+        results = _generate(Recorder(node, sampling, scores), prompts, wait, stopped)
     left_out = sum(not result.steps for result in results)
     if left_out:
         console.err.print(f"{left_out} ended with their first token and were left out")
-    return to_trace(name, prompts, results, drawing.as_text())
+    return to_trace(name, prompts, results, sampling.as_text())
 
 
 def _check_flags(flags: Mapping[str, object], run_dir: Path | None) -> None:
@@ -74,8 +74,8 @@ def _node(
     flags: Mapping[str, object],
     stopped: Callable[[], bool],
 ) -> Iterator[tuple[NodeClient, Wait]]:
-    """A stack of its own when a model is named, else the one in the run directory. Raises
-    Unavailable when none runs there.
+    """A client of a stack, and how to wait while it works. The stack is one of its own when the
+    flags name a model, else the one in the run directory. Raises Unavailable when none runs there.
     """
     if flags["model"] is not None:
         with (
@@ -97,7 +97,7 @@ def _sleep_until(condition: Callable[[], bool]) -> None:
 def _generate(
     recorder: Recorder, prompts: Sequence[Prompt], wait: Wait, stopped: Callable[[], bool]
 ) -> list[Result]:
-    """Raises KeyboardInterrupt when it was stopped."""
+    """Raises KeyboardInterrupt when the user stops it."""
 
     def say(number: int, prompt: Prompt, result: Result) -> None:
         console.err.print(

@@ -15,13 +15,13 @@ from proto import errors
 
 
 class Absence(Enum):
-    """As far as the run directory tells. The value is what `status` says."""
+    """The reasons that the run directory shows. The value is what `status` prints."""
 
     NO_STACK = "no stack runs here: `flashmoe serve` starts one"
     KILLED = "it was killed, or its container is down: start the stack again"
     STARTING = "the stack is starting"
     STOPPING = "the stack is stopping"
-    DIED = "it died and is being started again: its log may tell why"
+    DIED = "it died and is being started again: its log may say why"
     FORBIDDEN = "its socket belongs to another user"
     SILENT = "it takes connections and does not answer"
 
@@ -35,7 +35,7 @@ _WITHOUT_SOCKET = {
 
 
 def find_absence(run: RunDir, name: str) -> Absence:
-    """Of a daemon that did not answer. Opens a connection and says nothing on it."""
+    """Why a daemon did not answer. Opens a connection and sends nothing over it."""
     try:
         state = run.state()
     except OSError:  # no folder that a stack could live in
@@ -55,7 +55,7 @@ def find_absence(run: RunDir, name: str) -> Absence:
 
 
 def explain_absence(run: RunDir, absence: Absence) -> str:
-    """A sentence for who wants an answer of the stack, with what to do."""
+    """One sentence for a user of the stack: why it does not answer, and what to do."""
     return {
         Absence.NO_STACK: f"no stack runs in {run.path}: start one with `flashmoe serve`, or name "
         "it with --run-dir",
@@ -66,7 +66,7 @@ def explain_absence(run: RunDir, absence: Absence) -> str:
         Absence.STOPPING: f"the stack in {run.path} is stopping: start it again once it has "
         "stopped",
         Absence.DIED: f"the node in {run.path} died and is started again in a moment: try again; "
-        f"{run.log('compute_node')} may tell why",
+        f"{run.log('compute_node')} may say why",
         Absence.FORBIDDEN: f"the stack in {run.path} belongs to another user: run as that user",
         Absence.SILENT: f"the node in {run.path} does not answer: see `flashmoe status`",
     }[absence]
@@ -76,7 +76,7 @@ def explain_absence(run: RunDir, absence: Absence) -> str:
 def connected(run: RunDir) -> Iterator[NodeClient]:
     """A client of the stack in `run`, for the block.
 
-    Raises Unavailable with what became of the stack when it does not answer, or no more.
+    Raises Unavailable with the reason when the stack does not answer, or stops answering.
     """
     absence = find_absence(run, "compute_node")
     if absence is not Absence.SILENT:

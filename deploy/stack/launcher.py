@@ -1,5 +1,5 @@
-"""All daemons on one box: composed from one plan, started, watched, restarted, stopped. One
-thread.
+"""Starts all daemons on one box from one plan, watches and restarts them, and stops them. Uses
+one thread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DRAIN_S = 30.0  # longer than a daemon may take to stop
 
 
 def _check_redis(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
-    """Raises ConfigInvalid when a Redis that is not ours cannot carry evidence and advice."""
+    """Raises ConfigInvalid when the user's Redis cannot carry evidence and advice."""
     for url in {tables[name]["redis_url"] for name in ("compute_node", "scheduler")}:
         if url != run.redis_url:
             from deploy.stack.redis_check import check_redis  # imports redis, which few need
@@ -40,7 +40,7 @@ def _check_redis(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
 
 
 def commands(run: RunDir, settings: ServeSettings) -> dict[str, list[str]]:
-    """What is run, in the order of start."""
+    """The command line of every process, in the order of start."""
     found: dict[str, list[str]] = {}
     if settings.redis is None:
         found["valkey"] = valkey_command(run)
@@ -73,8 +73,10 @@ def serving(
     until: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = silent,
 ) -> Iterator[Stack]:
-    """A running stack for the block; when `until` turns true before it serves, the block runs
-    early. say: is given a line whenever something happens.
+    """A running stack for the block. When `until` turns true before it serves, the block runs
+    early.
+
+    say: called with a line whenever something happens
 
     Raises AlreadyRunning when another stack holds the run directory, MemoryExceeded when the plan's
     memory is not available now, StartFailed, Unavailable, ConfigInvalid, also for a Redis that
@@ -102,10 +104,10 @@ def serving(
         stack = Stack(daemons, sampler, say)
         try:
             stack.start(until)
-            claim.tell(RunState.SERVING)
+            claim.publish(RunState.SERVING)
             yield stack
         finally:
-            claim.tell(RunState.STOPPING)
+            claim.publish(RunState.STOPPING)
             stack.stop()
             sampler.write()
             run.socket("valkey").unlink(missing_ok=True)
@@ -140,7 +142,7 @@ def _clear(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
 
 
 def _sweep(say: Callable[[str], None]) -> None:
-    """Give back what killed stacks hold, before it is asked what is free."""
+    """Remove what killed stacks left, before free memory is looked up."""
     if found := leftovers.sweep():
         taken = console.size(sum(leftover.size_bytes for leftover in found))
         paths = ", ".join(str(leftover.path) for leftover in found)
@@ -152,7 +154,8 @@ def _present(run: RunDir, until: Callable[[], bool], say: Callable[[str], None])
     """Hold the lock of the stack's segment for the block, once the daemons of a killed launcher
     have ended, and remove the segment, theirs before and ours after it.
 
-    Raises AlreadyRunning when they do not end, Cancelled when told to stop first, ConfigInvalid.
+    Raises AlreadyRunning when they do not end, Cancelled when `until` turns true
+    first, ConfigInvalid.
     """
     try:
         descriptor = locks.hold(run.presence, locks.LOOK_S)

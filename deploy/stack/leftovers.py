@@ -1,7 +1,7 @@
 """What killed stacks left behind: segments in shared memory, scratch run directories.
 
-A thing is left over when its locks can be had: the kernel lets go of one when the last process
-ends that holds it. Nothing is guessed from process ids, names or ages.
+A file is left over when its locks are free: the kernel frees a lock when the last process that
+holds it ends. Nothing is guessed from process ids, names or ages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SCRATCH = re.compile(rf"{SCRATCH_PREFIX}[a-z0-9_]{{8}}")
 
 @dataclass(frozen=True)
 class Leftover:
-    """path: of a segment or a scratch folder. locks: who may remove it holds them."""
+    """path: a segment or a scratch folder. locks: hold all of them to remove it"""
 
     path: Path
     locks: tuple[Path, ...]
@@ -34,7 +34,7 @@ class Leftover:
 
 
 def find() -> list[Leftover]:
-    """What nobody alive holds, of this user's. Changes nothing."""
+    """This user's files that no living process holds. Changes nothing."""
     return [
         leftover
         for leftover in (*_segments(), *_scratch_folders())
@@ -43,20 +43,20 @@ def find() -> list[Leftover]:
 
 
 def sweep() -> list[Leftover]:
-    """Remove it; returns what was worth a word. One that cannot be removed stays, for `doctor`."""
+    """Remove what is left over. Returns what had a size. `doctor` shows what cannot be removed."""
     removed = [leftover for leftover in find() if _remove(leftover)]
     return [leftover for leftover in removed if leftover.size_bytes]
 
 
 def _segments() -> list[Leftover]:
-    """Also those of which only the lock is left: they take nothing."""
+    """Segments, and locks whose segment is gone, which take no memory."""
     matches = (_SEGMENT.fullmatch(path.name) for path in _listed(SHARED_MEMORY, stat.S_ISREG))
     segments = {SHARED_MEMORY / match[1] for match in matches if match}
     return [Leftover(s, (presence_of(s), s), _allocated_bytes(s)) for s in sorted(segments)]
 
 
 def _scratch_folders() -> list[Leftover]:
-    """Those with a configuration: their launcher held the lock before it wrote one."""
+    """Folders with a configuration: their launcher held the lock before it wrote one."""
     found = []
     for path in _listed(Path(tempfile.gettempdir()), stat.S_ISDIR):
         run = RunDir(path.resolve())

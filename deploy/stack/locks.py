@@ -1,4 +1,4 @@
-"""Files that living processes hold locked: the kernel lets go when the last of them ends."""
+"""Files that living processes hold locked: the kernel frees a lock when its last holder ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-# How long another's look at a lock may keep it from its owner.
+# How long a process that looks at a lock may keep it from its owner.
 LOOK_S = 0.3
 _POLL_S = 0.02
 _PLAIN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe in its place would never open

@@ -1,4 +1,4 @@
-"""Keeps the logs of daemons within a limit, also what Valkey and libraries in C write there."""
+"""Keeps the logs of daemons within a limit, with all that Valkey and C libraries write there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NO_ROOM = "the disk had no room to keep what this log said before\n"
 
 
 def older(log: Path) -> Path:
-    """Where what a log said before is kept."""
+    """The file that keeps a log's older lines."""
     return log.with_name(f"{log.name}.1")
 
 
@@ -39,7 +39,7 @@ def _begin_anew(log: Path) -> None:
 
 
 def last_line(log: Path) -> str:
-    """Of the log, or of what it said before; empty when it said nothing."""
+    """The last line of the log, or of its older part; empty when there is none."""
     for path in (log, older(log)):
         with suppress(FileNotFoundError):
             if lines := path.read_text(errors="replace").strip().splitlines():
@@ -48,6 +48,6 @@ def last_line(log: Path) -> str:
 
 
 def clear(log: Path) -> None:
-    """Remove what an earlier run said."""
+    """Remove the log of an earlier run."""
     log.unlink(missing_ok=True)
     older(log).unlink(missing_ok=True)

@@ -51,8 +51,11 @@ class MemoryReport:
 
 
 class MemorySampler:
-    """segment_bytes: allocated in full at start, so it counts in full. dense_bytes: shown apart
-    from the node. problem: why the report could not be written last; empty when it was.
+    """Samples the memory of a stack's processes and writes the report.
+
+    segment_bytes: allocated in full at start, so it counts in full
+    dense_bytes:   shown apart from the node
+    problem:       why the last report could not be written; empty when it was
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class MemorySampler:
         self.problem = ""
 
     def sample(self, processes: Mapping[str, int]) -> None:
-        """processes: name -> pid; one that is gone counts nothing."""
+        """Measure every process once. processes: pid by name; one that is gone counts nothing"""
         now = time.monotonic()
         if now - self._walked_s > _WALK_INTERVAL_S or set(self._file_bytes) != set(
             processes.values()
@@ -89,7 +92,7 @@ class MemorySampler:
             self._written_s = now
 
     def write(self) -> None:
-        """Replace the report. A disk that refuses is counted and told by `problem`, not raised."""
+        """Replace the report. A disk that refuses is counted and kept in `problem`, not raised."""
         self.report.cgroup_peak_bytes = cgroup.peak_bytes()
         self.report.written_at_s = time.time()
         partial = self._path.with_suffix(".partial")

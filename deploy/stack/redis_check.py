@@ -1,4 +1,4 @@
-"""Whether a Redis that is not ours can carry evidence and advice: asked before anything starts."""
+"""Checks before a start whether the user's Redis can carry evidence and advice."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ _REMEDIES: tuple[tuple[type[Exception] | str, str], ...] = (
 
 
 def check_redis(url: str) -> None:
-    """Do once what the daemons will do. Leaves nothing behind.
+    """Do once what the daemons will do. Leaves nothing in the Redis.
 
-    Raises ConfigInvalid, one sentence that says what is in the way and what helps.
+    Raises ConfigInvalid: one sentence with what is wrong and what helps.
     """
     try:
         client = Redis.from_url(
@@ -67,7 +67,7 @@ def check_redis(url: str) -> None:
 
 
 def _exercise(client: Redis) -> None:
-    """Both arrows, over a stream and a key of their own."""
+    """Send evidence and advice once, over a stream and a key made for the check."""
     stream = f"flashmoe:check:{uuid.uuid4().hex}:access"
     client.ping()
     client.xgroup_create(stream, _GROUP, id="0", mkstream=True)
@@ -106,5 +106,5 @@ def _remedy(error: Exception) -> str:
 
 
 def _shown(url: str) -> str:
-    """Without its password, wherever it stands."""
+    """The URL without its password."""
     return re.sub(r"//.*@", "//", url).partition("?")[0]

@@ -23,7 +23,7 @@ _LEAST_FREE_BYTES, _LEAST_FREE_FILES = 1024 * 1024, 32
 
 
 class RunState(Enum):
-    """What a launcher says of its stack. ABSENT: none runs here, so none says anything."""
+    """The state of a stack, as its launcher writes it. ABSENT: no launcher runs here."""
 
     ABSENT = "absent"
     STARTING = "starting"
@@ -76,8 +76,8 @@ class RunDir:
 
     @property
     def presence(self) -> Path:
-        """Held by the launcher and by every daemon of the stack: while it is, the segment is read
-        and the folder written.
+        """Held by the launcher and by every daemon of the stack. While it is held, the segment is
+        in use and the folder is written.
         """
         return presence_of(self.segment)
 
@@ -136,7 +136,7 @@ class RunDir:
             )
 
     def state(self) -> RunState:
-        """What the launcher says, while one lives. Raises OSError when the folder cannot be read.
+        """The state that a living launcher wrote. Raises OSError when the folder cannot be read.
 
         STARTING and STOPPING pass by themselves; SERVING holds also while a daemon that died is
         started again. Daemons in containers, or whose launcher was killed, are ABSENT here and may
@@ -160,7 +160,7 @@ class RunDir:
             )
         claim = Claim(descriptor)
         try:
-            claim.tell(RunState.STARTING)
+            claim.publish(RunState.STARTING)
             yield claim
         finally:
             os.close(descriptor)
@@ -172,9 +172,9 @@ class Claim:
 
     descriptor: int
 
-    def tell(self, state: RunState) -> None:
-        """Answer clients' `RunDir.state`. All states are as long, so that after the first a full
-        disk does not matter.
+    def publish(self, state: RunState) -> None:
+        """Write the state that `RunDir.state` reads. All states have one length, so that a full
+        disk does not matter after the first.
         """
         os.pwrite(self.descriptor, state.value.ljust(_WIDTH).encode(), 0)
 

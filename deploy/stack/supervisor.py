@@ -1,4 +1,4 @@
-"""Starts daemons, watches them, starts again what died, stops them in reverse. One thread."""
+"""Starts daemons, watches them, restarts those that died, stops them in reverse. One thread."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ _NUMBER = re.compile(r"0x[0-9a-f]+|\d+")  # times, process ids, addresses: not w
 
 
 def silent(line: str) -> None:
-    """Says nothing."""
+    """Drop the line."""
 
 
 @dataclass
 class Daemon:
     """One supervised process.
 
-    presence: a descriptor that it holds for its life, see `RunDir.presence`
+    presence: descriptor of the lock that it holds while it lives, see `RunDir.presence`
     activity: what takes long while it starts
-    restarts: when it was started again
+    restarts: the times when it was started again
     has_served, is_away: whether it ever was ready; whether it is being started again
-    failure: what it said when it last died before it ever was ready
+    failure: its last line when it last died before it ever was ready
     """
 
     name: str
@@ -103,8 +103,8 @@ class Daemon:
         return f"with status {status}: {self.last_words()}"
 
     def refusal(self) -> errors.FlashMoEError:
-        """Why it cannot start: its own error, or one that names it and its log where it said no
-        kind of error that a user knows what to do about.
+        """Why it cannot start: its own error, or StartFailed with its name and log when its own
+        error does not say what a user can do.
         """
         found = refusal(self.last_words())
         if type(found) in (errors.FlashMoEError, errors.Unavailable, errors.StartFailed):
@@ -132,16 +132,16 @@ class Stack:
         sampler: MemorySampler,
         say: Callable[[str], None] = silent,
     ) -> None:
-        """daemons: in the order of start. say: hears what goes on, a line each."""
+        """daemons: in the order of start. say: called with a line whenever something happens"""
         self._sampler = sampler
         self._daemons = daemons
         self._say = say
         self._problem = ""
 
     def start(self, until: Callable[[], bool]) -> None:
-        """Start everything and wait until it serves, or until told to stop.
+        """Start everything and wait until it serves, or until `until` turns true.
 
-        Raises what a daemon says that refuses to start, Unavailable when one keeps dying.
+        Raises the error of a daemon that refuses to start, Unavailable when one keeps dying.
         """
         self._say(f"starting {', '.join(daemon.describe() for daemon in self._daemons)}")
         for daemon in self._daemons:
@@ -159,13 +159,13 @@ class Stack:
             time.sleep(_POLL_S)
 
     def watch(self, until: Callable[[], bool]) -> None:
-        """Keep the daemons alive until told otherwise. Raises Unavailable when one keeps dying."""
+        """Keep the daemons alive until `until` turns true. Raises as `start`."""
         while not until():
             self.tick()
             time.sleep(_POLL_S)
 
     def tick(self) -> None:
-        """Restart what died, bound the logs, look who is ready, sample memory once."""
+        """Restart daemons that died, bound the logs, see who is ready, and sample memory once."""
         for daemon in self._daemons:
             self._revive(daemon)
             log_files.bound(daemon.run.log(daemon.name))
@@ -173,7 +173,7 @@ class Stack:
                 self._greet(daemon)
         pids = {d.name: d.pid for d in self._daemons if d.pid is not None}
         self._sampler.sample({**pids, "launcher": os.getpid()})
-        self._tell_problem()
+        self._say_problem()
 
     def write_memory(self) -> None:
         """Make the latest memory report readable now."""
@@ -198,8 +198,8 @@ class Stack:
             self._say(f"{daemon.name} is back")
         daemon.has_served, daemon.is_away = True, False
 
-    def _tell_problem(self) -> None:
-        """Once when it comes, once when it goes."""
+    def _say_problem(self) -> None:
+        """Say once that the memory report cannot be written, and once that it can again."""
         if self._sampler.problem == self._problem:
             return
         failures = self._sampler.report.write_failures
@@ -226,7 +226,7 @@ class Stack:
             self._count_death(daemon, f"before it ran ({error.strerror})")
 
     def _count_death(self, daemon: Daemon, how: str) -> None:
-        """Have it started again a little later. Raises Unavailable when that happens too often."""
+        """Schedule a restart. Raises Unavailable when the daemon died too often."""
         now = time.monotonic()
         daemon.restarts.append(now)
         while daemon.restarts[0] < now - _RESTART_WINDOW_S:
@@ -241,9 +241,9 @@ class Stack:
         daemon.restart_at_s = now + 0.1 * 2 ** (len(daemon.restarts) - 1)
 
     def _failed_alike(self, daemon: Daemon) -> bool:
-        """Whether it ended by itself before it ever was ready, twice with the same words: a third
-        time would tell nothing new. A signal comes from others, and may not come again; and what
-        the daemon itself says may pass is tried again as often as any death.
+        """Whether it ended by itself, twice with the same line, before it ever was ready: a third
+        start would end alike. A death by a signal does not count, nor one of which the daemon says
+        that trying again may help.
         """
         assert daemon.process is not None
         if daemon.has_served or daemon.process.returncode < 0 or may_pass(daemon.last_words()):

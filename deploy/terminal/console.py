@@ -1,5 +1,5 @@
-"""How the command speaks: results on stdout, everything else on stderr, one sentence for an
-error.
+"""What the command prints: results on stdout, everything else on stderr, an error in one
+sentence.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ EXIT_CODES = (
 
 
 def prepare_output() -> None:
-    """Let no character end the command that the output's encoding lacks, nor an output that is
-    closed.
-    """
+    """Make output possible that is closed, or whose encoding lacks a character."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  for the process's life
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -51,34 +49,32 @@ def prepare_output() -> None:
 
 
 def discard_output() -> None:
-    """What is buffered goes nowhere: the interpreter would stumble over it at its end."""
+    """Drop what is buffered: flushing it at its end, the interpreter would fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.dup2(nowhere, sys.stderr.fileno())
 
 
 def say(line: str) -> None:
-    """What goes on, on stderr; whether somebody reads it changes nothing of what goes on."""
+    """Print what happens on stderr. A closed stderr does not end the command."""
     with suppress(OSError, OutputClosed):
         err.print(line)
 
 
 def warn(sentence: str) -> None:
-    """What a verb did and the user should know of, on stderr."""
+    """Print on stderr what the user should know of a verb that goes on."""
     err.print(f"flashmoe: {sentence}")
 
 
 def fail(message: str, code: int) -> int:
-    """Say what went wrong, in one line whatever is in it; returns the exit code, which counts also
-    when nobody reads the line.
-    """
+    """Print an error in one line on stderr. Returns the exit code."""
     line = " ".join(part.strip() for part in message.splitlines() if part.strip())
     say(f"flashmoe: {_printable(line)}")
     return code
 
 
 def _printable(text: str) -> str:
-    """Arguments and file names may hold anything: escapes, halves of characters."""
+    """The text with every unprintable character escaped: file names may hold any."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -111,7 +107,7 @@ def write(text: str) -> None:
 
 
 def write_all(pieces: Iterable[str]) -> None:
-    """A text as it comes. Its line is ended also where it breaks off: an error begins another."""
+    """Write a text part by part, and end its line also when an error breaks it off."""
     begun = False
     try:
         for piece in pieces:

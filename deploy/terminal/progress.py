@@ -1,4 +1,4 @@
-"""How long work says how far it is: a bar on a terminal, a line now and then elsewhere."""
+"""How long work shows its progress: a bar on a terminal, elsewhere a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LINE_INTERVAL_S = 10.0
 
 @dataclass
 class NowAndThen:
-    """Tells when a line is due: at most once an interval. clock: seconds."""
+    """Limits lines to one an interval. clock: seconds"""
 
     clock: Callable[[], float] = time.monotonic
     _last_s: float = field(init=False)
@@ -33,7 +33,7 @@ class NowAndThen:
         self._last_s = self.clock()
 
     def elapsed_s(self) -> float:
-        """Since the last line when one is due, which it then counts as said; else 0."""
+        """The time since the last line when the next is due, and counts it as printed; else 0."""
         elapsed_s = self.clock() - self._last_s
         if elapsed_s < _LINE_INTERVAL_S:
             return 0.0
@@ -43,7 +43,7 @@ class NowAndThen:
 
 @dataclass
 class Lines:
-    """Says how far work is, and how fast since it last said so."""
+    """Prints how much work is done, and how fast it went since the last line."""
 
     what: str
     say: Callable[[str], None]
@@ -77,7 +77,7 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress(what: str) -> Iterator[Report]:
-    """What work within the block reports is shown on stderr."""
+    """Show on stderr what the work within the block reports."""
     if console.err.is_terminal:
         with _bar(what) as report:
             yield report

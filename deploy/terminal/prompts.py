@@ -1,5 +1,5 @@
-"""Prompts from the command line, standard input and files: a text is one, a .jsonl file has one a
-line.
+"""Reads prompts from the command line, standard input and files. A text is one prompt; a .jsonl
+file has one a line.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _read_stdin() -> str:
 
 
 def _without_end(text: str, where: str) -> str:
-    """Less the line break that editors and `echo` put at the end."""
+    """The text without the line break that editors and `echo` put at its end."""
     text = text.removesuffix("\n").removesuffix("\r")
     if not text:
         raise errors.InvalidRequest(f"{where} is empty: write a prompt into it")
@@ -75,7 +75,7 @@ def _without_end(text: str, where: str) -> str:
 
 
 def read_prompts(paths: Sequence[Path]) -> list[Prompt]:
-    """In the order given; the .txt and .jsonl files of a folder in the order of their names.
+    """The prompts of all paths, in this order; a folder's .txt and .jsonl files by their names.
 
     Raises InvalidRequest naming what has no prompt in it, or cannot be read.
     """

@@ -13,8 +13,8 @@ Wait = Callable[[Callable[[], bool]], None]
 
 
 def stop_flag() -> Callable[[], bool]:
-    """True once SIGTERM, SIGINT or SIGHUP came. A hang-up that was ignored at the start, as by
-    nohup, stays ignored.
+    """A function that returns True once SIGTERM, SIGINT or SIGHUP came. A SIGHUP that is ignored at
+    the start, as under nohup, stays ignored.
     """
     received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from compute_node.kernels import processors
-from deploy.lab.recorder import Drawing
+from deploy.lab.recorder import Sampling
 from deploy.lab.recording import record_trace
 from deploy.stack.stack_plan import load_store
 from deploy.terminal import console, options
@@ -25,9 +25,9 @@ PASSAGE_CHARACTERS = 600
 
 TEXT = typer.Option(help="Text to generate from: files or folders; repeat for more.")
 TRACE = typer.Option(help="Trace of this model, made by `flashmoe record`.")
-GENERATIONS = typer.Option(min=4, help="At most so many, from passages of the texts.")
+GENERATIONS = typer.Option(min=4, help="The most generations, from passages of the texts.")
 OUT = typer.Option(metavar="FILE", help="What to write. (default: beside the manifest)")
-UPDATES = typer.Option(min=1, help="It stops by itself when nothing is gained; at the latest here.")
+UPDATES = typer.Option(min=1, help="The most updates; it stops earlier when nothing is gained.")
 TOKENS = typer.Option(min=8, max=options.COUNT_MAX, help="New tokens of each generation.")
 PROMPT_TOKENS = 64
 REMEDY = "give --out FILE, and start with `flashmoe serve --forecaster FILE`"
@@ -69,13 +69,13 @@ def calibrate(
         if trace is not None:
             known = AccessTrace.load(trace)
         else:
-            drawing = Drawing(max_tokens, temperature, 1.0, seed, True, PROMPT_TOKENS)
+            sampling = Sampling(max_tokens, temperature, 1.0, seed, True, PROMPT_TOKENS)
             prompts = passages(read_prompts(text or []), generations, seed)
             flags = {"model": store if memory else None, "memory": memory}
             known = record_trace(
                 "calibration",
                 prompts,
-                drawing,
+                sampling,
                 config=config,
                 run_dir=run_dir,
                 flags=flags | {"experts_memory": experts_memory},
@@ -97,7 +97,7 @@ def say(line: str) -> None:
 
 
 def passages(texts: Sequence[Prompt], most: int, seed: int) -> list[Prompt]:
-    """Pieces of the texts in random order, as many of each text as of another while there are."""
+    """Passages of the texts in random order: equally many of each text, until one has no more."""
     draw = random.Random(seed)
     piles = [list(_pieces(text)) for text in texts]
     for pile in piles:
@@ -108,7 +108,7 @@ def passages(texts: Sequence[Prompt], most: int, seed: int) -> list[Prompt]:
 
 
 def _pieces(text: Prompt) -> Iterator[Prompt]:
-    """Of about PASSAGE_CHARACTERS each, cut at white space."""
+    """Cut a text at white space into passages of about PASSAGE_CHARACTERS."""
     words = text.text.split(" ")
     piece: list[str] = []
     for word in words:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from compute_node.client.node_client import NodeClient
-from deploy.lab.scorer import Comparison, Score, Scorer
+from deploy.lab.perplexity import Comparison, TextScore, TextScorer
 from deploy.stack.launcher import own_stack
 from deploy.stack.stack_plan import load_store
 from deploy.terminal import console, options
@@ -30,7 +30,7 @@ MAX_TOKENS = typer.Option(
     min=0, max=options.COUNT_MAX, help="Tokens in all, as many of each text; 0: all of them."
 )
 CONTEXT = typer.Option(
-    min=2, max=options.COUNT_MAX, help="Longer texts are scored in pieces of this many tokens."
+    min=2, max=options.COUNT_MAX, help="Longer texts are scored in parts of this many tokens."
 )
 CARD = typer.Option("--card", help="Write the figures into the store's README.md.")
 
@@ -60,7 +60,7 @@ def eval(
     share = -(-max_tokens // len(texts))
     stopped = stop_flag()
 
-    def measure(model: Path) -> Score:
+    def measure(model: Path) -> TextScore:
         flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
         return _score(config, flags, texts, (share, context_tokens), stopped)
 
@@ -80,9 +80,11 @@ def _score(
     texts: Sequence[Prompt],
     lengths: tuple[int, int],
     stopped: Callable[[], bool],
-) -> Score:
-    """lengths: tokens of each text, and of a piece. Raises KeyboardInterrupt when it was
-    stopped.
+) -> TextScore:
+    """Score the texts with a stack of its own.
+
+    lengths: the most tokens of a text, and of one part of it
+    Raises KeyboardInterrupt when the user stops it.
     """
 
     def say(number: int, text: Prompt) -> None:
@@ -98,7 +100,7 @@ def _score(
         own_stack(config, flags, stopped) as (stack, run),
         NodeClient(run.address("compute_node")) as node,
     ):
-        scorer = Scorer(node, *lengths, report)
+        scorer = TextScorer(node, *lengths, report)
         work = partial(scorer.run, texts, say)
         return work_until_stopped(work, scorer.cancel, stack.watch, stopped)
 
@@ -107,7 +109,7 @@ def _weights(store: Path) -> str:
     return str(load_store(store).spec.weight_format)
 
 
-def _document(scores: Mapping[Path, Score], comparison: Comparison | None) -> dict[str, Any]:
+def _document(scores: Mapping[Path, TextScore], comparison: Comparison | None) -> dict[str, Any]:
     found = [
         {
             "store": str(store),
@@ -126,7 +128,7 @@ def _document(scores: Mapping[Path, Score], comparison: Comparison | None) -> di
     return document
 
 
-def _print(scores: Mapping[Path, Score], comparison: Comparison | None) -> None:
+def _print(scores: Mapping[Path, TextScore], comparison: Comparison | None) -> None:
     for store, score in scores.items():
         rows = {
             "weights": _weights(store),
@@ -145,12 +147,12 @@ def _ratio(comparison: Comparison) -> str:
 
 def _card_figures(
     texts: Sequence[Prompt],
-    scores: Mapping[Path, Score],
+    scores: Mapping[Path, TextScore],
     comparison: Comparison | None,
     context_tokens: int,
 ) -> str:
     lines = [
-        f"Over {len(texts)} held-out texts in pieces of {context_tokens} tokens, token by token as "
+        f"Over {len(texts)} held-out texts in parts of {context_tokens} tokens, token by token as "
         "decode computes them",
         "(`flashmoe eval`):",
         "",

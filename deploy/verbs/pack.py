@@ -27,7 +27,7 @@ def pack(
 
     Memory use is bounded; killed, it resumes; a full disk leaves STORE as it was. lossless keeps
     every bit of bf16 experts in three quarters of the bytes. int8 and int4 are lossy: `flashmoe
-    eval` tells by how much. gpt-oss as its vendor ships it (mxfp4) becomes bf16,
+    eval` measures the loss. gpt-oss as its vendor ships it (mxfp4) becomes bf16,
     the same values, or int4.
 
     Example: flashmoe pack ~/models/OLMoE-1B-7B --out /nvme/olmoe-int4 --format int4

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.lab.recorder import Drawing
+from deploy.lab.recorder import Sampling
 from deploy.lab.recording import record_trace
 from deploy.terminal import console, options
 from deploy.terminal.output_file import publishing
@@ -54,10 +54,10 @@ def record(
     """
     flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
     wanted = read_prompts([*(prompts or ()), *(more or ())])
-    drawing = Drawing(max_tokens, temperature, top_p, seed, ignore_eos, prompt_tokens)
+    sampling = Sampling(max_tokens, temperature, top_p, seed, ignore_eos, prompt_tokens)
     with publishing(out) as partial:
         trace = record_trace(
-            out.stem, wanted, drawing, scores=scores, config=config, run_dir=run_dir, flags=flags
+            out.stem, wanted, sampling, scores=scores, config=config, run_dir=run_dir, flags=flags
         )
         trace.save(partial)
     _summarise(out, trace)

@@ -57,7 +57,12 @@ def replay(
     """
     # River and its kind take seconds to import, and memory that other verbs count.
     from deploy.lab import plot
-    from deploy.lab.laboratory import Laboratory, chosen_policies, plotted_sizes, training_trace
+    from deploy.lab.policy_replay import (
+        PolicyReplay,
+        chosen_policies,
+        plotted_sizes,
+        training_trace,
+    )
     from scheduler.lab.policies import Background
     from scheduler.simulate.replay import Setting, as_document
     from scheduler.simulate.trace import AccessTrace
@@ -66,16 +71,16 @@ def replay(
         plot.check_writable(picture)
     names = chosen_policies(policies)
     setting = Setting(AccessTrace.load(trace), slots, scope, warmup, lag)
-    laboratory = Laboratory(
+    replayed = PolicyReplay(
         names,
         Background(training_trace(train, trace, setting.trace) if train else None),
         is_choice=policies is not None,
     )
-    outcomes = laboratory.run(setting)
+    outcomes = replayed.run(setting)
     if picture is not None:
         sizes = plotted_sizes(setting)
         plot.draw(
-            picture, setting, {**laboratory.run_sizes(setting, sizes, outcomes), slots: outcomes}
+            picture, setting, {**replayed.run_sizes(setting, sizes, outcomes), slots: outcomes}
         )
         console.err.print(f"{picture}: {len(sizes) + 1} cache sizes")
     if as_json:

@@ -1,4 +1,4 @@
-"""The verb that tells how every daemon of a running stack is."""
+"""The verb that shows the health and figures of a running stack."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Where a checkpoint's files may lie beside its own folder. A model hub's cache keeps a revision as
-a folder of links into the blobs of its model: store and node follow these links and no others.
+"""Where a checkpoint's files may lie outside its own folder. A model hub's cache keeps a revision
+as a folder of links into the blobs of its model. Store and node follow these links and no others.
 
     models--ORG--NAME/blobs/DIGEST
     models--ORG--NAME/snapshots/REVISION/model.safetensors -> ../../blobs/DIGEST
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def mounted(root: Path) -> Path:
-    """The folder that holds all that a checkpoint in `root` may be made of.
+    """The folder that holds every file of a checkpoint in `root`, linked blobs included.
 
     root: a real path
     """
@@ -21,10 +21,10 @@ def mounted(root: Path) -> Path:
 
 
 def allows(root: Path, resolved: Path) -> bool:
-    """Whether a checkpoint in `root` may have a file at `resolved`: inside, or among the blobs of
-    the cache that `root` is a revision of.
+    """Whether a checkpoint in `root` may have a file at `resolved`: inside `root`, or among the
+    blobs of the hub cache that `root` is a revision of.
 
-    resolved: links followed
+    resolved: a path without links
     """
     inside = Path(os.path.realpath(root))
     if resolved.is_relative_to(inside):

@@ -1,5 +1,5 @@
-"""What transformers keeps of a sequence under way: KV, recurrent and convolution states. The plan
-reserves memory by the bytes that this counts, and the node reports them. Imports torch.
+"""Counts the bytes of a sequence's state: KV, recurrent and convolution states of transformers.
+The plan reserves this memory, and the node reports it. Imports torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 def state_bytes(cache: Any) -> int:
     """Bytes of all tensors that a transformers cache holds, each counted once, whatever its class.
 
-    cache: None before the first pass: nothing
+    cache: None before the first pass, which counts 0
     """
     return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache))
 

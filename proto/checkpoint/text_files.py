@@ -1,5 +1,5 @@
-"""How a checkpoint's tokenizer and generation config are read. Index says what the node will do
-with them, so both read them here. Code that comes with a checkpoint is never run.
+"""Reads a checkpoint's tokenizer and generation config. `index` reports what the node will do with
+them, so both use this module. Code that comes with a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from proto import errors
 
 GENERATION_CONFIG_NAME = "generation_config.json"
-# Any of these may hold a vocabulary; transformers makes an empty one of a folder without.
+# Each of these may hold a vocabulary. Without one, transformers makes an empty tokenizer.
 _VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -22,7 +22,7 @@ _VOCABULARIES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-# Any one of them may do: a tokenizer.model is of one kind or the other.
+# One of the packages is enough: a tokenizer.model is of one kind or the other.
 _PACKAGES = {
     "tokenizer.model": ("sentencepiece", "tiktoken"),
     "spiece.model": ("sentencepiece",),
@@ -32,9 +32,9 @@ _PACKAGES = {
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer of a checkpoint.
+    """Load transformers' tokenizer of a checkpoint.
 
-    Raises CheckpointUnsupported saying why there is none: text cannot be used then, token ids can.
+    Raises CheckpointUnsupported with the reason; token ids can still be used then, text cannot.
     """
     from transformers import AutoTokenizer
 
@@ -58,8 +58,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _vocabulary(folder: Path) -> str:
-    """The file that transformers makes the tokenizer of. Raises CheckpointUnsupported when there
-    is none, or none of the packages that read it.
+    """The file with the vocabulary. Raises CheckpointUnsupported when there is none, or when no
+    package that reads it is installed.
     """
     found = next((name for name in _VOCABULARIES if (folder / name).exists()), None)
     if found is None:
@@ -80,9 +80,9 @@ def _reason(error: BaseException) -> str:
 
 
 def load_generation_config(folder: Path) -> Any:
-    """transformers' GenerationConfig of a checkpoint; None where it has none.
+    """Load transformers' GenerationConfig of a checkpoint; None when it has none.
 
-    Raises CheckpointUnsupported when it is damaged: where a text ends would be guessed.
+    Raises CheckpointUnsupported when it is damaged: the end of a text would be a guess.
     """
     from transformers import GenerationConfig
 

@@ -1,5 +1,5 @@
-"""How long a context a model was trained for, by its own configuration: the plan and the node must
-say the same.
+"""Finds in a model's configuration the context that it was trained for. Plan and node warn by it
+alike.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ _SCALED_BY_FACTOR = ("linear", "dynamic", "yarn")  # the others' limit is the co
 
 
 def trained_context_tokens(config: Any) -> int | None:
-    """The longest context that the positions were trained or scaled for; None where the
+    """The longest context that the positions were trained or scaled for; None when the
     configuration sets no limit.
 
-    config: a transformers configuration. Rope scalings that differ by layer: the shortest counts.
+    config: a transformers configuration. Where rope scalings differ by layer, the shortest counts.
     """
     text = config.get_text_config()
     configured = getattr(text, "max_position_embeddings", None)
@@ -25,7 +25,7 @@ def trained_context_tokens(config: Any) -> int | None:
 
 
 def _ropes(parameters: Any) -> Iterator[Mapping[str, Any]]:
-    """Of the model, or of each kind of its layers."""
+    """The rope parameters of the model, or of each kind of its layers."""
     if not isinstance(parameters, Mapping):
         return
     nested = [part for part in parameters.values() if isinstance(part, Mapping)]
@@ -33,7 +33,7 @@ def _ropes(parameters: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _scaled(rope: Mapping[str, Any], configured: int) -> int:
-    """max_position_embeddings is the length before scaling, unless the original stands beside."""
+    """The length after scaling. Without an original length, the configured one is unscaled."""
     factor = rope.get("factor")
     if rope.get("rope_type", rope.get("type")) not in _SCALED_BY_FACTOR or not factor:
         return configured

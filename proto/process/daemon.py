@@ -1,11 +1,11 @@
-"""How a daemon is started and how it tells what is wrong: what launchers, containers and daemons
+"""How a daemon starts and how it reports what is wrong: what launchers, containers and daemons
 agree on.
 
 `python -m NAME --config flashmoe.toml` reads its own table of that file, logs JSON lines to
-stderr, and ends with one sentence as its last line. Its status is START_ERROR when trying again
-would not help: a start that cannot succeed, for whatever reason. Where the starter cannot act on
-that (a container engine restarts whatever ends), `--hold FILE` has it write the sentence there
-and stay, without serving, until the file is removed.
+stderr, and ends with one sentence as its last line. Its status is START_ERROR when the start cannot
+succeed, so that trying again would not help. A container engine restarts every process that ends;
+there, `--hold FILE` makes the daemon write the sentence to the file and stay, without serving,
+until the file is removed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from proto import errors, rpc
 from proto.process import last_words, log
 
 FAILURE, START_ERROR = last_words.FAILURE, last_words.START_ERROR
-# What the system may have again in a moment: descriptors, memory, room, a device.
+# Errors that may pass by themselves: the system lacks descriptors, memory, room or a device.
 _PASSING = {
     errno.EADDRINUSE,
     errno.EBUSY,
@@ -86,7 +86,7 @@ def main(
 ) -> int:
     """Run a daemon until it is signalled. Returns the process's exit status.
 
-    What every thread was at goes to stderr when a signal such as SIGABRT or SIGSEGV ends it.
+    Every thread's stack goes to stderr when a signal such as SIGABRT or SIGSEGV ends it.
     """
     faulthandler.enable()
     parser = argparse.ArgumentParser(prog=name, description=purpose)
@@ -99,21 +99,21 @@ def main(
         config = load(arguments.config)
         log.configure(config.log_level)
         asyncio.run(run(config))
-    except Exception as error:  # noqa: BLE001  whatever it is, it is told, and has a status
-        return _tell_end(name, error, arguments.hold)
+    except Exception as error:  # noqa: BLE001  every error gets a line and a status
+        return _report_end(name, error, arguments.hold)
     return 0
 
 
-def _tell_end(name: str, error: Exception, hold: Path | None) -> int:
-    """Write why the daemon ends, its last line being one sentence. Returns the exit status.
+def _report_end(name: str, error: Exception, hold: Path | None) -> int:
+    """Write why the daemon ends; the last line is one sentence. Returns the exit status.
 
-    hold: where a refused start is kept until somebody removes it; None: nowhere
+    hold: file that keeps a refused start until somebody removes it; None: none
     """
-    logging.shutdown()  # what the log still has to tell comes first
+    logging.shutdown()  # the sentence comes after all lines of the log
     if not isinstance(error, errors.FlashMoEError):
         traceback.print_exception(error)
     problem = _problem(error)
-    sentence = last_words.tell(name, type(problem).__name__, str(problem))
+    sentence = last_words.write(name, type(problem).__name__, str(problem))
     if problem.retryable:
         return FAILURE
     if hold:
@@ -122,10 +122,10 @@ def _tell_end(name: str, error: Exception, hold: Path | None) -> int:
 
 
 def _problem(error: Exception) -> errors.FlashMoEError:
-    """The error as the process that started us should see it: retryable where waiting may help."""
+    """The error as the starter should see it: retryable where waiting may help."""
     if isinstance(error, errors.FlashMoEError) and (error.retryable or not rpc.has_served()):
         return error
-    if rpc.has_served():  # so it can start: a defect that hit one request may spare the next
+    if rpc.has_served():  # so it can start; the defect may not come again
         return errors.Unavailable(f"ended by a defect, {type(error).__name__}: {error}")
     if isinstance(error, grpc.RpcError):
         return errors.from_rpc(error)
@@ -144,7 +144,7 @@ def _may_pass(error: OSError) -> bool:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process at once: `main` gave back what the daemon had.
+    """End the process at once. `main` has given back all that the daemon held.
 
     The interpreter's own way out ends threads of gRPC's inside C++ calls, for which a process may
     be aborted (grpc issue 11804): a drain that went well would look like a crash.
@@ -158,12 +158,12 @@ def leave(status: int) -> NoReturn:
 
 
 def may_pass(last_line: str) -> bool:
-    """Whether a daemon that ended so said itself that trying again may help."""
+    """Whether a daemon's last line says that trying again may help."""
     return _REFUSAL.fullmatch(last_line) is not None and refusal(last_line).retryable
 
 
 def refusal(last_line: str) -> errors.FlashMoEError:
-    """The error behind the last line of a daemon that would not start."""
+    """The error that a daemon's last line describes."""
     match = _REFUSAL.fullmatch(last_line)
     if match is None:
         return errors.Unavailable(last_line)
@@ -176,8 +176,9 @@ def serving_metrics(
 ) -> Iterator[int | None]:
     """A Prometheus page on loopback for the block; yields its port, None when off.
 
-    port: 0 is any free one, told in `port_file`; None is off
-    Raises ConfigInvalid when the port is not to be had.
+    port:      0: any free port; None: no page
+    port_file: the port is written there
+    Raises ConfigInvalid when the port cannot be bound.
     """
     if port is None:
         yield None
@@ -189,7 +190,7 @@ def serving_metrics(
         server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
     except OSError as error:
         raise errors.ConfigInvalid(
-            f"metrics_port {port} is not to be had ({error.strerror}): choose another, or 0"
+            f"metrics_port {port} cannot be bound ({error.strerror}): choose another, or 0"
         ) from error
     try:
         if port_file is not None:
@@ -202,7 +203,7 @@ def serving_metrics(
 
 
 def _write_port(file: Path, port: int) -> None:
-    """All of it or nothing: a daemon that starts again on a full disk serves without the file."""
+    """Write the whole file or none: on a full disk the daemon serves without it."""
     scratch = file.with_name(f"{file.name}.new")
     try:
         scratch.write_text(f"{port}\n")
@@ -210,6 +211,6 @@ def _write_port(file: Path, port: int) -> None:
     except OSError as error:
         extra = {"file": str(file), "port": port, "reason": str(error)}
         logging.getLogger(__name__).warning("port of the metrics not written", extra=extra)
-        for path in (scratch, file):  # an earlier port would be another's
+        for path in (scratch, file):  # an old port may belong to another process
             with suppress(OSError):
                 path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """The last line of a daemon that ends: its name, why, and which kind of error, for its starter.
 
-Imports nothing of others, so that a daemon whose libraries cannot be loaded says so too.
+Imports the standard library only, so that a daemon whose libraries cannot be loaded reports it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ _HEAD, _TAIL = 300, 150
 _HOLD_POLL_S = 0.5
 
 
-def tell(name: str, kind: str, text: str) -> str:
+def write(name: str, kind: str, text: str) -> str:
     """Write the line to stderr and return it. text: any number of lines; a long one loses its
     middle.
     """
-    line = " ".join(text.split())
-    if len(line) > _HEAD + _TAIL:
-        line = f"{line[:_HEAD]} ... {line[-_TAIL:]}"
-    told = f"{name}: {line} [{kind}]\n"
-    sys.stderr.write(told)
-    return told
+    reason = " ".join(text.split())
+    if len(reason) > _HEAD + _TAIL:
+        reason = f"{reason[:_HEAD]} ... {reason[-_TAIL:]}"
+    line = f"{name}: {reason} [{kind}]\n"
+    sys.stderr.write(line)
+    return line
 
 
 def cannot_start(error: BaseException) -> str:
-    """A sentence for an error that nobody foresaw."""
+    """A sentence for an unforeseen error."""
     return f"{type(error).__name__}: {error}"
 
 
@@ -44,8 +44,8 @@ def hold(file: str, sentence: str) -> None:
         time.sleep(_HOLD_POLL_S)
 
 
-def tell_of_imports(name: str) -> None:
-    """From now on an uncaught error is a start that cannot succeed: a library cannot be loaded."""
+def report_failed_imports(name: str) -> None:
+    """Report every uncaught error from now on as a start that cannot succeed: an import failed."""
 
     def refuse(
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
@@ -54,7 +54,7 @@ def tell_of_imports(name: str) -> None:
             sys.__excepthook__(kind, error, trace)
             return
         traceback.print_exception(kind, error, trace)
-        sentence = tell(name, "StartFailed", cannot_start(error))
+        sentence = write(name, "StartFailed", cannot_start(error))
         sys.stderr.flush()
         if "--hold" in sys.argv[:-1]:
             hold(sys.argv[sys.argv.index("--hold") + 1], sentence)

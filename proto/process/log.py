@@ -1,4 +1,4 @@
-"""A daemon's log: JSON lines on stderr, and no more of one kind than somebody can read."""
+"""A daemon's log: JSON lines on stderr, a limited number of each kind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 PERIOD_S = 10.0
-WARNINGS_A_PERIOD, LINES_A_PERIOD = 10, 100  # a start says one line a shape of matrix
+WARNINGS_A_PERIOD, LINES_A_PERIOD = 10, 100  # a start logs one line a shape of matrix
 
 
 @dataclass
@@ -26,9 +26,9 @@ class _Event:
 
 
 class CountingHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic in stubs only
-    """Writes a limited number of lines a period from each place in the code; counts the others.
+    """Writes a limited number of lines a period from each place in the code, and counts the others.
 
-    Each such count is one line, after the period: before the next line of any kind, or at the end.
+    After the period each count becomes one line, before the next line of any kind or at the end.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,7 +39,7 @@ class CountingHandler(logging.StreamHandler):  # type: ignore[type-arg]  # gener
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._clock() >= self._period_end_s:
-            self._tell_counts()
+            self._write_counts()
         event = self._events.setdefault((record.pathname, record.lineno), _Event(record))
         event.last = record
         event.count += 1
@@ -47,10 +47,10 @@ class CountingHandler(logging.StreamHandler):  # type: ignore[type-arg]  # gener
             super().emit(record)
 
     def close(self) -> None:
-        self._tell_counts()
+        self._write_counts()
         super().close()
 
-    def _tell_counts(self) -> None:
+    def _write_counts(self) -> None:
         for event in self._events.values():
             if event.count > event.most:
                 super().emit(_summary(event.last, event.count - event.most))
@@ -59,13 +59,13 @@ class CountingHandler(logging.StreamHandler):  # type: ignore[type-arg]  # gener
 
 
 def _summary(last: logging.LogRecord, left_out: int) -> logging.LogRecord:
-    told = {"name": last.name, "levelno": last.levelno, "levelname": last.levelname}
+    origin = {"name": last.name, "levelno": last.levelno, "levelname": last.levelname}
     fields = {"msg": "lines left out", "event": str(last.msg), "left_out": left_out}
-    return logging.makeLogRecord(told | fields)
+    return logging.makeLogRecord(origin | fields)
 
 
 def configure(level: str) -> None:
-    """JSON lines on stderr, counted where there are too many."""
+    """Log JSON lines of this level to stderr through a CountingHandler."""
     formatter = {
         "()": "pythonjsonlogger.json.JsonFormatter",
         "format": "%(asctime)s %(levelname)s %(name)s %(message)s",

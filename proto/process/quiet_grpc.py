@@ -1,7 +1,7 @@
 """Keeps the lines that gRPC's C core logs off a user's terminal and out of daemons' logs: an error
 reaches its caller as a status anyway.
 
-Imported before grpc, which looks once. Whoever sets GRPC_VERBOSITY has asked for them.
+Import it before grpc, which reads the variable once. A user who sets GRPC_VERBOSITY gets the lines.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from compute_node.client.result import Result
-from deploy.lab.recorder import Drawing, Recorder, to_trace
+from deploy.lab.recorder import Recorder, Sampling, to_trace
 from deploy.terminal.prompts import Prompt
 from proto.redis_schema import POOL
 from scheduler.config import FORECASTER_NAME
@@ -32,7 +32,7 @@ from tests.bench.table import show
 from tests.stack import MODEL, served
 
 NAMES = ("lru", "lfru", "decayed", "river", "learned", "auto")
-DRAWING = Drawing(
+SAMPLING = Sampling(
     max_tokens=160, temperature=0.9, top_p=1.0, seed=2000, ignore_eos=True, prompt_tokens=64
 )
 SETTINGS = "[compute_node]\nthreads = 1\n"
@@ -45,7 +45,7 @@ def live(store: Path, folder: Path, policy: str, prompts: list[Prompt]) -> list[
     flags = ["--experts-memory", "37.5%", "--policy", policy, "--config", str(config)]
     flags += ["--source", str(MODEL)]
     with served(store, folder / "run", *flags) as stack, stack.client() as node:
-        return Recorder(node, DRAWING, router_scores=False).run(prompts, lambda *_: None)
+        return Recorder(node, SAMPLING, router_scores=False).run(prompts, lambda *_: None)
 
 
 def replayed(trace: AccessTrace, forecaster: Forecaster, name: str) -> Outcome:

@@ -12,7 +12,7 @@ import random
 import tempfile
 from pathlib import Path
 
-from deploy.lab.recorder import Drawing
+from deploy.lab.recorder import Sampling
 from deploy.lab.recording import record_trace
 from deploy.terminal.output_file import publishing
 from deploy.terminal.prompts import Prompt
@@ -53,11 +53,11 @@ def split() -> tuple[list[Prompt], list[Prompt]]:
 def write(store: Path, out: Path, prompts: list[Prompt], seed: int) -> None:
     """Nothing is evicted, which is fastest and draws the same tokens."""
     flags = {"model": store, "memory": "1GiB", "experts_memory": "100%"}
-    drawing = Drawing(220, 0.9, 1.0, seed, ignore_eos=True, prompt_tokens=64)
+    sampling = Sampling(220, 0.9, 1.0, seed, ignore_eos=True, prompt_tokens=64)
     with publishing(out) as partial, tempfile.NamedTemporaryFile(suffix=".toml") as settings:
         config = Path(settings.name)
         config.write_text(SETTINGS)
-        trace = record_trace(out.stem, prompts, drawing, config=config, run_dir=None, flags=flags)
+        trace = record_trace(out.stem, prompts, sampling, config=config, run_dir=None, flags=flags)
         trace.save(partial)
 
 

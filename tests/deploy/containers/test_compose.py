@@ -248,7 +248,7 @@ def test_a_path_that_compose_cannot_be_told_is_refused(
     name: str, tiny_store: Path, run_dir: Path
 ) -> None:
     """Red without the check: compose v2 splits a bind at its colon and blames the volume."""
-    with pytest.raises(errors.ConfigInvalid, match="compose cannot be told the path"):
+    with pytest.raises(errors.ConfigInvalid, match="compose cannot use the path"):
         container_config(tiny_store, run_dir / name, memory="1GiB")
     assert not (run_dir / name).exists()
 
@@ -295,7 +295,7 @@ def test_what_changed_is_made_anew(tiny_store: Path, run_dir: Path) -> None:
 
 
 def test_a_start_lets_refused_daemons_try_again(tiny_store: Path, run_dir: Path) -> None:
-    """Red when the file of an old refusal stays: `make up` then tells it again."""
+    """Red when the file of an old refusal stays: `make up` then prints it again."""
     container_config(tiny_store, run_dir / "out", memory="1GiB")
     refused = RunDir(run_dir / "out/run").refusal("scheduler")
     refused.write_text("scheduler: no [ConfigInvalid]\n")

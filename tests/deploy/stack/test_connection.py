@@ -59,7 +59,7 @@ def test_each_state_is_told_from_the_others(
     leave(run)
     with ExitStack() as stack:
         if told:
-            stack.enter_context(run.claimed()).tell(told)
+            stack.enter_context(run.claimed()).publish(told)
         assert find_absence(run, NODE) is absence
         assert cli.run(["generate", "hi", "--run-dir", str(run_dir)]) == 4
         said = capsys.readouterr().err

@@ -29,7 +29,7 @@ def test_a_client_can_tell_starting_serving_stopping_and_absent(run_dir: Path) -
     with run.claimed() as claim:
         assert run.state() is RunState.STARTING
         for state in (RunState.SERVING, RunState.STOPPING, RunState.SERVING):
-            claim.tell(state)
+            claim.publish(state)
             assert run.state() is state
         with pytest.raises(errors.AlreadyRunning, match="give another --run-dir"), run.claimed():
             pass
@@ -45,7 +45,7 @@ def test_a_client_can_tell_starting_serving_stopping_and_absent(run_dir: Path) -
 def test_generate_says_what_the_stack_is_at(told: RunState, sentence: str, run_dir: Path) -> None:
     """Red before: `no stack runs in ...: start one`."""
     with RunDir(run_dir.resolve()).claimed() as claim:
-        claim.tell(told)
+        claim.publish(told)
         command = [*FLASHMOE, "generate", "x", "--run-dir", str(run_dir)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 4

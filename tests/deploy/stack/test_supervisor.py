@@ -184,9 +184,9 @@ def test_a_report_that_cannot_be_written_is_told_once(run_dir: Path) -> None:
     with small(run_dir, "serve()") as made:
         made.start()
         made.sampler.problem, made.sampler.report.write_failures = "it cannot be written", 7
-        made.stack._tell_problem()
-        made.stack._tell_problem()
+        made.stack._say_problem()
+        made.stack._say_problem()
         assert made.said.count("it cannot be written") == 1
         made.sampler.problem = ""
-        made.stack._tell_problem()
+        made.stack._say_problem()
         assert made.said[-1] == "the memory report is written again, after 7 failures"

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compute_node.client.node_client import ScoredToken
-from deploy.lab.scorer import Comparison, Score, Scorer
+from deploy.lab.perplexity import Comparison, TextScore, TextScorer
 from deploy.terminal.prompts import Prompt
 from expert_store.offline.card import CARD_NAME
 from expert_store.offline.pack import pack
@@ -81,9 +81,9 @@ def test_a_store_without_a_card_is_refused_before_anything_runs(
     assert "only stores packed with --format" in done.stderr
 
 
-def score(*log_probs: float, first_id: int = 5) -> Score:
+def score(*log_probs: float, first_id: int = 5) -> TextScore:
     tokens = (ScoredToken(first_id + n, value) for n, value in enumerate(log_probs))
-    return Score(tuple(tokens), wall_s=2.0)
+    return TextScore(tuple(tokens), wall_s=2.0)
 
 
 def test_figures_of_a_score() -> None:
@@ -103,7 +103,7 @@ def test_a_comparison_is_paired() -> None:
 
 
 @pytest.mark.parametrize("other", [score(-1.0), score(-1.0, -1.0, first_id=6)])
-def test_other_tokens_do_not_compare(other: Score) -> None:
+def test_other_tokens_do_not_compare(other: TextScore) -> None:
     with pytest.raises(errors.InvalidRequest, match="stores of one checkpoint"):
         Comparison.of(score(-1.0, -1.0), other)
 
@@ -128,7 +128,7 @@ class FakeNode:
 
 def test_texts_are_scored_in_order() -> None:
     node, heard = FakeNode(), []
-    scorer = Scorer(node, max_tokens=7, context_tokens=3)  # type: ignore[arg-type]
+    scorer = TextScorer(node, max_tokens=7, context_tokens=3)  # type: ignore[arg-type]
     texts = [Prompt("a", "xx"), Prompt("b", "xxxx")]
     found = scorer.run(texts, lambda number, text: heard.append((number, text.name)))
     assert [token.log_prob for token in found.scored] == [-2.0, -4.0]
@@ -138,7 +138,7 @@ def test_texts_are_scored_in_order() -> None:
 
 def test_cancelled_between_two_texts_no_other_begins() -> None:
     node = FakeNode()
-    scorer = Scorer(node, max_tokens=0, context_tokens=3)  # type: ignore[arg-type]
+    scorer = TextScorer(node, max_tokens=0, context_tokens=3)  # type: ignore[arg-type]
     scorer.run([Prompt("a", "x"), Prompt("b", "x")], lambda number, text: scorer.cancel())
     assert node.cancelled == 3, (
         "the first, through already; the second, as it began; and at its end"

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from compute_node.client.result import Phase, RecordedStep, Result
-from deploy.lab.recorder import Drawing, Recorder, to_trace
+from deploy.lab.recorder import Recorder, Sampling, to_trace
 from deploy.terminal.output_file import publishing
 from deploy.terminal.prompts import Prompt, read_prompts
 from proto import errors
@@ -24,7 +24,7 @@ from scheduler.simulate.trace import AccessTrace
 from tests.deploy.test_cli import assert_one_sentence
 from tests.stack import flashmoe
 
-DRAWING = Drawing(
+SAMPLING = Sampling(
     max_tokens=9, temperature=0.8, top_p=0.9, seed=40, ignore_eos=True, prompt_tokens=5
 )
 L, K, E = 2, 1, 3
@@ -70,7 +70,7 @@ class FakeNode:
 
 
 def recorder(node: FakeNode, *, router_scores: bool = False) -> Recorder:
-    return Recorder(node, DRAWING, router_scores)  # type: ignore[arg-type]
+    return Recorder(node, SAMPLING, router_scores)  # type: ignore[arg-type]
 
 
 def prompts(*texts: str) -> list[Prompt]:
@@ -112,7 +112,7 @@ def test_cancelled_between_two_generations_it_begins_no_other() -> None:
 def test_trace_has_a_generation_a_prompt(tmp_path: Path) -> None:
     wanted = prompts("abc", "de")
     results = [result(3), result(2, first=2)]
-    trace = to_trace("t", wanted, results, DRAWING.as_text())
+    trace = to_trace("t", wanted, results, SAMPLING.as_text())
     trace.save(tmp_path / "t.npz")
     found = AccessTrace.load(tmp_path / "t.npz")
     assert found.seq_names == ("ABC", "DE")

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.lab import laboratory, plot
-from deploy.lab.laboratory import Laboratory, plotted_sizes
+from deploy.lab import plot, policy_replay
+from deploy.lab.policy_replay import PolicyReplay, plotted_sizes
 from proto import errors
 from scheduler.lab.policies import POLICIES, Background
 from scheduler.simulate.replay import Outcome, ReplayCache, Setting
@@ -97,14 +97,14 @@ def test_never_trains_on_what_is_replayed(tmp_path: Path) -> None:
     recorded().take(np.arange(recorded().num_generations)[::-1], "resaved").save(resaved)
     for path in (PATH, copy, link, resaved):
         with pytest.raises(TraceInvalid, match="a trace of other generations"):
-            laboratory.training_trace(path, PATH, recorded())
+            policy_replay.training_trace(path, PATH, recorded())
 
 
 def test_never_trains_on_another_model(tmp_path: Path) -> None:
     path = tmp_path / "other.npz"
     trace_of([[[0, 1]]], 4).save(path)
     with pytest.raises(TraceInvalid, match="two traces of one model"):
-        laboratory.training_trace(path, PATH, recorded())
+        policy_replay.training_trace(path, PATH, recorded())
 
 
 def test_says_when_some_generations_are_known(
@@ -113,7 +113,7 @@ def test_says_when_some_generations_are_known(
     trace = recorded()
     path = tmp_path / "some.npz"
     trace.take(np.array([0]), "some").save(path)
-    assert laboratory.training_trace(path, PATH, trace).num_generations == 1
+    assert policy_replay.training_trace(path, PATH, trace).num_generations == 1
     assert f"1 of {trace.num_generations} generations" in capsys.readouterr().err
 
 
@@ -132,11 +132,11 @@ def test_a_policy_that_cannot_run_is_left_out_unless_asked_for(
 
     monkeypatch.setitem(POLICIES, "picky", needs_more)
     setting = Setting(recorded(), 12, warmup_steps=0)
-    given = Laboratory(["lru", "picky"], Background(), is_choice=False).run(setting)
+    given = PolicyReplay(["lru", "picky"], Background(), is_choice=False).run(setting)
     assert list(given) == ["lru"]
     assert "picky is left out: too few generations" in capsys.readouterr().err
     with pytest.raises(TraceInvalid):
-        Laboratory(["lru", "picky"], Background()).run(setting)
+        PolicyReplay(["lru", "picky"], Background()).run(setting)
 
 
 def outcomes(lru: int, decayed: int, optimum: int) -> dict[str, Outcome]:

@@ -1,4 +1,4 @@
-"""Scores texts one after another: how likely each token was to the model."""
+"""Scores texts: how likely each token was to the model, and from that the perplexity."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from proto import errors
 
 
 @dataclass(frozen=True)
-class Score:
-    """Of all texts together. scored: every token that was scored, in order."""
+class TextScore:
+    """The score of all texts together. scored: every token that was scored, in order"""
 
     scored: tuple[ScoredToken, ...]
     wall_s: float
@@ -39,14 +39,17 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Perplexity as a share of another's on the same tokens. low, high: two standard errors."""
+    """One store's perplexity divided by another's, on the same tokens.
+
+    low, high: the ratio less and plus two standard errors
+    """
 
     ratio: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, score: Score, other: Score) -> Comparison:
+    def of(cls, score: TextScore, other: TextScore) -> Comparison:
         """Raises InvalidRequest when the two cut the texts into different tokens."""
         pairs = list(zip(score.scored, other.scored, strict=False))
         same_ids = all(a.token_id == b.token_id for a, b in pairs)
@@ -62,11 +65,11 @@ class Comparison:
 
 
 @dataclass
-class Scorer:
-    """Uses one thread; `cancel` may be called from another.
+class TextScorer:
+    """Scores texts one after another, on one thread. Another thread may call `cancel`.
 
-    max_tokens: of each text; 0: all
-    report:     hears of each scored token of the text at hand, by its number
+    max_tokens: the most tokens of a text; 0: all
+    report:     called with the number of tokens of this text that are scored
     """
 
     node: NodeClient
@@ -76,20 +79,20 @@ class Scorer:
     _current: Scoring | None = None
     _cancelled: bool = False
 
-    def run(self, texts: Sequence[Prompt], done: Callable[[int, Prompt], None]) -> Score:
-        """`done` hears of each text with its number.
+    def run(self, texts: Sequence[Prompt], done: Callable[[int, Prompt], None]) -> TextScore:
+        """Score all texts. Calls `done` with the number of each text that is scored.
 
-        Raises Cancelled after `cancel`, and what the node ends a text with.
+        Raises Cancelled after `cancel`, and the error that the node ends a text with.
         """
         scored: list[ScoredToken] = []
         start_s = time.perf_counter()
         for number, text in enumerate(texts):
             scored += self._score(text)
             done(number, text)
-        return Score(tuple(scored), time.perf_counter() - start_s)
+        return TextScore(tuple(scored), time.perf_counter() - start_s)
 
     def cancel(self) -> None:
-        """End the text at hand and begin no other."""
+        """End the current text and begin no other."""
         self._cancelled = True
         if self._current is not None:
             self._current.cancel()

@@ -29,7 +29,10 @@ Outcomes = dict[str, Outcome]
 
 
 def chosen_policies(names: str | None) -> list[str]:
-    """With lru and min, in the order they are listed. Raises InvalidRequest."""
+    """The policies that the user named, with lru and min, in the order of POLICIES.
+
+    Raises InvalidRequest for a name that is no policy.
+    """
     if names is None:
         return list(POLICIES)
     wanted = {name.strip() for name in names.split(",")} | FRAME
@@ -42,9 +45,9 @@ def chosen_policies(names: str | None) -> list[str]:
 
 
 def training_trace(path: Path, replayed_path: Path, replayed: AccessTrace) -> AccessTrace:
-    """Raises TraceInvalid when it is the trace to be replayed, or of another model.
+    """Load the trace to learn from. Warns on stderr when it shares generations with the replayed.
 
-    Says on stderr when some of its generations are.
+    Raises TraceInvalid when it is the trace that is replayed, or is of another model.
     """
     train = AccessTrace.load(path)
     check_same_model(replayed, train)
@@ -68,17 +71,17 @@ def _generations(trace: AccessTrace) -> list[bytes]:
 
 
 def plotted_sizes(setting: Setting) -> list[int]:
-    """Further cache sizes, slots a layer, around that of the setting."""
+    """The cache sizes that a plot adds to that of the setting, in slots a layer."""
     trace = setting.trace
     around = {round(setting.slots * times) for times in PLOTTED_SIZES} - {setting.slots}
     return sorted(size for size in around if trace.top_k <= size < trace.num_experts)
 
 
 @dataclass(frozen=True)
-class Laboratory:
-    """Some policies and what they may know.
+class PolicyReplay:
+    """Policies to replay, and what they may have learned before.
 
-    is_choice: asked for by name, so one that cannot run is an error; else it is left out
+    is_choice: the user named the policies, so one that cannot run is an error; else it is left out
     """
 
     policies: Sequence[str]
@@ -86,7 +89,7 @@ class Laboratory:
     is_choice: bool = True
 
     def run(self, setting: Setting) -> Outcomes:
-        """By policy."""
+        """Replay every policy. Returns the outcomes by policy."""
         with _progress() as bar:
             outcomes = {name: self._run_one(setting, name, bar) for name in self.policies}
         return {name: outcome for name, outcome in outcomes.items() if outcome is not None}
@@ -94,8 +97,10 @@ class Laboratory:
     def run_sizes(
         self, setting: Setting, sizes: Sequence[int], names: Iterable[str]
     ) -> dict[int, Outcomes]:
-        """By slots a layer, of those of the policies that `run` found able. All sizes in one pass;
-        what was learned for one serves the others.
+        """Replay at further sizes, all in one pass: what a policy learns serves every size.
+
+        names: policies that `run` could replay
+        Returns the outcomes by slots a layer.
         """
         found: dict[int, Outcomes] = {slots: {} for slots in sizes}
         settings = [replace(setting, slots=slots) for slots in sizes]
@@ -126,7 +131,7 @@ def _made(name: str, background: Background, setting: Setting) -> ReplayCache:
 
 
 class Watched:
-    """A cache that reports how many steps it did."""
+    """A cache that reports how many steps were replayed."""
 
     def __init__(self, cache: ReplayCache, report: Callable[[int], None]) -> None:
         self._cache = cache
@@ -143,7 +148,7 @@ class Watched:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """A bar a policy on a terminal, gone at the end; nothing elsewhere."""
+    """A bar for each policy on a terminal, removed at the end; nothing elsewhere."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
