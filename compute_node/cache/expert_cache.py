@@ -98,19 +98,44 @@ class LayerCounters:
     uncovered_s: float = 0.0
 
 
+def never() -> None:
+    """The check of a step that nobody gives up."""
+
+
+@dataclass(eq=False)
+class _Waiter:
+    """Who waits for a message's experts: the step that asked, or one after it was given up."""
+
+    check: Callable[[], None]
+
+    def __call__(self) -> None:
+        self.check()
+
+
 @dataclass(eq=False)
 class _Asked:
     """Misses that were asked for, and the iterator that they come from."""
 
     misses: list[ExpertKey]
     arrivals: Iterator[list[Arrival]]
+    waiter: _Waiter
+
+
+@dataclass(eq=False, slots=True)
+class _Needs:
+    """One layer's part of a step. See `ExpertCache.step`."""
+
+    layer: int
+    used: list[ExpertKey]
+    check: Callable[[], None]
+    disproved: Callable[[], Sequence[ExpertKey]]
+    guess: Callable[[], Sequence[ExpertKey]]
 
 
 @dataclass
 class ExpertCache:
     """The experts a node holds. One thread.
 
-    check:  called between layers and while waiting; raises to abandon the request at hand
     read_s: seconds that reading one expert takes, of the latest that were read alone (running mean)
     read_s_per_byte: the same, a byte
     stall_s: waiting for experts, all layers
@@ -119,7 +144,6 @@ class ExpertCache:
     lender: Lender
     budget: Budget
     charge: Charge
-    check: Callable[[], None] = lambda: None
     counters: dict[int, LayerCounters] = field(default_factory=dict)
     read_s: float = 0.0
     read_s_per_byte: float = 0.0
@@ -127,8 +151,6 @@ class ExpertCache:
     _resident: Residents = field(init=False)
     _under_way: set[ExpertKey] = field(default_factory=set)
     _asked: list[_Asked] = field(default_factory=list)  # not all of it has come
-    _disproved: Sequence[ExpertKey] = ()
-    _guess: Callable[[], Sequence[ExpertKey]] = tuple
 
     def __post_init__(self) -> None:
         self.counters = {layer: LayerCounters() for layer in self.budget.moe_layers}
@@ -145,13 +167,16 @@ class ExpertCache:
         self,
         layer: int,
         experts: Sequence[int],
-        disproved: Sequence[ExpertKey] = (),
+        check: Callable[[], None] = never,
+        disproved: Callable[[], Sequence[ExpertKey]] = tuple,
         guess: Callable[[], Sequence[ExpertKey]] = tuple,
     ) -> tuple[set[int], Iterator[list[Borrowed]]]:
         """One step of `layer` needs these distinct experts.
 
-        disproved: guesses of earlier steps that need not be read any more
-        guess:     what later steps may need; asked once, when the misses are on their way
+        check:     called now and while the step waits; raises to give the step up
+        disproved: takes the guesses that need not be read any more; called for each message
+        guess:     what later layers may need; called once the misses are on their way, again if
+                   the session breaks after that
 
         Returns which of them are hits, and waves that together hold each expert once; a wave is
         valid until the next is asked for.
@@ -160,11 +185,9 @@ class ExpertCache:
         nothing: what it asked for comes, and is kept by the next.
         Raises StoreUnavailable and what `check` raises; iterating also ExpertDamaged, StaleLease.
         """
-        # They go with the next message, also when this step is given up before it sends one.
-        self._disproved = (*self._disproved, *disproved)
-        self.check()
+        check()
         self.let_go_if_lost()
-        self._collect()
+        self._collect(check)
         used = [ExpertKey(layer, expert) for expert in experts]
         self.charge.on_step(layer, used)
         self._resident.on_step(layer)
@@ -172,16 +195,16 @@ class ExpertCache:
         counters = self.counters[layer]
         counters.hits += len(hits)
         counters.misses += len(used) - len(hits)
-        self._guess = guess
-        return {key.expert for key in hits}, self._waves(layer, used, hits)
+        needs = _Needs(layer, used, check, disproved, guess)
+        return {key.expert for key in hits}, self._waves(needs, hits)
 
-    def open(self) -> None:
+    def open(self, check: Callable[[], None] = never) -> None:
         """Open a session with the store; start warm from what it has in memory, no byte is read.
 
         Raises StoreUnavailable, SlotsExhausted, VersionMismatch, and what `check` raises.
         """
         self._forget()
-        self.lender.open(self.check)
+        self.lender.open(check)
         room = dict(self._capacity)
         chosen: list[ExpertKey] = []
         for key in sorted(self.lender.resident()):
@@ -189,24 +212,22 @@ class ExpertCache:
                 room[key.layer] -= 1
                 chosen.append(key)
         for start in range(0, len(chosen), _WARM_BATCH):
-            self._insert(self.lender.exchange([], chosen[start : start + _WARM_BATCH], self.check))
+            self._insert(self.lender.exchange([], chosen[start : start + _WARM_BATCH], check))
 
     def let_go_if_lost(self) -> None:
         """If the session broke, forget what it lent, so that the store may refill it."""
         if (self._resident or self._asked) and not self.lender.is_open:
             self._let_go()
 
-    def _waves(
-        self, layer: int, used: list[ExpertKey], hits: list[ExpertKey]
-    ) -> Iterator[list[Borrowed]]:
+    def _waves(self, needs: _Needs, hits: list[ExpertKey]) -> Iterator[list[Borrowed]]:
         """A session that breaks is opened again, and what was not handed out yet is asked for
         there.
         """
-        left = {key.expert: key for key in (*hits, *used)}
+        left = {key.expert: key for key in (*hits, *needs.used)}
         try:
             while left:
                 try:
-                    for keys in self._served(layer, list(left.values())):
+                    for keys in self._served(needs, list(left.values())):
                         yield from self._hand_out(keys)
                         for key in keys:
                             del left[key.expert]
@@ -217,21 +238,22 @@ class ExpertCache:
             self.let_go_if_lost()
             raise
 
-    def _served(self, layer: int, keys: list[ExpertKey]) -> Iterator[list[ExpertKey]]:
+    def _served(self, needs: _Needs, keys: list[ExpertKey]) -> Iterator[list[ExpertKey]]:
         """Parts of `keys` as they are there: the misses are asked for before what is resident is
         handed out, so that one loads while the other is computed with.
         """
+        layer = needs.layer
         if not self.lender.is_open:
-            self._timed(layer, self.open)
+            self._timed(layer, lambda: self.open(needs.check))
         held = [key for key in keys if key in self._resident]
         misses = [key for key in keys if key not in self._resident]
         capacity = self._capacity[layer]
         if len(keys) <= capacity:
-            asked = self._ask(layer, misses, keys)
-            self._speculate()
+            asked = self._ask(needs, misses, keys)
+            self._speculate(needs)
             if held:
                 yield held
-            yield from self._arrive(layer, asked)
+            yield from self._arrive(layer, asked, needs.check)
             return
         if held:
             yield held
@@ -239,19 +261,19 @@ class ExpertCache:
         # half of what it has.
         size = max(1, capacity // 4)
         parts = [misses[start : start + size] for start in range(0, len(misses), size)]
-        yield from self._pipelined(layer, parts, ahead=capacity >= 2 * size)
+        yield from self._pipelined(needs, parts, ahead=capacity >= 2 * size)
 
     def _pipelined(
-        self, layer: int, parts: list[list[ExpertKey]], ahead: bool
+        self, needs: _Needs, parts: list[list[ExpertKey]], ahead: bool
     ) -> Iterator[list[ExpertKey]]:
         """ahead: each part is asked for before the one before it has come."""
-        asked = self._ask(layer, parts[0], parts[0])
+        asked = self._ask(needs, parts[0], parts[0])
         for part, following in zip(parts, [*parts[1:], []], strict=True):
             latest = asked
             if ahead:
-                latest = self._ask(layer, following, [*part, *following])
-            yield from self._arrive(layer, asked)
-            asked = latest if ahead else self._ask(layer, following, following)
+                latest = self._ask(needs, following, [*part, *following])
+            yield from self._arrive(needs.layer, asked, needs.check)
+            asked = latest if ahead else self._ask(needs, following, following)
 
     def _hand_out(self, keys: list[ExpertKey]) -> Iterator[list[Borrowed]]:
         wave = [self._resident[key] for key in keys]
@@ -265,21 +287,23 @@ class ExpertCache:
                 self._let_go()
                 raise errors.StaleLease(f"{borrowed.key} was refilled while it was used: retry")
 
-    def _ask(self, layer: int, misses: list[ExpertKey], pinned: Sequence[ExpertKey]) -> _Asked:
+    def _ask(self, needs: _Needs, misses: list[ExpertKey], pinned: Sequence[ExpertKey]) -> _Asked:
         """One message: what goes, what is wanted, and which guesses were wrong."""
-        disproved, self._disproved = self._disproved, ()
+        disproved, waiter = needs.disproved(), _Waiter(needs.check)
         if not misses and not disproved:
-            return _Asked([], iter(()))
-        going = self._make_room(layer, misses, pinned)
+            return _Asked([], iter(()), waiter)
+        going = self._make_room(needs.layer, misses, pinned)
         self._under_way.update(misses)
-        # Whoever iterates may be another request than whoever asked.
-        arrivals = self.lender.borrow(going, misses, lambda: self.check(), withdrawals=disproved)
-        asked = _Asked(misses, arrivals)
+        arrivals = self.lender.borrow(going, misses, waiter, withdrawals=disproved)
+        asked = _Asked(misses, arrivals, waiter)
         if misses:
             self._asked.append(asked)
         return asked
 
-    def _arrive(self, layer: int, asked: _Asked) -> Iterator[list[ExpertKey]]:
+    def _arrive(
+        self, layer: int, asked: _Asked, check: Callable[[], None]
+    ) -> Iterator[list[ExpertKey]]:
+        asked.waiter.check = check
         try:
             while arrivals := self._timed(layer, lambda: next(asked.arrivals, None)):
                 self._insert(arrivals)
@@ -297,12 +321,12 @@ class ExpertCache:
         self._under_way.difference_update(asked.misses)
         self._asked = [other for other in self._asked if other is not asked]
 
-    def _collect(self) -> None:
+    def _collect(self, check: Callable[[], None]) -> None:
         """What a step that was given up had asked for."""
         while self._asked:
             asked = self._asked[0]
             try:
-                for _ in self._arrive(asked.misses[0].layer, asked):
+                for _ in self._arrive(asked.misses[0].layer, asked, check):
                     pass
             except errors.ExpertDamaged as error:  # whoever needs it hears of it again
                 logger.info("damaged expert given up", extra={"reason": str(error)})
@@ -324,11 +348,10 @@ class ExpertCache:
             self.counters[layer].stall_s += waited_s
             self.stall_s += waited_s
 
-    def _speculate(self) -> None:
-        guess, self._guess = self._guess, tuple
-        wanted = [key for key in guess() if key not in self._resident]
+    def _speculate(self, needs: _Needs) -> None:
+        wanted = [key for key in needs.guess() if key not in self._resident]
         if wanted:
-            self.lender.borrow([], [], self.check, prefetches=wanted)
+            self.lender.borrow([], [], needs.check, prefetches=wanted)
 
     def _make_room(
         self, layer: int, misses: list[ExpertKey], pinned: Sequence[ExpertKey]
@@ -358,5 +381,4 @@ class ExpertCache:
     def _forget(self) -> None:
         self._under_way.clear()
         self._asked.clear()
-        self._disproved = ()  # of a session that is gone
         self._resident.clear()

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compute_node.cache.expert_cache import ExpertCache
+from compute_node.cache.expert_cache import ExpertCache, never
 from compute_node.client.result import RecordedStep
 from compute_node.engine.request import Request
 from compute_node.engine.text import check_stops
 from compute_node.engine.usage import Measure, Usage
 from compute_node.engine.writer import Token, Writer
-from compute_node.evidence.accesses import Recording, latest_step
+from compute_node.evidence.accesses import recorded
 from compute_node.evidence.step import Evidence
 from compute_node.model.finite import fault_of, is_usable
 from compute_node.model.loaded import LoadedModel
+from compute_node.moe.step import Batch, Part, Phase, Step
 from proto import errors
 from proto.checkpoint.sequence_state import state_bytes
 from proto.checkpoint.text_files import load_generation_config
@@ -150,9 +151,7 @@ class Engine:
                 f"{self._chunk_tokens}: send fewer at once"
             )
 
-    def generate(
-        self, request: Request, check: Callable[[], None] = lambda: None
-    ) -> Iterator[Event]:
+    def generate(self, request: Request, check: Callable[[], None] = never) -> Iterator[Event]:
         """Tokens as they come, each decode step's accesses if they are recorded, then how it ended.
         `check` may raise between layers to abandon the request.
 
@@ -160,13 +159,13 @@ class Engine:
         `check` raises.
         """
         self.check_request(request)
-        self.cache.check = check
         self._num_sequences += 1
         sequence = SequenceState(f"s{self._num_sequences}", list(request.token_ids))
+        keeps_scores = request.recording is not None and request.recording.router_scores
         prefill, decode = Usage(), Usage()
         start_s = time.perf_counter()
         with Measure(self.cache, prefill, len(request.token_ids)):
-            logits = self.prefill(sequence)
+            logits = self.prefill(sequence, check)
         writer = Writer(request, self.loaded.tokenizer, self._eos_ids)
         ttft_s = time.perf_counter() - start_s
         while True:
@@ -175,34 +174,32 @@ class Engine:
             if writer.finish_reason:
                 break
             with Measure(self.cache, decode, 1):
-                logits = self.decode([sequence])[0]
+                logits, step = self.forward(
+                    sequence, sequence.token_ids[-1:], Phase.DECODE, check, keeps_scores
+                )
             if request.recording:
-                yield self._step_access(request.recording)
+                yield recorded(self.loaded.spec, step)
         text = writer.flush()
         warnings = self._warnings(request)
         yield Finished(writer.finish_reason, text, ttft_s, prefill, decode, warnings)
 
-    @torch.inference_mode()
-    def prefill(self, sequence: SequenceState) -> Tensor:
+    def prefill(self, sequence: SequenceState, check: Callable[[], None] = never) -> Tensor:
         """Compute the prompt in chunks. Returns the logits of its last position, [1, V]."""
         logits = torch.empty(0)
         while sequence.num_computed < len(sequence.token_ids):
             start = sequence.num_computed
             chunk = sequence.token_ids[start : start + self._chunk_tokens]
-            logits = self._forward(sequence, chunk)
-            if self._evidence:
-                self._evidence.prefill(sequence.name, len(chunk), self.loaded.record)
+            logits, _ = self.forward(sequence, chunk, Phase.PREFILL, check)
         return logits
 
-    @torch.inference_mode()
-    def decode(self, sequences: Sequence[SequenceState]) -> list[Tensor]:
+    def decode(
+        self, sequences: Sequence[SequenceState], check: Callable[[], None] = never
+    ) -> list[Tensor]:
         """One more token of each sequence. Returns the logits of each, [1, V]."""
-        logits = []
-        for sequence in sequences:
-            logits.append(self._forward(sequence, sequence.token_ids[-1:]))
-            if self._evidence:
-                self._evidence.decode(sequence.name, sequence.num_computed, self.loaded.record)
-        return logits
+        return [
+            self.forward(sequence, sequence.token_ids[-1:], Phase.DECODE, check)[0]
+            for sequence in sequences
+        ]
 
     @torch.inference_mode()
     def forward_layer(
@@ -211,7 +208,7 @@ class Engine:
         hidden: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = never,
     ) -> Tensor:
         """One MoE layer's routed experts. hidden: [T, D]; topk_ids, topk_weights: [T, K]. Returns
         [T, D].
@@ -226,42 +223,54 @@ class Engine:
             )
         if not ((topk_ids >= 0) & (topk_ids < self.loaded.spec.num_experts)).all():
             raise errors.InvalidRequest("topk_ids name experts the model does not have")
-        self.cache.check = check
-        output: Tensor = module(hidden, topk_ids, topk_weights)
+        phase = Phase.DECODE if len(hidden) == 1 else Phase.PREFILL  # as the caller does not say
+        step = Step(Batch(Part("forward", phase, len(hidden), len(hidden))), check)
+        with step.running():
+            output: Tensor = module(hidden, topk_ids, topk_weights)
         return output
 
-    def _forward(self, sequence: SequenceState, chunk: list[int]) -> Tensor:
-        output = self.loaded.model(
-            torch.tensor([chunk]),
-            past_key_values=sequence.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    @torch.inference_mode()
+    def forward(
+        self,
+        sequence: SequenceState,
+        chunk: list[int],
+        phase: Phase,
+        check: Callable[[], None] = never,
+        keeps_scores: bool = False,
+    ) -> tuple[Tensor, Step]:
+        """Compute the sequence's next tokens. Returns the logits of the last, [1, V], and the step
+        that it was.
+        """
+        num_computed = sequence.num_computed + len(chunk)
+        part = Part(sequence.name, phase, len(chunk), num_computed)
+        step = Step(Batch(part), check, keeps_scores)
+        with step.running():
+            output = self._pass(chunk, sequence.cache)
         sequence.cache = output.past_key_values
-        sequence.num_computed += len(chunk)
+        sequence.num_computed = num_computed
         if len(chunk) > 1 or sequence.num_computed % _WEIGHED_TOKENS == 0:
             self.peak_cache_bytes = max(self.peak_cache_bytes, sequence.cache_bytes)
         logits: Tensor = output.logits[:, -1, :]
         if not is_usable(logits):
-            raise fault_of(self.loaded.model, lambda: self._compute_again(sequence))
-        return logits
+            raise fault_of(self.loaded.model, lambda: self._compute_again(sequence, check))
+        if self._evidence:
+            self._evidence.append(step)
+        return logits, step
 
-    def _compute_again(self, sequence: SequenceState) -> None:
+    def _pass(self, chunk: list[int], cache: Any) -> Any:
+        """transformers' output. cache: of the tokens before the chunk, or None"""
+        return self.loaded.model(
+            torch.tensor([chunk]), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+
+    def _compute_again(self, sequence: SequenceState, check: Callable[[], None]) -> None:
         """All positions up to the latest, in chunks, from nothing; the sequence is given up."""
         sequence.cache, cache = None, None
         for start in range(0, sequence.num_computed, self._chunk_tokens):
             end = min(start + self._chunk_tokens, sequence.num_computed)
-            chunk = torch.tensor([sequence.token_ids[start:end]])
-            output = self.loaded.model(
-                chunk, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            cache = output.past_key_values
-
-    def _step_access(self, recording: Recording) -> RecordedStep:
-        """Of the latest decode step."""
-        loaded = self.loaded
-        scores = loaded.scores if recording.router_scores else None
-        return latest_step(loaded.spec, loaded.record, scores)
+            part = Part(sequence.name, Phase.PREFILL, end - start, end)
+            with Step(Batch(part), check).running():
+                cache = self._pass(sequence.token_ids[start:end], cache).past_key_values
 
 
 def _eos_ids(model: Any, model_dir: Path) -> frozenset[int]:

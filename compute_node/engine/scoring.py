@@ -54,11 +54,10 @@ def score(
     Raises what `check_text` and Engine.generate raise.
     """
     check_text(engine, text)
-    engine.cache.check = check
     for piece in text.pieces:
         sequence = SequenceState(f"score{next(_numbers)}", [])
         for token_id, following in itertools.pairwise(piece):
             sequence.token_ids.append(token_id)
-            (logits,) = engine.decode([sequence])  # [1, V]
+            (logits,) = engine.decode([sequence], check)  # [1, V]
             log_probs = logits[0].double().log_softmax(dim=-1)
             yield ScoredToken(following, float(log_probs[following]))

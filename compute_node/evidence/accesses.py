@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compute_node.client.result import RecordedStep
-from compute_node.moe.layer import LayerAccess, StepRecord
-from compute_node.moe.routers import RouterScores
+from compute_node.moe.step import LayerAccess, Step
 from proto import errors
 from proto.expert import ModelSpec
 
@@ -23,16 +23,14 @@ class Recording:
     router_scores: bool = False
 
 
-def latest_step(
-    spec: ModelSpec, record: StepRecord, scores: RouterScores | None = None
-) -> RecordedStep:
-    """Of the latest forward pass, which was of one token. scores: to be told with it.
+def recorded(spec: ModelSpec, step: Step) -> RecordedStep:
+    """What a decode step of one sequence chose, and the routers' scores if the step kept them.
 
-    Raises InvalidRequest when scores are wanted of a layer whose router is not recognised.
+    Raises InvalidRequest when scores were to be kept of a layer whose router is not recognised.
     """
-    layers = layers_of(spec, record)
+    layers = layers_of(spec, step.accesses)
     ids = torch.stack([access.ids[0] for access in layers])
-    latest = _latest_scores(spec, scores) if scores else None
+    latest = _kept_scores(spec, step.scores) if step.scores is not None else None
     return RecordedStep(
         num_experts=spec.num_experts,
         topk_ids=ids.numpy().astype(np.uint16),
@@ -41,20 +39,20 @@ def latest_step(
     )
 
 
-def _latest_scores(spec: ModelSpec, scores: RouterScores) -> list[Tensor]:
+def _kept_scores(spec: ModelSpec, scores: Mapping[int, Tensor]) -> list[Tensor]:
     """[E] of each MoE layer."""
-    unknown = [layer for layer in spec.moe_layers if layer not in scores.latest]
+    unknown = [layer for layer in spec.moe_layers if layer not in scores]
     if unknown:
         raise errors.InvalidRequest(
             f"{spec.model_type}: layer {unknown[0]} chooses experts without scores that could be "
             "recorded: record without router scores"
         )
-    return [scores.latest[layer][0] for layer in spec.moe_layers]
+    return [scores[layer][0] for layer in spec.moe_layers]
 
 
-def layers_of(spec: ModelSpec, record: StepRecord) -> list[LayerAccess]:
+def layers_of(spec: ModelSpec, accesses: Mapping[int, LayerAccess]) -> list[LayerAccess]:
     """In the order of the model's MoE layers."""
-    return [record.layers[layer] for layer in spec.moe_layers]
+    return [accesses[layer] for layer in spec.moe_layers]
 
 
 def _half(rows: list[Tensor]) -> NDArray[np.float16]:

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compute_node.evidence.accesses import latest_step, layers_of
+from compute_node.evidence.accesses import layers_of, recorded
 from compute_node.evidence.log import AccessLog
-from compute_node.moe.layer import LayerAccess, StepRecord
+from compute_node.moe.step import LayerAccess, Part, Phase, Step
 from proto.expert import ModelSpec
 from proto.redis_schema import DecodeAccess, PrefillAccess
 
 
 class Evidence:
-    """Packs step records. policy: names the policy in charge."""
+    """Makes entries of steps. policy: names the policy in charge."""
 
     def __init__(
         self,
@@ -35,13 +35,20 @@ class Evidence:
         self._scope = scope
         self._policy = policy
 
-    def decode(self, sequence: str, step: int, record: StepRecord) -> None:
-        access = latest_step(self._spec, record)
+    def append(self, step: Step) -> None:
+        """An entry for each sequence of the batch."""
+        for alone in step.alone():
+            [part] = alone.batch.parts
+            entry = self._decode if part.phase is Phase.DECODE else self._prefill
+            entry(part, alone)
+
+    def _decode(self, part: Part, step: Step) -> None:
+        access = recorded(self._spec, step)
         self._log.append(
             DecodeAccess(
                 node=self._node,
-                sequence=sequence,
-                step=step,
+                sequence=part.sequence,
+                step=part.num_computed,
                 num_experts=self._spec.num_experts,
                 slots=self._slots,
                 scope=self._scope,
@@ -49,20 +56,20 @@ class Evidence:
                 time_ns=time.time_ns(),
                 topk_ids=access.topk_ids,
                 topk_weights=access.topk_weights,
-                hits=_hits(access.topk_ids, layers_of(self._spec, record)),
+                hits=_hits(access.topk_ids, layers_of(self._spec, step.accesses)),
             )
         )
 
-    def prefill(self, sequence: str, num_tokens: int, record: StepRecord) -> None:
+    def _prefill(self, part: Part, step: Step) -> None:
         counts = [
             torch.bincount(access.ids.flatten(), minlength=self._spec.num_experts)
-            for access in layers_of(self._spec, record)
+            for access in layers_of(self._spec, step.accesses)
         ]
         self._log.append(
             PrefillAccess(
                 node=self._node,
-                sequence=sequence,
-                num_tokens=num_tokens,
+                sequence=part.sequence,
+                num_tokens=part.num_rows,
                 time_ns=time.time_ns(),
                 token_counts=torch.stack(counts).numpy().astype(np.uint32),
             )

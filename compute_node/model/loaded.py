@@ -23,7 +23,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.kernels import lossless, low_bit, one_token_linear, one_token_norm
 from compute_node.model.dense_weights import reading_dense
-from compute_node.moe.layer import IMPLEMENTATION, RoutedExperts, StepRecord, register
+from compute_node.moe.layer import IMPLEMENTATION, RoutedExperts, register
 from compute_node.moe.routers import RouterScores
 from compute_node.predict.overlap import Overlap
 from compute_node.predict.prefetcher import Prefetcher
@@ -46,7 +46,6 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     spec: ModelSpec
-    record: StepRecord
     scores: RouterScores
     prefetcher: Prefetcher
     experts_modules: dict[int, Any]
@@ -89,13 +88,13 @@ def load_model(
         model, modules = _build(model_dir, spec)
         tokenizer = _load_tokenizer(model_dir)
         _fill(model, dense())
-    record, scores = StepRecord(), RouterScores()
+    scores = RouterScores()
     for layer, (path, _) in modules.items():
         scores.watch(model, layer, path)
     prefetcher = _prefetcher(spec, cache, scores, lookahead)
     overlap = Overlap(cache, prefetcher.computed)
     for layer, (_, module) in modules.items():
-        module.flashmoe = RoutedExperts(layer, cache, record, prefetcher, overlap)
+        module.flashmoe = RoutedExperts(layer, cache, prefetcher, overlap)
     register()
     model.set_experts_implementation(IMPLEMENTATION)
     _check_nothing_missing(model)
@@ -105,7 +104,6 @@ def load_model(
         model=model,
         tokenizer=tokenizer,
         spec=spec,
-        record=record,
         scores=scores,
         prefetcher=prefetcher,
         experts_modules={layer: module for layer, (_, module) in modules.items()},

@@ -4,9 +4,8 @@ bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Container, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from compute_node.cache.expert_cache import ExpertCache
 from compute_node.kernels import one_token_experts
 from compute_node.kernels.feed_forward import feed_forward_each
 from compute_node.kernels.prompt_experts import Prompt
+from compute_node.moe.step import LayerAccess, Step, current_step
 from compute_node.predict.overlap import Overlap
 from compute_node.predict.prefetcher import Prefetcher
 from compute_node.store.memory import Borrowed
@@ -24,103 +24,144 @@ from proto.expert import ExpertKey
 IMPLEMENTATION = "flashmoe"
 
 
-@dataclass
-class LayerAccess:
-    """What one layer's step asked for. ids: [T, K]; weights: [T, K]; hits: experts found
-    resident.
-    """
-
-    ids: Tensor
-    weights: Tensor
-    hits: set[int]
-
-
-@dataclass
-class StepRecord:
-    """What the latest forward pass asked of every MoE layer, by model layer number."""
-
-    layers: dict[int, LayerAccess] = field(default_factory=dict)
-
-
 class RoutedExperts:
     """One MoE layer's routed experts, computed on borrowed weights."""
 
     def __init__(
-        self,
-        layer: int,
-        cache: ExpertCache,
-        record: StepRecord,
-        prefetcher: Prefetcher,
-        overlap: Overlap,
+        self, layer: int, cache: ExpertCache, prefetcher: Prefetcher, overlap: Overlap
     ) -> None:
         self.layer = layer
         self._cache = cache
-        self._record = record
         self._prefetcher = prefetcher
         self._overlap = overlap
 
     def forward(
         self, module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
     ) -> Tensor:
-        """The weighted sum of each token's experts; bit-identical to transformers' eager experts.
+        """The weighted sum of each token's experts; bit-identical to transformers' eager experts on
+        each sequence of the running step alone.
 
         hidden: [T, D]; topk_ids: [T, K], ids past the last expert are transformers' mark for none;
         topk_weights: [T, K]
 
         Returns [T, D].
-        Raises what the cache raises.
+        Raises NotInStep and what the cache raises.
         """
-        chosen = [e for e in topk_ids.flatten().tolist() if e < module.num_experts]
-        experts = sorted(set(chosen))
-        if hidden.shape[0] == 1:
-            hits, waves = self._decode_step(experts, hidden)
-            self._record.layers[self.layer] = LayerAccess(topk_ids, topk_weights, hits)
-            compute = _one_token if len(experts) == len(chosen) else _many_tokens
-            return compute(module, hidden, topk_ids, topk_weights, waves)
-        self._overlap.leave()
-        hits, waves = self._cache.step(self.layer, experts)
-        self._record.layers[self.layer] = LayerAccess(topk_ids, topk_weights, hits)
-        return _many_tokens(module, hidden, topk_ids, topk_weights, waves)
+        step = current_step()
+        ids = topk_ids.tolist()
+        chosen = {e for row in ids for e in row if e < module.num_experts}
+        hits, waves = self._borrow(step, sorted(chosen), hidden)
+        step.accesses[self.layer] = LayerAccess(topk_ids, topk_weights, hits)
+        if len(step.batch.parts) == 1:
+            total = _total_of(module, hidden, topk_ids, topk_weights, ids)
+            for wave in waves:
+                total.add(wave)
+            return total.result()
+        totals = [
+            # A copy, because kernels of torch round by the alignment of their operands.
+            _total_of(module, hidden[rows].clone(), topk_ids[rows], topk_weights[rows], ids[rows])
+            for rows in step.batch.rows
+        ]
+        for wave in waves:
+            for total in totals:
+                total.add([borrowed for borrowed in wave if borrowed.key.expert in total.experts])
+        return torch.cat([total.result() for total in totals])
 
-    def _decode_step(
-        self, experts: list[int], hidden: Tensor
+    def _borrow(
+        self, step: Step, experts: list[int], hidden: Tensor
     ) -> tuple[set[int], Iterator[list[Borrowed]]]:
-        """Its misses are asked for, wrong guesses about it withdrawn, the next layers' guessed."""
+        """In decode, guesses about this layer are settled, and the next layers' are made."""
         layer, prefetcher = self.layer, self._prefetcher
-        disproved = prefetcher.settle(layer, [ExpertKey(layer, expert) for expert in experts])
-        self._overlap.enter(layer, prefetcher.latest_unguessed)
-        return self._cache.step(layer, experts, disproved, lambda: prefetcher.guess(layer, hidden))
+        if not step.batch.is_decode:
+            self._overlap.leave()
+            return self._cache.step(layer, experts, step.check)
+        unguessed = prefetcher.settle(layer, [ExpertKey(layer, expert) for expert in experts])
+        self._overlap.enter(layer, unguessed)
+        return self._cache.step(
+            layer,
+            experts,
+            step.check,
+            prefetcher.take_disproved,
+            lambda: prefetcher.guess(layer, hidden),
+        )
 
 
-def _one_token(
-    module: Any,
-    hidden: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    waves: Iterable[list[Borrowed]],
-) -> Tensor:
-    """Decode: add in ascending expert order, whatever order they came in. No expert is named
-    twice.
+class _Total(Protocol):
+    """The weighted sum of one sequence's experts in one layer, as they come."""
+
+    @property
+    def experts(self) -> Container[int]:
+        """Those that some token of it chose."""
+
+    def add(self, wave: list[Borrowed]) -> None:
+        """Compute with these, each of which some token chose; they stay valid only for the call."""
+
+    def result(self) -> Tensor:
+        """[T, D], once all were added."""
+
+
+def _total_of(
+    module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, ids: list[list[int]]
+) -> _Total:
+    """ids: topk_ids once more"""
+    if len(ids) == 1:
+        experts = [e for e in ids[0] if e < module.num_experts]
+        if len(set(experts)) == len(experts):
+            gates = dict(zip(ids[0], topk_weights[0].tolist(), strict=True))
+            return _OneToken(module, hidden, gates)
+    return _ManyTokens(module, hidden, topk_ids, topk_weights)
+
+
+class _OneToken:
+    """Adds in ascending expert order, whatever order they came in. No expert is named twice.
+
+    hidden: [1, D]; gates: weight of each chosen expert
     """
-    gates = dict(zip(topk_ids[0].tolist(), topk_weights[0].tolist(), strict=True))
-    table: Tensor | None = None
-    parts: list[Tensor] = []
-    experts: list[int] = []
-    for wave in waves:
+
+    def __init__(self, module: Any, hidden: Tensor, gates: dict[int, float]) -> None:
+        self.experts = gates
+        self._module, self._hidden = module, hidden
+        self._table: Tensor | None = None
+        self._parts: list[Tensor] = []
+        self._added: list[int] = []
+
+    def add(self, wave: list[Borrowed]) -> None:
+        if not wave:
+            return
         tensors = [borrowed.tensors for borrowed in wave]
         chosen = [borrowed.key.expert for borrowed in wave]
-        if not experts:
-            table = one_token_experts.table_of(module, tensors[0], hidden)
-        weights = [gates[expert] for expert in chosen]
-        parts.append(_weighted(module, tensors, hidden, weights, table))
-        experts += chosen
-    if not experts:
-        return torch.zeros_like(hidden)
-    rows = parts[0] if len(parts) == 1 else torch.cat(parts)  # [E, D]
-    order = sorted(range(len(experts)), key=experts.__getitem__)
-    if order != list(range(len(experts))):
-        rows = rows[order]
-    return _add_rows(rows) if table is None else one_token_experts.add_rows(rows)
+        if not self._added:
+            self._table = one_token_experts.table_of(self._module, tensors[0], self._hidden)
+        weights = [self.experts[expert] for expert in chosen]
+        self._parts.append(_weighted(self._module, tensors, self._hidden, weights, self._table))
+        self._added += chosen
+
+    def result(self) -> Tensor:
+        if not self._added:
+            return torch.zeros_like(self._hidden)
+        rows = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)  # [E, D]
+        order = sorted(range(len(self._added)), key=self._added.__getitem__)
+        if order != list(range(len(order))):
+            rows = rows[order]
+        return _add_rows(rows) if self._table is None else one_token_experts.add_rows(rows)
+
+
+class _ManyTokens:
+    """A prompt, and a token that names an expert twice (eager multiplies both choices at once,
+    which rounds otherwise than one after the other): keeps each (token, k) output until all waves
+    are through, then sums in eager's order.
+    """
+
+    def __init__(self, module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+        self.experts = set(topk_ids.flatten().tolist())
+        self._module = module
+        self._prompt = Prompt(hidden.contiguous(), topk_ids, topk_weights, module.num_experts)
+
+    def add(self, wave: list[Borrowed]) -> None:
+        self._prompt.add(self._module, {b.key.expert: b.tensors for b in wave})
+
+    def result(self) -> Tensor:
+        return self._prompt.total()
 
 
 def _weighted(
@@ -144,23 +185,6 @@ def _add_rows(rows: Tensor) -> Tensor:
     for row in rows[:, None].unbind():
         total += row
     return total
-
-
-def _many_tokens(
-    module: Any,
-    hidden: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    waves: Iterable[list[Borrowed]],
-) -> Tensor:
-    """Prefill, and a token that names an expert twice (eager multiplies both choices at once, which
-    rounds otherwise than one after the other): keep each (token, k) output until all waves are
-    through, then sum in eager's order.
-    """
-    prompt = Prompt(hidden.contiguous(), topk_ids, topk_weights, module.num_experts)
-    for wave in waves:
-        prompt.add(module, {borrowed.key.expert: borrowed.tensors for borrowed in wave})
-    return prompt.total()
 
 
 def _dispatch(module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compute_node.moe.step import current_step
 from compute_node.predict.prefetcher import NextRouter
 
 logger = logging.getLogger(__name__)
@@ -28,15 +29,14 @@ class _Scored:
 
 
 class RouterScores:
-    """latest[layer]: [T, E], what the router returned for all experts in the latest forward pass;
-    not there where no module's scores name the chosen experts (a table of token ids chooses).
+    """Hands what routers return for all experts to the step that runs, if that keeps them; not
+    where no module's scores name the chosen experts (a table of token ids chooses).
 
     next_routers: by MoE layer, what can be asked about hidden states of earlier layers; filled by
     the first forward pass.
     """
 
     def __init__(self) -> None:
-        self.latest: dict[int, Tensor] = {}
         self.next_routers: dict[int, NextRouter] = {}
 
     def watch(self, model: nn.Module, layer: int, experts_path: str) -> None:
@@ -91,12 +91,16 @@ class RouterScores:
         num_experts = found.scores.shape[1]
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
+            kept = current_step().scores
+            if kept is None:
+                return
             scores = _scores(output, num_experts)
             if scores is not None:
-                self.latest[layer] = scores
+                kept[layer] = scores
 
         found.module.register_forward_hook(keep)
-        self.latest[layer] = found.scores
+        if (kept := current_step().scores) is not None:
+            kept[layer] = found.scores
 
 
 def _scores(output: Any, num_experts: int) -> Tensor | None:

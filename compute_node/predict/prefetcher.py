@@ -107,7 +107,7 @@ class Prefetcher:
     max_guesses: that may be under way at once
     max_depth: layers ahead, at most
 
-    num_unguessed: misses that no guess was open about; latest_unguessed: of the latest step
+    num_unguessed: misses that no guess was open about
     """
 
     layers: tuple[int, ...]
@@ -120,8 +120,8 @@ class Prefetcher:
     max_depth: int
     distances: list[Distance] = field(default_factory=list)
     num_unguessed: int = 0
-    latest_unguessed: int = 0
     _open: dict[ExpertKey, tuple[int, int]] = field(default_factory=dict)  # distance, rank
+    _disproved: list[ExpertKey] = field(default_factory=list)  # the store has not heard
     _needs: dict[int, LayerNeed] = field(default_factory=dict)
     _compute_s: float = 0.0  # of all layers' needs
     _num_steps: int = 0
@@ -140,21 +140,26 @@ class Prefetcher:
                 return number
         return self.max_depth
 
-    def settle(self, layer: int, used: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """The router of `layer` has spoken: returns the guesses about it that were wrong.
-
-        Comes before the cache hears of the step.
+    def settle(self, layer: int, used: Sequence[ExpertKey]) -> int:
+        """The router of `layer` has spoken: closes the guesses about it. Returns the number of
+        misses that no guess was open about. Comes before the cache hears of the step.
         """
         misses = [key for key in used if key not in self.resident]
         need = self._needs[layer]
         need.misses += _SMOOTHING * (len(misses) - need.misses)
-        self.latest_unguessed = sum(key not in self._open for key in misses)
-        self.num_unguessed += self.latest_unguessed
-        guessed = [key for key in self._open if key.layer == layer]
-        for key in guessed:
+        unguessed = sum(key not in self._open for key in misses)
+        self.num_unguessed += unguessed
+        for key in [key for key in self._open if key.layer == layer]:
             number, rank = self._open.pop(key)
             self.distances[number].settle(rank, key in used)
-        return [key for key in guessed if key not in used]
+            if key not in used:
+                self._disproved.append(key)
+        return unguessed
+
+    def take_disproved(self) -> list[ExpertKey]:
+        """Wrong guesses that the store has not been told of; the caller tells it."""
+        disproved, self._disproved = self._disproved, []
+        return disproved
 
     def computed(self, layer: int, compute_s: float) -> None:
         """What a step of `layer` took without waiting."""

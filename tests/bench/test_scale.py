@@ -120,7 +120,7 @@ def test_a_run_hits_what_the_scheduler_replays_and_computes_what_no_cache_does(
 
 def test_the_routers_choice_is_the_recordings(node: Node, segment: Segment, served: Path) -> None:
     node.run(segment, "lru", None, SLOTS, served, os.getpid())
-    layers = [access.ids[0].tolist() for _, access in sorted(node.record.layers.items())]
+    layers = [access.ids[0].tolist() for _, access in sorted(node.step.accesses.items())]
     assert layers == segment.trace.topk_ids[-1].tolist()
 
 

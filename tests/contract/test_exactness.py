@@ -21,6 +21,7 @@ from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.engine.engine import Engine, SequenceState
 from compute_node.kernels import gemm, gemv, lossless
 from compute_node.model.loaded import load_model
+from compute_node.moe.step import Phase
 from compute_node.native import binding
 from compute_node.store.borrow import StoreClient
 from expert_store.manifest.manifest import Manifest
@@ -160,12 +161,13 @@ def test_bits_and_tokens_equal_eager(
         logits, tokens = run(node)
         again, _ = run(node)  # with experts resident: they come in a wave of their own
         spec = node.loaded.spec
-        scores = node.loaded.scores.latest
+        sequence = SequenceState("s", tokens[:1])
+        scores = node.forward(sequence, tokens[:1], Phase.DECODE, keeps_scores=True)[1].scores
         counters = node.cache.counters.values()
     for step, (ours, theirs) in enumerate(zip(logits + again, expected.logits * 2, strict=True)):
         assert torch.equal(ours, theirs), f"step {step} differs"
     assert tokens == expected.tokens == expected.generated
-    assert set(scores) == set(spec.moe_layers)
+    assert scores is not None and set(scores) == set(spec.moe_layers)
     assert all(s.shape == (1, spec.num_experts) for s in scores.values())
     assert len(set(tokens[PROMPT_TOKENS:])) > 8, "degenerate text proves nothing"
     assert all(c.misses > spec.num_experts for c in counters), "the cache must have had to evict"

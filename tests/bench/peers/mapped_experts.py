@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from compute_node.cache.expert_cache import LayerCounters
+from compute_node.cache.expert_cache import LayerCounters, never
 from compute_node.store.memory import TORCH_DTYPES, Borrowed
 from expert_store.manifest.extents import Extent
 from expert_store.manifest.manifest import Manifest
@@ -30,7 +30,6 @@ class MappedExperts:
         root = manifest.root(store_dir)
         self._files = [_map(root / file.path) for file in manifest.files]
         self._manifest = manifest
-        self.check: Callable[[], None] = lambda: None
         self.counters = {layer: LayerCounters() for layer in manifest.spec.moe_layers}
         self.read_s = self.read_s_per_byte = self.stall_s = 0.0
 
@@ -41,11 +40,12 @@ class MappedExperts:
         self,
         layer: int,
         experts: Sequence[int],
-        disproved: Sequence[ExpertKey] = (),
+        check: Callable[[], None] = never,
+        disproved: Callable[[], Sequence[ExpertKey]] = tuple,
         guess: Callable[[], Sequence[ExpertKey]] = tuple,
     ) -> tuple[set[int], Iterator[list[Borrowed]]]:
         """All experts of the step are asked of the kernel at once, then lent one by one."""
-        self.check()
+        check()
         keys = [ExpertKey(layer, expert) for expert in experts]
         for key in keys:
             self._will_need(key)

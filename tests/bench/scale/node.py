@@ -21,7 +21,8 @@ from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.engine.engine import Engine, SequenceState
 from compute_node.engine.usage import Measure, Usage
 from compute_node.model.loaded import LoadedModel, load_model
-from compute_node.moe.layer import RoutedExperts, StepRecord
+from compute_node.moe.layer import RoutedExperts
+from compute_node.moe.step import Phase, Step
 from compute_node.predict.overlap import Overlap
 from compute_node.store.borrow import StoreClient
 from expert_store.manifest.manifest import Manifest
@@ -90,7 +91,9 @@ class Run:
 
 
 class Node:
-    """One model in memory, for many runs."""
+    """One model in memory, for many runs. step: the latest"""
+
+    step: Step
 
     def __init__(self, store_dir: Path, manifest: Manifest) -> None:
         self.spec: ModelSpec = manifest.spec
@@ -166,7 +169,7 @@ class Node:
         prefetcher.resident = cache
         overlap = Overlap(cache, prefetcher.computed)
         for layer, module in loaded.experts_modules.items():
-            module.flashmoe = RoutedExperts(layer, cache, loaded.record, prefetcher, overlap)
+            module.flashmoe = RoutedExperts(layer, cache, prefetcher, overlap)
 
     def _decode(
         self, segment: Segment, cache: ExpertCache, hear: Callable[[int], None], num_steps: int
@@ -182,15 +185,10 @@ class Node:
             sequence.token_ids.append(7919 * (step + 1) % min(_MAX_TOKEN_ID, self._vocab_size))
             usage = Usage()
             with Measure(cache, usage, 1):
-                logits = engine.decode([sequence])[0]
+                logits, self.step = engine.forward(sequence, sequence.token_ids[-1:], Phase.DECODE)
             result.steps.append(usage)
             result.digests.append(digest(logits))
         return result
-
-    @property
-    def record(self) -> StepRecord:
-        """What the latest step asked for."""
-        return self._loaded.record
 
     @property
     def _vocab_size(self) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from compute_node.cache.charge import Charge
-from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.cache.expert_cache import Budget, ExpertCache, never
 from proto import errors
 from proto.expert import ExpertKey
 from proto.redis_schema import Advice
@@ -30,9 +30,11 @@ def make_cache(slots: int = 8, pooled: bool = False) -> tuple[ExpertCache, FakeL
     return cache, lender
 
 
-def step(cache: ExpertCache, layer: int, *experts: int) -> list[list[int]]:
+def step(
+    cache: ExpertCache, layer: int, *experts: int, check: Callable[[], None] = never
+) -> list[list[int]]:
     """Waves: hits together, then each expert as it comes."""
-    return [[b.key.expert for b in wave] for wave in cache.step(layer, experts)[1]]
+    return [[b.key.expert for b in wave] for wave in cache.step(layer, experts, check)[1]]
 
 
 def test_a_hit_costs_no_exchange() -> None:
@@ -158,10 +160,8 @@ def gives_up_after(num_checks: int) -> Callable[[], None]:
 def test_a_prompt_that_is_cancelled_costs_nothing(num_checks: int, pooled: bool) -> None:
     """It needs more than fits, so that two parts are under way."""
     cache, lender = make_cache(pooled=pooled)
-    cache.check = gives_up_after(num_checks)
     with pytest.raises(errors.Cancelled):
-        step(cache, 1, *range(16))
-    cache.check = lambda: None
+        step(cache, 1, *range(16), check=gives_up_after(num_checks))
     waves = step(cache, 1, *range(16))
     assert sorted(expert for wave in waves for expert in wave) == list(range(16))
     assert lender.num_opened == 1 and len(cache) == len(lender.held) <= 8
@@ -172,19 +172,14 @@ def test_what_was_given_up_is_waited_for_by_the_next_request() -> None:
     """Which may be given up as well, or find the session lost, or an expert damaged."""
     cache, lender = make_cache()
     lender.damaged = {ExpertKey(1, 9)}
-    cache.check = gives_up_after(1)
     with pytest.raises(errors.Cancelled):
-        step(cache, 1, 8, 9)
-    cache.check = gives_up_after(2)
+        step(cache, 1, 8, 9, check=gives_up_after(1))
     with pytest.raises(errors.Cancelled):
-        step(cache, 1, 0)
-    cache.check = lambda: None
+        step(cache, 1, 0, check=gives_up_after(2))
     assert step(cache, 1, 0, 8) == [[8], [0]], "the damaged one is nothing to this request"
-    cache.check = gives_up_after(1)
     with pytest.raises(errors.Cancelled):
-        step(cache, 3, 5)
+        step(cache, 3, 5, check=gives_up_after(1))
     lender.abort()
-    cache.check = lambda: None
     assert step(cache, 3, 5) == [[5]]
     assert lender.num_opened == 2 and len(cache) == len(lender.held)
 
@@ -198,11 +193,11 @@ def test_guesses_are_sent_after_the_misses_and_only_of_what_is_not_there() -> No
         asked.append(len(lender.exchanges))
         return [ExpertKey(1, 0), ExpertKey(3, 7)]
 
-    list(cache.step(1, [1, 2], [ExpertKey(1, 9)], guess)[1])
+    list(cache.step(1, [1, 2], disproved=lambda: [ExpertKey(1, 9)], guess=guess)[1])
     assert asked == [2], "once, when the misses were asked for"
     assert lender.prefetched == [ExpertKey(3, 7)]
     assert lender.withdrawn == [ExpertKey(1, 9)]
-    list(cache.step(1, [1, 2], [ExpertKey(1, 8)])[1])
+    list(cache.step(1, [1, 2], disproved=lambda: [ExpertKey(1, 8)])[1])
     assert lender.withdrawn[1:] == [ExpertKey(1, 8)], "also when nothing is missing"
 
 
@@ -221,9 +216,8 @@ def test_check_is_asked_before_every_layer() -> None:
     def check() -> None:
         raise errors.Cancelled("gone")
 
-    cache.check = check
     with pytest.raises(errors.Cancelled):
-        cache.step(1, [0])
+        cache.step(1, [0], check)
 
 
 def test_warm_start_keeps_to_the_budget() -> None:

@@ -47,7 +47,8 @@ class Node:
 
     def settle(self, layer: int, *experts: int) -> list[str]:
         used = [ExpertKey(layer, expert) for expert in experts]
-        return [str(key) for key in self.prefetcher.settle(layer, used)]
+        self.prefetcher.settle(layer, used)
+        return [str(key) for key in self.prefetcher.take_disproved()]
 
 
 def test_the_next_layers_are_guessed_nearest_first_by_score() -> None:

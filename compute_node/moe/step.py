@@ -1,0 +1,120 @@
+"""One forward pass over a batch of sequences: whose the rows are, what was accessed for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+
+class Phase(Enum):
+    """prefill: of a prompt; decode: one token of a sequence."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One sequence's rows of a batch.
+
+    num_computed: the sequence's tokens once the step is through
+    """
+
+    sequence: str
+    phase: Phase
+    num_rows: int
+    num_computed: int
+
+
+class Batch:
+    """The sequences of one forward pass, in the order of their rows.
+
+    rows:      of each part
+    is_decode: every part is one token of a sequence
+    """
+
+    def __init__(self, *parts: Part) -> None:
+        self.parts = parts
+        self.rows = _rows_of(parts)
+        self.is_decode = all(part.phase is Phase.DECODE for part in parts)
+
+
+@dataclass(frozen=True)
+class LayerAccess:
+    """What one layer was asked for. ids, weights: [T, K]; hits: experts found resident."""
+
+    ids: Tensor
+    weights: Tensor
+    hits: set[int]
+
+
+class Step:
+    """One forward pass. Everything that has to do with it is handed on here.
+
+    check:    called between layers and while experts are waited for; raises to give the step up
+    accesses: by model layer number, filled as the pass goes on
+    scores:   [T, E] by model layer number, what routers returned for all experts; None: not kept
+    """
+
+    def __init__(self, batch: Batch, check: Callable[[], None], keeps_scores: bool = False) -> None:
+        self.batch = batch
+        self.check = check
+        self.accesses: dict[int, LayerAccess] = {}
+        self.scores: dict[int, Tensor] | None = {} if keeps_scores else None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Experts and routers of a model's forward find this step, on this thread alone."""
+        token = _running.set(self)
+        try:
+            yield
+        finally:
+            _running.reset(token)
+
+    def alone(self) -> list[Step]:
+        """What the pass was to each sequence: its own rows, and the hits among its own experts."""
+        if len(self.batch.parts) == 1:
+            return [self]
+        return [self._of(*pair) for pair in zip(self.batch.parts, self.batch.rows, strict=True)]
+
+    def _of(self, part: Part, rows: slice) -> Step:
+        step = Step(Batch(part), self.check)
+        step.accesses = {layer: _only(access, rows) for layer, access in self.accesses.items()}
+        if self.scores is not None:
+            step.scores = {layer: scores[rows] for layer, scores in self.scores.items()}
+        return step
+
+
+_running: ContextVar[Step] = ContextVar("step")
+
+
+def current_step() -> Step:
+    """The step whose forward pass runs. Raises NotInStep."""
+    try:
+        return _running.get()
+    except LookupError:
+        raise NotInStep(
+            "the model's forward runs outside of a step: call it within `with step.running()`"
+        ) from None
+
+
+class NotInStep(RuntimeError):
+    """A mistake of the program: nobody says whose rows these are."""
+
+
+def _rows_of(parts: Sequence[Part]) -> list[slice]:
+    rows, start = list[slice](), 0
+    for part in parts:
+        rows.append(slice(start, start + part.num_rows))
+        start += part.num_rows
+    return rows
+
+
+def _only(access: LayerAccess, rows: slice) -> LayerAccess:
+    ids = access.ids[rows]
+    return LayerAccess(ids, access.weights[rows], access.hits & set(ids.flatten().tolist()))

@@ -1,0 +1,115 @@
+"""A batch of sequences gives every row the bits that its sequence gets alone.
+
+Planted faults seen red: all rows added up as one prompt, a row given the experts of the other, hits
+of all sequences counted as everybody's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from compute_node.engine.engine import Engine
+from compute_node.moe.step import Batch, NotInStep, Part, Phase, Step
+from expert_store.offline.pack import pack
+from tests.checkpoints import make
+from tests.contract.test_exactness import engine
+
+LAYER, TOP_K, NUM_EXPERTS, HIDDEN = 1, 4, 16, 256
+WIDE = {
+    "hidden_size": HIDDEN,
+    "moe_intermediate_size": 96,
+    "head_dim": 64,
+}  # native kernels take these
+DECODE, PREFILL = Phase.DECODE, Phase.PREFILL
+Rows = tuple[Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def node(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    folder = tmp_path_factory.mktemp("batch")
+    root = make("qwen3_moe", folder / "checkpoint", request.param, **WIDE)
+    pack(root, folder / "store")
+    with engine(folder / "store", folder, spare=8) as started:
+        yield started
+
+
+def rows(node: Engine, *ids: list[int]) -> Rows:
+    """hidden [T, D], topk_ids [T, K], topk_weights [T, K]"""
+    generator = torch.Generator().manual_seed(len(ids))
+    hidden = torch.randn(len(ids), HIDDEN, generator=generator).to(node.loaded.dtype)
+    return hidden, torch.tensor(ids), torch.rand(len(ids), TOP_K, generator=generator)
+
+
+@torch.inference_mode()
+def run(node: Engine, step: Step, given: Rows) -> Tensor:
+    with step.running():
+        output: Tensor = node.loaded.experts_modules[LAYER](*given)
+    return output
+
+
+def alone(node: Engine, part: Part, given: Rows) -> Tensor:
+    return run(node, Step(Batch(part), lambda: None), given)
+
+
+def only(given: Rows, chosen: slice) -> Rows:
+    hidden, ids, weights = given
+    return hidden[chosen].clone(), ids[chosen], weights[chosen]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (Part("a", DECODE, 1, 9), Part("b", DECODE, 1, 4)),
+        (Part("a", DECODE, 1, 9), Part("b", PREFILL, 3, 3)),
+        (Part("a", PREFILL, 2, 2), Part("b", DECODE, 1, 8), Part("c", DECODE, 1, 7)),
+    ],
+    ids=["two decode", "decode and prompt", "prompt and two decode"],
+)
+def test_each_row_has_the_bits_of_its_sequence_alone(parts: tuple[Part, ...], node: Engine) -> None:
+    """One expert is chosen by several; the second row names one twice."""
+    given = rows(node, [5, 2, 9, 11], [5, 5, 7, 0], [3, 9, 1, 0], [15, 2, 5, 4])
+    batch = Batch(*parts)
+    given = only(given, slice(0, batch.rows[-1].stop))
+    expected = [
+        alone(node, part, only(given, chosen))
+        for part, chosen in zip(parts, batch.rows, strict=True)
+    ]
+    together = run(node, Step(batch, lambda: None), given)
+    assert torch.equal(together, torch.cat(expected))
+
+
+def test_accesses_are_split_by_sequence(node: Engine) -> None:
+    alone(node, Part("a", DECODE, 1, 1), rows(node, [1, 2, 3, 4]))
+    step = Step(Batch(Part("a", DECODE, 1, 9), Part("b", DECODE, 1, 4)), lambda: None)
+    given = rows(node, [1, 2, 12, 13], [3, 2, 14, 15])
+    run(node, step, given)
+    first, second = (one.accesses[LAYER] for one in step.alone())
+    assert (first.ids.tolist(), second.ids.tolist()) == ([[1, 2, 12, 13]], [[3, 2, 14, 15]])
+    assert torch.equal(second.weights, given[2][1:])
+    assert first.hits >= {1, 2} and not first.hits & {3, 14, 15}
+    assert second.hits >= {2, 3} and not second.hits & {1, 12, 13}
+
+
+def test_a_check_ends_a_batch(node: Engine) -> None:
+    def check() -> None:
+        raise TimeoutError
+
+    parts = Part("a", DECODE, 1, 9), Part("b", DECODE, 1, 4)
+    with pytest.raises(TimeoutError):
+        run(node, Step(Batch(*parts), check), rows(node, [1, 2, 3, 4], [5, 6, 7, 8]))
+
+
+def test_outside_of_a_step_the_model_refuses(node: Engine) -> None:
+    """Also after a step ended, however that was. Red when the latest step is remembered."""
+    part = Part("a", DECODE, 1, 9)
+    alone(node, part, rows(node, [1, 2, 3, 4]))
+    with pytest.raises(ZeroDivisionError), Step(Batch(part), lambda: None).running():
+        raise ZeroDivisionError
+    with pytest.raises(NotInStep, match="outside of a step"):
+        node.loaded.experts_modules[LAYER](*rows(node, [1, 2, 3, 4]))
