@@ -18,8 +18,7 @@ from deploy.settings import ServeSettings, parse_bytes
 from deploy.stack.run_dir import CONFIG_NAME, RunDir
 from deploy.stack.stack_plan import StackPlan
 from deploy.stack.tables import compose
-from deploy.terminal import console
-from deploy.terminal.options import CONFIG, EXPERTS_MEMORY, MEMORY, SOURCE, STORE
+from deploy.terminal import console, options
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest, check_sources
 from proto import errors
 from proto.checkpoint import hub_cache
@@ -42,12 +41,12 @@ _NODE_PARTS = ("dense_weights", "kv_cache", "prefill_buffers", "compute_node")
 
 
 def container_config(
-    store: Annotated[Path, STORE],
+    store: Annotated[Path, options.STORE],
     out: Annotated[Path, OUT],
-    memory: Annotated[str | None, MEMORY] = None,
-    experts_memory: Annotated[str | None, EXPERTS_MEMORY] = None,
-    source: Annotated[Path | None, SOURCE] = None,
-    config: Annotated[Path | None, CONFIG] = None,
+    memory: Annotated[str | None, options.MEMORY] = None,
+    experts_memory: Annotated[str | None, options.EXPERTS_MEMORY] = None,
+    source: Annotated[Path | None, options.SOURCE] = None,
+    config: Annotated[Path | None, options.CONFIG] = None,
     name: Annotated[str | None, NAME] = None,
 ) -> None:
     """Write what docker compose needs to serve a store; prints the command to start it.

@@ -10,40 +10,25 @@ from deploy.settings import ServeSettings
 from deploy.stack.connection import connected
 from deploy.stack.memory import MemoryReport
 from deploy.stack.run_dir import RunDir
-from deploy.terminal import console
-from deploy.terminal.options import (
-    CONFIG,
-    IGNORE_EOS,
-    JSON,
-    MAX_TOKENS,
-    PROMPT,
-    PROMPT_FILE,
-    RUN_DIR,
-    SEED,
-    SPECIAL_TOKENS,
-    STOP,
-    TEMPERATURE,
-    TIMEOUT,
-    TOP_P,
-)
+from deploy.terminal import console, options
 from deploy.terminal.prompts import as_text, choose_prompt
 from proto import errors
 
 
 def generate(
-    prompt: Annotated[str | None, PROMPT] = None,
-    prompt_file: Annotated[Path | None, PROMPT_FILE] = None,
-    run_dir: Annotated[Path | None, RUN_DIR] = None,
-    max_tokens: Annotated[int, MAX_TOKENS] = 128,
-    temperature: Annotated[float, TEMPERATURE] = 0.0,
-    top_p: Annotated[float, TOP_P] = 1.0,
-    seed: Annotated[int | None, SEED] = None,
-    stop: Annotated[list[str] | None, STOP] = None,
-    ignore_eos: Annotated[bool, IGNORE_EOS] = False,
-    special_tokens: Annotated[bool, SPECIAL_TOKENS] = False,
-    timeout: Annotated[float | None, TIMEOUT] = None,
-    as_json: Annotated[bool, JSON] = False,
-    config: Annotated[Path | None, CONFIG] = None,
+    prompt: Annotated[str | None, options.PROMPT] = None,
+    prompt_file: Annotated[Path | None, options.PROMPT_FILE] = None,
+    run_dir: Annotated[Path | None, options.RUN_DIR] = None,
+    max_tokens: Annotated[int, options.MAX_TOKENS] = 128,
+    temperature: Annotated[float, options.TEMPERATURE] = 0.0,
+    top_p: Annotated[float, options.TOP_P] = 1.0,
+    seed: Annotated[int | None, options.SEED] = None,
+    stop: Annotated[list[str] | None, options.STOP] = None,
+    ignore_eos: Annotated[bool, options.IGNORE_EOS] = False,
+    special_tokens: Annotated[bool, options.SPECIAL_TOKENS] = False,
+    timeout: Annotated[float | None, options.TIMEOUT] = None,
+    as_json: Annotated[bool, options.JSON] = False,
+    config: Annotated[Path | None, options.CONFIG] = None,
 ) -> None:
     """Stream text from a running stack.
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 from deploy.report.written_store import print_written
-from deploy.terminal import console
+from deploy.terminal import console, options
 from deploy.terminal.imports import importing_torch
-from deploy.terminal.options import CHECKPOINT, OUT
 from deploy.terminal.progress import progress
 
 
-def index(checkpoint: Annotated[Path, CHECKPOINT], out: Annotated[Path, OUT]) -> None:
+def index(
+    checkpoint: Annotated[Path, options.CHECKPOINT], out: Annotated[Path, options.OUT]
+) -> None:
     """Write a manifest over a checkpoint in place: no copy of its weights.
 
     Reads every byte once for the checksums; interrupted, it goes on where it was.

@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from deploy.report.written_store import print_written
-from deploy.terminal import console
+from deploy.terminal import console, options
 from deploy.terminal.imports import importing_torch
-from deploy.terminal.options import CHECKPOINT, OUT
 from deploy.terminal.progress import progress
 
 PackFormat = Literal["exact", "lossless", "bf16", "int8", "int4"]  # proto.weight_format.NAMES
@@ -18,8 +17,8 @@ FORMAT = typer.Option("--format", help="How experts are kept; exact: as the chec
 
 
 def pack(
-    checkpoint: Annotated[Path, CHECKPOINT],
-    out: Annotated[Path, OUT],
+    checkpoint: Annotated[Path, options.CHECKPOINT],
+    out: Annotated[Path, options.OUT],
     weight_format: Annotated[PackFormat, FORMAT] = "exact",
     overwrite: Annotated[bool, typer.Option(help="Replace STORE if it exists.")] = False,
 ) -> None:

@@ -14,9 +14,8 @@ from deploy.plan.disk import DiskSpeed, RecordSpeed, measure_disk, measure_recor
 from deploy.plan.estimate import Estimate, estimate
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.stack.stack_plan import plan_stack_memory
-from deploy.terminal import console
+from deploy.terminal import console, options
 from deploy.terminal.imports import importing_torch
-from deploy.terminal.options import JSON
 from deploy.terminal.progress import progress
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest, check_sources
 from expert_store.manifest.sources import resolve_inside
@@ -28,7 +27,7 @@ def plan(
     experts_memory: Annotated[
         str | None, typer.Option(help="Bytes, percent of experts, or slots.")
     ] = None,
-    as_json: Annotated[bool, JSON] = False,
+    as_json: Annotated[bool, options.JSON] = False,
 ) -> None:
     """Tell whether a model fits a memory ceiling, where the memory goes, and how fast it should
     decode.

@@ -14,34 +14,22 @@ from deploy.report.summary import print_summary
 from deploy.stack.connection import connected
 from deploy.stack.launcher import own_stack
 from deploy.stack.memory import MemoryReport
-from deploy.terminal import console
-from deploy.terminal.options import (
-    CONFIG,
-    EXPERTS_MEMORY,
-    IGNORE_EOS,
-    MAX_TOKENS,
-    MEMORY,
-    MODEL,
-    PROMPT,
-    PROMPT_FILE,
-    SEED,
-    TEMPERATURE,
-)
+from deploy.terminal import console, options
 from deploy.terminal.prompts import choose_prompt
 from deploy.terminal.signals import stop_flag
 
 
 def run(
-    prompt: Annotated[str | None, PROMPT] = None,
-    prompt_file: Annotated[Path | None, PROMPT_FILE] = None,
-    model: Annotated[Path | None, MODEL] = None,
-    memory: Annotated[str | None, MEMORY] = None,
-    experts_memory: Annotated[str | None, EXPERTS_MEMORY] = None,
-    max_tokens: Annotated[int, MAX_TOKENS] = 128,
-    temperature: Annotated[float, TEMPERATURE] = 0.0,
-    seed: Annotated[int | None, SEED] = None,
-    ignore_eos: Annotated[bool, IGNORE_EOS] = False,
-    config: Annotated[Path | None, CONFIG] = None,
+    prompt: Annotated[str | None, options.PROMPT] = None,
+    prompt_file: Annotated[Path | None, options.PROMPT_FILE] = None,
+    model: Annotated[Path | None, options.MODEL] = None,
+    memory: Annotated[str | None, options.MEMORY] = None,
+    experts_memory: Annotated[str | None, options.EXPERTS_MEMORY] = None,
+    max_tokens: Annotated[int, options.MAX_TOKENS] = 128,
+    temperature: Annotated[float, options.TEMPERATURE] = 0.0,
+    seed: Annotated[int | None, options.SEED] = None,
+    ignore_eos: Annotated[bool, options.IGNORE_EOS] = False,
+    config: Annotated[Path | None, options.CONFIG] = None,
 ) -> None:
     """Start a stack of its own, generate once, print a summary, stop.
 

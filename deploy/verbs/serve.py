@@ -8,32 +8,21 @@ from typing import Annotated
 from deploy.settings import ServeSettings
 from deploy.stack.launcher import serving
 from deploy.stack.stack_plan import StackPlan
-from deploy.terminal import console
-from deploy.terminal.options import (
-    CONFIG,
-    EXPERTS_MEMORY,
-    FORECASTER,
-    MEMORY,
-    MODEL,
-    POLICY,
-    REDIS,
-    RUN_DIR,
-    SOURCE,
-)
+from deploy.terminal import console, options
 from deploy.terminal.signals import stop_flag
 from proto.redis_schema import PolicySetting
 
 
 def serve(
-    model: Annotated[Path | None, MODEL] = None,
-    memory: Annotated[str | None, MEMORY] = None,
-    experts_memory: Annotated[str | None, EXPERTS_MEMORY] = None,
-    run_dir: Annotated[Path | None, RUN_DIR] = None,
-    redis: Annotated[str | None, REDIS] = None,
-    source: Annotated[Path | None, SOURCE] = None,
-    policy: Annotated[PolicySetting | None, POLICY] = None,
-    forecaster: Annotated[Path | None, FORECASTER] = None,
-    config: Annotated[Path | None, CONFIG] = None,
+    model: Annotated[Path | None, options.MODEL] = None,
+    memory: Annotated[str | None, options.MEMORY] = None,
+    experts_memory: Annotated[str | None, options.EXPERTS_MEMORY] = None,
+    run_dir: Annotated[Path | None, options.RUN_DIR] = None,
+    redis: Annotated[str | None, options.REDIS] = None,
+    source: Annotated[Path | None, options.SOURCE] = None,
+    policy: Annotated[PolicySetting | None, options.POLICY] = None,
+    forecaster: Annotated[Path | None, options.FORECASTER] = None,
+    config: Annotated[Path | None, options.CONFIG] = None,
 ) -> None:
     """Run all daemons on this box until interrupted; prints one line when ready.
 

@@ -12,14 +12,13 @@ from deploy.report.status_page import status_rows
 from deploy.settings import ServeSettings
 from deploy.stack.connection import find_absence
 from deploy.stack.run_dir import RunDir, RunState
-from deploy.terminal import console
-from deploy.terminal.options import CONFIG, JSON, RUN_DIR
+from deploy.terminal import console, options
 
 
 def status(
-    run_dir: Annotated[Path | None, RUN_DIR] = None,
-    as_json: Annotated[bool, JSON] = False,
-    config: Annotated[Path | None, CONFIG] = None,
+    run_dir: Annotated[Path | None, options.RUN_DIR] = None,
+    as_json: Annotated[bool, options.JSON] = False,
+    config: Annotated[Path | None, options.CONFIG] = None,
 ) -> None:
     """Health, hit ratio, residents and advice age of a running stack; exit 4 when a daemon is away.
 

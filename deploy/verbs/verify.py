@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from deploy.terminal import console
-from deploy.terminal.options import SOURCE, STORE
+from deploy.terminal import console, options
 from deploy.terminal.progress import progress
 
 
-def verify(store: Annotated[Path, STORE], source: Annotated[Path | None, SOURCE] = None) -> None:
+def verify(
+    store: Annotated[Path, options.STORE], source: Annotated[Path | None, options.SOURCE] = None
+) -> None:
     """Read and check every expert and dense weight; name each damaged one, then exit 1.
 
     Example: flashmoe verify ~/stores/olmoe

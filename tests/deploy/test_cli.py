@@ -39,6 +39,12 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
     assert not [text for text in helps if "[" in text], "rich shows nothing of what is in brackets"
 
 
+def test_every_verb_is_a_file_and_every_file_a_verb() -> None:
+    """Red for a file of `deploy/verbs/` that holds what verbs share."""
+    files = {path.stem for path in (ROOT / "deploy/verbs").glob("*.py")} - {"__init__"}
+    assert files == {verb.replace("-", "_") for verb in VERBS}
+
+
 def loaded_by(*arguments: str) -> set[str]:
     """Modules that one call of the command has in the end, in a process of its own."""
     code = (
