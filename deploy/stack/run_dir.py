@@ -82,11 +82,24 @@ class RunDir:
         return presence_of(self.segment)
 
     def prepare(self, owners: Container[int] | None = None) -> None:
-        """Make the folder, or find it owned by one of `owners` (user ids; None: by us).
+        """Make the folder, or find it owned by one of `owners` (user ids; None: ours).
 
         Raises ConfigInvalid when no stack can live there: a path that sockets or configuration
         cannot name, no folder, another user's, one that cannot be written, a full disk.
         """
+        self._check_path()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise self.unusable(error) from error
+        owner = self.path.stat().st_uid
+        if owner not in (owners or (os.geteuid(),)):
+            raise errors.ConfigInvalid(
+                f"--run-dir {self.path} belongs to the user with the id {owner}: give another"
+            )
+        self._check_room()
+
+    def _check_path(self) -> None:
         if "~" in self.path.parts:
             raise errors.ConfigInvalid(
                 f"--run-dir {self.path}: nothing says which folder ~ is, as HOME is not set or the "
@@ -109,16 +122,6 @@ class RunDir:
                 f"--run-dir {self.path} is too long for Unix sockets in it: give one of at most "
                 f"{room_bytes} bytes (`flashmoe run` makes its own in TMPDIR)"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise self.unusable(error) from error
-        owner = self.path.stat().st_uid
-        if owner not in (owners or (os.geteuid(),)):
-            raise errors.ConfigInvalid(
-                f"--run-dir {self.path} belongs to the user with the id {owner}: give another"
-            )
-        self._check_room()
 
     def unusable(self, error: OSError) -> errors.ConfigInvalid:
         reason = "it is no folder" if isinstance(error, FileExistsError) else error.strerror

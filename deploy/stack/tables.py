@@ -37,46 +37,14 @@ _OVERRIDABLE = {
 def compose(
     run: RunDir, settings: ServeSettings, store_dir: Path, manifest: Manifest, plan: MemoryPlan
 ) -> dict[str, dict[str, Any]]:
-    """The tables every daemon is started with; what flashmoe.toml says of a daemon wins."""
-    spec = manifest.spec
-    redis_url = settings.redis or run.redis_url
-    read_depth = settings.read_depth
-    tables: dict[str, dict[str, Any]] = {
-        "expert_store": {
-            "address": run.address("expert_store"),
-            "store_dir": str(store_dir),
-            "segment_path": str(run.segment),
-            "session_dir": str(run.path / "sessions"),
-            "num_slots": plan.slots + plan.spare_slots,
-            "spare_slots": plan.spare_slots,
-            "resident_list": str(run.path / "resident.json"),
-            "read_depth": read_depth,
-            "metrics_port": 0,
-            "metrics_port_file": str(run.path / "expert_store.metrics"),
-        },
-        "compute_node": {
-            "address": run.address("compute_node"),
-            "store_address": run.address("expert_store"),
-            "session_dir": str(run.path / "sessions"),
-            "slots": plan.slots,
-            "prefill_chunk_tokens": settings.chunk_tokens(manifest.sizing),
-            "policy": settings.policy,
-            "redis_url": redis_url,
-            "metrics_port": 0,
-            "metrics_port_file": str(run.path / "compute_node.metrics"),
-        },
-        "scheduler": {
-            "address": run.address("scheduler"),
-            "redis_url": redis_url,
-            "fingerprint": spec.fingerprint,
-            "moe_layers": list(spec.moe_layers),
-            "num_experts": spec.num_experts,
-            "policy": settings.policy,
-            "decayed_half_life_tokens": settings.half_life_tokens,
-            "snapshot_path": str(run.path / f"scheduler-{spec.fingerprint}.npz"),
-            "metrics_port": 0,
-            "metrics_port_file": str(run.path / "scheduler.metrics"),
-        },
+    """The table of every daemon. What flashmoe.toml sets for a daemon wins.
+
+    Raises ConfigInvalid for a setting that the launcher derives, or that the daemon refuses.
+    """
+    tables = {
+        "expert_store": _store_table(run, settings, store_dir, plan),
+        "compute_node": _node_table(run, settings, manifest, plan),
+        "scheduler": _scheduler_table(run, settings, manifest),
     }
     _check_overrides(settings, tables)
     if forecaster := settings.forecaster(store_dir):
@@ -92,6 +60,55 @@ def compose(
     return tables
 
 
+def _store_table(
+    run: RunDir, settings: ServeSettings, store_dir: Path, plan: MemoryPlan
+) -> dict[str, Any]:
+    return _face(run, "expert_store") | {
+        "store_dir": str(store_dir),
+        "segment_path": str(run.segment),
+        "session_dir": str(run.path / "sessions"),
+        "num_slots": plan.slots + plan.spare_slots,
+        "spare_slots": plan.spare_slots,
+        "resident_list": str(run.path / "resident.json"),
+        "read_depth": settings.read_depth,
+    }
+
+
+def _node_table(
+    run: RunDir, settings: ServeSettings, manifest: Manifest, plan: MemoryPlan
+) -> dict[str, Any]:
+    return _face(run, "compute_node") | {
+        "store_address": run.address("expert_store"),
+        "session_dir": str(run.path / "sessions"),
+        "slots": plan.slots,
+        "prefill_chunk_tokens": settings.chunk_tokens(manifest.sizing),
+        "policy": settings.policy,
+        "redis_url": settings.redis or run.redis_url,
+    }
+
+
+def _scheduler_table(run: RunDir, settings: ServeSettings, manifest: Manifest) -> dict[str, Any]:
+    spec = manifest.spec
+    return _face(run, "scheduler") | {
+        "redis_url": settings.redis or run.redis_url,
+        "fingerprint": spec.fingerprint,
+        "moe_layers": list(spec.moe_layers),
+        "num_experts": spec.num_experts,
+        "policy": settings.policy,
+        "decayed_half_life_tokens": settings.half_life_tokens,
+        "snapshot_path": str(run.path / f"scheduler-{spec.fingerprint}.npz"),
+    }
+
+
+def _face(run: RunDir, name: str) -> dict[str, Any]:
+    """Where a daemon can be reached: its socket, and its metrics page on any free port."""
+    return {
+        "address": run.address(name),
+        "metrics_port": 0,
+        "metrics_port_file": str(run.path / f"{name}.metrics"),
+    }
+
+
 def _check_overrides(settings: ServeSettings, tables: dict[str, dict[str, Any]]) -> None:
     """Raises ConfigInvalid naming a key that the launcher derives from the plan and the run
     directory.
@@ -101,6 +118,5 @@ def _check_overrides(settings: ServeSettings, tables: dict[str, dict[str, Any]])
         if derived:
             raise errors.ConfigInvalid(
                 f"table [{name}] sets {sorted(derived)[0]!r}, which the launcher derives: "
-                "remove it, "
-                "and use --experts-memory, --run-dir or --redis"
+                "remove it, and use --experts-memory, --run-dir or --redis"
             )
