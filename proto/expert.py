@@ -57,6 +57,10 @@ class RecordKey:
         )
 
     @classmethod
+    def exact(cls, layer: int, expert: int) -> RecordKey:
+        return cls(ExpertKey(layer, expert))
+
+    @classmethod
     def from_pb(cls, message: pb.RecordKey) -> RecordKey:
         return cls(ExpertKey(message.layer, message.expert), message.variant or EXACT_VARIANT)
 

@@ -19,7 +19,7 @@ from compute_node.store.session import Arrival, Loan, SessionLost, StoreDescript
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
-from proto.expert import ExpertKey, ModelSpec
+from proto.expert import EXACT_VARIANT, ExpertKey, ModelSpec, RecordKey
 
 _RETRY_S = 0.1
 _GAVE_UP = (errors.Cancelled, errors.DeadlineExceeded)  # whoever asked, not the session
@@ -144,7 +144,8 @@ class StoreClient:
         reply = self._until_deadline(
             lambda: self._stub.Resident(pb.ResidentRequest(), timeout=self._deadline_s)
         )
-        return [ExpertKey.from_pb(key) for key in reply.keys]
+        keys = map(RecordKey.from_pb, reply.keys)
+        return [key.expert for key in keys if key.variant == EXACT_VARIANT]
 
     def is_current(self, borrowed: Borrowed) -> bool:
         """Whether the slot still holds what was lent."""

@@ -26,7 +26,7 @@ from compute_node.store.local_socket import Doorbell, HungUp
 from compute_node.store.memory import Borrowed, ExpertMemory, PrivateMemory, SegmentMemory
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
-from proto.expert import ExpertKey, ModelSpec
+from proto.expert import ExpertKey, ModelSpec, RecordKey
 
 _POLL_S = 0.05
 _OPEN_S = 10.0
@@ -177,10 +177,10 @@ class StoreSession:
         exchange = pb.Exchange(
             exchange_id=exchange_id,
             # With chunks the store gave its slot back when the bytes were sent.
-            releases=[] if over_chunks else [key.to_pb() for key in releases],
-            acquires=[key.to_pb() for key in acquires],
-            prefetches=[key.to_pb() for key in prefetches],
-            withdrawals=[key.to_pb() for key in withdrawals],
+            releases=[] if over_chunks else [RecordKey(key).to_pb() for key in releases],
+            acquires=[RecordKey(key).to_pb() for key in acquires],
+            prefetches=[RecordKey(key).to_pb() for key in prefetches],
+            withdrawals=[RecordKey(key).to_pb() for key in withdrawals],
         )
         self._send(exchange)
         if acquires:
@@ -204,7 +204,7 @@ class StoreSession:
         del self._answers[exchange_id]
 
     def arrival(self, lease: pb.Lease) -> Arrival:
-        key, memory = ExpertKey.from_pb(lease.key), self.memory
+        key, memory = RecordKey.from_pb(lease.key).expert, self.memory
         slot, generation = lease.slot, lease.generation
         if isinstance(memory, PrivateMemory):
             slot, generation = memory.slot_of(key), 0
@@ -257,7 +257,7 @@ class StoreSession:
     def _add_chunk(self, chunk: pb.Chunk) -> None:
         if not isinstance(self.memory, PrivateMemory):
             raise errors.InvalidRequest("the store sent chunks to a shared-memory session")
-        key = ExpertKey.from_pb(chunk.key)
+        key = RecordKey.from_pb(chunk.key).expert
         checksum = chunk.checksum if chunk.last else None
         self.memory.add_chunk(key, chunk.offset_bytes, chunk.data, checksum)
 

@@ -10,7 +10,7 @@ from expert_store.store.sessions import Session
 from expert_store.store.store import Deliver, ExpertStore, Lent
 from proto import errors, expert_pb2
 from proto import expert_store_pb2 as pb
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 
 
 def perform(store: ExpertStore, session: Session, exchange: pb.Exchange, deliver: Deliver) -> None:
@@ -47,5 +47,5 @@ def to_detail(error: errors.FlashMoEError) -> expert_pb2.ErrorDetail:
     return expert_pb2.ErrorDetail(kind=type(error).__name__, message=str(error))
 
 
-def _keys(messages: Iterable[expert_pb2.ExpertKey]) -> list[ExpertKey]:
-    return [ExpertKey.from_pb(message) for message in messages]
+def _keys(messages: Iterable[expert_pb2.RecordKey]) -> list[RecordKey]:
+    return [RecordKey.from_pb(message) for message in messages]

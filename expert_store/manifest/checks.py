@@ -4,36 +4,66 @@ read.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 
-from expert_store.manifest.extents import ExpertRecord, plan_reads
+from expert_store.manifest.extents import ExpertRecord, plan_reads, slot_bytes_needed
 from expert_store.manifest.sources import SourceFile, resolve_name
 from proto import errors
-from proto.expert import DTYPE_BYTES, DenseTensor, ExpertKey, ModelSpec, TensorLayout
+from proto.expert import (
+    DTYPE_BYTES,
+    EXACT_VARIANT,
+    DenseTensor,
+    ModelSpec,
+    RecordKey,
+    TensorLayout,
+)
 from proto.shm import TENSOR_ALIGN_BYTES
 from proto.weight_format import INT4_GROUPS
 
 
 def check(
-    spec: ModelSpec, files: Sequence[SourceFile], records: Mapping[ExpertKey, ExpertRecord]
+    spec: ModelSpec, files: Sequence[SourceFile], records: Mapping[RecordKey, ExpertRecord]
 ) -> None:
     """Raises ManifestInvalid naming the first thing that does not add up."""
-    if not spec.moe_layers or list(spec.moe_layers) != sorted(spec.layouts):
-        raise errors.ManifestInvalid("its MoE layers and layouts do not agree")
     if not 0 < spec.top_k <= spec.num_experts <= 1 << 16:
         raise errors.ManifestInvalid(f"top_k {spec.top_k} of {spec.num_experts} experts")
-    if spec.weight_format.group not in (0, *INT4_GROUPS):
-        raise errors.ManifestInvalid(f"weight format with groups of {spec.weight_format.group}")
-    if len(records) != spec.num_experts_total:
-        raise errors.ManifestInvalid(
-            f"it has {len(records)} experts, the model {spec.num_experts_total}"
-        )
+    if EXACT_VARIANT in spec.variants:
+        raise errors.ManifestInvalid(f"it has a second variant named {EXACT_VARIANT!r}")
+    counts = Counter(key.variant for key in records)
+    for name in (EXACT_VARIANT, *spec.variants):
+        _check_variant(spec, name, counts[name])
     for record in records.values():
         for problem in _record_problems(record, spec, files):
             raise errors.ManifestInvalid(f"expert {record.key}: {problem}")
+    _check_sizes(records)
     for tensor in spec.dense:
         _check_dense(tensor, files)
+
+
+def _check_variant(spec: ModelSpec, name: str, num_records: int) -> None:
+    """Each variant has a record of every expert."""
+    variant = spec.variant(name)
+    whose = "" if name == EXACT_VARIANT else f"variant {name!r}: "
+    if not spec.moe_layers or list(spec.moe_layers) != sorted(variant.layouts):
+        raise errors.ManifestInvalid(f"{whose}its MoE layers and layouts do not agree")
+    if variant.weight_format.group not in (0, *INT4_GROUPS):
+        group = variant.weight_format.group
+        raise errors.ManifestInvalid(f"{whose}weight format with groups of {group}")
+    if num_records != spec.num_experts_total:
+        raise errors.ManifestInvalid(
+            f"{whose}it has {num_records} experts, the model {spec.num_experts_total}"
+        )
+
+
+def _check_sizes(records: Mapping[RecordKey, ExpertRecord]) -> None:
+    """A slot is as large as the largest exact record, and has to hold any other variant's."""
+    sizes = {key: slot_bytes_needed(record.extents) for key, record in records.items()}
+    largest = max(size for key, size in sizes.items() if key.variant == EXACT_VARIANT)
+    for key, size in sizes.items():
+        if size > largest:
+            raise errors.ManifestInvalid(f"expert {key}: larger than every exact record")
 
 
 def _check_dense(tensor: DenseTensor, files: Sequence[SourceFile]) -> None:
@@ -47,17 +77,21 @@ def _check_dense(tensor: DenseTensor, files: Sequence[SourceFile]) -> None:
 def _record_problems(
     record: ExpertRecord, spec: ModelSpec, files: Sequence[SourceFile]
 ) -> Iterator[str]:
-    if not spec.contains(record.key):
+    expert, name = record.key.expert, record.key.variant
+    if not spec.contains(expert):
         yield "the model has no such expert"
+        return
+    if name != EXACT_VARIANT and name not in spec.variants:
+        yield f"the store has no variant {name!r}"
         return
     if not record.extents:
         yield "it has no extents"
         return
-    layout = spec.layouts[record.key.layer]
+    layout = spec.variant(name).layouts[expert.layer]
     if len(record.tensor_offsets) != len(layout):
         yield f"{len(record.tensor_offsets)} tensors, its layer has {len(layout)}"
         return
-    if record.payload_bytes != spec.expert_bytes(record.key.layer):
+    if record.payload_bytes != spec.variant(name).expert_bytes(expert.layer):
         yield "its extents and its tensors differ in size"
     yield from _extent_problems(record, files)
     yield from _tensor_problems(record, layout)

@@ -12,11 +12,22 @@ from expert_store.manifest.extents import ExpertRecord, Extent
 from expert_store.manifest.sizing import Sizing
 from expert_store.manifest.sources import SourceFile
 from proto import errors
-from proto.expert import DTYPE_BYTES, DenseTensor, ExpertKey, ModelSpec, TensorLayout
+from proto.expert import (
+    DTYPE_BYTES,
+    EXACT_VARIANT,
+    DenseTensor,
+    ExpertKey,
+    Layouts,
+    ModelSpec,
+    RecordKey,
+    TensorLayout,
+    Variant,
+)
 from proto.weight_format import EXACT, NAMES, WeightFormat
 
-FORMAT_VERSION = 2
-_VERSIONS = (1, 2)  # 1 knew no weight format: its experts are exact
+FORMAT_VERSION = 3
+# 1 knew no weight format: its experts are exact. 2 knew no variants but the exact one.
+_VERSIONS = (1, 2, 3)
 
 
 def encode(
@@ -26,7 +37,7 @@ def encode(
     sizing: Sizing,
     source_root: str,
     files: Iterable[SourceFile],
-    records: Mapping[ExpertKey, ExpertRecord],
+    records: Mapping[RecordKey, ExpertRecord],
 ) -> dict[str, Any]:
     """The signed document of a manifest with these fields."""
     return signed(
@@ -42,7 +53,7 @@ def encode(
     )
 
 
-def fingerprint(format: str, spec: ModelSpec, records: Mapping[ExpertKey, ExpertRecord]) -> str:
+def fingerprint(format: str, spec: ModelSpec, records: Mapping[RecordKey, ExpertRecord]) -> str:
     """Of a model's content: names, layouts and checksums, not where files lie."""
     content = {
         "format": format,
@@ -64,8 +75,9 @@ def _digest(document: dict[str, Any]) -> str:
 
 def _record_row(record: ExpertRecord) -> list[Any]:
     extents = [[e.file, e.offset_bytes, e.length_bytes, e.place_bytes] for e in record.extents]
-    key = record.key
-    return [key.layer, key.expert, extents, list(record.tensor_offsets), f"{record.checksum:016x}"]
+    key = record.key.expert
+    row = [key.layer, key.expert, extents, list(record.tensor_offsets), f"{record.checksum:016x}"]
+    return row if record.key.variant == EXACT_VARIANT else [*row, record.key.variant]
 
 
 def _spec_document(spec: ModelSpec) -> dict[str, Any]:
@@ -75,10 +87,7 @@ def _spec_document(spec: ModelSpec) -> dict[str, Any]:
         "moe_layers": list(spec.moe_layers),
         "num_experts": spec.num_experts,
         "top_k": spec.top_k,
-        "layouts": {
-            str(layer): [[t.name, t.dtype, list(t.shape)] for t in tensors]
-            for layer, tensors in spec.layouts.items()
-        },
+        "layouts": _layout_rows(spec.layouts),
         "dense": [
             [t.name, t.dtype, list(t.shape), t.file, t.offset_bytes, t.length_bytes, t.checksum]
             for t in spec.dense
@@ -86,7 +95,19 @@ def _spec_document(spec: ModelSpec) -> dict[str, Any]:
     }
     if spec.weight_format != EXACT:  # unsaid, so that exact stores keep their fingerprints
         document["weight_format"] = _format_row(spec.weight_format)
+    if spec.variants:  # unsaid for the same reason
+        document["variants"] = {
+            name: [_format_row(variant.weight_format), _layout_rows(variant.layouts)]
+            for name, variant in spec.variants.items()
+        }
     return document
+
+
+def _layout_rows(layouts: Layouts) -> dict[str, Any]:
+    return {
+        str(layer): [[t.name, t.dtype, list(t.shape)] for t in tensors]
+        for layer, tensors in layouts.items()
+    }
 
 
 def _format_row(weight_format: WeightFormat) -> list[Any]:
@@ -121,9 +142,10 @@ def decode(document: Any) -> dict[str, Any]:
 
 
 def _parse_record(row: Any) -> ExpertRecord:
-    layer, expert, extents, offsets, checksum = row
+    layer, expert, extents, offsets, checksum, *rest = row
+    (variant,) = rest or [EXACT_VARIANT]
     return ExpertRecord(
-        key=ExpertKey(_count(layer), _count(expert)),
+        key=RecordKey(ExpertKey(_count(layer), _count(expert)), _string(variant)),
         extents=tuple(Extent(*map(_count, extent)) for extent in extents),
         tensor_offsets=tuple(map(_count, offsets)),
         checksum=_count(int(checksum, 16)),
@@ -137,16 +159,24 @@ def _parse_spec(document: Any) -> ModelSpec:
         moe_layers=tuple(map(_count, document["moe_layers"])),
         num_experts=_count(document["num_experts"]),
         top_k=_count(document["top_k"]),
-        layouts={
-            int(layer): tuple(
-                TensorLayout(_string(name), _dtype(dtype), tuple(map(_count, shape)))
-                for name, dtype, shape in tensors
-            )
-            for layer, tensors in document["layouts"].items()
-        },
+        layouts=_parse_layouts(document["layouts"]),
         dense=tuple(_parse_dense(row) for row in document["dense"]),
         weight_format=_parse_format(document.get("weight_format")),
+        variants={
+            name: Variant(_parse_format(weight_format), _parse_layouts(layouts))
+            for name, (weight_format, layouts) in document.get("variants", {}).items()
+        },
     )
+
+
+def _parse_layouts(document: Any) -> Layouts:
+    return {
+        int(layer): tuple(
+            TensorLayout(_string(name), _dtype(dtype), tuple(map(_count, shape)))
+            for name, dtype, shape in tensors
+        )
+        for layer, tensors in document.items()
+    }
 
 
 def _parse_format(row: Any) -> WeightFormat:

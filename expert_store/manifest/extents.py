@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 from proto.shm import PAGE_BYTES, align_up
 
 
@@ -73,7 +73,7 @@ class ExpertRecord:
     the extents in order.
     """
 
-    key: ExpertKey
+    key: RecordKey
     extents: tuple[Extent, ...]
     tensor_offsets: tuple[int, ...]
     checksum: int

@@ -1,4 +1,4 @@
-"""ExpertKey -> where its bytes lie on disk and in a slot; immutable once loaded."""
+"""RecordKey -> where its bytes lie on disk and in a slot; immutable once loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from expert_store.manifest.extents import ExpertRecord, slot_bytes_needed
 from expert_store.manifest.sizing import Sizing
 from expert_store.manifest.sources import SourceFile, resolve_inside
 from proto import errors
-from proto.expert import ExpertKey, ModelSpec
+from proto.expert import ModelSpec, RecordKey
 
 MANIFEST_NAME = "manifest.json"
 IN_PLACE = "in-place"
@@ -30,14 +30,16 @@ class Manifest:
     sizing: Sizing
     source_root: str
     files: tuple[SourceFile, ...]
-    records: dict[ExpertKey, ExpertRecord]
+    records: dict[RecordKey, ExpertRecord]
 
     @property
     def slot_bytes(self) -> int:
+        """Of the largest exact record; no other variant's is larger."""
         return max(slot_bytes_needed(record.extents) for record in self.records.values())
 
     @property
     def expert_bytes_total(self) -> int:
+        """Of all variants."""
         return sum(record.payload_bytes for record in self.records.values())
 
     def root(self, store_dir: Path, override: Path | None = None) -> Path:

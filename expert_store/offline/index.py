@@ -22,7 +22,7 @@ from expert_store.offline.formats.encoders import ExactEncoder, check_plain, rec
 from expert_store.offline.text_files import check_text
 from proto import errors
 from proto.checkpoint.trained_context import trained_context_tokens
-from proto.expert import DenseTensor, ExpertKey, ModelSpec, TensorLayout
+from proto.expert import DenseTensor, ExpertKey, ModelSpec, RecordKey, TensorLayout
 from proto.shm import PAGE_BYTES, TENSOR_ALIGN_BYTES, align_up
 from proto.weight_format import EXACT, WeightFormat
 
@@ -113,7 +113,7 @@ def index(root: Path, store_dir: Path, report: Report = silent, warn: Warn = unh
     with ExitStack() as stack:
         journal = _open_journal(store_dir / "index.journal", checkpoint, stack)
         hasher = _Hasher(checkpoint, journal, report, architecture, stack)
-        records = {key: _record(key, architecture, hasher) for key in architecture.keys}
+        records = {RecordKey(key): _record(key, architecture, hasher) for key in architecture.keys}
         dense = tuple(
             describe_dense(tensor, checkpoint.files, hasher.dense(tensor))
             for tensor in architecture.dense
@@ -222,7 +222,7 @@ def describe_dense(
 def _record(key: ExpertKey, architecture: Architecture, hasher: _Hasher) -> ExpertRecord:
     extents, offsets = lay_out(expert_parts(architecture.layers[key.layer], key.expert))
     assert slot_bytes_needed(extents) % PAGE_BYTES == 0
-    return ExpertRecord(key, extents, offsets, hasher.expert(key, extents))
+    return ExpertRecord(RecordKey(key), extents, offsets, hasher.expert(key, extents))
 
 
 def _open_journal(path: Path, checkpoint: Checkpoint, stack: ExitStack) -> Journal:

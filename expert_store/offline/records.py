@@ -15,7 +15,7 @@ from expert_store.offline.checkpoint.architecture import Architecture
 from expert_store.offline.checkpoint.progress import Journal, Report
 from expert_store.offline.formats.encoders import Encoder, record_layouts
 from expert_store.offline.formats.weight_source import WeightSource
-from proto.expert import ExpertKey, TensorLayout
+from proto.expert import ExpertKey, RecordKey, TensorLayout
 from proto.shm import TENSOR_ALIGN_BYTES, align_up
 
 RECORDS_NAME = "experts.bin"
@@ -40,12 +40,12 @@ class RecordWriter:
         ends = [place_tensors(layout)[1] for layout in self.layouts.values()]
         return self.architecture.num_experts * sum(map(align_up, ends))
 
-    def write(self, path: Path, journal: Journal, report: Report) -> dict[ExpertKey, ExpertRecord]:
+    def write(self, path: Path, journal: Journal, report: Report) -> dict[RecordKey, ExpertRecord]:
         """Every record that the journal has not, one after another in `path`.
 
         Raises ManifestInvalid for a damaged source, OSError for a full disk.
         """
-        records: dict[ExpertKey, ExpertRecord] = {}
+        records: dict[RecordKey, ExpertRecord] = {}
         layouts, total_bytes = self.layouts, self.total_bytes
         with path.open("r+b" if path.exists() else "w+b") as file:
             start_bytes = unsynced_bytes = 0
@@ -64,7 +64,9 @@ class RecordWriter:
                     journal.flush()
                     unsynced_bytes = 0
                 extents = _extents(layout, offsets, start_bytes)
-                records[key] = ExpertRecord(key, extents, offsets, journal.done[str(key)])
+                record_key = RecordKey(key)
+                checksum = journal.done[str(key)]
+                records[record_key] = ExpertRecord(record_key, extents, offsets, checksum)
                 start_bytes += record_bytes
                 report(start_bytes, total_bytes)
             file.truncate(start_bytes)

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from expert_store.store.store import ExpertStore
-from proto.expert import ExpertKey
+from proto.expert import EXACT_VARIANT, ExpertKey, RecordKey
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +37,12 @@ async def kept(store: ExpertStore, path: Path | None) -> AsyncIterator[None]:
         keeper.save_current()
 
 
-def load(path: Path, fingerprint: str) -> list[ExpertKey]:
+def load(path: Path, fingerprint: str) -> list[RecordKey]:
     """Most wanted first. Empty, with a warning, for a list of another model or none at all."""
     try:
         found = json.loads(path.read_text())
         if found["fingerprint"] == fingerprint:
-            return [ExpertKey(int(layer), int(expert)) for layer, expert in found["experts"]]
+            return [_key(*row) for row in found["experts"]]
         reason = "it is of another model"
     except FileNotFoundError:
         return []
@@ -52,11 +52,9 @@ def load(path: Path, fingerprint: str) -> list[ExpertKey]:
     return []
 
 
-def save(path: Path, fingerprint: str, experts: Sequence[ExpertKey]) -> None:
+def save(path: Path, fingerprint: str, experts: Sequence[RecordKey]) -> None:
     """Raises OSError."""
-    text = json.dumps(
-        {"fingerprint": fingerprint, "experts": [[key.layer, key.expert] for key in experts]}
-    )
+    text = json.dumps({"fingerprint": fingerprint, "experts": [_row(key) for key in experts]})
     scratch = path.with_suffix(".new")
     try:
         scratch.write_text(text)
@@ -65,6 +63,15 @@ def save(path: Path, fingerprint: str, experts: Sequence[ExpertKey]) -> None:
         with suppress(OSError):
             scratch.unlink(missing_ok=True)
         raise
+
+
+def _row(key: RecordKey) -> list[int | str]:
+    row: list[int | str] = [key.expert.layer, key.expert.expert]
+    return row if key.variant == EXACT_VARIANT else [*row, key.variant]
+
+
+def _key(layer: int, expert: int, variant: str = EXACT_VARIANT) -> RecordKey:
+    return RecordKey(ExpertKey(int(layer), int(expert)), str(variant))
 
 
 class Keeper:

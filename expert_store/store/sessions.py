@@ -16,7 +16,7 @@ from pathlib import Path
 
 from expert_store.store.slots import Slot, SlotPool
 from proto import errors
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ class Session:
     node: str
     quota_slots: int
     lock_path: Path | None
-    leases: dict[ExpertKey, Slot] = field(default_factory=dict)
-    awaited: set[ExpertKey] = field(default_factory=set)  # acquires under way
+    leases: dict[RecordKey, Slot] = field(default_factory=dict)
+    awaited: set[RecordKey] = field(default_factory=set)  # acquires under way
     ended: bool = False
 
 
@@ -101,7 +101,7 @@ class SessionTable:
                     return session
         raise errors.Unavailable("no open session has this name: open one first")
 
-    def reserve(self, session: Session, keys: Sequence[ExpertKey]) -> None:
+    def reserve(self, session: Session, keys: Sequence[RecordKey]) -> None:
         """Room for acquires under way.
 
         Raises Unavailable when the session's stream is gone, InvalidRequest for an expert that is
@@ -120,7 +120,7 @@ class SessionTable:
             )
         session.awaited.update(keys)
 
-    def lease(self, session: Session, key: ExpertKey, slot: Slot) -> bool:
+    def lease(self, session: Session, key: RecordKey, slot: Slot) -> bool:
         """An awaited expert becomes a lease; False when the session ended meanwhile."""
         session.awaited.discard(key)
         if session.ended:
@@ -129,7 +129,7 @@ class SessionTable:
         session.leases[key] = slot
         return True
 
-    def release(self, session: Session, keys: Iterable[ExpertKey]) -> None:
+    def release(self, session: Session, keys: Iterable[RecordKey]) -> None:
         """Raises InvalidRequest for a key the session does not hold."""
         with self._lock:
             for key in keys:

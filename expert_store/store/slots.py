@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 from expert_store.store.segment import Segment
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 
 
 @dataclass(eq=False)
@@ -18,7 +18,7 @@ class Slot:
 
     number: int
     generation: int = 0
-    key: ExpertKey | None = None
+    key: RecordKey | None = None
     is_speculative: bool = False
 
 
@@ -33,9 +33,9 @@ class SlotPool:
         self._filling: set[Slot] = set()
         self._leases: Counter[Slot] = Counter()
         self._reclaimable: OrderedDict[Slot, None] = OrderedDict()
-        self._by_key: dict[ExpertKey, Slot] = {}
+        self._by_key: dict[RecordKey, Slot] = {}
 
-    def find(self, key: ExpertKey) -> Slot | None:
+    def find(self, key: RecordKey) -> Slot | None:
         """The sealed slot that holds `key`, if any."""
         return self._by_key.get(key)
 
@@ -68,7 +68,7 @@ class SlotPool:
         slot.is_speculative = False
         self._filling.add(slot)
 
-    def seal(self, slot: Slot, key: ExpertKey) -> None:
+    def seal(self, slot: Slot, key: RecordKey) -> None:
         """The slot holds `key` now, readable until it is refilled."""
         self._filling.remove(slot)
         slot.key = key
@@ -84,10 +84,10 @@ class SlotPool:
     def num_free(self) -> int:
         return len(self._free)
 
-    def resident(self) -> list[ExpertKey]:
+    def resident(self) -> list[RecordKey]:
         return list(self._by_key)
 
-    def leased(self) -> list[ExpertKey]:
+    def leased(self) -> list[RecordKey]:
         return [slot.key for slot in self._leases if slot.key is not None]
 
     def counts(self) -> dict[str, int]:

@@ -20,7 +20,7 @@ from expert_store.store.segment import Segment
 from expert_store.store.sessions import Session, SessionTable
 from expert_store.store.slots import Slot, SlotPool
 from proto import errors
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Lent:
     verify_s: checksumming after that
     """
 
-    key: ExpertKey
+    key: RecordKey
     slot: int = 0
     generation: int = 0
     tensor_offsets: tuple[int, ...] = ()
@@ -86,8 +86,8 @@ class ExpertStore:
     direct_io: bool
     device: Device
     counters: Counters = field(default_factory=Counters)
-    quarantined: dict[ExpertKey, str] = field(default_factory=dict)
-    _fills: dict[ExpertKey, Fill[Session]] = field(default_factory=dict)
+    quarantined: dict[RecordKey, str] = field(default_factory=dict)
+    _fills: dict[RecordKey, Fill[Session]] = field(default_factory=dict)
     _queue: FillQueue[Session] = field(default_factory=FillQueue)
     _num_at_device: int = 0
     _busy_since_ns: int = 0
@@ -97,7 +97,7 @@ class ExpertStore:
         self._left = threading.Condition(self.lock)  # the device has nothing left to do
         self.num_spare = self.segment.layout.num_slots - self.sessions.max_leased
 
-    def acquire(self, session: Session, keys: Sequence[ExpertKey], deliver: Deliver) -> None:
+    def acquire(self, session: Session, keys: Sequence[RecordKey], deliver: Deliver) -> None:
         """Lend every key: `deliver` hears of what is in memory before this returns, of the rest as
         it comes, on another thread. A damaged expert carries its error and holds no slot.
 
@@ -113,7 +113,7 @@ class ExpertStore:
         if lent:
             deliver(lent)
 
-    def prefetch(self, session: Session, keys: Sequence[ExpertKey]) -> None:
+    def prefetch(self, session: Session, keys: Sequence[RecordKey]) -> None:
         """Read, when nobody waits, what is not in memory; what finds no room is dropped and
         counted.
 
@@ -134,7 +134,7 @@ class ExpertStore:
                     self._start(record, Priority.PREFETCH).wishers.add(session)
             self._ask_device()
 
-    def withdraw(self, session: Session, keys: Sequence[ExpertKey]) -> None:
+    def withdraw(self, session: Session, keys: Sequence[RecordKey]) -> None:
         """Prefetches that `session` no longer wants: what nobody else wants is read no further.
 
         Nothing new is asked of the device: what comes after it may be more urgent.
@@ -150,7 +150,7 @@ class ExpertStore:
                     self.counters.prefetches_withdrawn += 1
                     self._settle(fill)
 
-    def refill(self, keys: Sequence[ExpertKey]) -> None:
+    def refill(self, keys: Sequence[RecordKey]) -> None:
         """Read what was in memory before, last of all and into free slots alone; the first go
         first. Experts the model does not have are left out.
         """
@@ -163,7 +163,7 @@ class ExpertStore:
             self._ask_device()
         logger.info("refilling", extra={"experts": len(known)})
 
-    def wanted(self) -> list[ExpertKey]:
+    def wanted(self) -> list[RecordKey]:
         """What is lent now: what a store that starts again should have."""
         with self.lock:
             return self.slots.leased()
@@ -217,7 +217,7 @@ class ExpertStore:
     def is_idle(self) -> bool:
         return not self._fills
 
-    def _check(self, keys: Sequence[ExpertKey]) -> None:
+    def _check(self, keys: Sequence[RecordKey]) -> None:
         for key in keys:
             self._record(key)
         if len(set(keys)) != len(keys):
@@ -228,13 +228,13 @@ class ExpertStore:
         if num_waiting >= self.max_queued:
             raise errors.QueueFull(f"{num_waiting} reads are waiting already: retry later")
 
-    def _record(self, key: ExpertKey) -> ExpertRecord:
+    def _record(self, key: RecordKey) -> ExpertRecord:
         record = self.manifest.records.get(key)
         if record is None:
             raise errors.UnknownExpert(f"this model has no expert {key}")
         return record
 
-    def _find_or_read(self, session: Session, key: ExpertKey, deliver: Deliver) -> Lent | None:
+    def _find_or_read(self, session: Session, key: RecordKey, deliver: Deliver) -> Lent | None:
         slot = self.slots.find(key)
         if slot is not None:
             self.counters.shared_hits += 1
@@ -354,7 +354,7 @@ class ExpertStore:
         return sum(piece.needed_bytes for piece in fill.assembly.pieces[: fill.num_issued])
 
     def _lend(
-        self, session: Session, key: ExpertKey, slot: Slot, read: Fill[Session] | None = None
+        self, session: Session, key: RecordKey, slot: Slot, read: Fill[Session] | None = None
     ) -> Lent | None:
         """read: the fill whose cost this session bears. None: the session ended."""
         if not self.sessions.lease(session, key, slot):

@@ -36,7 +36,7 @@ from expert_store.store.readers import Readers
 from expert_store.store.sessions import SessionTable
 from expert_store.store.slots import SlotPool
 from expert_store.store.store import ExpertStore, Lent
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 from tests.bench.table import percentile, show, spread
 
 KIB, MIB = 1024, 1024 * 1024
@@ -173,10 +173,10 @@ def _store(piece_bytes: int, path: Path, size: int, seed: int) -> Sample:
         session = store.sessions.open("bench", WANTED, None)
 
         def ask(number: int) -> None:
-            asked[ExpertKey(0, number)] = time.perf_counter()
-            store.acquire(session, [ExpertKey(0, number)], lambda lent: came.put(lent[0]))
+            asked[RecordKey.exact(0, number)] = time.perf_counter()
+            store.acquire(session, [RecordKey.exact(0, number)], lambda lent: came.put(lent[0]))
 
-        asked: dict[ExpertKey, float] = {}
+        asked: dict[RecordKey, float] = {}
         start_s = time.perf_counter()
         for number in numbers[:WANTED]:
             ask(number)
@@ -221,16 +221,16 @@ def _a_store(path: Path, size: int, piece_bytes: int) -> Iterator[ExpertStore]:
         yield store
 
 
-_known: dict[int, dict[ExpertKey, ExpertRecord]] = {}
+_known: dict[int, dict[RecordKey, ExpertRecord]] = {}
 
 
-def _records(path: Path, size: int) -> dict[ExpertKey, ExpertRecord]:
+def _records(path: Path, size: int) -> dict[RecordKey, ExpertRecord]:
     if size not in _known:
         _known[size] = {}
         with path.open("rb") as file:
             for number in range(FILE_BYTES // size):
                 checksum = xxhash.xxh3_64_intdigest(file.read(size))
-                key, extent = ExpertKey(0, number), Extent(0, number * size, size, 0)
+                key, extent = RecordKey.exact(0, number), Extent(0, number * size, size, 0)
                 _known[size][key] = ExpertRecord(key, (extent,), (0,), checksum)
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return _known[size]

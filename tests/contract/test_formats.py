@@ -45,7 +45,8 @@ def stored(store_dir: Path) -> dict[ExpertKey, dict[str, torch.Tensor]]:
     manifest = Manifest.load(store_dir)
     data = bytearray((store_dir / RECORDS_NAME).read_bytes())
     found: dict[ExpertKey, dict[str, torch.Tensor]] = {}
-    for key, record in manifest.records.items():
+    for record_key, record in manifest.records.items():
+        key = record_key.expert
         start = record.extents[0].offset_bytes - record.extents[0].place_bytes
         found[key] = {}
         for tensor, offset in zip(

@@ -15,7 +15,7 @@ import grpc
 
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 from tests.expert_store.raw_session import DEADLINE_S, Lock, Wire
 from tests.expert_store.stores import KEYS
 
@@ -38,7 +38,7 @@ class MadNode:
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
-        self._held: list[ExpertKey] = []
+        self._held: list[RecordKey] = []
 
     def messages(self) -> Iterator[Said]:
         """What one session says."""
@@ -63,9 +63,9 @@ class MadNode:
         withdrawn = self._any_keys(2)
         return Said(_exchange(number, gone, came, guesses, withdrawn), len(came))
 
-    def _any_keys(self, most: int) -> list[ExpertKey]:
+    def _any_keys(self, most: int) -> list[RecordKey]:
         known = self._random.choices(KEYS, k=self._random.randint(0, most))
-        strange = ExpertKey(self._random.getrandbits(32), self._random.getrandbits(32))
+        strange = RecordKey.exact(self._random.getrandbits(32), self._random.getrandbits(32))
         return [*known, strange] if self._random.random() < 0.2 else known
 
     def _damaged(self, message: bytes) -> bytes:
@@ -82,7 +82,7 @@ class MadNode:
         return bytes(data)
 
 
-def _exchange(number: int, *keys: Sequence[ExpertKey]) -> bytes:
+def _exchange(number: int, *keys: Sequence[RecordKey]) -> bytes:
     """keys: releases, acquires, prefetches, withdrawals"""
     releases, acquires, prefetches, withdrawals = ([key.to_pb() for key in part] for part in keys)
     return pb.Exchange(

@@ -17,7 +17,7 @@ from expert_store.store.slots import SlotPool
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 
 DEADLINE_S = 20.0
 
@@ -87,9 +87,9 @@ class RawSession:
 
     def exchange(
         self,
-        acquires: Iterable[ExpertKey] = (),
-        releases: Iterable[ExpertKey] = (),
-        prefetches: Iterable[ExpertKey] = (),
+        acquires: Iterable[RecordKey] = (),
+        releases: Iterable[RecordKey] = (),
+        prefetches: Iterable[RecordKey] = (),
         exchange_id: int = 1,
     ) -> list[pb.Lease]:
         """Leases of shared memory, in the order of `acquires`."""
@@ -98,15 +98,15 @@ class RawSession:
         leases: list[pb.Lease] = []
         while len(leases) < len(wanted):
             leases += self.next().exchanged.leases
-        return sorted(leases, key=lambda lease: wanted.index(ExpertKey.from_pb(lease.key)))
+        return sorted(leases, key=lambda lease: wanted.index(RecordKey.from_pb(lease.key)))
 
 
 def exchange(
-    acquires: Iterable[ExpertKey] = (),
-    releases: Iterable[ExpertKey] = (),
-    prefetches: Iterable[ExpertKey] = (),
+    acquires: Iterable[RecordKey] = (),
+    releases: Iterable[RecordKey] = (),
+    prefetches: Iterable[RecordKey] = (),
     exchange_id: int = 1,
-    withdrawals: Iterable[ExpertKey] = (),
+    withdrawals: Iterable[RecordKey] = (),
 ) -> pb.SessionRequest:
     message = pb.Exchange(
         exchange_id=exchange_id,
@@ -135,9 +135,9 @@ class Wire:
     def describe(self) -> pb.DescribeReply:
         return self.stub.Describe(pb.DescribeRequest(), timeout=DEADLINE_S)
 
-    def resident(self) -> set[ExpertKey]:
+    def resident(self) -> set[RecordKey]:
         reply = self.stub.Resident(pb.ResidentRequest(), timeout=DEADLINE_S)
-        return {ExpertKey.from_pb(key) for key in reply.keys}
+        return {RecordKey.from_pb(key) for key in reply.keys}
 
     def stats(self) -> pb.StoreStatsReply:
         return self.stub.Stats(pb.StoreStatsRequest(), timeout=DEADLINE_S)
@@ -185,16 +185,16 @@ def counts_add_up(slots: SlotPool, num_slots: int) -> bool:
     return sum(counts.values()) == num_slots and counts["filling"] == counts["leased"] == 0
 
 
-def receive(session: RawSession, count: int = 1) -> dict[ExpertKey, tuple[bytes, pb.Lease]]:
+def receive(session: RawSession, count: int = 1) -> dict[RecordKey, tuple[bytes, pb.Lease]]:
     """`count` records put together from chunks, each compared with its checksum; damaged ones are
     empty.
     """
-    found: dict[ExpertKey, tuple[bytes, pb.Lease]] = {}
+    found: dict[RecordKey, tuple[bytes, pb.Lease]] = {}
     records, data = {}, bytearray()
     while len(found) < count:
         reply = session.next()
         for lease in reply.exchanged.leases:
-            key = ExpertKey.from_pb(lease.key)
+            key = RecordKey.from_pb(lease.key)
             found[key] = records.pop(key, b""), lease
         if reply.WhichOneof("kind") == "chunk":
             chunk = reply.chunk
@@ -202,7 +202,7 @@ def receive(session: RawSession, count: int = 1) -> dict[ExpertKey, tuple[bytes,
             data += chunk.data
             if chunk.last:
                 assert xxhash.xxh3_64_intdigest(data) == chunk.checksum
-                records[ExpertKey.from_pb(chunk.key)] = bytes(data)
+                records[RecordKey.from_pb(chunk.key)] = bytes(data)
                 data.clear()
     assert not data and not records
     return found

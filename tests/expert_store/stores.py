@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import xxhash
@@ -12,8 +13,9 @@ from expert_store.manifest.extents import ExpertRecord, Extent
 from expert_store.manifest.manifest import Manifest
 from expert_store.manifest.sizing import Sizing
 from expert_store.manifest.sources import SourceFile
-from proto.expert import DenseTensor, ExpertKey, ModelSpec, TensorLayout
+from proto.expert import DenseTensor, ModelSpec, RecordKey, TensorLayout, Variant
 from proto.shm import PAGE_BYTES
+from proto.weight_format import WeightFormat
 
 LAYERS, NUM_EXPERTS = (1, 3), 6
 LAYOUT = (TensorLayout("gate_up_proj", "F32", (32, 64)), TensorLayout("down_proj", "F32", (16, 64)))
@@ -21,7 +23,8 @@ UP_BYTES, DOWN_BYTES = (tensor.length_bytes for tensor in LAYOUT)
 PAYLOAD_BYTES = UP_BYTES + DOWN_BYTES
 FILE_NAME = "weights.bin"
 _START, _GAP, _DENSE_BYTES = 104, 200, 40
-KEYS = [ExpertKey(layer, expert) for layer in LAYERS for expert in range(NUM_EXPERTS)]
+SMALL, SMALL_BYTES = "int4", 1000
+KEYS = [RecordKey.exact(layer, expert) for layer in LAYERS for expert in range(NUM_EXPERTS)]
 SIZING = Sizing(
     dense_bytes=_DENSE_BYTES,
     cache_bytes_per_token=8,
@@ -60,13 +63,37 @@ def describe(folder: Path) -> Manifest:
     ).sealed()
 
 
-def expert_range(key: ExpertKey) -> range:
+def with_small_variant(folder: Path) -> Manifest:
+    """The store of `write_store` with a second record of every expert: `SMALL_BYTES` of its
+    bytes, under the name of a variant. Written.
+    """
+    manifest, data = Manifest.load(folder), (folder / FILE_NAME).read_bytes()
+    layouts = dict.fromkeys(LAYERS, (TensorLayout("codes", "U8", (SMALL_BYTES,)),))
+    spec = replace(manifest.spec, variants={SMALL: Variant(WeightFormat("int4", 32), layouts)})
+    small = {key: _small_record(key, data) for key in small_keys()}
+    changed = replace(manifest, spec=spec, records=manifest.records | small).sealed()
+    changed.write(folder)
+    return changed
+
+
+def small_keys() -> list[RecordKey]:
+    return [RecordKey(key.expert, SMALL) for key in KEYS]
+
+
+def _small_record(key: RecordKey, data: bytes) -> ExpertRecord:
+    start = expert_range(RecordKey(key.expert)).start
+    place = start % PAGE_BYTES // 64 * 64
+    checksum = _digest(data[start : start + SMALL_BYTES])
+    return ExpertRecord(key, (Extent(0, start, SMALL_BYTES, place),), (place,), checksum)
+
+
+def expert_range(key: RecordKey) -> range:
     """Where in the file the expert's bytes are."""
     start = _start(KEYS.index(key))
     return range(start, start + PAYLOAD_BYTES)
 
 
-def expert_bytes(folder: Path, key: ExpertKey) -> bytes:
+def expert_bytes(folder: Path, key: RecordKey) -> bytes:
     where = expert_range(key)
     return (folder / FILE_NAME).read_bytes()[where.start : where.stop]
 
@@ -90,7 +117,7 @@ def _digest(data: bytes) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
-def _record(key: ExpertKey, number: int, data: bytes) -> ExpertRecord:
+def _record(key: RecordKey, number: int, data: bytes) -> ExpertRecord:
     start = _start(number)
     place = start % PAGE_BYTES // 64 * 64
     extent = Extent(0, start, PAYLOAD_BYTES, place)

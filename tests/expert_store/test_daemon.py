@@ -19,7 +19,7 @@ from expert_store.config import ExpertStoreConfig
 from expert_store.face.metrics import StoreCollector
 from expert_store.store.store import Counters
 from proto import errors
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 from tests.expert_store.raw_session import Lock, Wire
 from tests.expert_store.stores import FILE_NAME, KEYS, expert_range, flip
 from tests.local_store import local_store
@@ -31,9 +31,10 @@ def test_the_real_client_borrows_and_returns(store_dir: Path, run_dir: Path) -> 
     with local_store(store_dir, run_dir, 8, **SETTINGS) as address, Wire(address, run_dir) as wire:
         client = StoreClient(address, "node", 4, run_dir / "sessions", deadline_s=10)
         client.open()
-        arrivals = client.exchange([], KEYS[:3])
-        assert sorted(arrival.borrowed.key for arrival in arrivals) == KEYS[:3]
-        assert client.exchange(KEYS[:2], KEYS[3:5])
+        experts = [key.expert for key in KEYS]
+        arrivals = client.exchange([], experts[:3])
+        assert sorted(arrival.borrowed.key for arrival in arrivals) == experts[:3]
+        assert client.exchange(experts[:2], experts[3:5])
         assert wire.stats().slots_leased == 3
         client.close()
         wire.until_idle()
@@ -111,7 +112,7 @@ def test_metrics_name_every_counter() -> None:
         counters=Counters(5, 6, 4, 7, 8, 9, 12, 13, 14, 1.5, 2.5),
         slots=SimpleNamespace(counts=lambda: counts),
         sessions=SimpleNamespace(num_open=10, num_orphaned=11),
-        quarantined={ExpertKey(0, 0): "why"},
+        quarantined={RecordKey.exact(0, 0): "why"},
         direct_io=True,
     )
     registry = CollectorRegistry()

@@ -18,7 +18,7 @@ from compute_node.client.node_client import NodeClient
 from expert_store.manifest.manifest import Manifest
 from expert_store.offline.index import index
 from proto import errors, rpc
-from proto.expert import ExpertKey
+from proto.expert import ExpertKey, RecordKey
 from proto.expert_store_pb2 import ResidentRequest
 from proto.expert_store_pb2_grpc import ExpertStoreStub
 from tests.checkpoints import make
@@ -46,7 +46,7 @@ def copy_of_shipped_model(tmp_path: Path) -> tuple[Path, Path]:
 def flip_expert(root: Path, store_dir: Path, key: ExpertKey) -> None:
     """Change one byte of an expert, and leave the file's size and time as they were."""
     manifest = Manifest.load(store_dir)
-    extent = manifest.records[key].extents[0]
+    extent = manifest.records[RecordKey(key)].extents[0]
     path = root / manifest.files[extent.file].path
     flip(path, extent.offset_bytes + extent.length_bytes // 2)
 

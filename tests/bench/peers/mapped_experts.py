@@ -17,7 +17,7 @@ from compute_node.cache.expert_cache import LayerCounters, never
 from compute_node.store.memory import TORCH_DTYPES, Borrowed
 from expert_store.manifest.extents import Extent
 from expert_store.manifest.manifest import Manifest
-from proto.expert import ExpertKey
+from proto.expert import ExpertKey, RecordKey
 
 # The kernel reads no more ahead for one call than its read-ahead, or the device's largest request.
 _ADVICE_BYTES = 128 * 1024
@@ -53,7 +53,7 @@ class MappedExperts:
 
     def lend(self, key: ExpertKey) -> Borrowed:
         """Views into the file."""
-        extent, record = self._extent(key), self._manifest.records[key]
+        extent, record = self._extent(key), self._manifest.records[RecordKey(key)]
         tensors = {}
         for offset, layout in zip(
             record.tensor_offsets, self._manifest.spec.layouts[key.layer], strict=True
@@ -75,7 +75,7 @@ class MappedExperts:
 
     def _extent(self, key: ExpertKey) -> Extent:
         """The only one: a packed record is in one piece."""
-        [extent] = self._manifest.records[key].extents
+        [extent] = self._manifest.records[RecordKey(key)].extents
         return extent
 
 

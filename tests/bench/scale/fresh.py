@@ -14,7 +14,7 @@ from compute_node.store.memory import TORCH_DTYPES
 from expert_store.manifest.manifest import Manifest
 from expert_store.manifest.sources import resolve_inside
 from expert_store.offline.checkpoint.files import read_chunks
-from proto.expert import ExpertKey
+from proto.expert import ExpertKey, RecordKey
 
 
 class FreshExperts:
@@ -40,7 +40,10 @@ class FreshExperts:
     def read(self, expert: int) -> dict[str, Tensor]:
         """Its tensors by name. Raises ValueError for other bytes than were written."""
         key = ExpertKey(self._layer, expert)
-        record, layout = self._manifest.records[key], self._manifest.spec.layouts[key.layer]
+        record, layout = (
+            self._manifest.records[RecordKey(key)],
+            self._manifest.spec.layouts[key.layer],
+        )
         content, digest = bytearray(self._manifest.slot_bytes), xxhash.xxh3_64()
         for extent in record.extents:
             path = resolve_inside(self._root, self._manifest.files[extent.file].path)

@@ -23,7 +23,7 @@ from expert_store.face.local_socket import _Caller
 from expert_store.store.store import Deliver, Lent
 from proto import errors
 from proto import expert_store_pb2 as pb
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 from proto.rpc import DOORBELL_MESSAGE_BYTES
 from tests.expert_store.conftest import check_healthy
 from tests.expert_store.raw_session import DEADLINE_S, Lock, Wire, exchange
@@ -47,7 +47,7 @@ class Ringer:
         self.socket.connect(path)
         self.socket.send(name.encode())
 
-    def exchange(self, *acquires: ExpertKey, releases: tuple[ExpertKey, ...] = ()) -> None:
+    def exchange(self, *acquires: RecordKey, releases: tuple[RecordKey, ...] = ()) -> None:
         self.socket.send(exchange(acquires, releases).exchange.SerializeToString())
 
     def next(self) -> pb.Exchanged:
@@ -76,7 +76,7 @@ def test_leases_come_as_they_are_ready(wire: Wire) -> None:
         leases = []
         while len(leases) < 3:
             leases += rings.next().leases
-        assert {ExpertKey.from_pb(lease.key) for lease in leases} == set(KEYS[:3])
+        assert {RecordKey.from_pb(lease.key) for lease in leases} == set(KEYS[:3])
         rings.exchange(releases=(KEYS[0],))
         assert list(rings.next().leases) == [], "a release alone is acknowledged"
         rings.exchange(KEYS[0])
@@ -86,7 +86,7 @@ def test_leases_come_as_they_are_ready(wire: Wire) -> None:
 @pytest.mark.parametrize(
     ("message", "kind"),
     [
-        (exchange([ExpertKey(0, 99)]).exchange.SerializeToString(), errors.UnknownExpert),
+        (exchange([RecordKey.exact(0, 99)]).exchange.SerializeToString(), errors.UnknownExpert),
         (exchange(KEYS[:4]).exchange.SerializeToString(), errors.SlotsExhausted),
         (exchange([], [KEYS[0]]).exchange.SerializeToString(), errors.InvalidRequest),
         (b"\xff\xff no message", errors.InvalidRequest),

@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
-from proto.expert import ExpertKey
+from proto.expert import ExpertKey, RecordKey
 from tests.expert_store.conftest import check_healthy
 from tests.expert_store.raw_session import DEADLINE_S, Lock, RawSession, Wire, exchange, outcome
 from tests.expert_store.stores import KEYS
 
 _numbers = itertools.count()
 u32, u64 = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)
-keys = st.sampled_from(KEYS) | st.builds(ExpertKey, u32, u32)
+keys = st.sampled_from(KEYS) | st.builds(
+    RecordKey, st.builds(ExpertKey, u32, u32), st.text(max_size=8)
+)
 key_lists = st.lists(st.sampled_from(KEYS[:3]) | keys, max_size=4)
 exchanges = st.builds(exchange, key_lists, key_lists, key_lists, u64)
 wrong_fields = {
@@ -121,11 +123,11 @@ def test_a_message_that_would_take_the_memory_is_not_decoded(wire: Wire, folder:
     most = rpc.DOORBELL_MESSAGE_BYTES
     with Lock(wire.session_dir, f"held-{next(_numbers)}.lock") as lock:
         session, _ = wire.open_shared(lock)
-        session.send(exchange(withdrawals=[ExpertKey(0, 0)] * (most // 2)))
+        session.send(exchange(withdrawals=[RecordKey.exact(0, 0)] * (most // 2)))
         assert outcome(session) is errors.InvalidRequest
     with Lock(wire.session_dir, f"held-{next(_numbers)}.lock") as lock:
         session, _ = wire.open_shared(lock)
-        session.send(exchange(withdrawals=[ExpertKey(0, 0)] * (most // 2 - 100)))
+        session.send(exchange(withdrawals=[RecordKey.exact(0, 0)] * (most // 2 - 100)))
         session.finish()
         assert outcome(session) is None
     check_healthy(wire, folder)

@@ -16,7 +16,7 @@ import pytest
 
 from proto import errors, rpc, shm
 from proto import expert_store_pb2 as pb
-from proto.expert import ExpertKey, ModelSpec
+from proto.expert import ModelSpec, RecordKey
 from tests.expert_store.conftest import NUM_SLOTS, READ_DEPTH, check_healthy
 from tests.expert_store.raw_session import (
     Lock,
@@ -64,16 +64,16 @@ def test_an_opening_is_refused(changes: dict[str, Any], kind: type[Exception], w
 @pytest.mark.parametrize(
     ("acquires", "releases", "kind"),
     [
-        ([ExpertKey(0, 0)], [], errors.UnknownExpert),
-        ([ExpertKey(1, 6)], [], errors.UnknownExpert),
-        ([ExpertKey((1 << 32) - 1, (1 << 32) - 1)], [], errors.UnknownExpert),
+        ([RecordKey.exact(0, 0)], [], errors.UnknownExpert),
+        ([RecordKey.exact(1, 6)], [], errors.UnknownExpert),
+        ([RecordKey.exact((1 << 32) - 1, (1 << 32) - 1)], [], errors.UnknownExpert),
         ([KEYS[0], KEYS[0]], [], errors.InvalidRequest),
         ([], [KEYS[0]], errors.InvalidRequest),
         (KEYS[:3], [], errors.SlotsExhausted),
     ],
 )
 def test_an_exchange_is_refused_by_kind(
-    acquires: list[ExpertKey], releases: list[ExpertKey], kind: type[Exception], wire: Wire
+    acquires: list[RecordKey], releases: list[RecordKey], kind: type[Exception], wire: Wire
 ) -> None:
     with wire.open_chunks(quota_slots=2) as session:
         session.send(exchange(acquires, releases))
@@ -102,7 +102,7 @@ def test_leases_point_at_the_bytes_and_are_given_back_first(wire: Wire, folder: 
         with session:
             for pair in itertools.pairwise([[], KEYS[0:2], KEYS[2:4], KEYS[4:6]]):
                 leases = session.exchange(acquires=pair[1], releases=pair[0])
-                assert [ExpertKey.from_pb(lease.key) for lease in leases] == pair[1]
+                assert [RecordKey.from_pb(lease.key) for lease in leases] == pair[1]
                 for lease in leases:
                     check_lease(lease, opened, folder)
             assert wire.stats().slots_leased == 2
@@ -115,7 +115,7 @@ def check_lease(lease: pb.Lease, opened: pb.Opened, folder: Path) -> None:
     assert (epoch, layout.num_slots) == (opened.epoch, opened.num_slots)
     assert shm.read_generation(data, lease.slot) == lease.generation
     start = layout.slot_offset_bytes(lease.slot) + lease.tensor_offsets[0]
-    key = ExpertKey.from_pb(lease.key)
+    key = RecordKey.from_pb(lease.key)
     assert bytes(data[start : start + PAYLOAD_BYTES]) == expert_bytes(folder, key)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from expert_store.io.assembly import Assembly, ChecksumDiffers, cut
 from expert_store.manifest.extents import ExpertRecord, Extent, slot_bytes_needed
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 from proto.shm import PAGE_BYTES
 
 lengths = st.lists(st.tuples(st.integers(0, 9000), st.integers(1, 30_000)), min_size=1, max_size=4)
@@ -33,7 +33,7 @@ def record(gaps: list[tuple[int, int]], data: bytes) -> ExpertRecord:
         extents.append(Extent(0, offset, length, place))
         digest.update(data[offset : offset + length])
         offset, place = offset + length, place + length
-    return ExpertRecord(ExpertKey(0, 0), tuple(extents), (0,), digest.intdigest())
+    return ExpertRecord(RecordKey.exact(0, 0), tuple(extents), (0,), digest.intdigest())
 
 
 def file_bytes(gaps: list[tuple[int, int]]) -> bytes:

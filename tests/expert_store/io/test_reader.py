@@ -20,7 +20,7 @@ import pytest
 from expert_store.io.reader import SourceFiles, open_files, read_record
 from expert_store.manifest.manifest import Manifest
 from proto import errors
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 from tests.expert_store.stores import (
     FILE_NAME,
     KEYS,
@@ -38,7 +38,7 @@ def a_slot(manifest: Manifest) -> Iterator[memoryview]:
         yield view
 
 
-def read(files: SourceFiles, manifest: Manifest, key: ExpertKey) -> bytes:
+def read(files: SourceFiles, manifest: Manifest, key: RecordKey) -> bytes:
     record = manifest.records[key]
     with a_slot(manifest) as slot:
         read_record(files, record, slot)

@@ -1,7 +1,8 @@
 """Manifests with something changed inside: refused with one error, or they still mean the same.
 
 Planted faults seen red: no digest, no check of where tensors lie, an extent beyond its file, dense
-weights not compared with their file, `_count` accepting floats, a path with a zero byte.
+weights not compared with their file, `_count` accepting floats, a path with a zero byte, a variant
+that lacks an expert, a record larger than a slot.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from expert_store.manifest.extents import ExpertRecord, plan_reads
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest, check_sources
 from expert_store.manifest.sources import resolve_inside
 from proto import errors
-from tests.expert_store.stores import write_store
+from tests.expert_store.stores import with_small_variant, write_store
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[False, True], ids=["exact alone", "with a variant"])
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     path = tmp_path_factory.mktemp("store")
     write_store(path)
+    if request.param:
+        with_small_variant(path)
     return path
 
 
@@ -110,9 +113,11 @@ def test_a_wrong_but_signed_manifest_adds_up_or_is_refused(
     assert set(found.records) == {
         key
         for key in found.records
-        if key.layer in found.spec.moe_layers and key.expert < found.spec.num_experts
+        if key.expert.layer in found.spec.moe_layers
+        and key.expert.expert < found.spec.num_experts
+        and (key.variant == "exact" or key.variant in found.spec.variants)
     }
-    assert len(found.records) == found.spec.num_experts_total
+    assert len(found.records) == found.spec.num_experts_total * (1 + len(found.spec.variants))
     for record in found.records.values():
         check_record_fits(found, record)
     check_files_stay_inside(found, folder)
@@ -166,7 +171,8 @@ def test_what_does_not_add_up_is_named(
 
 
 def check_record_fits(manifest: Manifest, record: ExpertRecord) -> None:
-    layout = manifest.spec.layouts[record.key.layer]
+    variant = manifest.spec.variant(record.key.variant)
+    layout = variant.layouts[record.key.expert.layer]
     covered: set[int] = set()
     for read in plan_reads(record.extents):
         extent = read.extent

@@ -36,7 +36,7 @@ from expert_store.offline.index import index, is_indexed, lay_out
 from expert_store.offline.pack import pack
 from expert_store.offline.verify import verify
 from proto import errors
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 from tests.checkpoints import make
 
 
@@ -71,7 +71,7 @@ def test_every_tensor_ends_up_whole_and_aligned(
     extents, offsets = lay_out(tensors)
     payload = [files[e.file][e.offset_bytes : e.offset_bytes + e.length_bytes] for e in extents]
     record = ExpertRecord(
-        ExpertKey(0, 0), extents, offsets, xxhash.xxh3_64_intdigest(b"".join(payload))
+        RecordKey.exact(0, 0), extents, offsets, xxhash.xxh3_64_intdigest(b"".join(payload))
     )
     slot = bytearray(slot_bytes_needed(extents) + 4096)
     with ExitStack() as stack:
@@ -129,12 +129,12 @@ def check_experts(manifest: Manifest, root: Path, model: Any) -> None:
         slot = slot[-slot.data_ptr() % 4096 :][: manifest.slot_bytes]
         for key, record in manifest.records.items():
             read_record(sources, record, memoryview(slot.numpy()))
-            layout = spec.layouts[key.layer]
+            layout = spec.layouts[key.expert.layer]
             for tensor, offset in zip(layout, record.tensor_offsets, strict=True):
                 raw = slot[offset : offset + tensor.length_bytes]
                 found = raw.view(torch.bfloat16).view(tensor.shape)
-                parameter = getattr(modules[key.layer][1], tensor.name)
-                assert torch.equal(found, parameter[key.expert]), f"{key} {tensor.name}"
+                parameter = getattr(modules[key.expert.layer][1], tensor.name)
+                assert torch.equal(found, parameter[key.expert.expert]), f"{key} {tensor.name}"
 
 
 def test_goes_on_where_it_was_interrupted(

@@ -46,7 +46,7 @@ def tensors_of(store_dir: Path, root: Path) -> dict[str, bytes]:
         sources = SourceFiles([root / file.path for file in manifest.files], False, stack)
         for key, record in manifest.records.items():
             read_record(sources, record, memoryview(slot))
-            layout = manifest.spec.layouts[key.layer]
+            layout = manifest.spec.layouts[key.expert.layer]
             for tensor, offset in zip(layout, record.tensor_offsets, strict=True):
                 found[f"{key} {tensor.name}"] = bytes(slot[offset : offset + tensor.length_bytes])
     return found

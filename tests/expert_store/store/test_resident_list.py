@@ -13,7 +13,7 @@ import pytest
 from compute_node.store.borrow import StoreClient
 from expert_store.store import resident_list
 from expert_store.store.resident_list import Keeper, load, save
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 from tests.expert_store.conftest import SmallDisk
 from tests.expert_store.raw_session import Wire, until
 from tests.expert_store.stores import FILE_NAME, KEYS, expert_range, flip
@@ -49,7 +49,7 @@ def test_a_restart_is_warm(store_dir: Path, run_dir: Path, monkeypatch: pytest.M
     with local_store(store_dir, run_dir, 8, resident_list=path) as address:
         client = StoreClient(address, "node", 4, run_dir / "sessions", deadline_s=10)
         client.open()
-        client.exchange([], KEYS[:3])
+        client.exchange([], [key.expert for key in KEYS[:3]])
         until(lambda: path.exists() and len(load(path, client.describe().spec.fingerprint)) == 3)
         client.close()
     flip(store_dir / FILE_NAME, expert_range(KEYS[1])[5])
@@ -70,7 +70,7 @@ class Wanting:
     def __init__(self) -> None:
         self.manifest = self.spec = self
 
-    def wanted(self) -> list[ExpertKey]:
+    def wanted(self) -> list[RecordKey]:
         return KEYS[:3]
 
 

@@ -22,7 +22,7 @@ from expert_store.store import segment
 from expert_store.store.sessions import Session, SessionTable, await_free_locks, lock_is_free
 from expert_store.store.slots import Slot, SlotPool
 from proto import errors
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 from tests.expert_store.raw_session import DEADLINE_S, Lock, counts_add_up
 
 NUM_SLOTS, MAX_LEASED = 8, 6
@@ -50,12 +50,12 @@ async def table(slots: SlotPool, session_dir: Path) -> AsyncIterator[SessionTabl
 
 def borrow(table: SessionTable, slots: SlotPool, session: Session, *numbers: int) -> None:
     for number in numbers:
-        key = ExpertKey(0, number)
+        key = RecordKey.exact(0, number)
         table.reserve(session, [key])
         assert table.lease(session, key, fill(slots, key))
 
 
-def fill(slots: SlotPool, key: ExpertKey) -> Slot:
+def fill(slots: SlotPool, key: RecordKey) -> Slot:
     slot = slots.next_to_fill()
     assert slot is not None
     slots.fill(slot)
@@ -96,13 +96,13 @@ async def test_a_session_borrows_up_to_its_quota(table: SessionTable, slots: Slo
     session = table.open("a", 3, None)
     borrow(table, slots, session, 1, 2)
     with pytest.raises(errors.SlotsExhausted, match="2 of 3 leased"):
-        table.reserve(session, [ExpertKey(0, 3), ExpertKey(0, 4)])
-    table.reserve(session, [ExpertKey(0, 3)])
+        table.reserve(session, [RecordKey.exact(0, 3), RecordKey.exact(0, 4)])
+    table.reserve(session, [RecordKey.exact(0, 3)])
     with pytest.raises(errors.SlotsExhausted):
-        table.reserve(session, [ExpertKey(0, 4)])
-    table.release(session, [ExpertKey(0, 1)])
+        table.reserve(session, [RecordKey.exact(0, 4)])
+    table.release(session, [RecordKey.exact(0, 1)])
     with pytest.raises(errors.InvalidRequest, match="L00E001 is not leased"):
-        table.release(session, [ExpertKey(0, 1)])
+        table.release(session, [RecordKey.exact(0, 1)])
     table.close(session)
     assert counts_add_up(slots, NUM_SLOTS)
 
@@ -111,8 +111,8 @@ async def test_an_expert_is_leased_once_a_session(table: SessionTable, slots: Sl
     """Red without it: the second lease is nobody's, and its slot is lost for good."""
     session = table.open("a", 3, None)
     borrow(table, slots, session, 1)
-    table.reserve(session, [ExpertKey(0, 2)])
-    for leased_or_awaited in (ExpertKey(0, 1), ExpertKey(0, 2)):
+    table.reserve(session, [RecordKey.exact(0, 2)])
+    for leased_or_awaited in (RecordKey.exact(0, 1), RecordKey.exact(0, 2)):
         with pytest.raises(errors.InvalidRequest, match="leased by this session already"):
             table.reserve(session, [leased_or_awaited])
     table.close(session)
@@ -174,12 +174,12 @@ async def test_a_session_that_ended_leases_no_more(
     """Red without it: its node let go while a read was under way, and the slot is lost for good."""
     lock = Lock(session_dir, "a.lock")
     session = table.open("a", 3, "a.lock")
-    table.reserve(session, [ExpertKey(0, 1)])
+    table.reserve(session, [RecordKey.exact(0, 1)])
     lock.let_go()
     table.close(table.open("b", 1, None))
-    assert not table.lease(session, ExpertKey(0, 1), fill(slots, ExpertKey(0, 1)))
+    assert not table.lease(session, RecordKey.exact(0, 1), fill(slots, RecordKey.exact(0, 1)))
     with pytest.raises(errors.Unavailable, match="closed"):
-        table.reserve(session, [ExpertKey(0, 2)])
+        table.reserve(session, [RecordKey.exact(0, 2)])
     table.close(session)
     assert counts_add_up(slots, NUM_SLOTS)
 

@@ -18,14 +18,14 @@ from expert_store.store import segment
 from expert_store.store.segment import Segment
 from expert_store.store.slots import Slot, SlotPool
 from proto import shm
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 from tests.expert_store.raw_session import counts_add_up
 
 NUM_SLOTS = 4
 
 
-def key(number: int) -> ExpertKey:
-    return ExpertKey(0, number)
+def key(number: int) -> RecordKey:
+    return RecordKey.exact(0, number)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ class AnySequence(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.slots = SlotPool(FakeSegment())  # type: ignore[arg-type]
-        self.leases: list[tuple[ExpertKey, Slot, int]] = []
+        self.leases: list[tuple[RecordKey, Slot, int]] = []
 
     @rule(number=st.integers(0, 9), fails=st.booleans())
     def fill(self, number: int, fails: bool) -> None:

@@ -35,15 +35,18 @@ from expert_store.store.slots import SlotPool
 from expert_store.store.store import ExpertStore, Lent
 from proto import errors
 from proto import expert_store_pb2 as pb
-from proto.expert import ExpertKey
+from proto.expert import ExpertKey, RecordKey
 from tests.expert_store.raw_session import DEADLINE_S, counts_add_up, until
 from tests.expert_store.stores import (
     FILE_NAME,
     KEYS,
     PAYLOAD_BYTES,
+    SMALL_BYTES,
     expert_bytes,
     expert_range,
     flip,
+    small_keys,
+    with_small_variant,
 )
 
 NUM_SLOTS = 8
@@ -59,7 +62,7 @@ class Disk:
 
     kind: Callable[[SourceFiles, int], AbstractContextManager[Device]]
     brings_bytes: int = WHOLE
-    order: list[ExpertKey] = field(default_factory=list)
+    order: list[RecordKey] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
     most: int = 0
     device: Device = field(init=False)
@@ -150,25 +153,25 @@ class Borrower:
     def __init__(self, store: ExpertStore, quota_slots: int = 3) -> None:
         self.store = store
         self.session: Session = store.sessions.open("node", quota_slots, None)
-        self.came: dict[ExpertKey, Lent] = {}
+        self.came: dict[RecordKey, Lent] = {}
 
-    def ask(self, *keys: ExpertKey) -> None:
+    def ask(self, *keys: RecordKey) -> None:
         self.store.acquire(self.session, keys, self.take)
 
     def take(self, lent: list[Lent]) -> None:
         self.came.update({item.key: item for item in lent})
 
-    def get(self, *keys: ExpertKey) -> list[Lent]:
+    def get(self, *keys: RecordKey) -> list[Lent]:
         for key in keys:
             self.came.pop(key, None)
         self.ask(*keys)
         return self.wait(*keys)
 
-    def wait(self, *keys: ExpertKey) -> list[Lent]:
+    def wait(self, *keys: RecordKey) -> list[Lent]:
         until(lambda: all(key in self.came for key in keys))
         return [self.came[key] for key in keys]
 
-    def content(self, key: ExpertKey) -> bytes:
+    def content(self, key: RecordKey) -> bytes:
         lent = self.came[key]
         with self.store.segment.slot(lent.slot) as view:
             return bytes(view[lent.tensor_offsets[0] :][:PAYLOAD_BYTES])
@@ -186,6 +189,18 @@ def test_experts_come_whole_however_they_are_cut(
         assert (store.counters.demand_reads, store.counters.shared_hits) == (3, 0)
         assert store.counters.bytes_read == 3 * PAYLOAD_BYTES
         assert store.counters.busy_s > 0
+
+
+def test_both_records_of_an_expert_are_lent(store_dir: Path, disk: Disk) -> None:
+    """Red when the store takes an expert for its record: the exact bytes come twice."""
+    with_small_variant(store_dir)
+    with a_store(store_dir, disk) as store:
+        borrower = Borrower(store)
+        exact, small = KEYS[0], small_keys()[0]
+        lent = borrower.get(exact, small)
+        assert [item.bytes_read for item in lent] == [PAYLOAD_BYTES, SMALL_BYTES]
+        assert lent[0].slot != lent[1].slot
+        assert borrower.content(small)[:SMALL_BYTES] == borrower.content(exact)[:SMALL_BYTES]
 
 
 def test_what_comes_in_part_is_read_on(store_dir: Path, disk: Disk) -> None:
@@ -564,8 +579,16 @@ def test_a_quota_is_not_counted_twice_while_siblings_are_read(store_dir: Path, d
         assert len(borrower.session.leases) == 4
 
 
-@pytest.mark.parametrize("key", [ExpertKey(2, 0), ExpertKey(1, 6), ExpertKey((1 << 32) - 1, 0)])
-def test_unknown_experts_are_refused(key: ExpertKey, store_dir: Path, disk: Disk) -> None:
+@pytest.mark.parametrize(
+    "key",
+    [
+        RecordKey.exact(2, 0),
+        RecordKey.exact(1, 6),
+        RecordKey.exact((1 << 32) - 1, 0),
+        RecordKey(ExpertKey(1, 0), "int4"),
+    ],
+)
+def test_unknown_experts_are_refused(key: RecordKey, store_dir: Path, disk: Disk) -> None:
     with a_store(store_dir, disk) as store:
         borrower = Borrower(store)
         with pytest.raises(errors.UnknownExpert, match=str(key)):
@@ -604,7 +627,7 @@ def test_a_refill_fills_free_slots_last_of_all(store_dir: Path, disk: Disk) -> N
         borrower = Borrower(store)
         borrower.get(KEYS[0])
         disk.gate.clear()
-        store.refill([ExpertKey(77, 0), *KEYS])
+        store.refill([RecordKey.exact(77, 0), *KEYS])
         until(lambda: len(disk.order) == 2)
         borrower.ask(KEYS[9])
         store.prefetch(borrower.session, [KEYS[8]])
