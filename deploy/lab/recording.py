@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,69 +25,72 @@ from scheduler.simulate.trace import AccessTrace
 _POLL_S = 0.05
 
 
+@dataclass(frozen=True)
+class StackChoice:
+    """The stack to record with: one of its own when `flags` name a model, else the one that runs in
+    `run_dir`.
+
+    flags: as `ServeSettings.with_flags` takes them
+    """
+
+    config: Path | None
+    run_dir: Path | None
+    flags: Mapping[str, object]
+
+    def __post_init__(self) -> None:
+        """Raises ConfigInvalid for flags of a stack of its own without a model, and for both."""
+        if self.flags["model"] is not None:
+            if self.run_dir is not None:
+                raise errors.ConfigInvalid(
+                    "--model starts a stack of its own, --run-dir names one that runs: give one "
+                    "of them"
+                )
+            return
+        for name in ("memory", "experts_memory"):
+            if self.flags[name] is not None:
+                flag = name.replace("_", "-")
+                raise errors.ConfigInvalid(
+                    f"--{flag} is for a stack of its own: give --model STORE too, or leave it out"
+                )
+
+    @contextmanager
+    def node(self, stopped: Callable[[], bool]) -> Iterator[tuple[NodeClient, Wait]]:
+        """A client of the stack, and how to wait while it works. Raises Unavailable when no stack
+        runs in the run directory.
+        """
+        if self.flags["model"] is not None:
+            with (
+                own_stack(self.config, self.flags, stopped) as (stack, run),
+                NodeClient(run.address("compute_node")) as node,
+            ):
+                yield node, stack.watch
+            return
+        settings = ServeSettings.load(self.config).with_flags(run_dir=self.run_dir)
+        with connected(RunDir(settings.run_dir.resolve())) as node:
+            yield node, _sleep_until
+
+
 def record_trace(
     name: str,
     prompts: Sequence[Prompt],
     sampling: Sampling,
-    *,
-    config: Path | None,
-    run_dir: Path | None,
-    flags: Mapping[str, object],
+    choice: StackChoice,
     scores: bool = False,
 ) -> AccessTrace:
-    """Generate once from each prompt, with the stack in `run_dir`, or with a stack of its own when
-    the flags name a model.
+    """Generate once from each prompt, and keep which experts every decode step used.
 
     Raises InvalidRequest, ConfigInvalid, Unavailable, KeyboardInterrupt when the user stops it, and
     the error that the node ends a generation with.
     """
-    _check_flags(flags, run_dir)
     if not prompts:
         raise errors.InvalidRequest("there is nothing to generate from: give --prompts DIR|FILE")
     stopped = stop_flag()
-    with _node(config, run_dir, flags, stopped) as (node, wait):
+    with choice.node(stopped) as (node, wait):
         results = _generate(Recorder(node, sampling, scores), prompts, wait, stopped)
     left_out = sum(not result.steps for result in results)
     if left_out:
         console.err.print(f"{left_out} ended with their first token and were left out")
     return to_trace(name, prompts, results, sampling.as_text())
-
-
-def _check_flags(flags: Mapping[str, object], run_dir: Path | None) -> None:
-    if flags["model"] is not None:
-        if run_dir is not None:
-            raise errors.ConfigInvalid(
-                "--model starts a stack of its own, --run-dir names one that runs: give one of them"
-            )
-        return
-    for name in ("memory", "experts_memory"):
-        if flags[name] is not None:
-            flag = name.replace("_", "-")
-            raise errors.ConfigInvalid(
-                f"--{flag} is for a stack of its own: give --model STORE too, or leave it out"
-            )
-
-
-@contextmanager
-def _node(
-    config: Path | None,
-    run_dir: Path | None,
-    flags: Mapping[str, object],
-    stopped: Callable[[], bool],
-) -> Iterator[tuple[NodeClient, Wait]]:
-    """A client of a stack, and how to wait while it works. The stack is one of its own when the
-    flags name a model, else the one in the run directory. Raises Unavailable when none runs there.
-    """
-    if flags["model"] is not None:
-        with (
-            own_stack(config, flags, stopped) as (stack, run),
-            NodeClient(run.address("compute_node")) as node,
-        ):
-            yield node, stack.watch
-        return
-    settings = ServeSettings.load(config).with_flags(run_dir=run_dir)
-    with connected(RunDir(settings.run_dir.resolve())) as node:
-        yield node, _sleep_until
 
 
 def _sleep_until(condition: Callable[[], bool]) -> None:

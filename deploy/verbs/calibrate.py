@@ -11,7 +11,7 @@ import typer
 
 from compute_node.kernels import processors
 from deploy.lab.recorder import Sampling
-from deploy.lab.recording import record_trace
+from deploy.lab.recording import StackChoice, record_trace
 from deploy.stack.stack_plan import load_store
 from deploy.terminal import console, options
 from deploy.terminal.output_file import publishing
@@ -71,15 +71,10 @@ def calibrate(
         else:
             sampling = Sampling(max_tokens, temperature, 1.0, seed, True, PROMPT_TOKENS)
             prompts = passages(read_prompts(text or []), generations, seed)
-            flags = {"model": store if memory else None, "memory": memory}
-            known = record_trace(
-                "calibration",
-                prompts,
-                sampling,
-                config=config,
-                run_dir=run_dir,
-                flags=flags | {"experts_memory": experts_memory},
-            )
+            model = store if memory else None
+            flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
+            choice = StackChoice(config, run_dir, flags)
+            known = record_trace("calibration", prompts, sampling, choice)
         check_trace(known, manifest)
         torch.set_num_threads(processors.usable())
         settings = CalibrationSettings(lag_steps=1, max_updates=max_updates, seed=seed)
@@ -99,7 +94,7 @@ def say(line: str) -> None:
 def passages(texts: Sequence[Prompt], most: int, seed: int) -> list[Prompt]:
     """Passages of the texts in random order: equally many of each text, until one has no more."""
     draw = random.Random(seed)
-    piles = [list(_pieces(text)) for text in texts]
+    piles = [list(_cut(text)) for text in texts]
     for pile in piles:
         draw.shuffle(pile)
     taken = [pile[turn] for turn in range(most) for pile in piles if turn < len(pile)][:most]
@@ -107,17 +102,17 @@ def passages(texts: Sequence[Prompt], most: int, seed: int) -> list[Prompt]:
     return taken
 
 
-def _pieces(text: Prompt) -> Iterator[Prompt]:
+def _cut(text: Prompt) -> Iterator[Prompt]:
     """Cut a text at white space into passages of about PASSAGE_CHARACTERS."""
     words = text.text.split(" ")
-    piece: list[str] = []
+    passage: list[str] = []
     for word in words:
-        piece.append(word)
-        if sum(map(len, piece)) + len(piece) >= PASSAGE_CHARACTERS:
-            yield Prompt(text.name, " ".join(piece))
-            piece = []
-    if piece:
-        yield Prompt(text.name, " ".join(piece))
+        passage.append(word)
+        if sum(map(len, passage)) + len(passage) >= PASSAGE_CHARACTERS:
+            yield Prompt(text.name, " ".join(passage))
+            passage = []
+    if passage:
+        yield Prompt(text.name, " ".join(passage))
 
 
 def check_trace(trace: AccessTrace, manifest: Manifest) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from deploy.lab.recorder import Sampling
-from deploy.lab.recording import record_trace
+from deploy.lab.recording import StackChoice, record_trace
 from deploy.terminal import console, options
 from deploy.terminal.output_file import publishing
 from deploy.terminal.prompts import read_prompts
@@ -56,9 +56,8 @@ def record(
     wanted = read_prompts([*(prompts or ()), *(more or ())])
     sampling = Sampling(max_tokens, temperature, top_p, seed, ignore_eos, prompt_tokens)
     with publishing(out) as partial:
-        trace = record_trace(
-            out.stem, wanted, sampling, scores=scores, config=config, run_dir=run_dir, flags=flags
-        )
+        choice = StackChoice(config, run_dir, flags)
+        trace = record_trace(out.stem, wanted, sampling, choice, scores)
         trace.save(partial)
     _summarise(out, trace)
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from deploy.lab.recorder import Sampling
-from deploy.lab.recording import record_trace
+from deploy.lab.recording import StackChoice, record_trace
 from deploy.terminal.output_file import publishing
 from deploy.terminal.prompts import Prompt
 
@@ -57,7 +57,7 @@ def write(store: Path, out: Path, prompts: list[Prompt], seed: int) -> None:
     with publishing(out) as partial, tempfile.NamedTemporaryFile(suffix=".toml") as settings:
         config = Path(settings.name)
         config.write_text(SETTINGS)
-        trace = record_trace(out.stem, prompts, sampling, config=config, run_dir=None, flags=flags)
+        trace = record_trace(out.stem, prompts, sampling, StackChoice(config, None, flags))
         trace.save(partial)
 
 

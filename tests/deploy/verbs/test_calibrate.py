@@ -19,35 +19,24 @@ from scheduler.config import FORECASTER_NAME
 from scheduler.learn.forecaster import Forecaster
 from scheduler.simulate.trace import AccessTrace
 from tests.deploy.test_cli import assert_one_sentence
-from tests.scheduler.replays import recorded
 from tests.stack import flashmoe, served
 
 
 @pytest.fixture(scope="module")
-def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small recorded run, its three generations cut into six."""
-    whole = recorded()
-    path = tmp_path_factory.mktemp("trace") / "tiny.npz"
-    cut = np.linspace(0, whole.num_steps, 7).astype(np.int64)
-    replace(whole, seq_offsets=cut, seq_names=()).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def store(tiny_store: Path, trace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store(tiny_store: Path, cut_trace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped model's, calibrated from the trace."""
     copy = tmp_path_factory.mktemp("calibrated") / "store"
     shutil.copytree(tiny_store, copy)
-    done = flashmoe("calibrate", str(copy), "--trace", str(trace), "--max-updates", "20")
+    done = flashmoe("calibrate", str(copy), "--trace", str(cut_trace), "--max-updates", "20")
     assert done.returncode == 0, done.stderr
     assert "trained on 360 steps of 6 generations" in done.stdout
     return copy
 
 
-def test_writes_a_forecaster_of_this_store(store: Path, trace: Path) -> None:
+def test_writes_a_forecaster_of_this_store(store: Path, cut_trace: Path) -> None:
     forecaster = Forecaster.load(store / FORECASTER_NAME)
     assert forecaster.spec.fingerprint
-    assert forecaster.spec.shape == AccessTrace.load(trace).shape
+    assert forecaster.spec.shape == AccessTrace.load(cut_trace).shape
     assert (forecaster.spec.lag_steps, forecaster.spec.trained_steps) == (1, 360)
 
 
@@ -103,11 +92,13 @@ def refused(store: Path, *flags: str) -> str:
 
 
 def test_what_cannot_be_learned_from_is_refused(
-    tiny_store: Path, trace: Path, tmp_path: Path
+    tiny_store: Path, cut_trace: Path, tmp_path: Path
 ) -> None:
     assert "either --text" in refused(tiny_store)
-    assert "either --text" in refused(tiny_store, "--text", str(trace), "--trace", str(trace))
-    whole = AccessTrace.load(trace)
+    assert "either --text" in refused(
+        tiny_store, "--text", str(cut_trace), "--trace", str(cut_trace)
+    )
+    whole = AccessTrace.load(cut_trace)
     other, short = tmp_path / "other.npz", tmp_path / "short.npz"
     replace(whole, num_experts=64).save(other)
     whole.take(np.arange(2), "short").save(short)

@@ -8,10 +8,8 @@ nobody is told of, the card's file not looked at.
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import scheduler.lab.calibration
@@ -24,22 +22,11 @@ from expert_store.offline.pack import pack
 from proto import errors
 from scheduler.config import FORECASTER_NAME
 from tests.places import not_root, read_only
-from tests.scheduler.replays import recorded
 from tests.stack import FLASHMOE, MODEL, served
 
 
-@pytest.fixture(scope="module")
-def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small recorded run, its three generations cut into six."""
-    whole = recorded()
-    path = tmp_path_factory.mktemp("trace") / "tiny.npz"
-    cut = np.linspace(0, whole.num_steps, 7).astype(np.int64)
-    replace(whole, seq_offsets=cut, seq_names=()).save(path)
-    return path
-
-
 def test_calibrate_refuses_before_it_trains(
-    tiny_store: Path, trace: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_store: Path, cut_trace: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Red: minutes of training, then a traceback."""
 
@@ -48,7 +35,7 @@ def test_calibrate_refuses_before_it_trains(
 
     monkeypatch.setattr(scheduler.lab.calibration, "calibrate", train)
     store = Path(shutil.copytree(tiny_store, run_dir / "store"))
-    copied = shutil.copyfile(trace, run_dir / "trace.npz")
+    copied = shutil.copyfile(cut_trace, run_dir / "trace.npz")
     for path, mode in ((run_dir, 0o755), (store, 0o555), (copied, 0o644)):
         path.chmod(mode)
     with (
@@ -95,14 +82,14 @@ def test_a_card_or_picture_that_cannot_be_written_is_refused_at_once(run_dir: Pa
 
 @pytest.mark.system
 def test_a_copied_store_on_a_read_only_disk_is_served_with_a_forecaster_from_elsewhere(
-    trace: Path, tmp_path: Path, run_dir: Path
+    cut_trace: Path, tmp_path: Path, run_dir: Path
 ) -> None:
     """Red: it was "touched", verify could not heal it, and what was learned had no place."""
     pack(MODEL, tmp_path / "packed")
     store = tmp_path / "copy"
     shutil.copytree(tmp_path / "packed", store, copy_function=shutil.copyfile)
     forecaster = tmp_path / "forecaster.safetensors"
-    calibrate(store, trace=trace, max_updates=5, out=forecaster)
+    calibrate(store, trace=cut_trace, max_updates=5, out=forecaster)
     assert [path.name for path in store.iterdir() if path.name == FORECASTER_NAME] == []
     flags = ["--forecaster", str(forecaster), "--policy", "learned"]
     with served(store, run_dir, *flags, command=read_only(store, *FLASHMOE)) as stack:
