@@ -7,7 +7,7 @@ SOURCES := proto expert_store compute_node scheduler deploy tests
 PROTOS := $(wildcard proto/*.proto)
 STUBS := proto/.generated
 READY := .venv/.ready
-NATIVE := compute_node/native expert_store/native
+NATIVE := compute_node/native compute_node/native/avx512bf16 compute_node/native/portable expert_store/native
 MODEL := deploy/models/tiny-moe
 STORE := .flashmoe/tiny-moe
 export PROMPT ?= In the beginning
@@ -38,8 +38,7 @@ $(READY): requirements.lock pyproject.toml $(wildcard $(NATIVE:=/*.c) $(NATIVE:=
 	@$(PY) -m pip install --quiet --disable-pip-version-check \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.lock
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@$(PY) -c 'from compute_node.native.binding import obstacle as why; \
-	    why() and print("torch multiplies, the native kernels do not:", why())'
+	@$(PY) -c 'from compute_node.native.binding import in_charge; print("matrix kernel:", in_charge())'
 	@touch $@
 
 $(STUBS): $(PROTOS) $(READY)

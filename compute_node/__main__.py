@@ -34,6 +34,7 @@ from compute_node.face.metrics import NodeCollector
 from compute_node.face.service import SERVICE_NAME, ComputeNodeService
 from compute_node.kernels import processors
 from compute_node.model.loaded import LoadedModel, Lookahead, load_model
+from compute_node.native import binding
 from compute_node.store.borrow import StoreClient
 from proto import rpc
 from proto.compute_node_pb2_grpc import add_ComputeNodeServicer_to_server
@@ -129,6 +130,7 @@ def load(
     with, and OpenMP has one team in this process (DECISIONS.md).
     """
     torch.set_num_threads(config.threads or processors.usable())
+    binding.use(config.native)
     return load_model(model_dir, spec, cache, lookahead)
 
 

@@ -1,4 +1,4 @@
-"""Products of several tokens with a bf16 matrix: by native/gemm.c where it gives torch's own bits,
+"""Products of several tokens with a bf16 matrix: by native gemm where it gives torch's own bits,
 which is found out for each shape and number of tokens on this machine.
 
 oneDNN generates a kernel for every number of tokens an expert happens to get, which takes longer
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _TILE_COLUMNS = 32
 _MAX_WORK = 1 << 31  # multiplications, 10 ms; generating a kernel for more is a small part of it
+_WHOLE_COLUMNS, _BLOCK_COLUMNS = 384, 768  # oneDNN's blocks without bf16 instructions
+_LEAST_TOKENS = 4  # of which a portable product is no slower
 _STEPS = (1024, 512, 2048, 4096)  # oneDNN starts a new accumulator after 1024; 512 for one token
 _MIXED_TOKENS = 17  # from so many on one product tries out every kind of input
 _POOL_NUMBERS = 1 << 21  # larger matrices are tried out as they are
@@ -80,7 +82,7 @@ def multiply_arrays(
     bias: Tensor | None,
     step: int,
 ) -> Tensor:
-    """The same with a matrix of either kind. arrays: the matrix, or those of native/lossless.h."""
+    """The same with a matrix of either kind. arrays: the matrix, or those of native lossless."""
     num_tokens, num_inputs = inputs.shape
     outputs = torch.empty((num_tokens, num_outputs), dtype=torch.bfloat16)
     binding.kernels().gemm(
@@ -111,14 +113,15 @@ def _can_take(weight: Tensor) -> bool:
 @torch.no_grad()
 def _find_step(num_tokens: int, weight: Tensor, bias: Tensor | None) -> int:
     """The first that gives torch's bits; 0: none does."""
-    if weight.numel() <= _POOL_NUMBERS:  # a real one may be mostly zeros, which prove nothing
-        weight = _pool()[: weight.numel()].view(weight.shape)
+    if weight.numel() <= _made_up_limit():  # a real one may be mostly zeros, which prove nothing
+        weight = gemv.pair_columns(_made_up(weight.shape))
+    elif binding.isa() == binding.PORTABLE:
+        return 0
     expected = [
         (inputs, scaled, functional.linear(inputs, weight, scaled))
         for inputs, scaled in _probes(num_tokens, weight, bias)
     ]
-    steps = [step for step in _STEPS if step < weight.shape[1]] or [weight.shape[1]]
-    for step in steps:
+    for step in _steps_to_try(num_tokens, weight.shape[1]):
         if all(
             torch.equal(
                 multiply(inputs, weight, scaled, step).view(torch.int16), found.view(torch.int16)
@@ -129,21 +132,46 @@ def _find_step(num_tokens: int, weight: Tensor, bias: Tensor | None) -> int:
     return 0
 
 
+def _steps_to_try(num_tokens: int, columns: int) -> list[int]:
+    """Where oneDNN may start a new accumulator, for the instruction set in charge."""
+    if binding.isa() == binding.PORTABLE:  # it halves what is shorter than two blocks
+        if num_tokens < _LEAST_TOKENS or (num_tokens % 2 and torch.get_num_threads() > 1):
+            return []  # it parts odd numbers among threads in such a way that one has its own order
+        half = columns // 2 if columns > _WHOLE_COLUMNS else columns
+        step = half if columns < 2 * _BLOCK_COLUMNS else _BLOCK_COLUMNS
+        return [] if step % _TILE_COLUMNS else [step]
+    return [step for step in _STEPS if step < columns] or [columns]
+
+
 def _probes(
     num_tokens: int, weight: Tensor, bias: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Inputs [t, K] and what becomes of the bias: what `gemv.probes` has, all in one where there
-    is no bias to scale: a row of each kind in turn, the last one near underflow, where another
-    order of additions shows best.
+    is no bias to scale: a row of each kind in turn, the last one of rounding errors alone, where
+    another order of additions shows best.
     """
     if bias is not None or num_tokens < _MIXED_TOKENS:
         for inputs, scale in gemv.probes(weight, torch.Generator().manual_seed(0), num_tokens):
             yield inputs, None if bias is None else bias * scale
         return
     kinds = list(gemv.probes(weight, torch.Generator().manual_seed(0), _MIXED_TOKENS))
-    mixed = torch.stack([inputs for inputs, _ in kinds], dim=1).flatten(0, 1)  # [51, K]
-    first = (2 - num_tokens) % len(kinds)
+    mixed = torch.stack([inputs for inputs, _ in kinds], dim=1).flatten(0, 1)  # [68, K]
+    first = -num_tokens % len(kinds)
     yield mixed.repeat(num_tokens // len(mixed) + 2, 1)[first : first + num_tokens], None
+
+
+def _made_up_limit() -> int:
+    """Numbers of a matrix. Only rounding errors tell orders apart where nothing is flushed near
+    underflow, so larger ones are made up there.
+    """
+    return gemv.MADE_UP_LIMIT if binding.isa() == binding.PORTABLE else _POOL_NUMBERS
+
+
+def _made_up(shape: torch.Size) -> Tensor:
+    """[N, K]; its rows repeat themselves where it is larger than the pool."""
+    num_rows = min(shape[0], _POOL_NUMBERS // shape[1])
+    rows = _pool()[: num_rows * shape[1]].view(num_rows, shape[1])
+    return rows.repeat(-(-shape[0] // num_rows), 1)[: shape[0]]
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Products of one token with bf16 matrices: by native/gemv.c wherever it gives torch's own bits,
+"""Products of one token with bf16 matrices: by native gemv wherever it gives torch's own bits,
 which is found out for each shape on this machine.
 """
 
@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 _TILE_COLUMNS = 32
 _NUM_DRAWS = 4
-_MADE_UP_LIMIT = 1 << 24  # numbers; a larger matrix is tried out as it is, a few times
+MADE_UP_LIMIT = 1 << 24  # numbers; a larger matrix is tried out as it is, a few times
+_TOLD_APART_OUTPUTS = 1 << 16  # one in 10,000 differs in another order of additions
 # Sums of this size lose bits to flushing whenever they pass zero: another order of additions, and
 # nearly every output differs.
 _NEAR_UNDERFLOW = 2.0**-121
@@ -130,9 +131,11 @@ def _can_take(weight: Tensor) -> bool:
 def _gives_same_bits(weight: Tensor, bias: Tensor | None) -> bool:
     generator = torch.Generator().manual_seed(0)
     num_draws = 1
-    if weight.numel() <= _MADE_UP_LIMIT:  # a real one may be mostly zeros, which prove nothing
-        weight = torch.empty_like(weight).normal_(generator=generator)
+    if weight.numel() <= MADE_UP_LIMIT:  # a real one may be mostly zeros, which prove nothing
+        weight = pair_columns(torch.empty_like(weight).normal_(generator=generator))
         num_draws = _NUM_DRAWS
+    elif binding.isa() == binding.PORTABLE:  # nothing is flushed that would tell orders apart
+        num_draws = -(-_TOLD_APART_OUTPUTS // weight.shape[0])
     for _ in range(num_draws):
         for inputs, scale in probes(weight, generator):
             scaled = None if bias is None else bias * scale
@@ -146,7 +149,9 @@ def _gives_same_bits(weight: Tensor, bias: Tensor | None) -> bool:
 def probes(
     weight: Tensor, generator: torch.Generator, num_tokens: int = 1
 ) -> Iterator[tuple[Tensor, float]]:
-    """Inputs [t, K] that tell orders of additions apart, and what to scale a bias by."""
+    """Inputs [t, K] that tell orders of additions apart, and what to scale a bias by. The last
+    leaves nothing but rounding errors of a product with `pair_columns`.
+    """
     shape = (num_tokens, weight.shape[1])
     typical_output = float(weight[:64].float().std()) * math.sqrt(shape[1])
     tiny = max(_LEAST_INPUT, _NEAR_UNDERFLOW / max(typical_output, _NEAR_UNDERFLOW))
@@ -155,3 +160,21 @@ def probes(
     yield normal.bfloat16(), 1.0
     yield normal.mul(tiny).bfloat16(), _NEAR_UNDERFLOW
     yield normal.mul(torch.exp2(exponents.float())).bfloat16(), 1.0
+    undone = normal.clone()
+    first, second = _pairs(shape[1])
+    undone[:, second] = -undone[:, first]
+    yield undone.bfloat16(), 0.0
+
+
+def pair_columns(weight: Tensor) -> Tensor:
+    """The same matrix [N, K], with every column in it twice, far apart. K is even."""
+    first, second = _pairs(weight.shape[1])
+    weight[:, second] = weight[:, first]
+    return weight
+
+
+def _pairs(num_columns: int) -> tuple[Tensor, Tensor]:
+    """[K / 2] each, which column is the same as which."""
+    order = torch.randperm(num_columns, generator=torch.Generator().manual_seed(1))
+    first, second = order.view(2, -1)
+    return first, second

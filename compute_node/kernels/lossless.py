@@ -20,7 +20,7 @@ from proto.weight_format import BASES, CODES, OUTLIER_ENDS, OUTLIERS, lossless_t
 
 logger = logging.getLogger(__name__)
 
-_PARTS = ("", CODES, BASES, OUTLIER_ENDS, OUTLIERS)  # as native/lossless.h has them
+_PARTS = ("", CODES, BASES, OUTLIER_ENDS, OUTLIERS)  # as native lossless has them
 _PLACE_BITS = 24
 
 _same_bits: dict[tuple[object, ...], bool] = {}

@@ -1,4 +1,4 @@
-"""One token through a wave of gated experts in one call of native/one_token.c, where that gives the
+"""One token through a wave of gated experts in one call of native one_token, where that gives the
 bits of the experts module's own operations; found out for each module and shape on this machine.
 """
 

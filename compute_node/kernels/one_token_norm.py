@@ -1,4 +1,4 @@
-"""The RMS norms of a model: one token goes through native/one_token.c where that gives the module's
+"""The RMS norms of a model: one token goes through native one_token where that gives the module's
 own bits, which is found out for each module and number of rows on this machine.
 """
 
@@ -30,7 +30,7 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class Form(IntEnum):
-    """What becomes of the weight; native/one_token.c has the same numbers."""
+    """What becomes of the weight; native one_token has the same numbers."""
 
     AFTER_ROUNDING = 0
     BEFORE_ROUNDING = 1

@@ -1,5 +1,5 @@
 """Many tokens through the experts of a layer: all that are there at once in one call of
-native/prompt.c where every step of it is known to give torch's bits, else one by one by torch.
+native/prompt.h where every step of it is known to give torch's bits, else one by one by torch.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from compute_node.kernels.feed_forward import add_in_order, feed_forward
 from compute_node.native import binding
 
 _MATRICES = ("gate_up_proj", "down_proj")
-_LANES = 16  # of native/one_token.c, which adds rows up
+_LANES = 16  # of native one_token, which adds rows up
 
 
 class _Expert(ctypes.Structure):
-    """As native/prompt.c has it."""
+    """As native/prompt.h has it."""
 
     _fields_ = (
         ("gate_up", ctypes.c_void_p),
@@ -34,7 +34,7 @@ class _Expert(ctypes.Structure):
 
 
 class _Prompt(ctypes.Structure):
-    """As native/prompt.c has it."""
+    """As native/prompt.h has it."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("states", "weights", "table", "outputs", "scratch")),
@@ -50,7 +50,7 @@ class _Share:
     """An expert, and the tokens that chose it.
 
     tensors: of its record; places: [t] int64, k * T + token of each choice
-    steps: how native/prompt.c goes through both products; 0 where torch has to multiply
+    steps: how native/prompt.h goes through both products; 0 where torch has to multiply
     """
 
     tensors: dict[str, Tensor]

@@ -156,14 +156,9 @@ def check_threads() -> Finding:
 
 
 def check_kernel() -> Finding:
-    """Whether our own matrix kernel runs here; which shapes it takes, a node finds out and logs."""
-    obstacle = binding.obstacle()
-    if not obstacle:
-        return Finding("matrix kernel", "avx512_bf16: one token streams weights as memory does")
-    fact = f"torch's, about half the speed for one token of bf16: {obstacle}"
+    """Which kernels compute; which shapes they take, a node finds out and logs."""
     remedy = "install a C compiler (gcc) and run `pip install` of FlashMoE again"
-    cannot = obstacle == binding.CPU_LACKS_IT
-    return Finding("matrix kernel", fact, "" if cannot else remedy)
+    return Finding("matrix kernel", binding.in_charge(), remedy if binding.obstacle() else "")
 
 
 def check_files() -> Finding:

@@ -205,9 +205,10 @@ def test_native_kernels_are_exact(
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(logits, expected.logits, strict=True))
     assert tokens == expected.tokens
-    by_amx = "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    by_amx = "amx_bf16" in Path("/proc/cpuinfo").read_text() and binding.isa() != binding.PORTABLE
     assert gemv.num_shapes(native=True) >= 4 or by_amx, "experts, attention, output"
     assert gemm.num_products(native=True) >= 4 or by_amx, "experts of the prompt"
     if weight_format == "lossless":
         assert list(lossless._same_bits.values()) == [True, True] or by_amx
-        assert (lossless._steps and all(lossless._steps.values())) or by_amx
+        some = any if binding.isa() == binding.PORTABLE else all  # not for every number of tokens
+        assert (lossless._steps and some(lossless._steps.values())) or by_amx

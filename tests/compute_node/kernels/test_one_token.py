@@ -1,4 +1,4 @@
-"""Norms and experts of one token by native/one_token.c: torch's bits, and trusted only there.
+"""Norms and experts of one token by native one_token: torch's bits, and trusted only there.
 
 Planted faults seen red: a norm's four sums added in another order, norms compared after rounding
 alone, its inputs' dtype or strides not looked at, the sum over experts rounded once, gate weights

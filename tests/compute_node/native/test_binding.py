@@ -17,7 +17,7 @@ NATIVE = Path(binding.__file__).parent
 
 def test_the_version_is_that_of_the_sources() -> None:
     """Arguments changed under a function's old name would be read as something else."""
-    sources = sorted(path for path in NATIVE.glob("*.[ch]") if path.name != "version.h")
+    sources = sorted(path for path in NATIVE.rglob("*.[ch]") if path.name != "version.h")
     digest = xxhash.xxh3_64(b"".join(path.read_bytes() for path in sources)).intdigest()
     version = f"{digest >> 1:#x}"  # positive as int64
     assert f"#define KERNELS_VERSION {version}\n" in (NATIVE / "version.h").read_text()

@@ -21,13 +21,6 @@ enum {
 /* How a norm ends; compute_node/kernels/one_token_norm.py has the same numbers. */
 enum { WEIGHT_AFTER_ROUNDING = 0, WEIGHT_BEFORE_ROUNDING = 1, ONE_PLUS_WEIGHT = 2 };
 
-void gemv(const uint16_t *const *weights, const uint16_t *const *biases, int64_t count,
-          const uint16_t *inputs, int64_t input_stride, uint16_t *outputs, int64_t rows,
-          int64_t columns, parallel_function *parallel, int64_t threads);
-void lossless_gemv(const void *const *parts, const uint16_t *const *biases, int64_t count,
-                   const uint16_t *inputs, int64_t input_stride, uint16_t *outputs, int64_t rows,
-                   int64_t columns, parallel_function *parallel, int64_t threads);
-
 INLINE __m512 widen(__m256i numbers) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
 }

@@ -1,23 +1,15 @@
-/* The tokens of a prompt through the experts that they chose, from hidden states to weighted outputs.
+/* The tokens of a prompt through the experts that they chose, from hidden states to weighted outputs: the
+ * same in every folder, compiled into each with its own products and sums.
  *
  * Between the two products every number is rounded where torch's own operations round it;
  * compute_node/kernels/prompt_experts.py takes this way where each step is known to give torch's bits.
+ *
+ * Before it is included: gemm, gate_of, weigh, add_rows, take, PARALLEL_BYTES; THREAD and
+ * ENTRY_OF_FOLDER, how functions are declared that threads enter, and the entries.
  */
 #include <string.h>
 
-#if defined(__x86_64__)
-#include "tiles.h"
-
-void gemm(const void *const *weight, int64_t lossless, const uint16_t *bias, const uint16_t *inputs,
-          uint16_t *outputs, int64_t tokens, int64_t rows, int64_t columns,
-          int64_t accumulator_columns, parallel_function *parallel, int64_t threads);
-void gate_of(const uint16_t *gate_up, const uint16_t *table, int64_t count, int64_t inner,
-             uint16_t *activated);
-void weigh(const uint16_t *row, float weight, int64_t columns, uint16_t *weighted);
-void add_rows(const uint16_t *rows, const int64_t *order, int64_t count, int64_t columns,
-              uint16_t *total);
-
-enum { GROUP_TOKENS = 16 /* whose outputs a thread adds up at a time */ };
+enum { SUMMED_TOKENS = 16 /* whose outputs a thread adds up at a time */ };
 
 /* What one expert has to do. */
 struct expert {
@@ -37,11 +29,11 @@ struct prompt {
   int64_t tokens, top_k, hidden, inner, lossless;
 };
 
-struct job {
+struct prompt_job {
   const struct prompt *prompt;
   const struct expert *experts;
   int64_t num_experts;
-  int64_t next, next_scratch; /* whoever asks first */
+  int64_t next, next_scratch; /* threads take one after the other */
 };
 
 static void compute(const struct prompt *prompt, const struct expert *expert, uint16_t *scratch,
@@ -64,8 +56,8 @@ static void compute(const struct prompt *prompt, const struct expert *expert, ui
   }
 }
 
-__attribute__((target(TARGET))) static void work(void *data) {
-  struct job *job = data;
+THREAD void prompt_work(void *data) {
+  struct prompt_job *job = data;
   uint16_t *scratch = job->prompt->scratch + take(&job->next_scratch) * job->prompt->scratch_numbers;
   int64_t number;
   while ((number = take(&job->next)) < job->num_experts)
@@ -74,17 +66,17 @@ __attribute__((target(TARGET))) static void work(void *data) {
 
 /* Several experts: each by one thread where there are enough of them, else each by all threads.
  * Entering a parallel region wakes a thread, which takes as long as a small product. */
-void prompt_experts(const struct prompt *prompt, const struct expert *experts, int64_t num_experts,
-                    parallel_function *parallel, int64_t threads) {
-  struct job job = {prompt, experts, num_experts, 0, 0};
+ENTRY_OF_FOLDER void prompt_experts(const struct prompt *prompt, const struct expert *experts, int64_t num_experts,
+                                    parallel_function *parallel, int64_t threads) {
+  struct prompt_job job = {prompt, experts, num_experts, 0, 0};
   if (parallel && threads > 1 && num_experts >= 2 * threads)
-    parallel(work, &job, (unsigned)threads, 0);
+    parallel(prompt_work, &job, (unsigned)threads, 0);
   else
     for (int64_t number = 0; number < num_experts; number++)
       compute(prompt, experts + number, prompt->scratch, parallel, threads);
 }
 
-struct sum {
+struct sum_job {
   const uint16_t *rows; /* [tokens, count, columns] */
   const int64_t *order; /* [tokens, count] */
   int64_t tokens, count, columns;
@@ -92,24 +84,22 @@ struct sum {
   int64_t next;     /* group of tokens; threads take one after the other */
 };
 
-__attribute__((target(TARGET))) static void add_groups(void *data) {
-  struct sum *sum = data;
+THREAD void sum_work(void *data) {
+  struct sum_job *sum = data;
   int64_t token;
-  while ((token = take(&sum->next) * GROUP_TOKENS) < sum->tokens)
-    for (int64_t end = token + GROUP_TOKENS; token < end && token < sum->tokens; token++)
+  while ((token = take(&sum->next) * SUMMED_TOKENS) < sum->tokens)
+    for (int64_t end = token + SUMMED_TOKENS; token < end && token < sum->tokens; token++)
       add_rows(sum->rows + token * sum->count * sum->columns, sum->order + token * sum->count,
                sum->count, sum->columns, sum->totals + token * sum->columns);
 }
 
-/* What each token's experts made, added up in the order told, rounded each time. */
-void add_rows_of_each(const uint16_t *rows, const int64_t *order, int64_t tokens, int64_t count,
+/* What each token's experts made, added up in the given order, rounded each time. */
+ENTRY_OF_FOLDER void add_rows_of_each(const uint16_t *rows, const int64_t *order, int64_t tokens, int64_t count,
                       int64_t columns, uint16_t *totals, parallel_function *parallel,
                       int64_t threads) {
-  struct sum sum = {rows, order, tokens, count, columns, totals, 0};
+  struct sum_job sum = {rows, order, tokens, count, columns, totals, 0};
   if (parallel && threads > 1 && tokens * count * columns * 2 >= PARALLEL_BYTES)
-    parallel(add_groups, &sum, (unsigned)threads, 0);
+    parallel(sum_work, &sum, (unsigned)threads, 0);
   else
-    add_groups(&sum);
+    sum_work(&sum);
 }
-
-#endif

@@ -8,8 +8,6 @@
  */
 #include <string.h>
 
-#include "version.h"
-
 #if defined(__x86_64__)
 #include "tiles.h"
 
@@ -85,14 +83,6 @@ __attribute__((target(TARGET))) static void work(void *data) {
   }
 }
 
-int64_t kernels_version(void) { return KERNELS_VERSION; }
-
-int kernels_usable(void) {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
-}
-
 /* outputs[i] = weights[i] times inputs[i], or times the same input where input_stride is 0.
  * columns: a multiple of 32. parallel: null for one thread. */
 void gemv(const uint16_t *const *weights, const uint16_t *const *biases, int64_t count,
@@ -114,12 +104,5 @@ void gemv_one(const uint16_t *weight, const uint16_t *bias, const uint16_t *inpu
               int64_t threads) {
   gemv(&weight, bias ? &bias : 0, 1, input, 0, output, rows, columns, parallel, threads);
 }
-
-#else
-#include <stdint.h>
-
-int64_t kernels_version(void) { return KERNELS_VERSION; }
-
-int kernels_usable(void) { return 0; }
 
 #endif

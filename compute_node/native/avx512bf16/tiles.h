@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "names.h"
+
 #define TARGET "avx512f,avx512bw,avx512vl,avx512bf16"
 #define INLINE __attribute__((target(TARGET), always_inline)) static inline
 
@@ -15,9 +17,6 @@ enum {
   LINE_BYTES = 64,
   PARALLEL_BYTES = 1024 << 10  /* less is done before a second thread has woken */
 };
-
-/* OpenMP's entry into a parallel region, as GCC's runtime has it. */
-typedef void parallel_function(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 
 /* In: register r holds dwords of row r. Out: register c holds dword c of all rows. */
 INLINE void transpose(__m512i tile[ROWS]) {
