@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from proto.process.control_groups import control_groups
+
 
 def usable(root: Path = Path("/")) -> int:
     """Threads that can compute at once. root: where /proc and /sys are"""
@@ -27,20 +29,12 @@ def quota_processors(root: Path = Path("/")) -> float | None:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    hierarchies = root / "sys/fs/cgroup"
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, own = line.split(":", 2)
-        # In a container the path may be the host's, while what is mounted begins at its own group.
-        for group in (Path(own), *Path(own).parents):
-            within = group.relative_to("/")
-            if not controllers:
-                for mount in (hierarchies, hierarchies / "unified"):
-                    yield from _quota(_read(mount / within / "cpu.max"))
-            elif "cpu" in controllers.split(","):
-                for name in {"cpu", controllers}:
-                    folder = hierarchies / name / within
-                    quota, period = (f"cpu.cfs_{what}_us" for what in ("quota", "period"))
-                    yield from _quota(f"{_read(folder / quota)} {_read(folder / period)}")
+    for group in control_groups("cpu", root):
+        if group.is_v1:
+            quota, period = (group.folder / f"cpu.cfs_{what}_us" for what in ("quota", "period"))
+            yield from _quota(f"{_read(quota)} {_read(period)}")
+        else:
+            yield from _quota(_read(group.folder / "cpu.max"))
 
 
 def _read(file: Path) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_ROOT = Path("/sys/fs/cgroup")
-_MEMBERSHIP = Path("/proc/self/cgroup")
+from proto.process.control_groups import control_groups
+
+_SYSTEM = Path("/")
 
 
 @dataclass(frozen=True)
@@ -19,22 +20,13 @@ class MemoryGroup:
 
 
 def memory_groups() -> Iterator[MemoryGroup]:
-    """Those with a limit, from this process's own upwards."""
-    for is_v1, path in _memberships():
-        for group in (path, *path.parents):
-            if is_v1:
-                names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-                yield from _group(Path(f"{_ROOT}/memory{group}"), *names)
-            else:
-                yield from _group(Path(f"{_ROOT}{group}"), "memory.max", "memory.current", "")
-
-
-def _memberships() -> Iterator[tuple[bool, Path]]:
-    """Whether it is of v1, and its path below the hierarchy: of each that may limit memory."""
-    for line in _MEMBERSHIP.read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("memory", ""):
-            yield controllers == "memory", Path(path)
+    """The groups with a limit, from this process's own upwards."""
+    for group in control_groups("memory", _SYSTEM):
+        if group.is_v1:
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            names = "memory.max", "memory.current", ""
+        yield from _group(group.folder, *names)
 
 
 def _group(folder: Path, limit: str, usage: str, prefix: str) -> Iterator[MemoryGroup]:
@@ -70,10 +62,9 @@ def limit_bytes() -> int | None:
 
 def peak_bytes() -> int | None:
     """The highest use of a cgroup of this process's own; None when it has none."""
-    for is_v1, path in _memberships():
-        name = "memory.max_usage_in_bytes" if is_v1 else "memory.peak"
-        peak = _number(Path(f"{_ROOT}{'/memory' if is_v1 else ''}{path}/{name}"))
-        if path != Path("/") and peak is not None:
+    for group in control_groups("memory", _SYSTEM):
+        name = "memory.max_usage_in_bytes" if group.is_v1 else "memory.peak"
+        if group.is_own and (peak := _number(group.folder / name)) is not None:
             return peak
     return None
 

@@ -19,9 +19,13 @@ UNLIMITED = str(0x7FFFFFFFFFFFF000)
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(cgroup, "_ROOT", tmp_path)
-    monkeypatch.setattr(cgroup, "_MEMBERSHIP", tmp_path / "membership")
-    return tmp_path
+    """Where the hierarchies lie; the test writes the process's membership beside them."""
+    monkeypatch.setattr(cgroup, "_SYSTEM", tmp_path)
+    hierarchies = tmp_path / "sys/fs/cgroup"
+    hierarchies.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").symlink_to(hierarchies / "membership")
+    return hierarchies
 
 
 def v1(folder: Path, limit: str, used: int, cache: int) -> None:
@@ -88,7 +92,7 @@ def test_without_a_limit_it_is_what_the_machine_has(root: Path) -> None:
         ("own/memory.peak", "0::{}"),
     ],
 )
-def test_a_peak_is_told_of_a_group_of_its_own_only(file: str, line: str, root: Path) -> None:
+def test_only_a_group_of_its_own_has_a_peak(file: str, line: str, root: Path) -> None:
     """In the topmost group everybody on the machine counts."""
     (root / file).parent.mkdir(parents=True)
     (root / file).write_text(f"{5 * MIB}\n")
