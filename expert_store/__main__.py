@@ -34,7 +34,7 @@ logger = logging.getLogger("expert_store")
 async def run(
     config: ExpertStoreConfig, until_stopped: Callable[[], Awaitable[None]] = rpc.until_signalled
 ) -> None:
-    """Serve until told to stop. The order of lines is the order of start, reversed for stop."""
+    """Serve until a signal comes. The order of lines is the order of start, reversed for stop."""
     manifest = Manifest.load(config.store_dir)
     root = manifest.root(config.store_dir, config.source_root)
     check_sources(manifest, root)

@@ -51,7 +51,7 @@ class ExpertStoreConfig(BaseModel):
 
     @property
     def doorbell_path(self) -> Path:
-        """Beside the nodes' locks: whoever can hold one can ring."""
+        """Beside the nodes' locks: a process that can hold one can connect."""
         return self.session_dir / "doorbell.sock"
 
     @property

@@ -99,7 +99,7 @@ class StartFailed(FlashMoEError):
 
 
 class SlotsExhausted(FlashMoEError):
-    """The quota is not to be had: fewer slots, or another session must close first."""
+    """The store cannot grant the quota: ask for fewer slots, or close another session."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
     retryable = True

@@ -223,7 +223,7 @@ async def serving(
     """Serve until the block ends, then turn NOT_SERVING, call `drain`, and let work finish for
     grace_s.
 
-    Raises ConfigInvalid (exposed without TLS, address not to be had), AlreadyRunning.
+    Raises ConfigInvalid (exposed without TLS, address cannot be bound), AlreadyRunning.
     """
     check_exposure(listen)
     check_socket_free(listen.address)

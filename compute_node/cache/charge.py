@@ -53,7 +53,7 @@ class Charge:
             policy.on_step(layer, used)
 
     def choose(self) -> EvictionPolicy:
-        """The policy for the eviction at hand; counts whether advice or the fallback decided."""
+        """The policy for this eviction; counts whether advice or the fallback decided."""
         if self._configured in self._local:
             return self._local[self._configured]
         advice = self._advice()

@@ -58,7 +58,7 @@ class Lender(Protocol):
 
 @dataclass(frozen=True)
 class Budget:
-    """How many experts may be resident: so many a layer, or so many in one pool for all layers."""
+    """How many experts may be resident: a number a layer, or one for a pool of all layers."""
 
     slots: int
     moe_layers: tuple[int, ...]
@@ -328,7 +328,7 @@ class ExpertCache:
             try:
                 for _ in self._arrive(asked.misses[0].layer, asked, check):
                     pass
-            except errors.ExpertDamaged as error:  # whoever needs it hears of it again
+            except errors.ExpertDamaged as error:  # a step that needs it gets the error again
                 logger.info("damaged expert given up", extra={"reason": str(error)})
             except SessionLost as error:
                 logger.warning("session lost", extra={"reason": str(error)})

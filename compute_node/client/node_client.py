@@ -99,7 +99,7 @@ class NodeClient:
         temperature: 0 is greedy, and exact
         stop: one or several strings that end the text and are not part of it
         skip_special_tokens: leave them out of the text; else it shows the one that ends it, too
-        max_prompt_tokens: a longer prompt is cut to its first so many tokens; 0: never
+        max_prompt_tokens: a longer prompt is cut to this many tokens; 0: never
         record: keep what each decode step asked of the experts, in `Result.steps`
         router_scores: record the router's scores of all experts, too
 
@@ -130,8 +130,8 @@ class NodeClient:
         """How likely each token of a text is, computed one by one as decode does.
 
         text: text or token ids
-        max_tokens: a longer text is cut to its first so many tokens; 0: never
-        context_tokens: a longer text is scored in pieces of so many; 0: 512
+        max_tokens: a longer text is cut to this many tokens; 0: never
+        context_tokens: a longer text is scored in parts of this many; 0: 512
 
         Raises InvalidRequest before anything is sent. Iterating raises what the node ends with.
         """

@@ -75,7 +75,7 @@ class SequenceState:
 class Engine:
     """Runs sequences through a model. One thread.
 
-    evidence: told of every pass; None: nobody learns
+    evidence: called after every pass; None: nobody learns
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from proto.expert import ModelSpec
 
 @dataclass(frozen=True)
 class Recording:
-    """What a request wants to be told of its decode steps. router_scores: of all experts, too."""
+    """What a request wants recorded of its decode steps. router_scores: of all experts, too."""
 
     router_scores: bool = False
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compute_node.kernels import gemm, gemv, lossless, low_bit, matrices
 
-# From so many on, torch shares the elements of a tensor out to threads at any place, and an
+# From this many on, torch shares the elements of a tensor out to threads at any place, and an
 # activation's bits may depend on where.
 _SHARED_OUT_ELEMENTS = 32768
 

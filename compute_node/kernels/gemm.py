@@ -25,7 +25,7 @@ _MAX_WORK = 1 << 31  # multiplications, 10 ms; generating a kernel for more is a
 _WHOLE_COLUMNS, _BLOCK_COLUMNS = 384, 768  # oneDNN's blocks without bf16 instructions
 _LEAST_TOKENS = 4  # of which a portable product is no slower
 _STEPS = (1024, 512, 2048, 4096)  # oneDNN starts a new accumulator after 1024; 512 for one token
-_MIXED_TOKENS = 17  # from so many on one product tries out every kind of input
+_MIXED_TOKENS = 17  # from this many on, one product tries out every kind of input
 _POOL_NUMBERS = 1 << 21  # larger matrices are tried out as they are
 
 _steps: dict[tuple[object, ...], int] = {}  # 0: torch multiplies
@@ -48,7 +48,7 @@ def step_of(
     num_tokens: int, weight: Tensor, bias: Tensor | None = None, max_work: float | None = None
 ) -> int:
     """After how many columns `multiply` has to start a new accumulator to give torch's bits, for
-    matrices [N, K] of this shape and so many tokens. 0: torch has to multiply.
+    matrices [N, K] of this shape and this many tokens. 0: torch has to multiply.
 
     max_work: multiplications beyond which torch does, untried; None: 10 ms of them
     """

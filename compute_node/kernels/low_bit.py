@@ -28,7 +28,7 @@ from proto.weight_format import (
 class LowBit(Protocol):
     """How one weight format's matrices are multiplied with; proto/weight_format.py lays them out.
 
-    few_tokens: up to so many, the low-bit kernel is faster than dequantising (tests/bench/LOG.md)
+    few_tokens: up to this many, the low-bit kernel is faster than dequantising (tests/bench/LOG.md)
     """
 
     few_tokens: int

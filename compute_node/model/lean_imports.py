@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-# Read at torch's import. Two caches of generated kernels, 1,024 shapes each unless told otherwise.
+# Read at torch's import. Two caches of generated kernels, 1,024 shapes each by default.
 # And how often OpenMP's threads look out for work before they sleep, a hundred times a microsecond:
 # by default for 3 ms, on cores that others need (tests/bench/LOG.md).
 _SETTINGS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "24", "LRU_CACHE_CAPACITY": "24"}

@@ -26,7 +26,7 @@ class Overlap:
     _unguessed: int = 0
 
     def enter(self, layer: int, num_unguessed: int) -> None:
-        """A decode step reaches the experts of `layer`, so many of whose misses nobody guessed."""
+        """A decode step reaches `layer`. num_unguessed: its misses that nobody guessed"""
         now_s, stall_s = self.clock(), self.cache.stall_s
         if self._layer is not None and layer > self._layer:  # else a step began anew
             compute_s = now_s - self._start_s - (stall_s - self._stall_s)

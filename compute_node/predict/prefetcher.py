@@ -63,7 +63,7 @@ class NextRouter:
 
 @dataclass
 class Distance:
-    """What guesses so many layers ahead have been worth.
+    """What guesses at one distance, in layers ahead, have been worth.
 
     precisions: by the rank that the asked router gave them, running
     """

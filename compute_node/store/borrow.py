@@ -22,7 +22,7 @@ from proto import expert_store_pb2_grpc as pb_grpc
 from proto.expert import EXACT_VARIANT, ExpertKey, ModelSpec, RecordKey
 
 _RETRY_S = 0.1
-_GAVE_UP = (errors.Cancelled, errors.DeadlineExceeded)  # whoever asked, not the session
+_GAVE_UP = (errors.Cancelled, errors.DeadlineExceeded)  # the caller ended, not the session
 
 
 class StoreClient:

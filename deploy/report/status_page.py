@@ -77,7 +77,7 @@ def _node_rows(facts: Facts) -> dict[str, str]:
         "gives up by": f"policy {facts['policy']}",
         "learning": facts["learning"],
         "advice": _advice(facts),
-        "evidence": f"{count(facts['evidence_sent'], 'step')} told to the scheduler, "
+        "evidence": f"{count(facts['evidence_sent'], 'step')} sent to the scheduler, "
         f"{facts['evidence_dropped']:,} dropped",
         "guesses": _guesses(facts),
         "store": "never lost" if not reopened else f"lost and opened again {times(reopened)}",

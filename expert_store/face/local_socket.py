@@ -40,7 +40,7 @@ class Doorbell:
         self._thread = threading.Thread(target=self._accept, name="doorbell")
 
     def __enter__(self) -> Doorbell:
-        """Raises ConfigInvalid when the address is not to be had."""
+        """Raises ConfigInvalid when the address cannot be bound."""
         self.path.unlink(missing_ok=True)
         try:
             self._listener.bind(str(self.path))
@@ -144,7 +144,7 @@ class _Caller(threading.Thread):
 
     def _send(self, message: pb.Exchanged) -> None:
         """Never waits: a node that does not listen is hung up on, its stream tells its fate. One
-        that hung up is told nothing: a read that it asked for may end after it.
+        that hung up gets no answer: a read that it asked for may end after it.
         """
         try:
             with self._sending:

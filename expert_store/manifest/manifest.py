@@ -110,7 +110,7 @@ class Manifest:
 
 
 def check_sources(manifest: Manifest, root: Path, *, times: bool = True) -> None:
-    """Compare the files on disk with what was indexed: size always, time unless told otherwise.
+    """Compare the files on disk with what was indexed: size always, time if `times`.
 
     Time counts in place only. A checkpoint is its owner's: saved anew it has the same sizes, and
     nothing may be served from it that was indexed before. A packed store's files are written once,

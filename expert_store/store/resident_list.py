@@ -88,7 +88,7 @@ class Keeper:
             await asyncio.to_thread(self.save_current)
 
     def save_current(self) -> None:
-        """A disk that refuses is told once, and how often once it takes the list again."""
+        """Log once that a disk refuses, and the number of failures when it accepts again."""
         experts = self._store.wanted()
         if not experts:
             return  # a store that has not filled yet knows less than its list

@@ -39,7 +39,7 @@ class Session:
 class SessionTable:
     """Every open session, and every orphaned one whose node still holds its lock.
 
-    lock: held around every change; shared with whoever else changes slots, from any thread.
+    lock: held around every change; shared with all code that changes slots, on any thread.
     Sessions open and close on the event loop.
     """
 

@@ -204,7 +204,7 @@ class ExpertStore:
             self._left.wait_for(lambda: self._num_at_device == 0)
 
     def give_up(self) -> None:
-        """After `stop`, when no reader is left: nothing stays half filled, who waits is told."""
+        """After `stop` and all readers: nothing stays half filled, every waiter gets an error."""
         lent = []
         with self.lock:
             for fill in list(self._fills.values()):

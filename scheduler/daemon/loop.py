@@ -50,7 +50,7 @@ class SchedulerLoop:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[asyncio.Task[None]]:
-        """Run beside the block; at its end finish the batch at hand and save."""
+        """Run beside the block; at its end finish the current batch and save."""
         task = asyncio.create_task(self.run())
         try:
             yield task

@@ -42,7 +42,7 @@ class CalibrationSettings:
     max_updates:       of the weights, each on `batch` windows of `window_steps`
     patience:          evaluations without a better held-out loss before it stops
     held_out_ratio:    of the generations, to stop by
-    average_updates:   about so many last updates make up the weights kept
+    average_updates:   about this many last updates make up the weights kept
     """
 
     lag_steps: int = 0
@@ -159,7 +159,7 @@ class Lessons:
 
 
 class _OtherGenerations(Recall):
-    """Recalls other generations of a trace, and of the one at hand what has passed."""
+    """Recalls other generations of a trace, and of the current one what has passed."""
 
     def __init__(self, shape: tuple[int, int], everything: StepMemory) -> None:
         super().__init__(shape, everything)

@@ -37,7 +37,7 @@ class ForecasterSpec:
     """What a forecaster was made for and how. H horizons, N features.
 
     fingerprint:       of the store it was calibrated for; empty, of a trace alone
-    horizons_steps:    [H]; output h is P(used within so many steps)
+    horizons_steps:    [H]; output h is P(used within that many steps)
     half_lives_tokens: of the features it reads
     lag_steps:         1 when its answers are for advice that is one step late, else 0
     """

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-NUM_NEIGHBOURS = 32  # about so many; ties may add some
+NUM_NEIGHBOURS = 32  # about this many; ties may add some
 TEMPERATURE = 3.0  # experts in common that make a neighbour e times as heavy
 NUM_AHEAD = 8  # steps after a neighbour that count ...
 AHEAD_DECAY = 0.8  # ... each this much of the one before
 WORD_BITS = 64
 SIFTED_WORDS = 200_000  # a memory of more is looked through in two rounds ...
 SIFTED_STRIDE = 3  # ... the first over every third word ...
-NUM_CANDIDATES = 1024  # ... for about so many steps
+NUM_CANDIDATES = 1024  # ... for about this many steps
 
 Array = NDArray[np.float64]
 
@@ -128,7 +128,7 @@ class Recall:
         self._memories = memories
 
     def learn(self, chosen: NDArray[np.intp]) -> None:
-        """One more step of the sequence at hand, [L, K]."""
+        """One more step of the current sequence, [L, K]."""
         self._memories[-1].append(chosen)
 
     def shares(self, chosen: NDArray[np.intp]) -> Array:
@@ -155,7 +155,7 @@ class Recall:
 
 
 def _threshold(common: NDArray[np.uint16], wanted: int) -> int:
-    """The least number in common that leaves about so many steps, at least 1."""
+    """The least number in common that leaves about this many steps, at least 1."""
     at_least = np.bincount(common)[::-1].cumsum()
     missing = int(np.searchsorted(at_least, wanted))
     return max(1, len(at_least) - 1 - missing)

@@ -1,4 +1,4 @@
-"""Belady's optimum: evicts what is used again farthest in the future, which it is told."""
+"""Belady's optimum: evicts what is used again farthest in the future, which it knows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scheduler.simulate.ranking import Ranks, chosen
 class Belady:
     """The fewest misses that any policy can have on these events (Belady 1966).
 
-    topk_ids: [T, L, K], the events that `observe` will be told of, in this order
+    topk_ids: [T, L, K], the events that `observe` will be given, in this order
     """
 
     def __init__(self, topk_ids: NDArray[np.uint16], num_experts: int) -> None:

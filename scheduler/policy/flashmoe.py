@@ -38,7 +38,7 @@ class Net:
 class Usage:
     """What a net sees: 1 / recency, and frequency over that of the layer's most frequent expert.
 
-    Frequency is of the generation at hand, as in the paper, which runs one prompt at a time.
+    Frequency is of the current generation, as in the paper, which runs one prompt at a time.
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:

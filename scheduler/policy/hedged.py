@@ -1,7 +1,7 @@
 """Puts that policy in charge which would have kept more, and follows turns only while that pays.
 
 All members run beside the real stream, so what each would have hit is known, not estimated: the
-leader is followed. A scout goes over to a challenger once that has gained so many hits on its
+leader is followed. A scout goes over to a challenger once that has gained enough hits on its
 choice since it last fell behind. Yet a stream can turn whenever the scout has: then some member
 alone does better than the scout over the long run, which is seen in the same way, and is kept.
 """
@@ -18,7 +18,7 @@ from proto.redis_schema import DecodeAccess
 from scheduler.simulate.replay import RankedCache
 from scheduler.simulate.slots import Hits, Slots
 
-LEAD_STEPS = 2.0  # what the scout wants to see gained, in the accesses of so many steps
+LEAD_STEPS = 2.0  # what the scout wants to see gained, in the accesses of this many steps
 LONG_RUN_STEPS = 2048  # half-life of what tells a member from the scout ...
 LONG_RUN_LEAD_STEPS = 1.0  # ... and by how much
 
@@ -45,7 +45,7 @@ class Reason:
 
 
 class Scout:
-    """Goes over to whoever has gained LEAD_STEPS on its choice. size: how many there are.
+    """Goes over to the member that has gained LEAD_STEPS on its choice. size: how many there are.
 
     choice: a number below size
     """

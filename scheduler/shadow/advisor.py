@@ -82,7 +82,7 @@ class Advisor:
         return Verdict(shadows.in_charge, shadows.scores())
 
     def reports(self) -> tuple[Report, ...]:
-        """Of every node that told of a step."""
+        """Of every node that sent a step."""
         return tuple(shadows.report(node) for node, shadows in self._nodes.items())
 
     def _begin(self, node: str, budget: Budget) -> Shadows:

@@ -71,7 +71,7 @@ class Score:
 class Report:
     """Of one node, since its budget last changed. policies: by name, `min` among them.
 
-    actual:        of the node's own cache, as it told
+    actual:        of the node's own cache, as it reported
     switches:      how often another policy was put in charge
     """
 
@@ -87,7 +87,7 @@ class Report:
 
 
 class Tally:
-    """Hit ratio of one policy. half_life_steps: in so many, a step loses half its weight."""
+    """Hit ratio of one policy. half_life_steps: in this many, a step loses half its weight."""
 
     def __init__(self, half_life_steps: float) -> None:
         self._newest = 1 - 0.5 ** (1 / half_life_steps)

@@ -22,7 +22,7 @@ SCOPES = (LAYER, POOL)
 class Setting:
     """What is replayed under which budget.
 
-    slots:        a layer; in a pool, so many times the layers in all
+    slots:        a layer; in a pool, this times the number of layers
     warmup_steps: the first ones, which are replayed and not counted
     lag_steps:    how old advice is when it decides: 0, evictions of a step know all of that step;
                   1, as live, advice is of the step before. Local policies have no lag.

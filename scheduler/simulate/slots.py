@@ -20,7 +20,7 @@ Entry = tuple[float, int]  # rank, place in the flat pool
 
 NOBODY: Entry = (math.inf, -1)
 CANDIDATES_PER_MISS = 4  # looked at first when a pool makes room ...
-SPARE_CANDIDATES = 32  # ... and so many more
+SPARE_CANDIDATES = 32  # ... and this many more
 
 
 class SlotsTooFew(errors.InvalidRequest):
@@ -201,7 +201,7 @@ class _Waiting:
 
 
 class _Heard:
-    """Residents of layers whose event has come, but for those of the layer at hand."""
+    """Residents of layers whose event has come, but for those of the current layer."""
 
     def __init__(self, by_rank: list[Entry], num_experts: int, num_layers: int) -> None:
         self._num_experts = num_experts

@@ -34,7 +34,7 @@ class Architecture:
 
     dense:   what the model takes besides its experts; skipped: what it does not take (other heads,
              layers that only training uses)
-    dry_run: what the model told when it ran
+    dry_run: what was seen when the model ran
     """
 
     model_type: str

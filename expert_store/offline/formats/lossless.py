@@ -27,7 +27,7 @@ def count_outliers(matrix: Tensor) -> int:
 
 
 def encode(matrix: Tensor, num_outliers: int) -> tuple[Tensor, ...]:
-    """matrix: [N, K] bf16; num_outliers: room for so many
+    """matrix: [N, K] bf16; num_outliers: how many there is room for
 
     Returns what `proto.weight_format.lossless_tensors` names, in that order.
     """
