@@ -21,8 +21,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from transformers.utils import logging as transformers_logging
 
-from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.config import ComputeNodeConfig
 from compute_node.engine.engine import Engine
 from compute_node.engine.jobs import ComputeThread
@@ -63,7 +63,7 @@ async def run(config: ComputeNodeConfig) -> None:
             access_log = stack.enter_context(AccessLog(client, spec.fingerprint))
             feed = AdviceFeed(client, spec.fingerprint, config.node, config.advice_poll_s)
             advice = stack.enter_context(feed)
-        charge = Charge(
+        chooser = PolicyChooser(
             config.policy,
             config.half_life_tokens,
             spec.moe_layers,
@@ -72,7 +72,7 @@ async def run(config: ComputeNodeConfig) -> None:
         )
         slots = min(config.slots, spec.num_experts_total)
         budget = Budget(slots, spec.moe_layers, spec.top_k, pooled=config.scope == "pool")
-        cache = ExpertCache(store, budget, charge)
+        cache = ExpertCache(store, budget, chooser)
         model_dir = config.model_dir or description.model_dir
         lookahead = Lookahead(
             config.prefetch_depth if config.transport == "shared_memory" else 0,
@@ -87,7 +87,7 @@ async def run(config: ComputeNodeConfig) -> None:
         evidence = None
         if access_log:
             evidence = Evidence(
-                access_log, spec, config.node, slots, config.scope, lambda: charge.name
+                access_log, spec, config.node, slots, config.scope, lambda: chooser.name
             )
         engine = Engine(
             loaded,

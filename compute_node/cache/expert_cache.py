@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from compute_node.cache.charge import Charge
+from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.cache.residents import Residents
 from compute_node.store.memory import Borrowed
 from compute_node.store.session import Arrival, SessionLost
@@ -143,7 +143,7 @@ class ExpertCache:
 
     lender: Lender
     budget: Budget
-    charge: Charge
+    chooser: PolicyChooser
     counters: dict[int, LayerCounters] = field(default_factory=dict)
     read_s: float = 0.0
     read_s_per_byte: float = 0.0
@@ -189,7 +189,7 @@ class ExpertCache:
         self.let_go_if_lost()
         self._collect(check)
         used = [ExpertKey(layer, expert) for expert in experts]
-        self.charge.on_step(layer, used)
+        self.chooser.on_step(layer, used)
         self._resident.on_step(layer)
         hits = [key for key in used if key in self._resident]
         counters = self.counters[layer]
@@ -362,7 +362,7 @@ class ExpertCache:
         excess = num_rivals + len(self._under_way) + len(misses) - self._capacity[layer]
         if excess <= 0:
             return []
-        policy = self.charge.choose()
+        policy = self.chooser.choose()
         going = resident.victims(policy, excess, pinned, None if pooled else layer)
         for key in going:
             resident.evict(key)

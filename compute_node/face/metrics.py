@@ -74,8 +74,8 @@ class NodeCollector(Collector):
         evictions = CounterMetricFamily(
             "flashmoe_node_evictions_decided", "By whom evictions were decided", labels=["by"]
         )
-        evictions.add_metric(["advice"], cache.charge.num_advised)
-        evictions.add_metric(["fallback"], cache.charge.num_fallbacks)
+        evictions.add_metric(["advice"], cache.chooser.num_advised)
+        evictions.add_metric(["fallback"], cache.chooser.num_fallbacks)
         yield evictions
         yield GaugeMetricFamily(
             "flashmoe_node_learning",

@@ -106,7 +106,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         counters = cache.counters
         reply = pb.NodeStatsReply(
             fingerprint=loaded.spec.fingerprint,
-            policy=cache.charge.name,
+            policy=cache.chooser.name,
             slots=cache.budget.slots,
             resident=len(cache),
             hits=sum(c.hits for c in counters.values()),
@@ -115,8 +115,8 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             stall_s=sum(c.stall_s for c in counters.values()),
             requests=self._num_requests,
             queued=self._compute.num_queued,
-            advice_used=cache.charge.num_advised,
-            advice_fallbacks=cache.charge.num_fallbacks,
+            advice_used=cache.chooser.num_advised,
+            advice_fallbacks=cache.chooser.num_fallbacks,
             store_reconnects=max(0, self._store.num_opened - 1),
             dense_bytes=loaded.dense_bytes,
             cache_bytes=self._engine.peak_cache_bytes,

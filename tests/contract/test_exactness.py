@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.engine.engine import Engine, SequenceState
 from compute_node.kernels import gemm, gemv, lossless
 from compute_node.model.loaded import load_model
@@ -124,9 +124,9 @@ def engine(
         client = StoreClient(address, "node", slots, run_dir / "sessions", deadline_s=10)
         try:
             spec = client.describe().spec
-            charge = Charge("decayed", 16, spec.moe_layers, spec.num_experts, lambda: None)
+            chooser = PolicyChooser("decayed", 16, spec.moe_layers, spec.num_experts, lambda: None)
             budget = Budget(slots, spec.moe_layers, spec.top_k, pooled)
-            cache = ExpertCache(client, budget, charge)
+            cache = ExpertCache(client, budget, chooser)
             model_dir = client.describe().model_dir
             loaded = load_model(model_dir, spec, cache)
             cache.open()

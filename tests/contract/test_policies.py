@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.cache.policy_chooser import PolicyChooser
 from proto.redis_schema import Advice, DecodeAccess
 from scheduler.lab.policies import POLICIES, Background
 from scheduler.policy.decayed import Decayed
@@ -36,8 +36,8 @@ class LiveCache:
         self._layers = tuple(range(1, 2 * trace.num_layers, 2))
         slots = setting.slots * trace.num_layers
         budget = Budget(slots, self._layers, trace.top_k, setting.scope == "pool")
-        charge = Charge(policy, HALF_LIFE_TOKENS, self._layers, trace.num_experts, advice)
-        self._cache = ExpertCache(FakeLender(slots), budget, charge)
+        chooser = PolicyChooser(policy, HALF_LIFE_TOKENS, self._layers, trace.num_experts, advice)
+        self._cache = ExpertCache(FakeLender(slots), budget, chooser)
         self._cache.open()
 
     def step(self, event: DecodeAccess) -> np.ndarray:

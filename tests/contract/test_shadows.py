@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.cache.policy_chooser import PolicyChooser
 from proto.redis_schema import Advice, DecodeAccess
 from scheduler.policy.decayed import Decayed
 from scheduler.policy.hedged import Hedged
@@ -65,8 +65,8 @@ class Node:
     def __init__(self, slots: int, scope: str, policy: str, advisor: Advisor) -> None:
         budget = Budget(slots, LAYERS, TRACE.top_k, scope == "pool")
         self._advice: Advice | None = None
-        charge = Charge(policy, 16.0, LAYERS, TRACE.num_experts, lambda: self._advice)
-        self._cache = ExpertCache(FakeLender(slots), budget, charge)
+        chooser = PolicyChooser(policy, 16.0, LAYERS, TRACE.num_experts, lambda: self._advice)
+        self._cache = ExpertCache(FakeLender(slots), budget, chooser)
         self._cache.open()
         self._evidence = {"slots": slots, "scope": scope, "node": "live"}
         self._advisor = advisor

@@ -16,8 +16,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.engine.engine import Engine, SequenceState
 from compute_node.engine.usage import Measure, Usage
 from compute_node.model.loaded import LoadedModel, load_model
@@ -103,7 +103,7 @@ class Node:
         self._loaded: LoadedModel = load_model(
             store_dir,
             self.spec,
-            ExpertCache(FakeLender(), self._budget(slots), self._charge("lru")),
+            ExpertCache(FakeLender(), self._budget(slots), self._chooser("lru")),
         )
         routers = {
             layer: self._loaded.model.get_submodule(f"model.layers.{layer}.mlp.router")
@@ -125,7 +125,7 @@ class Node:
         policy: a local one, or the name of what is told
         """
         advice: list[Advice] = []
-        charge = self._charge(policy, lambda: advice[-1] if advice else None)
+        chooser = self._chooser(policy, lambda: advice[-1] if advice else None)
         budget = self._budget(slots)
 
         def hear(step: int) -> None:
@@ -136,8 +136,8 @@ class Node:
             f"unix:{run_dir}/store.sock", "bench", slots, run_dir / "sessions", 30
         )
         try:
-            client.keys = warmed(segment, budget, charge, hear)
-            cache = ExpertCache(client, budget, charge)
+            client.keys = warmed(segment, budget, chooser, hear)
+            cache = ExpertCache(client, budget, chooser)
             cache.open()
             self._hang(cache)
             before = CpuMoment.now([store_pid])
@@ -145,23 +145,27 @@ class Node:
             others = CpuMoment.now([store_pid]).others_ratio(before, os.cpu_count() or 1)
         finally:
             client.close()
-        assert not charge.num_fallbacks, "a step went by without advice"
+        assert not chooser.num_fallbacks, "a step went by without advice"
         return replace(result, others_ratio=others)
 
     def fresh(self, segment: Segment, num_steps: int) -> list[int]:
         """Digests of the first counted steps, every expert read alone from the file, ascending."""
         for layer, module in self._loaded.experts_modules.items():
             module.flashmoe = FreshExperts(layer, self._manifest, self._dir)
-        cache = ExpertCache(FakeLender(), self._budget(self.spec.num_experts_total), self._charge())
+        cache = ExpertCache(
+            FakeLender(), self._budget(self.spec.num_experts_total), self._chooser()
+        )
         return self._decode(segment, cache, lambda step: None, num_steps).digests
 
     def _budget(self, slots: int) -> Budget:
         return Budget(slots, self.spec.moe_layers, self.spec.top_k, pooled=True)
 
-    def _charge(
+    def _chooser(
         self, policy: str = "lru", advice: Callable[[], Advice | None] = lambda: None
-    ) -> Charge:
-        return Charge(policy, HALF_LIFE_TOKENS, self.spec.moe_layers, self.spec.num_experts, advice)
+    ) -> PolicyChooser:
+        return PolicyChooser(
+            policy, HALF_LIFE_TOKENS, self.spec.moe_layers, self.spec.num_experts, advice
+        )
 
     def _hang(self, cache: ExpertCache) -> None:
         """Let the model borrow from this cache."""
@@ -196,12 +200,12 @@ class Node:
 
 
 def warmed(
-    segment: Segment, budget: Budget, charge: Charge, hear: Callable[[int], None]
+    segment: Segment, budget: Budget, chooser: PolicyChooser, hear: Callable[[int], None]
 ) -> list[ExpertKey]:
-    """What a node would hold after the warm-up, and its policies' books in `charge`: the cache
+    """What a node would hold after the warm-up, and its policies' books in `chooser`: the cache
     itself goes through it, over a store that lends nothing.
     """
-    cache = ExpertCache(FakeLender(budget.slots), budget, charge)
+    cache = ExpertCache(FakeLender(budget.slots), budget, chooser)
     cache.open()
     for step, ids, _ in rows(segment):
         if step == segment.warmup_steps:

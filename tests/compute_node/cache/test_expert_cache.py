@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache, never
+from compute_node.cache.policy_chooser import PolicyChooser
 from proto import errors
 from proto.expert import ExpertKey
 from proto.redis_schema import Advice
@@ -25,7 +25,7 @@ LAYERS = (1, 3)
 def make_cache(slots: int = 8, pooled: bool = False) -> tuple[ExpertCache, FakeLender]:
     budget = Budget(slots, LAYERS, 2, pooled)
     lender = FakeLender(slots)
-    cache = ExpertCache(lender, budget, Charge("lru", 16.0, LAYERS, 16, lambda: None))
+    cache = ExpertCache(lender, budget, PolicyChooser("lru", 16.0, LAYERS, 16, lambda: None))
     cache.open()
     return cache, lender
 
@@ -72,7 +72,7 @@ def test_what_the_step_needs_is_never_evicted_however_low_it_scores() -> None:
     scores[:, 0] = 0.0
     advice = Advice("scored", 1, 0, 1.0, scores)
     budget, lender = Budget(8, LAYERS, 2, pooled=False), FakeLender(8)
-    cache = ExpertCache(lender, budget, Charge("auto", 16.0, LAYERS, 16, lambda: advice))
+    cache = ExpertCache(lender, budget, PolicyChooser("auto", 16.0, LAYERS, 16, lambda: advice))
     cache.open()
     step(cache, 1, 0, 1, 2, 3)
     assert step(cache, 1, 0, 4) == [[0], [4]]

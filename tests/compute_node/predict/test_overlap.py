@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.predict.overlap import Overlap
 from tests.fakes import FakeLender
 
@@ -21,8 +21,8 @@ class Watch:
 
     def __init__(self) -> None:
         budget = Budget(8, LAYERS, 2, pooled=True)
-        charge = Charge("lru", 16.0, LAYERS, 16, lambda: None)
-        self.cache = ExpertCache(FakeLender(), budget, charge, read_s=0.5)
+        chooser = PolicyChooser("lru", 16.0, LAYERS, 16, lambda: None)
+        self.cache = ExpertCache(FakeLender(), budget, chooser, read_s=0.5)
         self.now_s = 0.0
         self.told: list[tuple[int, float]] = []
         self.overlap = Overlap(self.cache, lambda *told: self.told.append(told), lambda: self.now_s)

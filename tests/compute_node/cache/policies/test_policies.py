@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compute_node.cache.charge import Charge
 from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.cache.policies.decayed import Decayed
 from compute_node.cache.policies.lfru import Lfru
@@ -16,6 +15,7 @@ from compute_node.cache.policies.lfu import Lfu
 from compute_node.cache.policies.lru import Lru
 from compute_node.cache.policies.policy import EvictionPolicy
 from compute_node.cache.policies.scored import Scored
+from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.cache.residents import Residents
 from compute_node.store.session import Arrival
 from proto.expert import ExpertKey
@@ -57,9 +57,9 @@ def misses(policy: str, slots_per_layer: int, pooled: bool) -> int:
     """Through the cache that runs live."""
     topk_ids, num_experts = load()
     layers = tuple(range(topk_ids.shape[1]))
-    charge = Charge(policy, 16.0, layers, num_experts, lambda: None)
+    chooser = PolicyChooser(policy, 16.0, layers, num_experts, lambda: None)
     budget = Budget(slots_per_layer * len(layers), layers, topk_ids.shape[2], pooled)
-    cache = ExpertCache(FakeLender(budget.slots), budget, charge)
+    cache = ExpertCache(FakeLender(budget.slots), budget, chooser)
     cache.open()
     for step in topk_ids:
         for layer in layers:
@@ -158,17 +158,17 @@ def advice(policy: str, scores: np.ndarray | None) -> Advice:
 def test_charge_follows_fresh_advice_and_counts_fallbacks() -> None:
     """None (no advice) and advice of another shape both fall back, and say so."""
     given: list[Advice | None] = [None]
-    charge = Charge("auto", 16.0, [0], 4, lambda: given[0])
-    assert charge.choose() is not None and charge.name == "decayed"
+    chooser = PolicyChooser("auto", 16.0, [0], 4, lambda: given[0])
+    assert chooser.choose() is not None and chooser.name == "decayed"
     given[0] = advice("scored", np.zeros((1, 4), np.float32))
-    assert isinstance(charge.choose(), Scored) and charge.name == "scored"
+    assert isinstance(chooser.choose(), Scored) and chooser.name == "scored"
     given[0] = advice("lru", None)
-    assert isinstance(charge.choose(), Lru)
+    assert isinstance(chooser.choose(), Lru)
     given[0] = advice("scored", np.zeros((2, 4), np.float32))
-    charge.choose()
+    chooser.choose()
     given[0] = advice("no such policy", None)
-    charge.choose()
-    assert (charge.num_advised, charge.num_fallbacks) == (2, 3)
+    chooser.choose()
+    assert (chooser.num_advised, chooser.num_fallbacks) == (2, 3)
 
 
 @pytest.mark.parametrize("name", ["river", "learned"])
@@ -176,23 +176,23 @@ def test_a_policy_that_scores_is_followed_by_its_name_alone(name: str) -> None:
     """Red when a node told to follow one policy follows whatever is advised, or nothing."""
     given: list[Advice | None] = [None]
     scores = np.zeros((1, 4), np.float32)
-    charge = Charge(name, 16.0, [0], 4, lambda: given[0])
-    assert charge.name == "decayed"
-    charge.choose()
+    chooser = PolicyChooser(name, 16.0, [0], 4, lambda: given[0])
+    assert chooser.name == "decayed"
+    chooser.choose()
     given[0] = advice("other", scores)
-    charge.choose()
+    chooser.choose()
     given[0] = advice("lru", None)
-    charge.choose()
-    assert (charge.name, charge.num_advised, charge.num_fallbacks) == ("decayed", 0, 3)
+    chooser.choose()
+    assert (chooser.name, chooser.num_advised, chooser.num_fallbacks) == ("decayed", 0, 3)
     given[0] = advice(name, scores)
-    assert isinstance(charge.choose(), Scored)
-    assert (charge.name, charge.num_advised) == (name, 1)
+    assert isinstance(chooser.choose(), Scored)
+    assert (chooser.name, chooser.num_advised) == (name, 1)
 
 
 def test_switch_needs_no_warm_up() -> None:
     given: list[Advice | None] = [advice("lru", None)]
-    charge = Charge("auto", 16.0, [0], 4, lambda: given[0])
-    charge.on_step(0, [KEYS[0], KEYS[1]])
-    charge.on_step(0, [KEYS[1]])
+    chooser = PolicyChooser("auto", 16.0, [0], 4, lambda: given[0])
+    chooser.on_step(0, [KEYS[0], KEYS[1]])
+    chooser.on_step(0, [KEYS[1]])
     given[0] = advice("lfu", None)
-    assert victims(charge.choose(), KEYS[:2], 1) == [KEYS[0]]
+    assert victims(chooser.choose(), KEYS[:2], 1) == [KEYS[0]]

@@ -16,7 +16,7 @@ from proto.expert import ExpertKey
 from proto.redis_schema import AUTO, FALLBACK_POLICY, Advice
 
 
-class Charge:
+class PolicyChooser:
     """Keeps the books of every local policy, so that a switch needs no warm-up.
 
     configured: a local policy's name; auto, advice decides; or the name of a policy that scores,
