@@ -83,7 +83,7 @@ async def run(config: ComputeNodeConfig) -> None:
             ComputeThread(config.max_queued_requests, cache.let_go_if_lost, config.stop_grace_s)
         )
         loaded = compute.do(lambda: load(config, model_dir, spec, cache, lookahead))
-        cache.open()
+        compute.do(cache.open)
         evidence = None
         if access_log:
             evidence = Evidence(
