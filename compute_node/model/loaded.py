@@ -25,7 +25,7 @@ from compute_node.kernels import lossless, low_bit, one_token_linear, one_token_
 from compute_node.model.dense_weights import reading_dense
 from compute_node.moe.layer import IMPLEMENTATION, RoutedExperts, register
 from compute_node.moe.routers import RouterScores
-from compute_node.predict.overlap import Overlap
+from compute_node.predict.layer_timer import LayerTimer
 from compute_node.predict.prefetcher import Prefetcher
 from compute_node.store.memory import TORCH_DTYPES
 from proto import errors
@@ -92,9 +92,9 @@ def load_model(
     for layer, (path, _) in modules.items():
         scores.watch(model, layer, path)
     prefetcher = _prefetcher(spec, cache, scores, lookahead)
-    overlap = Overlap(cache, prefetcher.computed)
+    timer = LayerTimer(cache, prefetcher.computed)
     for layer, (_, module) in modules.items():
-        module.flashmoe = RoutedExperts(layer, cache, prefetcher, overlap)
+        module.flashmoe = RoutedExperts(layer, cache, prefetcher, timer)
     register()
     model.set_experts_implementation(IMPLEMENTATION)
     _check_nothing_missing(model)

@@ -16,7 +16,7 @@ from compute_node.kernels import one_token_experts
 from compute_node.kernels.feed_forward import feed_forward_each
 from compute_node.kernels.prompt_experts import Prompt
 from compute_node.moe.step import LayerAccess, Step, current_step
-from compute_node.predict.overlap import Overlap
+from compute_node.predict.layer_timer import LayerTimer
 from compute_node.predict.prefetcher import Prefetcher
 from compute_node.store.memory import Borrowed
 from proto.expert import ExpertKey
@@ -28,12 +28,12 @@ class RoutedExperts:
     """One MoE layer's routed experts, computed on borrowed weights."""
 
     def __init__(
-        self, layer: int, cache: ExpertCache, prefetcher: Prefetcher, overlap: Overlap
+        self, layer: int, cache: ExpertCache, prefetcher: Prefetcher, timer: LayerTimer
     ) -> None:
         self.layer = layer
         self._cache = cache
         self._prefetcher = prefetcher
-        self._overlap = overlap
+        self._timer = timer
 
     def forward(
         self, module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
@@ -73,10 +73,10 @@ class RoutedExperts:
         """In decode, guesses about this layer are settled, and the next layers' are made."""
         layer, prefetcher = self.layer, self._prefetcher
         if not step.batch.is_decode:
-            self._overlap.leave()
+            self._timer.leave()
             return self._cache.step(layer, experts, step.check)
         unguessed = prefetcher.settle(layer, [ExpertKey(layer, expert) for expert in experts])
-        self._overlap.enter(layer, unguessed)
+        self._timer.enter(layer, unguessed)
         return self._cache.step(
             layer,
             experts,

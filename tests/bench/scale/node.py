@@ -23,7 +23,7 @@ from compute_node.engine.usage import Measure, Usage
 from compute_node.model.loaded import LoadedModel, load_model
 from compute_node.moe.layer import RoutedExperts
 from compute_node.moe.step import Phase, Step
-from compute_node.predict.overlap import Overlap
+from compute_node.predict.layer_timer import LayerTimer
 from compute_node.store.borrow import StoreClient
 from expert_store.manifest.manifest import Manifest
 from proto.expert import ExpertKey, ModelSpec
@@ -171,9 +171,9 @@ class Node:
         """Let the model borrow from this cache."""
         loaded, prefetcher = self._loaded, self._loaded.prefetcher
         prefetcher.resident = cache
-        overlap = Overlap(cache, prefetcher.computed)
+        timer = LayerTimer(cache, prefetcher.computed)
         for layer, module in loaded.experts_modules.items():
-            module.flashmoe = RoutedExperts(layer, cache, prefetcher, overlap)
+            module.flashmoe = RoutedExperts(layer, cache, prefetcher, timer)
 
     def _decode(
         self, segment: Segment, cache: ExpertCache, hear: Callable[[int], None], num_steps: int

@@ -1,4 +1,4 @@
-"""What a step's layers cost without waiting, and what of their reads nothing could have covered."""
+"""Times the layers of decode steps: compute without waiting, and reads that compute cannot cover."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from compute_node.cache.expert_cache import ExpertCache
 
 
 @dataclass
-class Overlap:
+class LayerTimer:
     """Watches decode steps pass from layer to layer. One thread.
 
-    tell:  hears the layer and its compute, in seconds
+    tell:  called with each layer and its compute, in seconds
     clock: seconds
     """
 
@@ -37,5 +37,5 @@ class Overlap:
         self._unguessed = num_unguessed
 
     def leave(self) -> None:
-        """Something else than a decode step comes."""
+        """A step that is no decode step begins."""
         self._layer = None

@@ -10,14 +10,14 @@ import pytest
 
 from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
-from compute_node.predict.overlap import Overlap
+from compute_node.predict.layer_timer import LayerTimer
 from tests.fakes import FakeLender
 
 LAYERS = (1, 3, 5)
 
 
 class Watch:
-    """An overlap whose clock and waiting a test sets."""
+    """A timer whose clock and waiting a test sets."""
 
     def __init__(self) -> None:
         budget = Budget(8, LAYERS, 2, pooled=True)
@@ -25,13 +25,15 @@ class Watch:
         self.cache = ExpertCache(FakeLender(), budget, chooser, read_s=0.5)
         self.now_s = 0.0
         self.told: list[tuple[int, float]] = []
-        self.overlap = Overlap(self.cache, lambda *told: self.told.append(told), lambda: self.now_s)
+        self.timer = LayerTimer(
+            self.cache, lambda *told: self.told.append(told), lambda: self.now_s
+        )
 
     def enter(self, layer: int, now_s: float, stall_s: float = 0.0, unguessed: int = 0) -> None:
         """stall_s: waited since the layer before."""
         self.now_s = now_s
         self.cache.stall_s += stall_s
-        self.overlap.enter(layer, unguessed)
+        self.timer.enter(layer, unguessed)
 
     @property
     def uncovered_s(self) -> dict[int, float]:
@@ -60,7 +62,7 @@ def test_what_lies_between_steps_is_nobodys() -> None:
     watch.enter(5, 0.0, unguessed=9)
     watch.enter(1, 10.0)
     watch.enter(3, 11.0)
-    watch.overlap.leave()
+    watch.timer.leave()
     watch.enter(5, 99.0)
     assert watch.told == [(1, 1.0)]
     assert watch.uncovered_s == {1: 0.0, 3: 0.0, 5: 0.0}
