@@ -5,6 +5,7 @@ bits.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from compute_node.cache.expert_cache import ExpertCache
 from compute_node.kernels import one_token_experts
 from compute_node.kernels.feed_forward import feed_forward_each
 from compute_node.kernels.prompt_experts import Prompt
+from compute_node.moe.route import EXACT, Route, RoutePolicy
 from compute_node.moe.step import LayerAccess, Step, current_step
 from compute_node.predict.layer_timer import LayerTimer
 from compute_node.predict.prefetcher import Prefetcher
@@ -28,9 +30,16 @@ class RoutedExperts:
     """One MoE layer's routed experts, computed on borrowed weights."""
 
     def __init__(
-        self, layer: int, cache: ExpertCache, prefetcher: Prefetcher, timer: LayerTimer
+        self,
+        layer: int,
+        cache: ExpertCache,
+        prefetcher: Prefetcher,
+        timer: LayerTimer,
+        policy: RoutePolicy = EXACT,
     ) -> None:
         self.layer = layer
+        self._policy = policy
+        self._resident = _ResidentOf(layer, cache)
         self._cache = cache
         self._prefetcher = prefetcher
         self._timer = timer
@@ -38,8 +47,8 @@ class RoutedExperts:
     def forward(
         self, module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
     ) -> Tensor:
-        """The weighted sum of each token's experts; bit-identical to transformers' eager experts on
-        each sequence of the running step alone.
+        """The weighted sum of the experts that the policy makes of each token's route. An exact
+        policy's is bit-identical to transformers' eager experts on each sequence of the step alone.
 
         hidden: [T, D]; topk_ids: [T, K], ids past the last expert are transformers' mark for none;
         topk_weights: [T, K]
@@ -48,18 +57,23 @@ class RoutedExperts:
         Raises NotInStep and what the cache raises.
         """
         step = current_step()
-        ids = topk_ids.tolist()
+        scores = step.scores.get(self.layer) if step.scores is not None else None
+        route = self._policy.apply(Route(topk_ids, topk_weights, scores), self._resident)
+        return self._compute(step, module, hidden, route)
+
+    def _compute(self, step: Step, module: Any, hidden: Tensor, route: Route) -> Tensor:
+        ids = route.ids.tolist()
         chosen = {e for row in ids for e in row if e < module.num_experts}
         hits, waves = self._borrow(step, sorted(chosen), hidden)
-        step.accesses[self.layer] = LayerAccess(topk_ids, topk_weights, hits)
+        step.accesses[self.layer] = LayerAccess(route.ids, route.weights, hits)
         if len(step.batch.parts) == 1:
-            total = _total_of(module, hidden, topk_ids, topk_weights, ids)
+            total = _total_of(module, hidden, route.ids, route.weights, ids)
             for wave in waves:
                 total.add(wave)
             return total.result()
         totals = [
             # A copy, because kernels of torch round by the alignment of their operands.
-            _total_of(module, hidden[rows].clone(), topk_ids[rows], topk_weights[rows], ids[rows])
+            _total_of(module, hidden[rows].clone(), route.ids[rows], route.weights[rows], ids[rows])
             for rows in step.batch.rows
         ]
         for wave in waves:
@@ -84,6 +98,17 @@ class RoutedExperts:
             prefetcher.take_disproved,
             lambda: prefetcher.guess(layer, hidden),
         )
+
+
+@dataclass(frozen=True)
+class _ResidentOf:
+    """Experts of one layer that are in the cache."""
+
+    layer: int
+    cache: ExpertCache
+
+    def __contains__(self, expert: object) -> bool:
+        return isinstance(expert, int) and ExpertKey(self.layer, expert) in self.cache
 
 
 class _Total(Protocol):

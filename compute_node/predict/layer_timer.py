@@ -1,4 +1,4 @@
-"""Times the layers of decode steps: compute without waiting, and reads that compute cannot cover."""
+"""Times the layers of decode steps: compute without waiting, and reads it could not cover."""
 
 from __future__ import annotations
 
