@@ -7,16 +7,31 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
+from compute_node.native import binding
 from expert_store.offline.index import index
 from tests.stack import MODEL
 
 # Tiny matrices gain nothing from a second thread, and lose a lot when the machine is busy.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--native",
+        choices=get_args(binding.Setting),
+        default="auto",
+        help="what compute_node's `native` is where a test computes by itself",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    binding.use(config.getoption("--native"))
 
 
 @pytest.fixture(scope="session")

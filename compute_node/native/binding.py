@@ -61,6 +61,11 @@ def use(setting: Setting) -> None:
     kernels.cache_clear()
 
 
+def setting() -> Setting:
+    """What `use` was given last."""
+    return _setting
+
+
 @cache
 def kernels() -> SimpleNamespace:
     """The entries in charge, as functions. Call it only where `load` is not None."""

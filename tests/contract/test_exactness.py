@@ -6,7 +6,7 @@ swapping gate and up at index.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,13 +182,29 @@ def test_pool_of_all_layers_is_exact(references: dict[Any, Reference], tmp_path:
     assert tokens == expected.tokens
 
 
+@pytest.fixture
+def use_native() -> Iterator[Callable[[binding.Setting], None]]:
+    """Until the test's end."""
+    before = binding.setting()
+    yield binding.use
+    binding.use(before)
+
+
 @pytest.mark.skipif(binding.obstacle() != "", reason=binding.obstacle())
-@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(
+    ("setting", "num_threads"), [("auto", 1), ("auto", 2), ("portable", 2), ("off", 2)]
+)
 @pytest.mark.parametrize("weight_format", ["exact", "lossless"])
 def test_native_kernels_are_exact(
-    weight_format: str, num_threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: binding.Setting,
+    weight_format: str,
+    num_threads: int,
+    use_native: Callable[[binding.Setting], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The tiny checkpoints' matrices are too small for them: torch has another kernel for those."""
+    use_native(setting)
     for kernel in (gemv, lossless):
         monkeypatch.setattr(kernel, "_same_bits", {})
     for kernel in (gemm, lossless):
@@ -205,7 +221,12 @@ def test_native_kernels_are_exact(
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(logits, expected.logits, strict=True))
     assert tokens == expected.tokens
-    by_amx = "amx_bf16" in Path("/proc/cpuinfo").read_text() and binding.isa() != binding.PORTABLE
+    if setting == "off":
+        assert gemv.num_shapes(native=True) == gemm.num_products(native=True) == 0
+        return
+    # Portable code adds up as torch does on CPUs without bf16 instructions, so not on others.
+    cpu = Path("/proc/cpuinfo").read_text()
+    by_amx = "amx_bf16" in cpu or ("avx512_bf16" in cpu and binding.isa() == binding.PORTABLE)
     assert gemv.num_shapes(native=True) >= 4 or by_amx, "experts, attention, output"
     assert gemm.num_products(native=True) >= 4 or by_amx, "experts of the prompt"
     if weight_format == "lossless":
