@@ -14,7 +14,7 @@ import threading
 from collections.abc import Awaitable, Callable
 
 from expert_store.config import ExpertStoreConfig
-from expert_store.face.local_socket import Doorbell
+from expert_store.face.local_socket import LocalSocket
 from expert_store.face.metrics import StoreCollector
 from expert_store.face.service import SERVICE_NAME, ExpertStoreService
 from expert_store.io.reader import open_files
@@ -62,8 +62,8 @@ async def run(
             files.direct,
             device,
         )
-        service = ExpertStoreService(store, str(root), config.doorbell_path)
-        with Readers(store, files), Doorbell(config.doorbell_path, store):
+        service = ExpertStoreService(store, str(root), config.local_socket_path)
+        with Readers(store, files), LocalSocket(config.local_socket_path, store):
             await _serve(config, store, service, until_stopped)
         sessions.stop()
 
@@ -84,7 +84,7 @@ async def _serve(
                 [SERVICE_NAME],
                 config.stop_grace_s,
                 service.drain,
-                rpc.DOORBELL_MESSAGE_BYTES,  # over the stream, too
+                rpc.LOCAL_MESSAGE_BYTES,  # over the stream, too
             ),
         ):
             facts = {

@@ -50,9 +50,9 @@ class ExpertStoreConfig(BaseModel):
         return self.num_slots - (self.spare_slots or self.read_depth)
 
     @property
-    def doorbell_path(self) -> Path:
+    def local_socket_path(self) -> Path:
         """Beside the nodes' locks: a process that can hold one can connect."""
-        return self.session_dir / "doorbell.sock"
+        return self.session_dir / "exchange.sock"
 
     @property
     def listen(self) -> Listen:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 CHUNK_BYTES = 1024 * 1024
-DOORBELL_MESSAGE_BYTES = 128 * 1024
+LOCAL_MESSAGE_BYTES = 128 * 1024
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

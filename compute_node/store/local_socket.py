@@ -8,19 +8,19 @@ import socket
 
 from proto import errors
 from proto import expert_store_pb2 as pb
-from proto.rpc import DOORBELL_MESSAGE_BYTES
+from proto.rpc import LOCAL_MESSAGE_BYTES
 
 
 class HungUp(errors.Unavailable):
-    """The store let go of the doorbell: the session is gone, or the store is."""
+    """The store closed the local socket: the session is gone, or the store is."""
 
 
-class Doorbell:
+class LocalSocket:
     """One connection, for one thread. poll_s: the longest that `receive` waits."""
 
     def __init__(self, path: str, session_id: str, poll_s: float) -> None:
         """Raises Unavailable when nobody answers at `path`."""
-        self._buffer = bytearray(DOORBELL_MESSAGE_BYTES)
+        self._buffer = bytearray(LOCAL_MESSAGE_BYTES)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(poll_s)
         try:
@@ -29,7 +29,7 @@ class Doorbell:
         except OSError as error:
             self._socket.close()
             raise errors.Unavailable(
-                f"nobody answers at the store's doorbell {path} ({error.strerror})"
+                f"nobody answers at the store's local socket {path} ({error.strerror})"
             ) from error
 
     def send(self, exchange: pb.Exchange) -> None:
@@ -37,7 +37,7 @@ class Doorbell:
         too long.
         """
         data = exchange.SerializeToString()
-        if len(data) > DOORBELL_MESSAGE_BYTES:
+        if len(data) > LOCAL_MESSAGE_BYTES:
             raise errors.InvalidRequest(f"an exchange of {len(data)} bytes: ask for fewer at once")
         try:
             self._socket.send(data)

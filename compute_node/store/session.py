@@ -22,7 +22,7 @@ from typing import Any
 
 import grpc
 
-from compute_node.store.local_socket import Doorbell, HungUp
+from compute_node.store.local_socket import HungUp, LocalSocket
 from compute_node.store.memory import Borrowed, ExpertMemory, PrivateMemory, SegmentMemory
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
@@ -110,7 +110,7 @@ class Loan:
 class StoreSession:
     """One open stream, its lock, and the memory its leases point into.
 
-    Exchanges go over the store's doorbell where both ends share the host, else over the stream.
+    Exchanges go over the store's local socket where both ends share the host, else over the stream.
     """
 
     def __init__(self, lock: _Lock | None, description: StoreDescription) -> None:
@@ -121,7 +121,7 @@ class StoreSession:
         self._replies: queue.SimpleQueue[pb.SessionReply | Exception] = queue.SimpleQueue()
         self._answers: dict[int, deque[pb.Exchanged]] = {}
         self._ids = itertools.count(1)
-        self._doorbell: Doorbell | None = None
+        self._local_socket: LocalSocket | None = None
         self.broken = False
         self.memory: ExpertMemory
 
@@ -155,7 +155,7 @@ class StoreSession:
                 if lock
                 else PrivateMemory(quota_slots, description.slot_bytes)
             )
-            session._doorbell = _ring(opened)
+            session._local_socket = _connect_local(opened)
         except BaseException:
             session.close()
             raise
@@ -216,36 +216,36 @@ class StoreSession:
         """Nobody reads slots any more: let go of the lock first, so that the store sees it free."""
         if self._lock is not None:
             self._lock.release()
-        if self._doorbell is not None:
-            self._doorbell.close()
+        if self._local_socket is not None:
+            self._local_socket.close()
         self._requests.put(None)
         if self._call is not None:
             self._call.cancel()
 
     def _send(self, exchange: pb.Exchange) -> None:
-        if self._doorbell is None:
+        if self._local_socket is None:
             self._requests.put(pb.SessionRequest(exchange=exchange))
             return
         try:
-            self._doorbell.send(exchange)
+            self._local_socket.send(exchange)
         except HungUp as error:
             raise SessionLost(str(error)) from error
 
     def _next_answer(self, deadline: float, check: Callable[[], None]) -> pb.Exchanged | None:
-        if self._doorbell is not None:
-            return self._rung(self._doorbell, deadline, check)
+        if self._local_socket is not None:
+            return self._local_answer(self._local_socket, deadline, check)
         reply = self._next(deadline, check)
         if reply.WhichOneof("kind") == "chunk":
             self._add_chunk(reply.chunk)
             return None
         return reply.exchanged
 
-    def _rung(
-        self, doorbell: Doorbell, deadline: float, check: Callable[[], None]
+    def _local_answer(
+        self, local_socket: LocalSocket, deadline: float, check: Callable[[], None]
     ) -> pb.Exchanged | None:
         check()
         try:
-            exchanged = doorbell.receive()
+            exchanged = local_socket.receive()
         except HungUp as error:
             raise SessionLost(str(error)) from error
         if exchanged is None:
@@ -285,14 +285,16 @@ def _check_deadline(deadline: float) -> None:
         raise errors.StoreUnavailable("expert_store does not answer: see its log, then retry")
 
 
-def _ring(opened: pb.Opened) -> Doorbell | None:
-    """The store's doorbell, if it has one that can be reached; the stream carries exchanges too."""
-    if not opened.doorbell_path:
+def _connect_local(opened: pb.Opened) -> LocalSocket | None:
+    """The store's local socket. None: it cannot be reached, and the stream carries exchanges."""
+    if not opened.local_socket_path:
         return None
     try:
-        return Doorbell(opened.doorbell_path, opened.session_id, _POLL_S)
+        return LocalSocket(opened.local_socket_path, opened.session_id, _POLL_S)
     except errors.Unavailable as error:
-        logger.warning("no doorbell, misses take the slower stream", extra={"reason": str(error)})
+        logger.warning(
+            "no local socket, misses take the slower stream", extra={"reason": str(error)}
+        )
         return None
 
 

@@ -18,7 +18,7 @@ CONFIG_NAME = "flashmoe.toml"
 SHARED_MEMORY = Path("/dev/shm")
 SEGMENT_PREFIX = "flashmoe-"
 _MAX_SOCKET_BYTES = 107  # of a path, in Linux
-_LONGEST_SOCKET = "sessions/doorbell.sock"
+_LONGEST_SOCKET = "sessions/exchange.sock"
 _LEAST_FREE_BYTES, _LEAST_FREE_FILES = 1024 * 1024, 32
 
 

@@ -20,7 +20,7 @@ from expert_store.store.sessions import Session
 from expert_store.store.store import ExpertStore, Lent
 from proto import errors
 from proto import expert_store_pb2 as pb
-from proto.rpc import DOORBELL_MESSAGE_BYTES
+from proto.rpc import LOCAL_MESSAGE_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _LEASES_A_MESSAGE = 512
 _BACKLOG = 64
 
 
-class Doorbell:
+class LocalSocket:
     """Listens at `path` for the block; its owner alone may connect."""
 
     def __init__(self, path: Path, store: ExpertStore) -> None:
@@ -37,9 +37,9 @@ class Doorbell:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._callers: set[_Caller] = set()
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._accept, name="doorbell")
+        self._thread = threading.Thread(target=self._accept, name="local-socket")
 
-    def __enter__(self) -> Doorbell:
+    def __enter__(self) -> LocalSocket:
         """Raises ConfigInvalid when the address cannot be bound."""
         self.path.unlink(missing_ok=True)
         try:
@@ -90,12 +90,12 @@ class _Caller(threading.Thread):
     def __init__(
         self, connection: socket.socket, store: ExpertStore, forget: Callable[..., None]
     ) -> None:
-        super().__init__(name="doorbell-caller")
+        super().__init__(name="local-caller")
         self._connection = connection
         self._store = store
         self._forget = forget
         self._sending = threading.Lock()
-        self._buffer = bytearray(DOORBELL_MESSAGE_BYTES)
+        self._buffer = bytearray(LOCAL_MESSAGE_BYTES)
 
     def run(self) -> None:
         try:
@@ -103,7 +103,7 @@ class _Caller(threading.Thread):
         except errors.FlashMoEError as error:
             self._send(pb.Exchanged(error=to_detail(error)))
         except OSError as error:
-            logger.warning("doorbell broken", extra={"reason": str(error)})
+            logger.warning("local socket broken", extra={"reason": str(error)})
         finally:
             with self._sending:  # a thread that sends must not meet the next owner of this number
                 self._connection.close()
@@ -129,7 +129,7 @@ class _Caller(threading.Thread):
         """Empty when the node hung up. Raises InvalidRequest for a message that is too long."""
         length, _, flags, _ = self._connection.recvmsg_into([self._buffer])
         if flags & socket.MSG_TRUNC:
-            raise errors.InvalidRequest(f"a message exceeds {DOORBELL_MESSAGE_BYTES} bytes")
+            raise errors.InvalidRequest(f"a message exceeds {LOCAL_MESSAGE_BYTES} bytes")
         return bytes(memoryview(self._buffer)[:length])
 
     def _perform(self, session: Session, exchange: pb.Exchange) -> None:
@@ -151,5 +151,5 @@ class _Caller(threading.Thread):
                 if self._connection.fileno() >= 0:
                     self._connection.send(message.SerializeToString(), socket.MSG_DONTWAIT)
         except OSError as error:
-            logger.warning("doorbell broken", extra={"reason": str(error)})
+            logger.warning("local socket broken", extra={"reason": str(error)})
             self.hang_up()

@@ -27,13 +27,13 @@ _DRAIN_POLL_S = 0.005
 class ExpertStoreService(pb_grpc.ExpertStoreServicer):
     """model_dir: where config, tokenizer and dense weights are.
 
-    doorbell_path: where nodes on this host may ring, None: nowhere
+    local_socket_path: where nodes on this host may connect; None: nowhere
     """
 
-    def __init__(self, store: ExpertStore, model_dir: str, doorbell_path: Path | None) -> None:
+    def __init__(self, store: ExpertStore, model_dir: str, local_socket_path: Path | None) -> None:
         self._store = store
         self._model_dir = model_dir
-        self._doorbell_path = doorbell_path
+        self._local_socket_path = local_socket_path
         self._draining = asyncio.Event()
 
     def drain(self) -> None:
@@ -125,8 +125,8 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
             epoch=segment.epoch,
             slot_bytes=segment.layout.slot_bytes,
             num_slots=segment.layout.num_slots,
-            doorbell_path=str(self._doorbell_path)
-            if session.lock_path and self._doorbell_path
+            local_socket_path=str(self._local_socket_path)
+            if session.lock_path and self._local_socket_path
             else "",
         )
 
@@ -180,7 +180,7 @@ class _SessionStream:
         await self._replies.put(errors.Unavailable("the store is stopping: retry"))
 
     async def _finish_answers(self) -> None:
-        """Also what was asked over the doorbell."""
+        """Also what was asked over the local socket."""
         while self._unanswered or self._answers or self._session.awaited:  # noqa: ASYNC110
             await asyncio.sleep(_DRAIN_POLL_S)
 

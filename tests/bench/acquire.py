@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
         run.mkdir()
         rows += _measure(kind, folder / kind, run)
     show(
-        "One expert of 3 MiB, one at a time, over the doorbell",
+        "One expert of 3 MiB, one at a time, over the local socket",
         [
             "store",
             "acquire",

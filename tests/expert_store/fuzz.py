@@ -95,13 +95,13 @@ def _exchange(number: int, *keys: Sequence[RecordKey]) -> bytes:
 
 
 def fuzz(wire: Wire, num_messages: int, seed: int) -> Counter[str]:
-    """How sessions ended, by kind of error; half of them over the doorbell, half over the stream.
+    """How sessions ended, by kind of error; half over the local socket, half over the stream.
 
     Fails when one ends otherwise than by a typed error.
     """
     node, ends = MadNode(seed), Counter[str]()
     counted = itertools.count()
-    for way in itertools.cycle((_ring, _stream)):
+    for way in itertools.cycle((_local, _stream)):
         messages = (said for said in node.messages() if next(counted) < num_messages)
         with Lock(wire.session_dir, f"mad-{next(_numbers)}.lock") as lock:
             ends[way(wire, lock, messages)] += 1
@@ -110,11 +110,11 @@ def fuzz(wire: Wire, num_messages: int, seed: int) -> Counter[str]:
     raise AssertionError("unreachable")
 
 
-def _ring(wire: Wire, lock: Lock, messages: Iterable[Said]) -> str:
+def _local(wire: Wire, lock: Lock, messages: Iterable[Said]) -> str:
     session, opened = wire.open_shared(lock, QUOTA_SLOTS)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as bell:
         bell.settimeout(DEADLINE_S)
-        bell.connect(opened.doorbell_path)
+        bell.connect(opened.local_socket_path)
         bell.send(opened.session_id.encode())
         try:
             with suppress(OSError):  # hung up on: what the store said before that is still there

@@ -1,6 +1,6 @@
 """Ten thousand exchanges of a node gone mad inside open sessions; a million are in tests/bench.
 
-Planted fault seen red: bytes that are no exchange ending the doorbell's thread.
+Planted fault seen red: bytes that are no exchange ending the local socket's thread.
 """
 
 from __future__ import annotations

@@ -129,11 +129,11 @@ def of_bytes(folder: Path, num_bytes: int, letter: str) -> Path:
 
 @pytest.mark.parametrize("letter", ["x", "é", "漢"])
 def test_the_longest_path_that_works(letter: str, run_dir: Path) -> None:
-    """107 bytes for a socket, of which the store's doorbell takes 23."""
+    """107 bytes for a socket, of which the store's local socket takes 23."""
     run = RunDir(of_bytes(run_dir, 84, letter))
     run.prepare()
     (run.path / "sessions").mkdir()
-    for path in (run.socket("compute_node"), run.path / "sessions/doorbell.sock"):
+    for path in (run.socket("compute_node"), run.path / "sessions/exchange.sock"):
         with socket.socket(socket.AF_UNIX) as bound:
             bound.bind(str(path))
     longer = RunDir(of_bytes(run_dir, 85, letter))

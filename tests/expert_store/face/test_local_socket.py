@@ -24,7 +24,7 @@ from expert_store.store.store import Deliver, Lent
 from proto import errors
 from proto import expert_store_pb2 as pb
 from proto.expert import RecordKey
-from proto.rpc import DOORBELL_MESSAGE_BYTES
+from proto.rpc import LOCAL_MESSAGE_BYTES
 from tests.expert_store.conftest import check_healthy
 from tests.expert_store.raw_session import DEADLINE_S, Lock, Wire, exchange
 from tests.expert_store.stores import KEYS
@@ -61,7 +61,7 @@ class Ringer:
 def ringer(wire: Wire, quota_slots: int = 3, name: str | None = None) -> Iterator[Ringer]:
     with Lock(wire.session_dir, f"ringer-{next(_numbers)}.lock") as lock:
         session, opened = wire.open_shared(lock, quota_slots)
-        rings = Ringer(opened.doorbell_path, opened.session_id if name is None else name)
+        rings = Ringer(opened.local_socket_path, opened.session_id if name is None else name)
         try:
             yield rings
         finally:
@@ -90,7 +90,7 @@ def test_leases_come_as_they_are_ready(wire: Wire) -> None:
         (exchange(KEYS[:4]).exchange.SerializeToString(), errors.SlotsExhausted),
         (exchange([], [KEYS[0]]).exchange.SerializeToString(), errors.InvalidRequest),
         (b"\xff\xff no message", errors.InvalidRequest),
-        (b"x" * (DOORBELL_MESSAGE_BYTES + 1), errors.InvalidRequest),
+        (b"x" * (LOCAL_MESSAGE_BYTES + 1), errors.InvalidRequest),
     ],
 )
 def test_what_is_refused_is_named_and_hung_up_on(
@@ -113,10 +113,10 @@ def test_a_stranger_is_refused(wire: Wire) -> None:
 
 
 def test_a_session_whose_stream_ended_lends_no_more(wire: Wire) -> None:
-    """Red where the doorbell lends on: those leases would be nobody's."""
+    """Red where the local socket lends on: those leases would be nobody's."""
     with Lock(wire.session_dir, "ended.lock") as lock:
         session, opened = wire.open_shared(lock)
-        rings = Ringer(opened.doorbell_path, opened.session_id)
+        rings = Ringer(opened.local_socket_path, opened.session_id)
         rings.exchange(KEYS[0])
         assert rings.next().leases
         session.close()
@@ -165,6 +165,6 @@ def test_who_hung_up_is_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records == []
 
 
-def test_its_owner_alone_may_ring(wire: Wire) -> None:
-    mode = os.stat(wire.session_dir / "doorbell.sock").st_mode
+def test_its_owner_alone_may_connect(wire: Wire) -> None:
+    mode = os.stat(wire.session_dir / "exchange.sock").st_mode
     assert stat.S_ISSOCK(mode) and stat.S_IMODE(mode) == 0o600

@@ -120,7 +120,7 @@ def test_bytes_that_are_no_message(
 
 def test_a_message_that_would_take_the_memory_is_not_decoded(wire: Wire, folder: Path) -> None:
     """Red at 1.4 GB and a minute of the event loop: 15 million keys of two bytes, as objects."""
-    most = rpc.DOORBELL_MESSAGE_BYTES
+    most = rpc.LOCAL_MESSAGE_BYTES
     with Lock(wire.session_dir, f"held-{next(_numbers)}.lock") as lock:
         session, _ = wire.open_shared(lock)
         session.send(exchange(withdrawals=[RecordKey.exact(0, 0)] * (most // 2)))
