@@ -12,25 +12,16 @@ from __future__ import annotations
 import proto.process.quiet_grpc  # noqa: F401  isort: skip  before grpc
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
 from compute_node.client import arguments
-from compute_node.client.result import Generation
+from compute_node.client.result import Generation, ScoredToken
 from proto import compute_node_pb2 as pb
 from proto import compute_node_pb2_grpc as pb_grpc
 from proto import errors, rpc
-
-
-@dataclass(frozen=True)
-class ScoredToken:
-    """log_prob: natural logarithm of its probability, given what came before it in its piece"""
-
-    token_id: int
-    log_prob: float
 
 
 class Scoring:

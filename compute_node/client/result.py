@@ -88,6 +88,14 @@ class RecordedStep:
 
 
 @dataclass(frozen=True)
+class ScoredToken:
+    """log_prob: natural logarithm of its probability, given what came before it in its piece"""
+
+    token_id: int
+    log_prob: float
+
+
+@dataclass(frozen=True)
 class Result:
     """A finished generation.
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from compute_node.client.result import ScoredToken
 from compute_node.engine.engine import Engine, SequenceState
 from compute_node.engine.request import Request
 from proto import errors
@@ -25,14 +26,6 @@ class ScoredText:
         """A last token that stands alone is left out: nothing comes before it."""
         starts = range(0, len(self.token_ids) - 1, self.context_tokens)
         return [self.token_ids[start : start + self.context_tokens] for start in starts]
-
-
-@dataclass(frozen=True)
-class ScoredToken:
-    """log_prob: natural logarithm of its probability, given what came before it in its piece"""
-
-    token_id: int
-    log_prob: float
 
 
 def check_text(engine: Engine, text: ScoredText) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from compute_node.client.result import RecordedStep
+from compute_node.client.result import RecordedStep, ScoredToken
 from compute_node.client.sampling_options import SamplingOptions
 from compute_node.engine import engine as core
 from compute_node.engine.jobs import ComputeThread
 from compute_node.engine.request import Request
-from compute_node.engine.scoring import ScoredText, ScoredToken, check_text, score
+from compute_node.engine.scoring import ScoredText, check_text, score
 from compute_node.engine.text import encode_chat, encode_prompt
 from compute_node.engine.writer import Token
 from compute_node.evidence import learning

@@ -172,12 +172,17 @@ def _bytes(tensor: Any) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
+def _is_experts(module: Any) -> bool:
+    """Whether transformers' experts interface computes the module."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+
+
 def _experts_modules(model: Any, spec: ModelSpec) -> dict[int, tuple[str, Any]]:
     """Model layer number -> (path, experts module). Raises CheckpointUnsupported."""
     found = {}
     for path, module in model.named_modules():
         match = _LAYER_NUMBER.search(path)
-        if match and hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+        if match and _is_experts(module):
             found[int(match[1])] = (path, module)
     if tuple(sorted(found)) != spec.moe_layers:
         raise errors.CheckpointUnsupported(
@@ -219,7 +224,7 @@ def _mark_experts(model: Any) -> set[str]:
     """Names of the experts' parameters, marked so that nobody fills them."""
     names = set()
     for path, module in model.named_modules():
-        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+        if _is_experts(module):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
                     parameter._is_hf_initialized = True

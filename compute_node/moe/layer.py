@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ExpertsInterface
 
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.kernels import one_token_experts
@@ -219,4 +219,4 @@ def _dispatch(module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tenso
 
 def register() -> None:
     """Make `model.set_experts_implementation("flashmoe")` known to transformers."""
-    ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = _dispatch
+    ExpertsInterface.register(IMPLEMENTATION, _dispatch)

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from compute_node.client.node_client import NodeClient, ScoredToken, Scoring
+from compute_node.client.node_client import NodeClient, Scoring
+from compute_node.client.result import ScoredToken
 from deploy.terminal.prompts import Prompt
 from proto import errors
 

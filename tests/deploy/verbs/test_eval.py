@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compute_node.client.node_client import ScoredToken
+from compute_node.client.result import ScoredToken
 from deploy.lab.perplexity import Comparison, TextScore, TextScorer
 from deploy.terminal.prompts import Prompt
 from expert_store.offline.card import CARD_NAME
