@@ -29,7 +29,7 @@ class Priority(IntEnum):
 
 @dataclass(eq=False)
 class Fill(Generic[Owner]):
-    """One record on its way. Single flight: whoever wants it meanwhile waits for this one.
+    """One record on its way. Single flight: others that want it meanwhile wait for this one.
 
     waiters: sessions that asked for it, each with whom to tell
     wishers: sessions that would like it to be there

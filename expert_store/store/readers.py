@@ -54,7 +54,7 @@ class Readers:
                 self._take(*came)
         except BaseException:
             logger.critical("a reader failed, the store ends", exc_info=True)
-            _end_process()  # whoever waits would wait for ever; another store starts clean
+            _end_process()  # its waiters would wait for ever; another store starts clean
 
     def _take(self, issued: Issued, done_bytes: int) -> None:
         is_whole = False
@@ -65,7 +65,7 @@ class Readers:
             is_whole = self._read_and_add(issued, done_bytes, is_short)
         except errors.FlashMoEError as error:
             problem = error
-        except Exception as error:  # carried to whoever waits: a reader outlives it
+        except Exception as error:  # carried to the waiters: a reader outlives it
             logger.exception("read failed")
             problem = errors.FlashMoEError(f"the store failed: {error!r}")
         self._store.piece_done(issued, is_whole, problem, came_now=is_short)

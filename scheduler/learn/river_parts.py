@@ -2,8 +2,8 @@
 
 `from river import linear_model, preprocessing, drift` loads every learner of River and all of
 scipy.stats: some 50 MB of resident memory that a machine could hold experts in. So these three
-packages stand empty while their one module is imported, and are then forgotten: whoever imports
-them later gets them in full.
+packages stand empty while their one module is imported, and are then forgotten: a later
+import gets them in full.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 now, exactly, at each step, without a look ahead and without a replay.
 
 An expert kept from one use to the next fills a slot at every event between the two, where the
-event's own experts leave so many slots free. The most such intervals fit when each one, as it ends,
-gets the slot that was given up last before it began (interval scheduling on identical machines).
+event's own experts leave that many slots free. The most such intervals fit when each one, as it
+ends, gets the slot that was given up last before it began (interval scheduling on identical
+machines).
 """
 
 from __future__ import annotations

@@ -53,8 +53,7 @@ class Journal:
         self._unwritten.append([name, checksum])
 
     def flush(self) -> None:
-        """Make what was added durable; whoever adds must have made durable what the entries
-        promise.
+        """Make the added entries durable. The caller has made durable what they promise before.
 
         Raises ManifestInvalid when it cannot be written, for lack of room say.
         """
