@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _TILE_COLUMNS = 32
 _NUM_DRAWS = 4
 MADE_UP_LIMIT = 1 << 24  # numbers; a larger matrix is tried out as it is, a few times
+_PAIRED_ROWS = 256
 _TOLD_APART_OUTPUTS = 1 << 16  # one in 10,000 differs in another order of additions
 # Sums of this size lose bits to flushing whenever they pass zero: another order of additions, and
 # nearly every output differs.
@@ -169,7 +170,9 @@ def probes(
 def pair_columns(weight: Tensor) -> Tensor:
     """The same matrix [N, K], with every column in it twice, far apart. K is even."""
     first, second = _pairs(weight.shape[1])
-    weight[:, second] = weight[:, first]
+    for at in range(0, len(weight), _PAIRED_ROWS):  # some at a time: the copy takes memory
+        rows = weight[at : at + _PAIRED_ROWS]
+        rows[:, second] = rows[:, first]
     return weight
 
 

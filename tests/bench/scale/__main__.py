@@ -140,7 +140,7 @@ def _machine(num_threads: int) -> str:
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return (
         f"commit {commit}, {machine()}, torch {torch.__version__}, {num_threads} threads, "
-        f"native kernel: {binding.obstacle() or 'used'}"
+        f"matrix kernel: {binding.in_charge()}"
     )
 
 
