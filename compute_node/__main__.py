@@ -32,7 +32,7 @@ from compute_node.evidence.log import AccessLog
 from compute_node.evidence.step import Evidence
 from compute_node.face.metrics import NodeCollector
 from compute_node.face.service import SERVICE_NAME, ComputeNodeService
-from compute_node.kernels import processors
+from compute_node.kernels import prober, processors
 from compute_node.model.loaded import LoadedModel, Lookahead, load_model
 from compute_node.native import binding
 from compute_node.store.borrow import StoreClient
@@ -79,6 +79,8 @@ async def run(config: ComputeNodeConfig) -> None:
             description.num_spare,
             description.piece_bytes,
         )
+        if config.verdicts_path:  # once more when nothing computes: prompts were seen meanwhile
+            stack.callback(prober.save, config.verdicts_path)
         compute = stack.enter_context(
             ComputeThread(config.max_queued_requests, cache.let_go_if_lost, config.stop_grace_s)
         )
@@ -131,7 +133,12 @@ def load(
     """
     torch.set_num_threads(config.threads or processors.usable())
     binding.use(config.native)
-    return load_model(model_dir, spec, cache, lookahead)
+    if config.verdicts_path is None:
+        return load_model(model_dir, spec, cache, lookahead)
+    prober.load(config.verdicts_path)
+    loaded = load_model(model_dir, spec, cache, lookahead)
+    prober.save(config.verdicts_path)
+    return loaded
 
 
 def connect_store(config: ComputeNodeConfig) -> StoreClient:

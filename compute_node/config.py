@@ -43,6 +43,7 @@ class ComputeNodeConfig(BaseModel):
     max_queued_requests: PositiveInt = 16
     deadline_s: PositiveFloat = 30.0
     threads: Annotated[int, Field(ge=0)] = 0
+    verdicts_path: Path | None = None
     native: Literal["auto", "portable", "off"] = "auto"
     tls: TlsFiles | None = None
     insecure: bool = False

@@ -7,7 +7,6 @@ than most of the products themselves, and a node has no memory to keep them all.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from functools import cache
 
@@ -16,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from compute_node.kernels import gemv
+from compute_node.kernels.prober import GEMM
 from compute_node.native import binding
-
-logger = logging.getLogger(__name__)
 
 _TILE_COLUMNS = 32
 _MAX_WORK = 1 << 31  # multiplications, 10 ms; generating a kernel for more is a small part of it
@@ -28,12 +26,10 @@ _STEPS = (1024, 512, 2048, 4096)  # oneDNN starts a new accumulator after 1024; 
 _MIXED_TOKENS = 17  # from this many on, one product tries out every kind of input
 _POOL_NUMBERS = 1 << 21  # larger matrices are tried out as they are
 
-_steps: dict[tuple[object, ...], int] = {}  # 0: torch multiplies
-
 
 def num_products(native: bool) -> int:
     """Shapes and numbers of tokens seen so far that the kernel multiplies, or leaves to torch."""
-    return [step > 0 for step in _steps.values()].count(native)
+    return GEMM.count(native)
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,12 +51,10 @@ def step_of(
     if num_tokens * weight.numel() > (_MAX_WORK if max_work is None else max_work):
         return 0
     key = (num_tokens, weight.shape, weight.dtype, bias is not None, torch.get_num_threads())
-    step = _steps.get(key)
+    step = GEMM.known.get(key)
     if step is None:
         can_take = _can_take(weight)
-        step = _steps[key] = _find_step(num_tokens, weight, bias) if can_take else 0
-        if can_take and not step:
-            logger.info("product left to torch", extra={"shape": weight.shape, "tokens": key[0]})
+        step = GEMM.prove(key, lambda: _find_step(num_tokens, weight, bias) if can_take else 0)
     return step
 
 

@@ -5,7 +5,6 @@ which is found out for each shape on this machine.
 from __future__ import annotations
 
 import ctypes
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compute_node.kernels.prober import GEMV
 from compute_node.native import binding
-
-logger = logging.getLogger(__name__)
 
 _TILE_COLUMNS = 32
 _NUM_DRAWS = 4
@@ -30,12 +28,10 @@ _NEAR_UNDERFLOW = 2.0**-121
 _LEAST_INPUT = 2.0**-124
 _MAPPINGS = Path("/proc/self/maps")
 
-_same_bits: dict[tuple[object, ...], bool] = {}
-
 
 def num_shapes(native: bool) -> int:
     """Shapes of matrices seen so far that the kernel multiplies, or that it leaves to torch."""
-    return list(_same_bits.values()).count(native)
+    return GEMV.count(native)
 
 
 def is_exact(weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -44,14 +40,10 @@ def is_exact(weight: Tensor, bias: Tensor | None = None) -> bool:
     """
     shape, dense = (weight.shape[0], weight.shape[1]), weight.is_contiguous()
     key = (shape, weight.dtype, dense, bias is not None, torch.get_num_threads())
-    if key not in _same_bits:
-        _same_bits[key] = _can_take(weight) and _gives_same_bits(weight, bias)
-        by = "native" if _same_bits[key] else "torch"
-        logger.info(
-            "kernel chosen",
-            extra={"shape": shape, "kernel": by, "threads": torch.get_num_threads()},
-        )
-    return _same_bits[key]
+    verdict = GEMV.known.get(key)
+    if verdict is None:
+        verdict = GEMV.prove(key, lambda: _can_take(weight) and _gives_same_bits(weight, bias))
+    return verdict > 0
 
 
 def multiply(weights: Sequence[Tensor], inputs: Tensor, biases: Sequence[Tensor] = ()) -> Tensor:

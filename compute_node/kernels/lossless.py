@@ -4,7 +4,6 @@ themselves: by native kernels as they lie, or unpacked for torch.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf, prod
 from typing import Any
@@ -14,17 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from compute_node.kernels import gemm, gemv, matrices, scratch
+from compute_node.kernels.prober import LOSSLESS_GEMM, LOSSLESS_GEMV
 from compute_node.native import binding
 from proto.expert import ModelSpec, TensorLayout
 from proto.weight_format import BASES, CODES, OUTLIER_ENDS, OUTLIERS, lossless_tensors
 
-logger = logging.getLogger(__name__)
-
 _PARTS = ("", CODES, BASES, OUTLIER_ENDS, OUTLIERS)  # as native lossless has them
 _PLACE_BITS = 24
-
-_same_bits: dict[tuple[object, ...], bool] = {}
-_steps: dict[tuple[object, ...], int] = {}  # 0: unpacked for torch
 
 
 def is_packed(tensors: Mapping[str, Tensor], name: str) -> bool:
@@ -43,11 +38,10 @@ def is_exact(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -
     """
     bias = tensors.get(f"{name}_bias")
     key = (shape, bias is not None, torch.get_num_threads())
-    if key not in _same_bits:
-        _same_bits[key] = _gives_same_bits(tensors, name, shape, bias)
-        if not _same_bits[key]:
-            logger.info("lossless product left to torch", extra={"shape": shape, "tokens": 1})
-    return _same_bits[key]
+    verdict = LOSSLESS_GEMV.known.get(key)
+    if verdict is None:
+        verdict = LOSSLESS_GEMV.prove(key, lambda: _gives_same_bits(tensors, name, shape, bias))
+    return verdict > 0
 
 
 def multiply(
@@ -98,13 +92,10 @@ def step_of(
     """
     bias = tensors.get(f"{name}_bias")
     key = (num_tokens, shape, bias is not None, torch.get_num_threads())
-    if key not in _steps:
-        _steps[key] = _find_step(num_tokens, tensors, name, shape, bias)
-        if not _steps[key]:
-            logger.info(
-                "lossless product left to torch", extra={"shape": shape, "tokens": num_tokens}
-            )
-    return _steps[key]
+    step = LOSSLESS_GEMM.known.get(key)
+    if step is None:
+        step = LOSSLESS_GEMM.prove(key, lambda: _find_step(num_tokens, tensors, name, shape, bias))
+    return step
 
 
 def unpack(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:

@@ -29,6 +29,7 @@ _OVERRIDABLE = {
     "decayed_half_life_tokens",
     "redis_url",
     "snapshot_path",
+    "verdicts_path",
     "metrics_port",
     "metrics_port_file",
 }
@@ -81,6 +82,7 @@ def _node_table(
         "store_address": run.address("expert_store"),
         "session_dir": str(run.path / "sessions"),
         "slots": plan.slots,
+        "verdicts_path": str(run.path / "kernels.json"),
         "prefill_chunk_tokens": settings.chunk_tokens(manifest.sizing),
         "policy": settings.policy,
         "redis_url": settings.redis or run.redis_url,

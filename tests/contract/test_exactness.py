@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.engine.engine import Engine, SequenceState
-from compute_node.kernels import gemm, gemv, lossless
+from compute_node.kernels import gemm, gemv, prober
 from compute_node.model.loaded import load_model
 from compute_node.moe.step import Phase
 from compute_node.native import binding
@@ -205,10 +205,8 @@ def test_native_kernels_are_exact(
 ) -> None:
     """The tiny checkpoints' matrices are too small for them: torch has another kernel for those."""
     use_native(setting)
-    for kernel in (gemv, lossless):
-        monkeypatch.setattr(kernel, "_same_bits", {})
-    for kernel in (gemm, lossless):
-        monkeypatch.setattr(kernel, "_steps", {})
+    for verdicts in prober.ENTRIES.values():
+        monkeypatch.setattr(verdicts, "known", {})
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -230,6 +228,6 @@ def test_native_kernels_are_exact(
     assert gemv.num_shapes(native=True) >= 4 or by_amx, "experts, attention, output"
     assert gemm.num_products(native=True) >= 4 or by_amx, "experts of the prompt"
     if weight_format == "lossless":
-        assert list(lossless._same_bits.values()) == [True, True] or by_amx
+        assert list(prober.LOSSLESS_GEMV.known.values()) == [1, 1] or by_amx
         some = any if binding.isa() == binding.PORTABLE else all  # not for every number of tokens
-        assert (lossless._steps and some(lossless._steps.values())) or by_amx
+        assert (prober.LOSSLESS_GEMM.known and some(prober.LOSSLESS_GEMM.known.values())) or by_amx

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.integrations.moe import _default_apply_gate
 
-from compute_node.kernels import gemm, one_token_experts, prompt_experts
+from compute_node.kernels import gemm, one_token_experts, prober, prompt_experts
 from compute_node.kernels.prompt_experts import Prompt, combine
 from compute_node.native import binding
 from tests.compute_node.kernels.test_gemv import inputs, matrices, needs_kernel, same_bits
@@ -33,7 +33,7 @@ TOKENS = (2, 3, 12, 33, 64, 300)
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "_steps", {})
+    monkeypatch.setattr(prober.GEMM, "known", {})
 
 
 @needs_kernel

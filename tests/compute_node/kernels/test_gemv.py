@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compute_node.kernels import gemv
+from compute_node.kernels import gemv, prober
 from compute_node.kernels.one_token_linear import OneTokenLinear, adopt
 from compute_node.native import binding
 
@@ -30,7 +30,7 @@ SHAPES = [(192, 256), (256, 96), (17, 1024), (2048, 1536), (300, 5120)]
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemv, "_same_bits", {})
+    monkeypatch.setattr(prober.GEMV, "known", {})
 
 
 def matrices(shape: tuple[int, int], count: int = 1) -> list[Tensor]:
@@ -116,7 +116,7 @@ def test_other_orders_of_addition_are_found_out(
         return honest(turned, x.flip(1).contiguous(), biases)
 
     monkeypatch.setattr(gemv, "multiply", backwards)
-    gemv._same_bits.clear()
+    prober.GEMV.known.clear()
     assert not gemv.is_exact(weight)
 
 

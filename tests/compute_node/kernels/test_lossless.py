@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node.kernels import gemm, gemv, lossless
+from compute_node.kernels import gemm, gemv, lossless, prober
 from compute_node.native import binding
 from expert_store.offline.formats import lossless as encoder
 from proto import errors
@@ -100,7 +100,7 @@ def test_products_of_several_tokens_have_the_bits_of_the_matrix(
     plain = matrices(shape, 2)[1]
     plain[3, 5], plain[-1, -1], plain[0] = 1e-20, 1e3, 0
     tensors, bias = packed(plain), torch.randn(shape[0]).bfloat16()
-    monkeypatch.setattr(lossless, "_steps", {})
+    monkeypatch.setattr(prober.LOSSLESS_GEMM, "known", {})
     for num_tokens in (2, 5, 12, 33):
         x = inputs(shape[1], num_tokens)
         for b, stored in ((None, tensors), (bias, tensors | {"w_bias": bias})):
@@ -115,7 +115,7 @@ def test_products_of_several_tokens_have_the_bits_of_the_matrix(
 
 @needs_kernel
 def test_several_tokens_with_other_bits_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lossless, "_steps", {})
+    monkeypatch.setattr(prober.LOSSLESS_GEMM, "known", {})
     plain, x = matrices((64, 128))[0], inputs(128, 5)
     right = gemm.multiply_arrays
 
@@ -130,7 +130,7 @@ def test_several_tokens_with_other_bits_are_left_to_torch(monkeypatch: pytest.Mo
 
 @needs_kernel
 def test_a_kernel_with_other_bits_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lossless, "_same_bits", {})
+    monkeypatch.setattr(prober.LOSSLESS_GEMV, "known", {})
     tensors = packed(matrices((64, 128))[0])
     right = lossless.multiply
     monkeypatch.setattr(lossless, "multiply", lambda *args: right(*args).nextafter(torch.ones(1)))
