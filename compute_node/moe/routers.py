@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compute_node.moe.step import current_step
-from compute_node.predict.prefetcher import NextRouter
+from compute_node.predict.next_router import NextRouter, NextRouters
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class RouterScores:
     """
 
     def __init__(self) -> None:
-        self.next_routers: dict[int, NextRouter] = {}
+        self.next_routers = NextRouters()
 
     def watch(self, model: nn.Module, layer: int, experts_path: str) -> None:
         """Look in the first forward pass at what runs beside the experts at `experts_path`."""
@@ -77,7 +77,7 @@ class RouterScores:
         for candidate in found:
             router = NextRouter.of(candidate.module, hidden.shape[1], candidate.scores.shape[1])
             if router and _names_the_chosen(router.scores(hidden), topk_ids):
-                self.next_routers[layer] = router
+                self.next_routers.routers[layer] = router
                 self._keep(layer, candidate)
                 return True
         if topk_ids.numel() < _ENOUGH_CHOICES:

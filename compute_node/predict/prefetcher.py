@@ -8,13 +8,13 @@ holds a demand up by a piece of a read at most.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
-from torch.nn import functional
 
+from compute_node.predict.predictor import Predictor
 from proto.expert import ExpertKey
 
 _SMOOTHING = 0.05  # of every running mean: about the last twenty
@@ -26,39 +26,6 @@ class Residency(Protocol):
     """Who knows what need not be guessed."""
 
     def __contains__(self, key: ExpertKey) -> bool: ...
-
-
-@dataclass(frozen=True)
-class NextRouter:
-    """Of one MoE layer. weight: [E, D]; bias: [E]; correction: [E], added after a sigmoid where the
-    model chooses that way.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    correction: Tensor | None
-
-    @classmethod
-    def of(cls, router: Any, num_inputs: int, num_experts: int) -> NextRouter | None:
-        """None: it has no weight that can be asked."""
-        weight = getattr(router, "weight", None)
-        if not isinstance(weight, Tensor) or weight.shape != (num_experts, num_inputs):
-            return None
-        return cls(
-            weight,
-            getattr(router, "bias", None),
-            getattr(router, "e_score_correction_bias", None),
-        )
-
-    def scores(self, hidden: Tensor) -> Tensor:
-        """Higher: sooner chosen. hidden: [T, D]. Returns [T, E]."""
-        scores = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        return scores if self.correction is None else scores.sigmoid() + self.correction
-
-    def choose(self, hidden: Tensor, top_k: int) -> list[int]:
-        """Experts by falling score. hidden: [1, D]."""
-        chosen: list[int] = self.scores(hidden)[0].topk(top_k).indices.tolist()
-        return chosen
 
 
 @dataclass
@@ -100,7 +67,7 @@ class Prefetcher:
     """One node's. Pure guesses: what is read, and when, is the store's business.
 
     layers:    with experts, in the order in which they run
-    routers:   of those of them whose choices can be guessed; may grow
+    predictor: names what later layers will want
     resident:  what need not be guessed
     read_s:    seconds that one expert takes from the device, as last measured
     piece_s:   of those, what a demand may wait for behind a wrong guess
@@ -111,7 +78,7 @@ class Prefetcher:
     """
 
     layers: tuple[int, ...]
-    routers: Mapping[int, NextRouter]
+    predictor: Predictor
     top_k: int
     resident: Residency
     read_s: Callable[[], float]
@@ -188,7 +155,7 @@ class Prefetcher:
 
     def _guesses(self, layer: int, number: int, hidden: Tensor, is_probe: bool) -> list[ExpertKey]:
         fresh = []
-        for rank, expert in enumerate(self.routers[layer].choose(hidden, self.top_k)):
+        for rank, expert in self.predictor.predict(layer, hidden, self.top_k):
             key = ExpertKey(layer, expert)
             if len(self._open) == self.max_guesses:
                 break
@@ -216,6 +183,6 @@ class Prefetcher:
         return [
             (number, following)
             for number, following in enumerate(self.layers[start : start + self.max_depth])
-            if following in self.routers
+            if self.predictor.knows(following)
             and self._needs[following].misses * min(read_s, self._lead_s(number)) > self._cost_s
         ]

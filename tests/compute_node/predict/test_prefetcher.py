@@ -10,7 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compute_node.predict.prefetcher import NextRouter, Prefetcher
+from compute_node.predict.next_router import NextRouter, NextRouters
+from compute_node.predict.prefetcher import Prefetcher
 from proto.expert import ExpertKey
 
 LAYERS = (1, 3, 5, 7)
@@ -28,9 +29,10 @@ class Node:
 
     def __init__(self, piece_s: float = 0.001, max_guesses: int = 8, max_depth: int = 2) -> None:
         self.resident: set[ExpertKey] = set()
+        self.predictor = NextRouters({layer: router() for layer in LAYERS})
         self.prefetcher = Prefetcher(
             layers=tuple(LAYERS),
-            routers={layer: router() for layer in LAYERS},
+            predictor=self.predictor,
             top_k=TOP_K,
             resident=self.resident,
             read_s=lambda: READ_S,
@@ -56,6 +58,13 @@ def test_the_next_layers_are_guessed_nearest_first_by_score() -> None:
     assert node.guess(1) == ["L03E004", "L03E003", "L05E004", "L05E003"]
     assert node.guess(1) == [], "they are under way"
     assert node.guess(7) == [], "nothing comes after the last"
+
+
+def test_several_sequences_are_guessed_by_rank() -> None:
+    """What both want is guessed once. Red when the first row alone is asked about."""
+    node = Node(max_depth=1)
+    keys = node.prefetcher.guess(1, HIDDEN[[4, 3, 7]])
+    assert [key.expert for key in keys] == [4, 3, 7, 2, 6]
 
 
 def test_what_is_resident_is_not_guessed() -> None:
@@ -115,7 +124,7 @@ def test_a_layer_that_never_misses_is_not_asked() -> None:
     for _ in range(300):
         node.settle(3, 1, 2)
     calls = []
-    node.prefetcher.routers[3] = NextRouter(Watched(calls), None, None)  # type: ignore[arg-type]
+    node.predictor.routers[3] = NextRouter(Watched(calls), None, None)  # type: ignore[arg-type]
     node.guess(1)
     assert calls == []
 
@@ -139,13 +148,13 @@ def test_routers_choose_as_models_do() -> None:
     """With a bias; and with a correction after the sigmoid, as DeepSeek-V3 does."""
     pull = torch.zeros(NUM_EXPERTS)
     pull[6] = 5.0
-    assert router().choose(HIDDEN[4:5], 2) == [4, 3]
-    assert router(bias=pull).choose(HIDDEN[4:5], 2) == [6, 4]
-    assert router(correction=pull).choose(HIDDEN[4:5], 2) == [6, 4]
+    assert router().choose(HIDDEN[4:5], 2) == [[4, 3]]
+    assert router(bias=pull).choose(HIDDEN[4:5], 2) == [[6, 4]]
+    assert router(correction=pull).choose(HIDDEN[4:5], 2) == [[6, 4]]
 
 
 def test_a_layer_whose_router_cannot_be_asked_is_passed_over() -> None:
     """A table of token ids chooses there; the layers after it are guessed as before."""
     node = Node()
-    del node.prefetcher.routers[3]
+    del node.predictor.routers[3]
     assert node.guess(1) == ["L05E004", "L05E003"]
