@@ -15,7 +15,7 @@ import grpc
 
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
-from proto.expert import RecordKey
+from proto.expert import ExpertKey, RecordKey
 from tests.expert_store.raw_session import DEADLINE_S, Lock, Wire
 from tests.expert_store.stores import KEYS
 
@@ -65,7 +65,8 @@ class MadNode:
 
     def _any_keys(self, most: int) -> list[RecordKey]:
         known = self._random.choices(KEYS, k=self._random.randint(0, most))
-        strange = RecordKey.exact(self._random.getrandbits(32), self._random.getrandbits(32))
+        expert = ExpertKey(self._random.getrandbits(32), self._random.getrandbits(32))
+        strange = RecordKey(expert, self._random.choice(["exact", "int4", ""]))
         return [*known, strange] if self._random.random() < 0.2 else known
 
     def _damaged(self, message: bytes) -> bytes:

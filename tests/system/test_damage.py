@@ -61,7 +61,7 @@ def first_used_expert(store_dir: Path, run_dir: Path) -> ExpertKey:
             client.generate(PROMPT, max_tokens=1).run()
         with rpc.connect(store.address) as channel:
             keys = ExpertStoreStub(channel).Resident(ResidentRequest()).keys
-        return min(ExpertKey.from_pb(key) for key in keys)
+        return min(RecordKey.from_pb(key).expert for key in keys)
 
 
 def test_flipped_byte_is_data_loss_and_the_rest_goes_on(
