@@ -17,13 +17,16 @@ from expert_store.config import ExpertStoreConfig
 from expert_store.face.local_socket import LocalSocket
 from expert_store.face.metrics import StoreCollector
 from expert_store.face.service import SERVICE_NAME, ExpertStoreService
-from expert_store.io.reader import open_files
+from expert_store.io import kernel_queue
+from expert_store.io.device import Device
 from expert_store.manifest.manifest import Manifest, check_sources
-from expert_store.store import kernel_queue, resident_list, segment
+from expert_store.store import resident_list, segment
+from expert_store.store.fill import PieceRead
 from expert_store.store.readers import Readers
 from expert_store.store.sessions import SessionTable, await_free_locks
 from expert_store.store.slots import SlotPool
 from expert_store.store.store import ExpertStore
+from expert_store.store.verified_read import open_files
 from proto import rpc
 from proto.expert_store_pb2_grpc import add_ExpertStoreServicer_to_server
 from proto.process import daemon
@@ -39,6 +42,7 @@ async def run(
     root = manifest.root(config.store_dir, config.source_root)
     check_sources(manifest, root)
     rpc.check_socket_free(config.address)
+    device: Device[PieceRead]
     await await_free_locks(config.session_dir, config.lock_poll_s, config.restart_wait_s)
     with (
         segment.create(config.segment_path, config.num_slots, manifest.slot_bytes) as shared,

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from deploy.terminal import console
 from expert_store.io import huge_pages
-from expert_store.io.reader import open_files, read_record
 from expert_store.manifest.extents import ExpertRecord
 from expert_store.manifest.manifest import Manifest
+from expert_store.store.verified_read import open_files, read_record
 from proto.shm import PAGE_BYTES
 
 PIECE_BYTES = 2 * 1024 * 1024  # as the store reads by default

@@ -15,9 +15,10 @@ from types import TracebackType
 
 from google.protobuf.message import DecodeError
 
-from expert_store.face.exchange import is_acknowledged, perform, to_detail, to_lease
+from expert_store.face.exchange import is_acknowledged, perform
+from expert_store.store.leases import to_detail
 from expert_store.store.sessions import Session
-from expert_store.store.store import ExpertStore, Lent
+from expert_store.store.store import ExpertStore
 from proto import errors
 from proto import expert_store_pb2 as pb
 from proto.rpc import LOCAL_MESSAGE_BYTES
@@ -133,9 +134,9 @@ class _Caller(threading.Thread):
         return bytes(memoryview(self._buffer)[:length])
 
     def _perform(self, session: Session, exchange: pb.Exchange) -> None:
-        def deliver(lent: list[Lent]) -> None:
-            for start in range(0, len(lent), _LEASES_A_MESSAGE):
-                part = [to_lease(item) for item in lent[start : start + _LEASES_A_MESSAGE]]
+        def deliver(leases: list[pb.Lease]) -> None:
+            for start in range(0, len(leases), _LEASES_A_MESSAGE):
+                part = leases[start : start + _LEASES_A_MESSAGE]
                 self._send(pb.Exchanged(exchange_id=exchange.exchange_id, leases=part))
 
         perform(self._store, session, exchange, deliver)

@@ -10,12 +10,13 @@ from typing import Any
 
 import xxhash
 
-from expert_store.face.exchange import is_acknowledged, perform, to_lease
+from expert_store.face.exchange import is_acknowledged, perform
 from expert_store.store import sessions
-from expert_store.store.store import ExpertStore, Lent
+from expert_store.store.store import ExpertStore
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
+from proto.expert import RecordKey
 
 logger = logging.getLogger(__name__)
 
@@ -196,42 +197,42 @@ class _SessionStream:
         if exchange.acquires:
             self._unanswered[number] = len(exchange.acquires)
 
-        def deliver(lent: list[Lent]) -> None:
-            self._loop.call_soon_threadsafe(self._answer, number, lent)
+        def deliver(leases: list[pb.Lease]) -> None:
+            self._loop.call_soon_threadsafe(self._answer, number, leases)
 
         perform(self._store, self._session, exchange, deliver)
         if is_acknowledged(exchange):
             self._answer(number, [])
 
-    def _answer(self, exchange_id: int, lent: list[Lent]) -> None:
-        task = asyncio.create_task(self._send(exchange_id, lent))
+    def _answer(self, exchange_id: int, leases: list[pb.Lease]) -> None:
+        task = asyncio.create_task(self._send(exchange_id, leases))
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)
 
-    async def _send(self, exchange_id: int, lent: list[Lent]) -> None:
+    async def _send(self, exchange_id: int, leases: list[pb.Lease]) -> None:
         if self._session.lock_path is None:
-            await self._send_chunks(exchange_id, lent)
-        leases = [to_lease(item) for item in lent]
+            await self._send_chunks(exchange_id, leases)
         exchanged = pb.Exchanged(exchange_id=exchange_id, leases=leases)
         await self._replies.put(pb.SessionReply(exchanged=exchanged))
         if exchange_id in self._unanswered:
-            self._unanswered[exchange_id] -= len(lent)
+            self._unanswered[exchange_id] -= len(leases)
             if self._unanswered[exchange_id] == 0:
                 del self._unanswered[exchange_id]
 
-    async def _send_chunks(self, exchange_id: int, lent: list[Lent]) -> None:
+    async def _send_chunks(self, exchange_id: int, leases: list[pb.Lease]) -> None:
         """Copy each record to the stream and give its slot back."""
-        for item in lent:
-            if item.error is None:
+        for lease in leases:
+            if not lease.HasField("error"):
+                key = RecordKey.from_pb(lease.key)
                 try:
-                    await self._send_record(exchange_id, item)
+                    await self._send_record(exchange_id, key, lease.slot)
                 finally:
-                    self._store.sessions.release(self._session, [item.key])
+                    self._store.sessions.release(self._session, [key])
 
-    async def _send_record(self, exchange_id: int, item: Lent) -> None:
-        record = self._store.manifest.records[item.key]
+    async def _send_record(self, exchange_id: int, key: RecordKey, slot: int) -> None:
+        record = self._store.manifest.records[key]
         digest = xxhash.xxh3_64()
-        with self._store.segment.slot(item.slot) as view:
+        with self._store.segment.slot(slot) as view:
             for number, extent in enumerate(record.extents):
                 end = extent.place_bytes + extent.length_bytes
                 for offset in range(extent.place_bytes, end, rpc.CHUNK_BYTES):
@@ -240,7 +241,7 @@ class _SessionStream:
                     last = number == len(record.extents) - 1 and offset + len(data) == end
                     chunk = pb.Chunk(
                         exchange_id=exchange_id,
-                        key=item.key.to_pb(),
+                        key=key.to_pb(),
                         offset_bytes=offset,
                         data=data,
                         last=last,

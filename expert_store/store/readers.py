@@ -9,9 +9,10 @@ import os
 import threading
 from types import TracebackType
 
-from expert_store.io.reader import SourceFiles, add_piece, read_piece
-from expert_store.store.device import Issued
+from expert_store.io.files import SourceFiles
+from expert_store.store.fill import PieceRead
 from expert_store.store.store import ExpertStore
+from expert_store.store.verified_read import add_piece, read_piece
 from proto import errors
 
 logger = logging.getLogger(__name__)
@@ -56,30 +57,30 @@ class Readers:
             logger.critical("a reader failed, the store ends", exc_info=True)
             _end_process()  # its waiters would wait for ever; another store starts clean
 
-    def _take(self, issued: Issued, done_bytes: int) -> None:
+    def _take(self, read: PieceRead, done_bytes: int) -> None:
         is_whole = False
         problem: errors.FlashMoEError | None = None
-        # Hashed sooner than the device could be asked: both are said at once.
-        is_short = issued.piece.length_bytes <= _SHORT_BYTES
+        # A short piece is hashed sooner than another read could be issued: one call says both.
+        is_short = read.length_bytes <= _SHORT_BYTES
         try:
-            is_whole = self._read_and_add(issued, done_bytes, is_short)
+            is_whole = self._read_and_add(read, done_bytes, is_short)
         except errors.FlashMoEError as error:
             problem = error
         except Exception as error:  # carried to the waiters: a reader outlives it
             logger.exception("read failed")
             problem = errors.FlashMoEError(f"the store failed: {error!r}")
-        self._store.piece_done(issued, is_whole, problem, came_now=is_short)
+        self._store.piece_done(read, is_whole, problem, came_now=is_short)
 
-    def _read_and_add(self, issued: Issued, done_bytes: int, is_short: bool) -> bool:
-        fill, piece = issued.fill, issued.piece
-        assert fill.assembly is not None and fill.view is not None
+    def _read_and_add(self, read: PieceRead, done_bytes: int, is_short: bool) -> bool:
+        fill = read.fill
+        assert fill.assembly is not None
         try:
-            if done_bytes < piece.needed_bytes:
-                read_piece(self._files, fill.record, piece, fill.view, done_bytes)
+            if done_bytes < read.needed_bytes:
+                read_piece(self._files, fill.record, read, done_bytes)
         finally:
             if not is_short:
-                self._store.piece_came(issued)
-        return add_piece(self._files, fill.record, fill.assembly, issued.number)
+                self._store.piece_came(read)
+        return add_piece(self._files, fill.record, fill.assembly, read.number)
 
 
 def _end_process() -> None:

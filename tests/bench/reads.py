@@ -26,16 +26,18 @@ from unittest import mock
 import aiofiles
 import xxhash
 
-from expert_store.io import huge_pages
-from expert_store.io.reader import SourceFiles
+from expert_store.io import huge_pages, kernel_queue
+from expert_store.io.device import Device, ThreadReads
+from expert_store.io.files import SourceFiles
 from expert_store.manifest.extents import ExpertRecord, Extent
 from expert_store.manifest.manifest import Manifest
-from expert_store.store import kernel_queue, segment
-from expert_store.store.device import Device, ReadersThemselves
+from expert_store.store import segment
+from expert_store.store.fill import PieceRead
 from expert_store.store.readers import Readers
 from expert_store.store.sessions import SessionTable
 from expert_store.store.slots import SlotPool
-from expert_store.store.store import ExpertStore, Lent
+from expert_store.store.store import ExpertStore
+from proto import expert_store_pb2 as pb
 from proto.expert import RecordKey
 from tests.bench.table import percentile, show, spread
 
@@ -168,7 +170,7 @@ def _raw(path: Path, size: int, seed: int) -> Sample:
 def _store(piece_bytes: int, path: Path, size: int, seed: int) -> Sample:
     """The store's own read path, verified, `WANTED` records asked for at any time."""
     numbers, latencies = _numbers(size, seed), list[float]()
-    came: queue.SimpleQueue[Lent] = queue.SimpleQueue()
+    came: queue.SimpleQueue[pb.Lease] = queue.SimpleQueue()
     with _a_store(path, size, piece_bytes) as store:
         session = store.sessions.open("bench", WANTED, None)
 
@@ -182,9 +184,10 @@ def _store(piece_bytes: int, path: Path, size: int, seed: int) -> Sample:
             ask(number)
         for following in [*numbers[WANTED:], *[None] * WANTED]:
             lent = came.get()
-            assert lent.error is None and lent.bytes_read == size
-            latencies.append(time.perf_counter() - asked[lent.key])
-            store.sessions.release(session, [lent.key])
+            assert not lent.HasField("error") and lent.bytes_read == size
+            key = RecordKey.from_pb(lent.key)
+            latencies.append(time.perf_counter() - asked[key])
+            store.sessions.release(session, [key])
             if following is not None:
                 ask(following)
         wall_s = time.perf_counter() - start_s
@@ -198,8 +201,8 @@ def _in_single_pages(piece_bytes: int, path: Path, size: int, seed: int) -> Samp
 
 
 def _by_threads(piece_bytes: int, path: Path, size: int, seed: int) -> Sample:
-    def opened(files: SourceFiles, read_depth: int) -> AbstractContextManager[Device]:
-        return nullcontext(ReadersThemselves(read_depth))
+    def opened(files: SourceFiles, read_depth: int) -> AbstractContextManager[Device[PieceRead]]:
+        return nullcontext(ThreadReads(read_depth))
 
     with mock.patch.object(kernel_queue, "opened", opened):
         return _store(piece_bytes, path, size, seed)

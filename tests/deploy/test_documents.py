@@ -196,7 +196,7 @@ def test_a_path_that_does_not_exist_is_found(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "`expert_store/io/reader.py`, `reader.py`, `policies/lru.py`, `proto/`, `Makefile`",
+        "`expert_store/io/files.py`, `files.py`, `policies/lru.py`, `proto/`, `Makefile`",
         "`/dev/shm/x.toml`, `~/flashmoe.toml`, `cache/<policy>.py`, `tokens/s`, `1/2`",
         "`gate_up_proj`, `transformers.integrations.moe`, [site](https://example.org/a.md)",
         "```\necho `nowhere.toml`\n```",

@@ -20,7 +20,7 @@ import pytest
 from compute_node.store.borrow import StoreClient
 from compute_node.store.local_socket import HungUp, LocalSocket
 from compute_node.store.session import SessionLost
-from expert_store.face.exchange import to_detail
+from expert_store.store.leases import to_detail
 from proto import errors
 from proto import expert_store_pb2 as pb
 from proto.expert import ExpertKey

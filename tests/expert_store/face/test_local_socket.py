@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from expert_store.face.local_socket import _Caller
-from expert_store.store.store import Deliver, Lent
+from expert_store.store.fill import Deliver
 from proto import errors
 from proto import expert_store_pb2 as pb
 from proto.expert import RecordKey
@@ -160,7 +160,7 @@ def test_who_hung_up_is_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
         near.send(exchange([KEYS[0]]).exchange.SerializeToString())
     caller.start()
     caller.join(DEADLINE_S)
-    asked[0]([Lent(KEYS[0])])
+    asked[0]([pb.Lease(key=KEYS[0].to_pb())])
     assert far.fileno() == -1
     assert caplog.records == []
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compute_node.model.dense_weights import reading_dense
-from expert_store.io.reader import SourceFiles, read_record
+from expert_store.io.files import SourceFiles
 from expert_store.manifest.extents import ExpertRecord, slot_bytes_needed
 from expert_store.manifest.manifest import Manifest, check_sources
 from expert_store.offline import index as module
@@ -35,6 +35,7 @@ from expert_store.offline.checkpoint.parameters import Part
 from expert_store.offline.index import index, is_indexed, lay_out
 from expert_store.offline.pack import pack
 from expert_store.offline.verify import verify
+from expert_store.store.verified_read import read_record
 from proto import errors
 from proto.expert import RecordKey
 from tests.checkpoints import make

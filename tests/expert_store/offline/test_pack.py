@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from expert_store.io.reader import SourceFiles, read_record
+from expert_store.io.files import SourceFiles
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest, check_sources
 from expert_store.offline import pack as module
 from expert_store.offline import records as records_module
@@ -29,6 +29,7 @@ from expert_store.offline.index import index
 from expert_store.offline.pack import JOURNAL_NAME, pack
 from expert_store.offline.records import RECORDS_NAME
 from expert_store.offline.verify import verify
+from expert_store.store.verified_read import read_record
 from proto import errors
 from tests.checkpoints import make
 from tests.expert_store.conftest import SmallDisk

@@ -18,21 +18,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from expert_store.face.exchange import perform
-from expert_store.io.reader import SourceFiles, add_piece, open_files
+from expert_store.io.device import Device, ThreadReads
+from expert_store.io.files import SourceFiles
+from expert_store.io.kernel_queue import KernelQueue
 from expert_store.manifest.manifest import Manifest
 from expert_store.store import readers as module
 from expert_store.store import segment
-from expert_store.store.device import Device, Issued, ReadersThemselves
-from expert_store.store.kernel_queue import KernelQueue
+from expert_store.store.fill import PieceRead
 from expert_store.store.readers import Readers
 from expert_store.store.sessions import Session, SessionTable
 from expert_store.store.slots import SlotPool
-from expert_store.store.store import ExpertStore, Lent
+from expert_store.store.store import ExpertStore
+from expert_store.store.verified_read import add_piece, open_files
 from proto import errors
 from proto import expert_store_pb2 as pb
 from proto.expert import ExpertKey, RecordKey
@@ -60,12 +62,12 @@ class Disk:
     brings_bytes: of each piece, at most
     """
 
-    kind: Callable[[SourceFiles, int], AbstractContextManager[Device]]
+    kind: Callable[[SourceFiles, int], AbstractContextManager[Device[PieceRead]]]
     brings_bytes: int = WHOLE
     order: list[RecordKey] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
     most: int = 0
-    device: Device = field(init=False)
+    device: Device[PieceRead] = field(init=False)
     _num_asked: int = 0
     _num_came: int = 0
 
@@ -73,13 +75,13 @@ class Disk:
     def num_readers(self) -> int:
         return self.device.num_readers
 
-    def submit(self, issued: Sequence[Issued]) -> None:
+    def submit(self, issued: Sequence[PieceRead]) -> None:
         self.order += [item.fill.record.key for item in issued]
         self._num_asked += len(issued)
         self.most = max(self.most, self._num_asked - self._num_came)
         self.device.submit(issued)
 
-    def wait(self) -> tuple[Issued, int] | None:
+    def wait(self) -> tuple[PieceRead, int] | None:
         came = self.device.wait()
         if came is None:
             return None
@@ -87,12 +89,10 @@ class Disk:
         self._num_came += 1
         return came[0], self._cut(*came)
 
-    def _cut(self, issued: Issued, came_bytes: int) -> int:
-        piece, slot = issued.piece, issued.fill.view
-        assert slot is not None
+    def _cut(self, read: PieceRead, came_bytes: int) -> int:
         kept = min(came_bytes, self.brings_bytes)
-        start, end = piece.landing_bytes + kept, piece.landing_bytes + piece.length_bytes
-        slot[start:end] = bytes(end - start)
+        start, end = read.start_bytes + kept, read.start_bytes + read.length_bytes
+        read.memory[start:end] = bytes(end - start)
         return kept
 
     def stop(self) -> None:
@@ -104,15 +104,15 @@ class Disk:
             yield self
 
 
-def readers_themselves(files: SourceFiles, depth: int) -> AbstractContextManager[Device]:
-    return nullcontext(ReadersThemselves(depth))
+def thread_reads(files: SourceFiles, depth: int) -> AbstractContextManager[Device[PieceRead]]:
+    return nullcontext(ThreadReads(depth))
 
 
-def kernel_queue(files: SourceFiles, depth: int) -> AbstractContextManager[Device]:
+def kernel_queue(files: SourceFiles, depth: int) -> AbstractContextManager[Device[PieceRead]]:
     return closing(KernelQueue(files, depth))
 
 
-@pytest.fixture(params=[readers_themselves, kernel_queue])
+@pytest.fixture(params=[thread_reads, kernel_queue])
 def disk(request: pytest.FixtureRequest) -> Disk:
     disk = Disk(request.param)
     disk.gate.set()
@@ -147,6 +147,29 @@ def a_store(
             assert counts_add_up(slots, num_slots), slots.counts()
 
 
+class Lent(NamedTuple):
+    """What a lease says."""
+
+    key: RecordKey
+    slot: int
+    generation: int
+    tensor_offsets: list[int]
+    bytes_read: int
+    error: errors.FlashMoEError | None
+
+
+def read_lease(lease: pb.Lease) -> Lent:
+    error = errors.from_kind(lease.error.kind, lease.error.message)
+    return Lent(
+        RecordKey.from_pb(lease.key),
+        lease.slot,
+        lease.generation,
+        list(lease.tensor_offsets),
+        lease.bytes_read,
+        error if lease.HasField("error") else None,
+    )
+
+
 class Borrower:
     """A session, and what came for it."""
 
@@ -158,8 +181,8 @@ class Borrower:
     def ask(self, *keys: RecordKey) -> None:
         self.store.acquire(self.session, keys, self.take)
 
-    def take(self, lent: list[Lent]) -> None:
-        self.came.update({item.key: item for item in lent})
+    def take(self, leases: list[pb.Lease]) -> None:
+        self.came.update({item.key: item for item in map(read_lease, leases)})
 
     def get(self, *keys: RecordKey) -> list[Lent]:
         for key in keys:
@@ -471,7 +494,7 @@ def test_a_demand_without_a_slot_waits_for_those_that_have_one(store_dir: Path, 
         disk.gate.clear()
         store.prefetch(borrower.session, [KEYS[0]])
         store.prefetch(borrower.session, KEYS[1:3])
-        fills = [store._fills[key] for key in KEYS[:3]]
+        fills = [store._reads.fills[key] for key in KEYS[:3]]
         with store.lock:
             assert store._give_slot(fills[1]) and store._give_slot(fills[2])
         borrower.ask(*KEYS[4:6])
@@ -507,7 +530,7 @@ def test_a_reader_that_fails_ends_the_process(
     ended = threading.Event()
     monkeypatch.setattr(module, "_end_process", ended.set)
 
-    def deliver(lent: list[Lent]) -> None:
+    def deliver(leases: list[pb.Lease]) -> None:
         raise RuntimeError("a bug")
 
     with a_store(store_dir, disk) as store:
@@ -644,7 +667,7 @@ def test_a_refill_fills_free_slots_last_of_all(store_dir: Path, disk: Disk) -> N
 def test_stopping_leaves_nothing_half_filled(store_dir: Path, disk: Disk) -> None:
     """Whoever still waits is told, and readers are gone."""
     before = threading.active_count()
-    told: list[Lent] = []
+    told: list[pb.Lease] = []
     with a_store(store_dir, disk, read_depth=1) as store:
         borrower = Borrower(store)
         disk.gate.clear()
@@ -652,7 +675,7 @@ def test_stopping_leaves_nothing_half_filled(store_dir: Path, disk: Disk) -> Non
         until(lambda: bool(disk.order))
         stopping = threading.Thread(target=store.stop)
         stopping.start()
-        until(lambda: store._is_stopping)
+        until(lambda: store._reads._is_stopping)
         stopping.join(0.05)
         assert stopping.is_alive(), "it waits for what the device was asked"
         disk.gate.set()
@@ -660,7 +683,7 @@ def test_stopping_leaves_nothing_half_filled(store_dir: Path, disk: Disk) -> Non
         disk.stop()
         until(lambda: threading.active_count() == before)
         store.give_up()
-    assert {item.key: type(item.error) for item in told} == {
+    assert {item.key: type(item.error) for item in map(read_lease, told)} == {
         KEYS[0]: type(None),
         KEYS[1]: errors.Unavailable,
     }

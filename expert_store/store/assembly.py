@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import xxhash
 
+from expert_store.io.device import Request
 from expert_store.manifest.extents import ExpertRecord, Extent, plan_reads
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one call asks of the device.
+    """A part of a record that is read by one request.
 
     offset_bytes:  in the file, on a page
     landing_bytes: in the slot, on a page
@@ -32,6 +33,16 @@ class Piece:
     needed_bytes: int
     skip_bytes: int
     ends: Extent | None
+
+    def request(self, slot: memoryview) -> Request:
+        return Request(
+            self.file,
+            self.offset_bytes,
+            slot,
+            self.landing_bytes,
+            self.length_bytes,
+            self.needed_bytes,
+        )
 
 
 def cut(record: ExpertRecord, piece_bytes: int) -> list[Piece]:

@@ -15,8 +15,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_store.io.assembly import Assembly, ChecksumDiffers, cut
 from expert_store.manifest.extents import ExpertRecord, Extent, slot_bytes_needed
+from expert_store.store.assembly import Assembly, ChecksumDiffers, cut
 from proto.expert import RecordKey
 from proto.shm import PAGE_BYTES
 

@@ -1,4 +1,4 @@
-"""Linux's asynchronous reads: a piece is asked for without waking a thread that then waits."""
+"""Linux's asynchronous reads: a request is submitted without waking a thread that then waits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Generic
 
 from expert_store.io import huge_pages
-from expert_store.io.reader import PIECE_BYTES, SourceFiles
+from expert_store.io.device import Device, R, Request, ThreadReads
+from expert_store.io.files import PIECE_BYTES, SourceFiles
 from expert_store.native import binding
-from expert_store.store.device import Device, Issued, ReadersThemselves
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +24,10 @@ _NUM_READERS = 2  # one asks and hands on while the other hashes; measured: test
 _MOST_ASKING_RATIO, _TRIALS = 0.8, 3
 
 
-class KernelQueue:
-    """At most `read_depth` pieces in flight. Raises OSError where the kernel has no such queue.
+class KernelQueue(Generic[R]):
+    """At most `read_depth` requests in flight. Raises OSError where the kernel has no such queue.
 
-    An eventfd counts what came, so that each reader takes one piece, or hears that it is over.
+    An eventfd counts what came, so that each thread takes one request, or hears that it is over.
     """
 
     num_readers = _NUM_READERS
@@ -34,8 +35,8 @@ class KernelQueue:
     def __init__(self, files: SourceFiles, read_depth: int) -> None:
         self._functions = binding.load()
         self._files = files
-        self._in_flight: dict[int, Issued] = {}
-        self._refused: deque[Issued] = deque()
+        self._in_flight: dict[int, R] = {}
+        self._refused: deque[R] = deque()
         self._names = itertools.count()
         self._is_over = self._has_warned = False
         self._reads = (binding.Read * read_depth)()
@@ -51,21 +52,19 @@ class KernelQueue:
         self._functions.close(self._queue)
         os.close(self._came)
 
-    def submit(self, issued: Sequence[Issued]) -> None:
+    def submit(self, requests: Sequence[R]) -> None:
         names = []
-        for number, item in enumerate(issued):
-            name, piece, slot = next(self._names), item.piece, item.fill.view
-            assert slot is not None
-            self._in_flight[name] = item
-            where = (slot, piece.landing_bytes, piece.length_bytes, piece.offset_bytes)
-            self._write(number, name, piece.file, *where)
+        for number, request in enumerate(requests):
+            name = next(self._names)
+            self._in_flight[name] = request
+            self._write(number, name, request)
             names.append(name)
         taken = self._ask(len(names))
         for name in names[taken:]:
             self._refused.append(self._in_flight.pop(name))
             os.eventfd_write(self._came, 1)
 
-    def wait(self) -> tuple[Issued, int] | None:
+    def wait(self) -> tuple[R, int] | None:
         """Raises OSError when the kernel counts a read and does not tell it."""
         os.read(self._came, _COUNT_BYTES)
         if self._is_over:
@@ -85,7 +84,7 @@ class KernelQueue:
 
     def reads_while_it_is_asked(self) -> bool:
         """What some file systems do although they take direct reads: found out by trial. Before the
-        first piece.
+        first request.
         """
         with huge_pages.buffer(PIECE_BYTES) as memory:
             memory[:] = bytes(PIECE_BYTES)  # so that none of it has to be found first
@@ -95,7 +94,7 @@ class KernelQueue:
     def _asking_ratio(self, memory: memoryview) -> float:
         """Of the time of a read; 1 when it is refused."""
         start_s = time.perf_counter()
-        self._write(0, 0, 0, memory, 0, PIECE_BYTES, 0)
+        self._write(0, 0, Request(0, 0, memory, 0, PIECE_BYTES, PIECE_BYTES))
         if self._ask(1) < 1:
             return 1.0
         asked_s = time.perf_counter() - start_s
@@ -119,20 +118,16 @@ class KernelQueue:
             raise OSError("the kernel counted a read that it does not tell")
         return event.name, event.got_bytes
 
-    def _write(
-        self,
-        number: int,
-        name: int,
-        file: int,
-        memory: memoryview,
-        landing_bytes: int,
-        length_bytes: int,
-        offset_bytes: int,
-    ) -> None:
+    def _write(self, number: int, name: int, request: Request) -> None:
         """The read of that number."""
-        buffer = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + landing_bytes
-        descriptor = self._files.descriptor(file)
-        self._reads[number] = binding.Read(name, buffer, length_bytes, offset_bytes, descriptor)
+        buffer = ctypes.addressof(ctypes.c_char.from_buffer(request.memory)) + request.start_bytes
+        self._reads[number] = binding.Read(
+            name,
+            buffer,
+            request.length_bytes,
+            request.offset_bytes,
+            self._files.descriptor(request.file),
+        )
 
     def _warn(self, error: int) -> None:
         """Once: a reader reads by itself what the kernel refused, and may find out why."""
@@ -143,25 +138,25 @@ class KernelQueue:
 
 
 @contextmanager
-def opened(files: SourceFiles, read_depth: int) -> Iterator[Device]:
+def opened(files: SourceFiles, read_depth: int) -> Iterator[Device[Any]]:
     """The kernel's queue for the block, or readers that wait for what they read, told why."""
     if not files.direct:  # the kernel reads buffered files at once, while we hold the store's lock
-        yield ReadersThemselves(read_depth)
+        yield ThreadReads(read_depth)
         return
     try:
-        device = KernelQueue(files, read_depth)
+        device: KernelQueue[Any] = KernelQueue(files, read_depth)
     except OSError as error:
-        yield _readers_themselves(read_depth, str(error))
+        yield _thread_reads(read_depth, str(error))
         return
     try:
         if device.reads_while_it_is_asked():
-            yield _readers_themselves(read_depth, "the file system reads while it is asked")
+            yield _thread_reads(read_depth, "the file system reads while it is asked")
         else:
             yield device
     finally:
         device.close()
 
 
-def _readers_themselves(read_depth: int, reason: str) -> Device:
+def _thread_reads(read_depth: int, reason: str) -> ThreadReads[Any]:
     logger.warning("no asynchronous reads, threads wait for them", extra={"reason": reason})
-    return ReadersThemselves(read_depth)
+    return ThreadReads(read_depth)

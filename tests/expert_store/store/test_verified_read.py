@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from expert_store.io.reader import SourceFiles, open_files, read_record
+from expert_store.io.files import SourceFiles
 from expert_store.manifest.manifest import Manifest
+from expert_store.store.verified_read import open_files, read_record
 from proto import errors
 from proto.expert import RecordKey
 from tests.expert_store.stores import (

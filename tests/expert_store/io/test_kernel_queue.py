@@ -14,19 +14,20 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from expert_store.io.assembly import Assembly
-from expert_store.io.reader import SourceFiles, open_files
+from expert_store.io import kernel_queue
+from expert_store.io.device import ThreadReads
+from expert_store.io.files import SourceFiles
+from expert_store.io.kernel_queue import KernelQueue
 from expert_store.manifest.manifest import Manifest
 from expert_store.native import binding
-from expert_store.store import kernel_queue
-from expert_store.store.device import Issued, ReadersThemselves
-from expert_store.store.fills import Fill, Priority
-from expert_store.store.kernel_queue import KernelQueue
-from expert_store.store.sessions import Session
+from expert_store.store.assembly import Assembly
+from expert_store.store.fill import Fill, PieceRead, Priority
+from expert_store.store.verified_read import open_files
 from tests.expert_store.stores import (
     FILE_NAME,
     KEYS,
@@ -39,13 +40,13 @@ DEPTH = 4
 
 
 @contextmanager
-def pieces(folder: Path, piece_bytes: int = 4096) -> Iterator[list[Issued]]:
+def pieces(folder: Path, piece_bytes: int = 4096) -> Iterator[list[PieceRead]]:
     """Of the first expert, in memory of its own."""
     manifest = Manifest.load(folder)
     with mmap.mmap(-1, manifest.slot_bytes) as memory, memoryview(memory) as view:
-        fill = Fill[Session](manifest.records[KEYS[0]], Priority.DEMAND, view=view)
+        fill = Fill(manifest.records[KEYS[0]], Priority.DEMAND, view=view)
         fill.assembly = Assembly(fill.record, view, piece_bytes)
-        yield [Issued(fill, number) for number in range(len(fill.assembly.pieces))][:DEPTH]
+        yield [fill.next_read() for _ in fill.assembly.pieces][:DEPTH]
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def test_pieces_come_with_their_bytes(store_dir: Path) -> None:
         device.submit(asked)
         came = [device.wait() for _ in asked]
         assert {item[0].number for item in came if item} == set(range(len(asked)))
-        assert all(item and item[1] >= item[0].piece.needed_bytes for item in came)
+        assert all(item and item[1] >= item[0].needed_bytes for item in came)
         fill = asked[0].fill
         assert fill.assembly is not None and fill.view is not None
         assert [fill.assembly.arrive(item.number) for item in asked][-1]
@@ -75,10 +76,8 @@ def test_pieces_come_with_their_bytes(store_dir: Path) -> None:
 def test_what_fails_on_the_way_comes_back_unread(store_dir: Path) -> None:
     """Here for memory that no direct read can go to, a byte off."""
     with a_queue(store_dir) as device, pieces(store_dir) as asked:
-        fill = asked[0].fill
-        assert fill.view is not None
-        with fill.view[1:] as fill.view:
-            device.submit(asked)
+        with asked[0].memory[1:] as odd:
+            device.submit([replace(read, memory=odd) for read in asked])
             came = [device.wait() for _ in asked]
         assert sorted(item[0].number for item in came if item) == [item.number for item in asked]
         assert {item[1] for item in came if item} == {0}
@@ -119,7 +118,7 @@ def test_every_reader_hears_that_it_is_over(store_dir: Path) -> None:
 
 def test_buffered_files_are_left_to_the_readers(store_dir: Path) -> None:
     with files_of(store_dir, direct_io=False) as files, kernel_queue.opened(files, 3) as device:
-        assert isinstance(device, ReadersThemselves)
+        assert isinstance(device, ThreadReads)
         assert device.num_readers == 4
 
 
@@ -135,7 +134,7 @@ def test_a_file_system_that_reads_while_it_is_asked_is_left_to_the_readers(
         files_of(shared_memory / "store") as files,
         kernel_queue.opened(files, 3) as device,
     ):
-        assert isinstance(device, ReadersThemselves)
+        assert isinstance(device, ThreadReads)
     assert len(caplog.records) == 1
 
 
@@ -179,7 +178,7 @@ def falls_back(folder: Path, caplog: pytest.LogCaptureFixture) -> str:
         files_of(folder) as files,
         kernel_queue.opened(files, 3) as device,
     ):
-        assert isinstance(device, ReadersThemselves)
+        assert isinstance(device, ThreadReads)
     (record,) = caplog.records
     assert record.message.split(",")[0] == "no asynchronous reads"
     return str(record.__dict__["reason"]).split("] ")[-1]

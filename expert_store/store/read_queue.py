@@ -1,0 +1,120 @@
+"""Which records are read, and in which order: demand before prefetch, piece by piece."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from expert_store.io.device import Device
+from expert_store.manifest.extents import ExpertRecord
+from expert_store.store.counters import Counters
+from expert_store.store.fill import Fill, PieceRead, Priority
+from proto.expert import RecordKey
+
+
+@dataclass
+class ReadQueue:
+    """The fills under way, one a record. Guarded by `lock`, which its caller holds.
+
+    read_depth:  pieces that the device reads at once, at most
+    give_memory: finds a slot for a fill; False when there is none now, or the fill was withdrawn
+    """
+
+    device: Device[PieceRead]
+    lock: threading.RLock
+    read_depth: int
+    counters: Counters
+    give_memory: Callable[[Fill], bool]
+    fills: dict[RecordKey, Fill] = field(default_factory=dict)
+    _heap: list[tuple[Priority, int, Fill]] = field(default_factory=list)
+    _order: itertools.count[int] = field(default_factory=itertools.count)
+    _num_at_device: int = 0
+    _busy_since_ns: int = 0
+    _is_stopping: bool = False
+
+    def __post_init__(self) -> None:
+        self._left = threading.Condition(self.lock)  # the device has nothing left to do
+
+    def start(self, record: ExpertRecord, priority: Priority) -> Fill:
+        fill = self.fills[record.key] = Fill(record, priority)
+        self._add(fill)
+        return fill
+
+    def want(self, fill: Fill, priority: Priority) -> None:
+        """A session wants a fill that is under way: it becomes as urgent as that, also when it was
+        withdrawn.
+        """
+        if fill.is_withdrawn or priority < fill.priority:
+            fill.is_withdrawn = False
+            fill.priority = min(priority, fill.priority)
+            self._add(fill)
+
+    def issue(self) -> None:
+        """Submit reads until `read_depth` are at the device, the most urgent fill first. A fill
+        that cannot get a slot is passed by those that have one. Called after every acquire,
+        prefetch and completion; not after a release: the next call finds the slot.
+        """
+        reads: list[PieceRead] = []
+        while not self._is_stopping and self._num_at_device < self.read_depth:
+            fill = self._first()
+            if fill is not None and not fill.slot and not self.give_memory(fill):
+                if fill.is_withdrawn:
+                    continue
+                fill = self._first_with_slot()
+            if fill is None:
+                break
+            reads.append(fill.next_read())
+            if self._num_at_device == 0:
+                self._busy_since_ns = time.perf_counter_ns()
+            self._num_at_device += 1
+        if reads:
+            self.device.submit(reads)
+
+    def left_device(self, fill: Fill) -> None:
+        """One read of `fill` is no longer at the device, whether or not it went well."""
+        fill.arrived_ns = time.perf_counter_ns()
+        self._num_at_device -= 1
+        if self._num_at_device == 0:
+            self.counters.busy_s += (fill.arrived_ns - self._busy_since_ns) / 1e9
+            self._left.notify_all()
+
+    def close(self, fill: Fill) -> None:
+        """The fill is not under way any more: whole, failed or withdrawn."""
+        del self.fills[fill.record.key]
+        if fill.view is not None:
+            fill.view.release()
+
+    def num_waiting(self) -> int:
+        """Demand reads that have not begun."""
+        return sum(f.priority is Priority.DEMAND and not f.slot for f in self.fills.values())
+
+    def stop(self) -> None:
+        """Submit nothing more, and block until the device has read what it has."""
+        with self._left:
+            self._is_stopping = True
+            self._left.wait_for(lambda: self._num_at_device == 0)
+
+    def _add(self, fill: Fill) -> None:
+        """Also after its priority changed: what it had before no longer counts."""
+        heapq.heappush(self._heap, (fill.priority, next(self._order), fill))
+
+    def _first(self) -> Fill | None:
+        """Whose piece is read next."""
+        while self._heap:
+            priority, _, fill = self._heap[0]
+            if priority is fill.priority and not fill.is_issued:
+                return fill
+            heapq.heappop(self._heap)
+        return None
+
+    def _first_with_slot(self) -> Fill | None:
+        begun = [
+            (priority, number, fill)
+            for priority, number, fill in self._heap
+            if priority is fill.priority and fill.slot and not fill.is_issued
+        ]
+        return min(begun)[2] if begun else None
