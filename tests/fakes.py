@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from compute_node.store.memory import Borrowed
-from compute_node.store.session import Arrival, SessionLost
+from compute_node.store.session import SessionLost
 from proto import errors
 from proto.expert import ExpertKey
 
@@ -44,7 +44,7 @@ class FakeLender:
         check: Callable[[], None] = lambda: None,
         prefetches: Sequence[ExpertKey] = (),
         withdrawals: Sequence[ExpertKey] = (),
-    ) -> Iterator[list[Arrival]]:
+    ) -> Iterator[list[Borrowed]]:
         if self.break_next or not self._open:
             self.break_next = False
             self.abort()
@@ -65,7 +65,7 @@ class FakeLender:
         releases: Sequence[ExpertKey],
         acquires: Sequence[ExpertKey],
         check: Callable[[], None] = lambda: None,
-    ) -> list[Arrival]:
+    ) -> list[Borrowed]:
         try:
             return [arrival for part in self.borrow(releases, acquires, check) for arrival in part]
         except (errors.Cancelled, errors.DeadlineExceeded):
@@ -73,8 +73,8 @@ class FakeLender:
             raise
 
     def _come(
-        self, arrivals: list[Arrival], damaged: list[ExpertKey], check: Callable[[], None]
-    ) -> Iterator[list[Arrival]]:
+        self, arrivals: list[Borrowed], damaged: list[ExpertKey], check: Callable[[], None]
+    ) -> Iterator[list[Borrowed]]:
         """What is in memory first, then one after another; damage last."""
         in_memory = [arrival for arrival in arrivals if arrival.bytes_read == 0]
         parts = [in_memory] if in_memory else []
@@ -91,12 +91,12 @@ class FakeLender:
         self._open = False
         self.held.clear()
 
-    def _lend(self, key: ExpertKey) -> Arrival:
+    def _lend(self, key: ExpertKey) -> Borrowed:
         self._generation += 1
-        self.held[key] = Borrowed(key, 0, self._generation, {})
         bytes_read = 0 if key in self.in_memory else self._bytes
+        self.held[key] = Borrowed(key, 0, self._generation, {}, bytes_read)
         self.in_memory.add(key)
-        return Arrival(self.held[key], bytes_read)
+        return self.held[key]
 
 
 class FakeArrivals:
@@ -105,16 +105,16 @@ class FakeArrivals:
     def __init__(
         self,
         lender: FakeLender,
-        parts: list[list[Arrival]],
+        parts: list[list[Borrowed]],
         damaged: list[ExpertKey],
         check: Callable[[], None],
     ) -> None:
         self._lender, self._parts, self._damaged, self._check = lender, parts, damaged, check
 
-    def __iter__(self) -> Iterator[list[Arrival]]:
+    def __iter__(self) -> Iterator[list[Borrowed]]:
         return self
 
-    def __next__(self) -> list[Arrival]:
+    def __next__(self) -> list[Borrowed]:
         if not self._parts and not self._damaged:
             raise StopIteration
         try:

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.cache.residents import Residents
 from compute_node.store.memory import Borrowed
-from compute_node.store.session import Arrival, SessionLost
+from compute_node.store.session import SessionLost
 from proto import errors
 from proto.expert import ExpertKey
 
@@ -40,14 +40,14 @@ class Lender(Protocol):
         check: Callable[[], None] = ...,
         prefetches: Sequence[ExpertKey] = ...,
         withdrawals: Sequence[ExpertKey] = ...,
-    ) -> Iterator[list[Arrival]]: ...
+    ) -> Iterator[list[Borrowed]]: ...
 
     def exchange(
         self,
         releases: Sequence[ExpertKey],
         acquires: Sequence[ExpertKey],
         check: Callable[[], None] = ...,
-    ) -> list[Arrival]: ...
+    ) -> list[Borrowed]: ...
 
     def resident(self) -> list[ExpertKey]: ...
 
@@ -117,7 +117,7 @@ class _Asked:
     """Misses that were asked for, and the iterator that they come from."""
 
     misses: list[ExpertKey]
-    arrivals: Iterator[list[Arrival]]
+    arrivals: Iterator[list[Borrowed]]
     waiter: _Waiter
 
 
@@ -310,7 +310,7 @@ class ExpertCache:
                 self.counters[layer].bytes_read += sum(a.bytes_read for a in arrivals)
                 if len(asked.misses) == 1 and arrivals[0].bytes_read:
                     self._time_read(arrivals[0])
-                yield [arrival.borrowed.key for arrival in arrivals]
+                yield [borrowed.key for borrowed in arrivals]
         except errors.ExpertDamaged:
             self._settle(asked)
             raise
@@ -334,10 +334,10 @@ class ExpertCache:
                 logger.warning("session lost", extra={"reason": str(error)})
                 self._let_go()
 
-    def _time_read(self, arrival: Arrival) -> None:
+    def _time_read(self, borrowed: Borrowed) -> None:
         share = _SMOOTHING if self.read_s else 1.0
-        self.read_s += share * (arrival.read_s - self.read_s)
-        self.read_s_per_byte = self.read_s / arrival.bytes_read
+        self.read_s += share * (borrowed.read_s - self.read_s)
+        self.read_s_per_byte = self.read_s / borrowed.bytes_read
 
     def _timed(self, layer: int, wait: Callable[[], T]) -> T:
         start_s = time.perf_counter()
@@ -368,10 +368,10 @@ class ExpertCache:
             resident.evict(key)
         return going
 
-    def _insert(self, arrivals: list[Arrival]) -> None:
-        for arrival in arrivals:
-            self._under_way.discard(arrival.borrowed.key)
-            self._resident.insert(arrival.borrowed)
+    def _insert(self, arrivals: list[Borrowed]) -> None:
+        for borrowed in arrivals:
+            self._under_way.discard(borrowed.key)
+            self._resident.insert(borrowed)
 
     def _let_go(self) -> None:
         """Of the session, and of everything it lent."""

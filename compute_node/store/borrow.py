@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from compute_node.store.memory import Borrowed
-from compute_node.store.session import Arrival, Loan, SessionLost, StoreDescription, StoreSession
+from compute_node.store.session import SessionLost, StoreDescription, StoreSession
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
@@ -103,7 +103,7 @@ class StoreClient:
         check: Callable[[], None] = lambda: None,
         prefetches: Sequence[ExpertKey] = (),
         withdrawals: Sequence[ExpertKey] = (),
-    ) -> Iterator[list[Arrival]]:
+    ) -> Iterator[list[Borrowed]]:
         """Give experts back, ask for others, say which may be wanted next and which guesses were
         wrong: said at once, in one message. The iterator blocks for what was asked for, as it
         comes.
@@ -117,24 +117,24 @@ class StoreClient:
         if self._session is None:
             raise SessionLost("there is no session: open one")
         try:
-            loan = self._session.begin(releases, acquires, prefetches, withdrawals)
+            exchange_id = self._session.begin(releases, acquires, prefetches, withdrawals)
         except BaseException:
             self.abort()
             raise
-        return _Arrivals(lambda: self._take(loan, check))
+        return _Arrivals(self, self._session, exchange_id, len(acquires), check)
 
     def exchange(
         self,
         releases: Sequence[ExpertKey],
         acquires: Sequence[ExpertKey],
         check: Callable[[], None] = lambda: None,
-    ) -> list[Arrival]:
+    ) -> list[Borrowed]:
         """`borrow`, and wait for everything. Raises what it raises; nothing is borrowed any more
         after what `check` raises.
         """
         try:
             parts = self.borrow(releases, acquires, check)
-            return [arrival for part in parts for arrival in part]
+            return [borrowed for part in parts for borrowed in part]
         except _GAVE_UP:
             self.abort()
             raise
@@ -177,18 +177,13 @@ class StoreClient:
             check()
             time.sleep(_RETRY_S)
 
-    def _take(self, loan: Loan, check: Callable[[], None]) -> list[Arrival]:
-        try:
-            arrived = loan.take(self._deadline_s, check)
-        except (errors.ExpertDamaged, *_GAVE_UP):
-            raise
-        except BaseException:
-            # Leases may be on their way that nobody would account for: end the session as a whole.
-            self.abort()
-            raise
-        if arrived:
-            self._num_fruitless = 0
-        return arrived
+    @property
+    def deadline_s(self) -> float:
+        return self._deadline_s
+
+    def lent(self) -> None:
+        """A session lent something: the store serves."""
+        self._num_fruitless = 0
 
     def _open_once(self, description: StoreDescription) -> StoreSession:
         quota_slots = min(self._quota_slots, description.spec.num_experts_total)
@@ -226,15 +221,61 @@ class StoreClient:
 
 
 class _Arrivals:
-    """What was asked for, as it comes. Unlike a generator it goes on after an error."""
+    """What one exchange asked for, in parts as it comes. Unlike a generator it goes on after an
+    error.
+    """
 
-    def __init__(self, take: Callable[[], list[Arrival]]) -> None:
-        self._take = take
+    def __init__(
+        self,
+        client: StoreClient,
+        session: StoreSession,
+        exchange_id: int,
+        num_acquires: int,
+        check: Callable[[], None],
+    ) -> None:
+        self._client = client
+        self._session = session
+        self._exchange_id = exchange_id
+        self._num_left = num_acquires
+        self._check = check
+        self._damage: errors.FlashMoEError | None = None
 
-    def __iter__(self) -> Iterator[list[Arrival]]:
+    def __iter__(self) -> Iterator[list[Borrowed]]:
         return self
 
-    def __next__(self) -> list[Arrival]:
-        if not (arrived := self._take()):
+    def __next__(self) -> list[Borrowed]:
+        """Block until at least one came. See `StoreClient.borrow` for what this raises."""
+        try:
+            borrowed = self._next_part()
+        except (errors.ExpertDamaged, *_GAVE_UP):
+            raise
+        except BaseException:
+            # Leases may be on their way that nobody would account for: end the session as a whole.
+            self._client.abort()
+            raise
+        if not borrowed:
             raise StopIteration
-        return arrived
+        self._client.lent()
+        return borrowed
+
+    def _next_part(self) -> list[Borrowed]:
+        """Empty when all has come. Raises ExpertDamaged once, after all that came."""
+        deadline = time.monotonic() + self._client.deadline_s
+        while self._num_left:
+            exchanged = self._session.answer(self._exchange_id, deadline, self._check)
+            self._num_left -= len(exchanged.leases)
+            whole = [lease for lease in exchanged.leases if self._is_whole(lease)]
+            if not self._num_left:
+                self._session.forget(self._exchange_id)
+            if whole:
+                return [self._session.borrowed(lease) for lease in whole]
+        damage, self._damage = self._damage, None
+        if damage is not None:
+            raise damage
+        return []
+
+    def _is_whole(self, lease: pb.Lease) -> bool:
+        if lease.HasField("error"):
+            self._damage = errors.from_kind(lease.error.kind, lease.error.message)
+            return False
+        return True

@@ -38,12 +38,21 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Borrowed:
-    """An expert on loan. tensors: under the names of the experts module, views into the slot."""
+    """An expert on loan, and what bringing it cost.
+
+    tensors:    under the names of the experts module, views into the slot
+    bytes_read: 0 when the store had it in memory
+    read_s:     from the first byte asked of the device to the last that came
+    verify_s:   checksumming after that
+    """
 
     key: ExpertKey
     slot: int
     generation: int
     tensors: dict[str, Tensor]
+    bytes_read: int = 0
+    read_s: float = 0.0
+    verify_s: float = 0.0
 
 
 class ExpertMemory(Protocol):

@@ -55,58 +55,6 @@ class StoreDescription:
     piece_bytes: int
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """An expert that came, with what it cost. bytes_read is 0 when another node's copy answered.
-
-    read_s:   from the first byte asked of the device to the last that came
-    verify_s: checksumming after that
-    """
-
-    borrowed: Borrowed
-    bytes_read: int
-    read_s: float = 0.0
-    verify_s: float = 0.0
-
-
-class Loan:
-    """Experts asked for in one exchange, as they come."""
-
-    def __init__(self, session: StoreSession, exchange_id: int, num_acquires: int) -> None:
-        self._session = session
-        self._exchange_id = exchange_id
-        self._left = num_acquires
-        self._damage: errors.FlashMoEError | None = None
-
-    def take(self, deadline_s: float, check: Callable[[], None]) -> list[Arrival]:
-        """What came since, at least one; nothing when all has come. Blocks; may be called again
-        after `check` raised.
-
-        Raises what `StoreSession.answer` raises, ExpertDamaged after all that came.
-        """
-        deadline = time.monotonic() + deadline_s
-        while self._left:
-            exchanged = self._session.answer(self._exchange_id, deadline, check)
-            self._left -= len(exchanged.leases)
-            arrived = [
-                self._session.arrival(lease) for lease in exchanged.leases if self._is_whole(lease)
-            ]
-            if not self._left:
-                self._session.forget(self._exchange_id)
-            if arrived:
-                return arrived
-        damage, self._damage = self._damage, None
-        if damage is not None:
-            raise damage
-        return []
-
-    def _is_whole(self, lease: pb.Lease) -> bool:
-        if lease.HasField("error"):
-            self._damage = errors.from_kind(lease.error.kind, lease.error.message)
-            return False
-        return True
-
-
 class StoreSession:
     """One open stream, its lock, and the memory its leases point into.
 
@@ -167,8 +115,10 @@ class StoreSession:
         acquires: Sequence[ExpertKey],
         prefetches: Sequence[ExpertKey] = (),
         withdrawals: Sequence[ExpertKey] = (),
-    ) -> Loan:
-        """Say what is given back, wanted, and guessed; does not wait. Raises SessionLost."""
+    ) -> int:
+        """Say what is given back, wanted, and guessed; does not wait. Returns the number of the
+        exchange, for `answer`. Raises SessionLost.
+        """
         exchange_id = next(self._ids)
         over_chunks = isinstance(self.memory, PrivateMemory)
         if isinstance(self.memory, PrivateMemory):
@@ -185,7 +135,7 @@ class StoreSession:
         self._send(exchange)
         if acquires:
             self._answers[exchange_id] = deque()
-        return Loan(self, exchange_id, len(acquires))
+        return exchange_id
 
     def answer(self, exchange_id: int, deadline: float, check: Callable[[], None]) -> pb.Exchanged:
         """The next answer to this exchange; those to others are kept for them.
@@ -203,14 +153,15 @@ class StoreSession:
         """It is answered in full."""
         del self._answers[exchange_id]
 
-    def arrival(self, lease: pb.Lease) -> Arrival:
+    def borrowed(self, lease: pb.Lease) -> Borrowed:
+        """What a lease lends, as tensors."""
         key, memory = RecordKey.from_pb(lease.key).expert, self.memory
         slot, generation = lease.slot, lease.generation
         if isinstance(memory, PrivateMemory):
             slot, generation = memory.slot_of(key), 0
         tensors = memory.tensors(slot, lease.tensor_offsets, self._layouts[key.layer])
-        borrowed = Borrowed(key, slot, generation, tensors)
-        return Arrival(borrowed, lease.bytes_read, lease.read_s, lease.verify_s)
+        cost = (lease.bytes_read, lease.read_s, lease.verify_s)
+        return Borrowed(key, slot, generation, tensors, *cost)
 
     def close(self) -> None:
         """Nobody reads slots any more: let go of the lock first, so that the store sees it free."""

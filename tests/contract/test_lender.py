@@ -52,7 +52,7 @@ def lender(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Len
 def test_lends_each_once_and_counts_only_what_was_read(lender: tuple[Lender, Damage]) -> None:
     store, _ = lender
     arrivals = store.exchange([], KEYS[:3])
-    assert sorted(arrival.borrowed.key for arrival in arrivals) == KEYS[:3]
+    assert sorted(arrival.key for arrival in arrivals) == KEYS[:3]
     assert all(arrival.bytes_read > 0 for arrival in arrivals)
     [again] = store.exchange([KEYS[0]], [KEYS[3]])
     assert again.bytes_read > 0
@@ -64,9 +64,9 @@ def test_lends_each_once_and_counts_only_what_was_read(lender: tuple[Lender, Dam
 def test_lease_is_current_until_the_session_ends(lender: tuple[Lender, Damage]) -> None:
     store, _ = lender
     [arrival] = store.exchange([], KEYS[:1])
-    assert store.is_current(arrival.borrowed)
+    assert store.is_current(arrival)
     store.abort()
-    assert not store.is_open and not store.is_current(arrival.borrowed)
+    assert not store.is_open and not store.is_current(arrival)
     with pytest.raises(SessionLost):
         store.exchange([], KEYS[:1])
     store.open()
@@ -87,8 +87,8 @@ def test_what_is_in_memory_comes_first(lender: tuple[Lender, Damage]) -> None:
     store, _ = lender
     store.exchange([], KEYS[:2])
     parts = list(store.borrow(KEYS[:2], [KEYS[4], KEYS[1], KEYS[5], KEYS[0]]))
-    assert {arrival.borrowed.key for arrival in parts[0]} == {KEYS[0], KEYS[1]}
-    assert {arrival.borrowed.key for part in parts[1:] for arrival in part} == {KEYS[4], KEYS[5]}
+    assert {arrival.key for arrival in parts[0]} == {KEYS[0], KEYS[1]}
+    assert {arrival.key for part in parts[1:] for arrival in part} == {KEYS[4], KEYS[5]}
 
 
 def test_two_loans_may_be_under_way_and_answered_in_any_order(
@@ -96,9 +96,9 @@ def test_two_loans_may_be_under_way_and_answered_in_any_order(
 ) -> None:
     store, _ = lender
     first, second = store.borrow([], KEYS[:2]), store.borrow([], KEYS[2:4])
-    later = [arrival.borrowed.key for part in second for arrival in part]
+    later = [arrival.key for part in second for arrival in part]
     assert sorted(later) == KEYS[2:4]
-    assert sorted(arrival.borrowed.key for part in first for arrival in part) == KEYS[:2]
+    assert sorted(arrival.key for part in first for arrival in part) == KEYS[:2]
 
 
 def test_guesses_are_said_and_not_waited_for(lender: tuple[Lender, Damage]) -> None:

@@ -17,7 +17,7 @@ from compute_node.cache.policies.policy import EvictionPolicy
 from compute_node.cache.policies.scored import Scored
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.cache.residents import Residents
-from compute_node.store.session import Arrival
+from compute_node.store.memory import Borrowed
 from proto.expert import ExpertKey
 from proto.redis_schema import Advice
 from tests.compute_node.traces import load
@@ -103,11 +103,11 @@ KEYS = [ExpertKey(0, expert) for expert in range(4)]
 def victims(policy: EvictionPolicy, held: list[ExpertKey], count: int) -> list[ExpertKey]:
     residents = Residents([0])
     for arrival in lent(held):
-        residents.insert(arrival.borrowed)
+        residents.insert(arrival)
     return residents.victims(policy, count)
 
 
-def lent(keys: list[ExpertKey]) -> list[Arrival]:
+def lent(keys: list[ExpertKey]) -> list[Borrowed]:
     lender = FakeLender()
     lender.open()
     return lender.exchange([], keys)
