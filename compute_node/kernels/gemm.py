@@ -48,7 +48,8 @@ def step_of(
 
     max_work: multiplications beyond which torch does, untried; None: 10 ms of them
     """
-    if num_tokens * weight.numel() > (_MAX_WORK if max_work is None else max_work):
+    most = _MAX_WORK if max_work is None else max_work
+    if not is_tried() or num_tokens * weight.numel() > most:
         return 0
     key = (num_tokens, weight.shape, weight.dtype, bias is not None, torch.get_num_threads())
     step = GEMM.known.get(key)
@@ -93,6 +94,14 @@ def multiply_arrays(
         torch.get_num_threads(),
     )
     return outputs
+
+
+def is_tried() -> bool:
+    """Whether products of several tokens are compared with torch at all. Portable ones make a
+    prompt a quarter faster, but trying out every number of tokens makes a node's first prompt take
+    three times as long: they are tried only where the setting asks for them.
+    """
+    return binding.isa() != binding.PORTABLE or binding.setting() == binding.PORTABLE
 
 
 def _can_take(weight: Tensor) -> bool:

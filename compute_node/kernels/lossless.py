@@ -90,6 +90,8 @@ def step_of(
     """`gemm.step_of` for a packed matrix [N, K]. The first of a shape and number of tokens is tried
     out.
     """
+    if not gemm.is_tried():
+        return 0
     bias = tensors.get(f"{name}_bias")
     key = (num_tokens, shape, bias is not None, torch.get_num_threads())
     step = LOSSLESS_GEMM.known.get(key)

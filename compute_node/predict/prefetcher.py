@@ -1,5 +1,4 @@
-"""Guesses which experts the next layers will want: their routers, asked about this layer's hidden
-state (a residual stream changes slowly).
+"""Asks a predictor which experts later layers will want, and counts what its guesses are worth.
 
 A guess is read when nobody waits, and withdrawn when the router disproves it, so that a wrong one
 holds a demand up by a piece of a read at most.

@@ -157,3 +157,16 @@ def test_a_tokens_outputs_are_added_up_by_expert(num_tokens: int, columns: int) 
         token, place = (topk_ids == expert).nonzero(as_tuple=True)
         expected.index_add_(0, token, outputs[token, place])
     assert same_bits(combine(outputs, topk_ids), expected)
+
+
+@pytest.mark.skipif(binding.isa() != binding.PORTABLE, reason="portable entries are not in charge")
+def test_left_to_themselves_portable_entries_try_no_product() -> None:
+    """Red when a node's first prompt tries out every number of tokens."""
+    weight = torch.ones((64, 64), dtype=torch.bfloat16)
+    before = binding.setting()
+    binding.use("auto")
+    try:
+        assert not gemm.is_tried() and gemm.step_of(8, weight) == 0
+    finally:
+        binding.use(before)
+    assert gemm.is_tried()

@@ -525,7 +525,7 @@ def test_services_start_serve_and_stop(
         assert containers.stop(name) == 0, containers.log(name).read_text()[-2000:]
     assert list(containers.segment_dir.iterdir()) == []
     left = {path for path in rendered.run_dir.rglob("*") if not path.name.startswith("scheduler-")}
-    kept = {rendered.run_dir / "resident.json"}  # what a warm start reads, once it was written
+    kept = {rendered.run_dir / name for name in ("resident.json", "kernels.json")}  # for a restart
     assert left - kept == {rendered.run_dir / "sessions"}, left
     assert not any(stat.S_ISSOCK(path.stat().st_mode) for path in rendered.run_dir.iterdir())
     assert all(path.stat().st_mtime_ns == was for path, was in mounted_read_only.items())
