@@ -192,7 +192,8 @@ def use_native() -> Iterator[Callable[[binding.Setting], None]]:
 
 @pytest.mark.skipif(binding.obstacle() != "", reason=binding.obstacle())
 @pytest.mark.parametrize(
-    ("setting", "num_threads"), [("auto", 1), ("auto", 2), ("portable", 2), ("off", 2)]
+    ("setting", "num_threads"),
+    [("auto", 1), ("auto", 2), ("portable", 1), ("portable", 2), ("off", 2)],
 )
 @pytest.mark.parametrize("weight_format", ["exact", "lossless"])
 def test_native_kernels_are_exact(
@@ -226,8 +227,12 @@ def test_native_kernels_are_exact(
     cpu = Path("/proc/cpuinfo").read_text()
     by_amx = "amx_bf16" in cpu or ("avx512_bf16" in cpu and binding.isa() == binding.PORTABLE)
     assert gemv.num_shapes(native=True) >= 4 or by_amx, "experts, attention, output"
-    assert gemm.num_products(native=True) >= 4 or by_amx, "experts of the prompt"
     if weight_format == "lossless":
         assert list(prober.LOSSLESS_GEMV.known.values()) == [1, 1] or by_amx
+    if not gemm.is_tried():
+        assert not prober.GEMM.known and not prober.LOSSLESS_GEMM.known
+        return
+    assert gemm.num_products(native=True) >= 4 or by_amx, "experts of the prompt"
+    if weight_format == "lossless":
         some = any if binding.isa() == binding.PORTABLE else all  # not for every number of tokens
         assert (prober.LOSSLESS_GEMM.known and some(prober.LOSSLESS_GEMM.known.values())) or by_amx
