@@ -59,8 +59,8 @@ def calibrate(
     """
     import torch
 
-    from scheduler.lab.calibration import CalibrationSettings  # imports torch
-    from scheduler.lab.calibration import calibrate as train
+    from scheduler.lab.calibration import calibrate as train  # imports torch
+    from scheduler.lab.calibration_settings import CalibrationSettings
 
     manifest = load_store(store)
     if (trace is None) == (not text):

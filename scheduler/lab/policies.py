@@ -56,7 +56,8 @@ class Calibrate:
     report: Callable[[str], None] = field(default=lambda line: None, compare=False)
 
     def __call__(self, trace: AccessTrace) -> Forecaster:
-        from scheduler.lab.calibration import CalibrationSettings, calibrate  # imports torch
+        from scheduler.lab.calibration import calibrate  # imports torch
+        from scheduler.lab.calibration_settings import CalibrationSettings
 
         return calibrate(trace, CalibrationSettings(lag_steps=self.lag_steps), self.report)
 

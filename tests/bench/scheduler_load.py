@@ -21,7 +21,8 @@ from proto import redis_schema, rpc
 from proto import scheduler_pb2 as pb
 from proto.redis_schema import Advice, DecodeAccess
 from proto.scheduler_pb2_grpc import SchedulerStub
-from scheduler.lab.calibration import CalibrationSettings, calibrate
+from scheduler.lab.calibration import calibrate
+from scheduler.lab.calibration_settings import CalibrationSettings
 from scheduler.learn.forecaster import Forecaster
 from scheduler.simulate.trace import AccessTrace
 from tests.bench.table import percentile, show

@@ -16,7 +16,8 @@ import pytest
 
 from expert_store.manifest.manifest import Manifest
 from scheduler.config import FORECASTER_NAME
-from scheduler.lab.calibration import CalibrationSettings, calibrate
+from scheduler.lab.calibration import calibrate
+from scheduler.lab.calibration_settings import CalibrationSettings
 from tests.scheduler.replays import recorded
 from tests.stack import ServedStack, flashmoe, served, wait_for
 

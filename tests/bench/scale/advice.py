@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from expert_store.manifest.manifest import Manifest
 from proto.redis_schema import Advice, DecodeAccess
 from scheduler.config import FORECASTER_NAME
-from scheduler.lab.calibration import CalibrationSettings, calibrate
+from scheduler.lab.calibration import calibrate
+from scheduler.lab.calibration_settings import CalibrationSettings
 from scheduler.learn.followers import Followers
 from scheduler.learn.forecaster import Forecaster
 from scheduler.policy.learned import Learned

@@ -18,7 +18,10 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from scheduler.lab.calibration import CalibrationSettings, Lessons, Net, calibrate, export
+from scheduler.lab.calibration import calibrate
+from scheduler.lab.calibration_settings import CalibrationSettings
+from scheduler.lab.forecaster_net import Net, export
+from scheduler.lab.lessons import Lessons
 from scheduler.lab.policies import POLICIES, Background
 from scheduler.learn.followers import Followers
 from scheduler.learn.forecaster import Forecast, Forecaster, ForecasterInvalid
