@@ -138,7 +138,9 @@ def parse_bytes(text: str, what: str) -> int:
 
 
 def parse_experts_memory(text: str, num_experts: int, slot_bytes: int) -> int:
-    """Slots from `96` (slots), `37.5%` (of all experts) or `2GiB`. Raises ConfigInvalid."""
+    """Bytes of whole slots from `96` (slots), `37.5%` (of all experts) or `2GiB`. Raises
+    ConfigInvalid.
+    """
     if text.endswith("%"):
         try:
             share = float(text[:-1]) / 100
@@ -146,7 +148,7 @@ def parse_experts_memory(text: str, num_experts: int, slot_bytes: int) -> int:
             share = -1.0
         if not 0 < share <= 1:
             raise errors.ConfigInvalid(f"experts memory {text!r} is not a share within 0 and 100 %")
-        return round(share * num_experts)
+        return round(share * num_experts) * slot_bytes
     if text.isdecimal():
-        return int(text)
-    return parse_bytes(text, "experts memory") // slot_bytes
+        return int(text) * slot_bytes
+    return parse_bytes(text, "experts memory") // slot_bytes * slot_bytes

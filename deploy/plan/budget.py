@@ -35,25 +35,38 @@ OVERHEAD_BYTES = {
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """parts: bytes by part, summing to total_bytes. slots: experts that can be resident.
+    """parts: bytes by part, summing to total_bytes
 
-    spare_slots: beside them, for reads under way
+    spare_bytes: slots beside those that nodes may borrow, for reads under way
     smallest_bytes: the ceiling below which the model cannot be served
     warnings: what to know of it, a sentence each
     """
 
     ceiling_bytes: int
     parts: dict[str, int]
-    slots: int
     slot_bytes: int
     num_experts: int
-    spare_slots: int
+    spare_bytes: int
     smallest_bytes: int
     warnings: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def experts_bytes(self) -> int:
+        """Of slots that nodes may borrow."""
+        return self.parts["experts"]
+
+    @property
+    def slots(self) -> int:
+        """Experts that can be resident."""
+        return self.experts_bytes // self.slot_bytes
+
+    @property
+    def spare_slots(self) -> int:
+        return self.spare_bytes // self.slot_bytes
 
 
 def plan_memory(
@@ -63,7 +76,7 @@ def plan_memory(
     *,
     context_tokens: int,
     chunk_tokens: int,
-    spare_slots: int,
+    spare_bytes: int,
     embedded_valkey: bool = True,
     forecaster_bytes: int = 0,
 ) -> MemoryPlan:
@@ -75,33 +88,30 @@ def plan_memory(
     ConfigInvalid.
     """
     spec, slot_bytes = manifest.spec, manifest.slot_bytes
-    parts = _fixed_parts(manifest, context_tokens, chunk_tokens, spare_slots, embedded_valkey)
+    parts = _fixed_parts(manifest, context_tokens, chunk_tokens, spare_bytes, embedded_valkey)
     parts["scheduler"] += forecaster_bytes
     fixed = sum(parts.values())
-    smallest = spec.top_k * len(spec.moe_layers)
+    all_bytes = spec.num_experts_total * slot_bytes
     if experts_memory is not None:
-        slots = parse_experts_memory(experts_memory, spec.num_experts_total, slot_bytes)
+        wanted_bytes = parse_experts_memory(experts_memory, spec.num_experts_total, slot_bytes)
     elif memory_bytes is not None:
-        slots = (memory_bytes - fixed) // slot_bytes
+        wanted_bytes = (memory_bytes - fixed) // slot_bytes * slot_bytes
     else:
         raise errors.ConfigInvalid("give --memory (for example 2GiB) or --experts-memory")
-    slots = min(slots, spec.num_experts_total)
-    smallest_bytes = fixed + smallest * slot_bytes
-    _check_slots(slots, smallest, smallest_bytes, memory_bytes, experts_memory)
-    parts["experts"] = slots * slot_bytes
+    parts["experts"] = min(wanted_bytes, all_bytes)
     plan = MemoryPlan(
         memory_bytes or fixed + parts["experts"],
         parts,
-        slots,
         slot_bytes,
         spec.num_experts_total,
-        spare_slots,
-        smallest_bytes,
+        spare_bytes,
+        fixed + spec.top_k * len(spec.moe_layers) * slot_bytes,
         tuple(_beyond_training(context_tokens, manifest.sizing.max_position_embeddings)),
     )
+    _check_experts(plan, memory_bytes, experts_memory)
     if plan.total_bytes > plan.ceiling_bytes:
         raise errors.MemoryExceeded(
-            f"{slots} expert slots need {_mib(plan.total_bytes)} in all, --memory is "
+            f"{plan.slots} expert slots need {_mib(plan.total_bytes)} in all, --memory is "
             f"{_mib(plan.ceiling_bytes)}: give fewer experts memory or a higher ceiling"
         )
     _check_machine(plan.ceiling_bytes)
@@ -178,7 +188,7 @@ def _fixed_parts(
     manifest: Manifest,
     context_tokens: int,
     chunk_tokens: int,
-    spare_slots: int,
+    spare_bytes: int,
     embedded_valkey: bool,
 ) -> dict[str, int]:
     """Everything but the experts' slots."""
@@ -202,7 +212,7 @@ def _fixed_parts(
         + itemsize * 4 * sizing.vocab_size
         + itemsize * 3 * sizing.eager_attention_heads * chunk_tokens * context_tokens
         + _dequantised_bytes(spec),
-        "spare_slots": spare_slots * manifest.slot_bytes
+        "spare_slots": spare_bytes
         + SegmentLayout(spec.num_experts_total, manifest.slot_bytes).header_bytes,
         **overheads,
     }
@@ -229,24 +239,20 @@ def _dequantised_bytes(spec: ModelSpec) -> int:
     return weights * (_own_itemsize(spec) + 1)
 
 
-def _check_slots(
-    slots: int,
-    smallest: int,
-    enough_bytes: int,
-    memory_bytes: int | None,
-    experts_memory: str | None,
-) -> None:
-    if slots >= smallest:
+def _check_experts(plan: MemoryPlan, memory_bytes: int | None, experts_memory: str | None) -> None:
+    """Raises MemoryExceeded when a token's experts do not fit."""
+    if plan.total_bytes >= plan.smallest_bytes:
         return
     if experts_memory is not None:
+        fixed_bytes = plan.total_bytes - plan.experts_bytes
+        smallest = (plan.smallest_bytes - fixed_bytes) // plan.slot_bytes
         raise errors.MemoryExceeded(
-            f"--experts-memory {experts_memory} is {max(0, slots)} slots, one token needs "
-            f"{smallest}: "
-            f"give at least {smallest}"
+            f"--experts-memory {experts_memory} is {max(0, plan.slots)} slots, one token needs "
+            f"{smallest}: give at least {smallest}"
         )
     raise errors.MemoryExceeded(
         f"--memory {_mib(memory_bytes or 0)} does not fit this model: the smallest that works is "
-        f"{_mib(enough_bytes)}"
+        f"{_mib(plan.smallest_bytes)}"
     )
 
 

@@ -63,7 +63,7 @@ def plan_stack_memory(
         settings.experts_memory,
         context_tokens=settings.context_tokens,
         chunk_tokens=settings.chunk_tokens(manifest.sizing),
-        spare_slots=settings.spare_slots(manifest.slot_bytes),
+        spare_bytes=settings.spare_slots(manifest.slot_bytes) * manifest.slot_bytes,
         embedded_valkey=settings.redis is None,
         forecaster_bytes=forecaster_room(settings.forecaster(store_dir)),
     )

@@ -201,7 +201,7 @@ def _plans(manifest: Manifest, ceilings: list[str]) -> dict[str, MemoryPlan]:
                 None,
                 context_tokens=settings.context_tokens,
                 chunk_tokens=settings.chunk_tokens(manifest.sizing),
-                spare_slots=settings.spare_slots(manifest.slot_bytes),
+                spare_bytes=settings.spare_slots(manifest.slot_bytes) * manifest.slot_bytes,
             )
             check_shared_memory(plans[memory])
         except errors.MemoryExceeded as error:

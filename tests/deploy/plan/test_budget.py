@@ -33,14 +33,15 @@ def plan(manifest: Manifest, memory_bytes: int | None, experts: str | None):  # 
         experts,
         context_tokens=2048,
         chunk_tokens=256,
-        spare_slots=4,
+        spare_bytes=4 * manifest.slot_bytes,
     )
 
 
 def test_parts_sum_to_the_total_and_stay_below(manifest: Manifest) -> None:
     found = plan(manifest, 1024 * MIB, None)
     assert found.total_bytes == sum(found.parts.values()) <= 1024 * MIB
-    assert found.parts["experts"] == found.slots * manifest.slot_bytes
+    assert found.parts["experts"] == found.experts_bytes == found.slots * manifest.slot_bytes
+    assert (found.spare_bytes, found.spare_slots) == (4 * manifest.slot_bytes, 4)
     assert found.parts["kv_cache"] == 2048 * manifest.sizing.cache_bytes_per_token
     assert found.parts["spare_slots"] >= 4 * manifest.slot_bytes
 
