@@ -14,7 +14,9 @@ import importlib.util
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 # Read at torch's import. Two caches of generated kernels, 1,024 shapes each by default.
@@ -31,6 +33,7 @@ import transformers.utils  # noqa: E402
 import transformers.utils.import_utils  # noqa: E402
 
 _COMPILER = "torch._dynamo"
+_OF_MASKS = "torch._dynamo._trace_wrapped_higher_order_op"  # needs nothing else of it
 
 
 class _CompilerLater(types.ModuleType):
@@ -53,9 +56,42 @@ class _CompilerLater(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        if sys.modules.get(_COMPILER) is self:
-            del sys.modules[_COMPILER]
-        return getattr(importlib.import_module(_COMPILER), name)
+        return getattr(_load_compiler(), name)
+
+
+class _CompilerNow(MetaPathFinder):
+    """Who imports a module of the compiler, but for the one that transformers' masks import, gets
+    the whole compiler, and then that module.
+    """
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> ModuleSpec | None:
+        stands = isinstance(sys.modules.get(_COMPILER), _CompilerLater)
+        if not stands or not name.startswith(f"{_COMPILER}.") or name == _OF_MASKS:
+            return None
+        _load_compiler()
+        return ModuleSpec(name, _Loaded(importlib.import_module(name)))
+
+
+class _Loaded(Loader):
+    """Hands out a module that is there already."""
+
+    def __init__(self, module: types.ModuleType) -> None:
+        self._module = module
+        self._spec = module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        return self._module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__spec__ = self._spec
+
+
+def _load_compiler() -> types.ModuleType:
+    if isinstance(sys.modules.get(_COMPILER), _CompilerLater):
+        del sys.modules[_COMPILER]
+    return importlib.import_module(_COMPILER)
 
 
 def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,6 +105,7 @@ def _no() -> bool:
 def _apply() -> None:
     if _COMPILER not in sys.modules:
         sys.modules[_COMPILER] = _CompilerLater()
+        sys.meta_path.insert(0, _CompilerNow())
     torch.distributed.is_available = _no  # one process computes
     # Losses of training want it.
     transformers.utils.is_scipy_available = _no
