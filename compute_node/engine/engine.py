@@ -5,7 +5,6 @@ Takes a list of sequences, computes one after another.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from compute_node.cache.expert_cache import ExpertCache, never
 from compute_node.client.result import RecordedStep
+from compute_node.engine.limits import Limits
 from compute_node.engine.request import Request
-from compute_node.engine.text import check_stops
 from compute_node.engine.usage import Measure, Usage
 from compute_node.engine.writer import Token, Writer
 from compute_node.evidence.accesses import recorded
@@ -29,11 +28,7 @@ from compute_node.moe.step import Batch, Part, Phase, Step
 from proto import errors
 from proto.checkpoint.sequence_state import state_bytes
 from proto.checkpoint.text_files import load_generation_config
-from proto.checkpoint.trained_context import trained_context_tokens
 
-logger = logging.getLogger(__name__)
-
-_MAX_CHARACTERS_A_TOKEN = 64
 _WEIGHED_TOKENS = 16  # a cache grows little; weighing it looks at every tensor
 
 
@@ -90,66 +85,11 @@ class Engine:
         self.loaded = loaded
         self.cache = cache
         self.peak_cache_bytes = 0
-        self._max_context_tokens = max_context_tokens
         self._chunk_tokens = prefill_chunk_tokens
         self._evidence = evidence
         self._eos_ids = _eos_ids(loaded.model, model_dir)
-        self._vocab_size = int(loaded.model.config.get_text_config().vocab_size)
+        self.limits = Limits(loaded, max_context_tokens, prefill_chunk_tokens)
         self._num_sequences = 0
-        self._trained_tokens = trained_context_tokens(loaded.model.config)
-        if self._trained_tokens and max_context_tokens > self._trained_tokens:
-            logger.warning(
-                "max_context_tokens exceeds what the model was trained for",
-                extra={"tokens": max_context_tokens, "trained_tokens": self._trained_tokens},
-            )
-
-    def check_request(self, request: Request) -> None:
-        """Raises InvalidRequest for an empty or too long prompt, token ids the model does not
-        have, or a stop string that can never come.
-        """
-        if not request.token_ids:
-            raise errors.InvalidRequest("the prompt is empty: give at least one token")
-        if request.max_tokens < 1:
-            raise errors.InvalidRequest("max_tokens must be at least 1")
-        total = len(request.token_ids) + request.max_tokens
-        if total > self._max_context_tokens:
-            raise errors.InvalidRequest(
-                f"a prompt of {len(request.token_ids)} and max_tokens of {request.max_tokens} "
-                f"exceed max_context_tokens = {self._max_context_tokens}: shorten one, or raise "
-                "the limit in flashmoe.toml and start again"
-            )
-        if max(request.token_ids) >= self._vocab_size:
-            raise errors.InvalidRequest(
-                f"token id {max(request.token_ids)} is beyond the vocabulary of {self._vocab_size}"
-            )
-        check_stops(self.loaded.tokenizer, request.stop, request.skip_special_tokens)
-
-    def _warnings(self, request: Request) -> tuple[str, ...]:
-        total = len(request.token_ids) + request.max_tokens
-        if self._trained_tokens is None or total <= self._trained_tokens:
-            return ()
-        return (
-            f"prompt and max_tokens make {total} tokens, the model was trained for "
-            f"{self._trained_tokens}: what goes beyond may be nonsense",
-        )
-
-    def check_length(self, num_characters: int) -> None:
-        """Before tokenising. Raises InvalidRequest for text that no tokenizer makes short
-        enough.
-        """
-        if num_characters > _MAX_CHARACTERS_A_TOKEN * self._max_context_tokens:
-            raise errors.InvalidRequest(
-                f"{num_characters} characters cannot fit max_context_tokens = "
-                f"{self._max_context_tokens}: shorten the prompt"
-            )
-
-    def check_forward(self, num_tokens: int) -> None:
-        """Raises InvalidRequest for more tokens than memory was planned for."""
-        if not 0 < num_tokens <= self._chunk_tokens:
-            raise errors.InvalidRequest(
-                f"num_tokens is {num_tokens}, not within 1 and prefill_chunk_tokens = "
-                f"{self._chunk_tokens}: send fewer at once"
-            )
 
     def generate(self, request: Request, check: Callable[[], None] = never) -> Iterator[Event]:
         """Tokens as they come, each decode step's accesses if they are recorded, then how it ended.
@@ -158,7 +98,7 @@ class Engine:
         Raises InvalidRequest, StoreUnavailable, WeightsDamaged, NotFinite, StaleLease, and what
         `check` raises.
         """
-        self.check_request(request)
+        self.limits.check(request)
         self._num_sequences += 1
         sequence = SequenceState(f"s{self._num_sequences}", list(request.token_ids))
         keeps_scores = request.recording is not None and request.recording.router_scores
@@ -180,7 +120,7 @@ class Engine:
             if request.recording:
                 yield recorded(self.loaded.spec, step)
         text = writer.flush()
-        warnings = self._warnings(request)
+        warnings = self.limits.warnings(request)
         yield Finished(writer.finish_reason, text, ttft_s, prefill, decode, warnings)
 
     def prefill(self, sequence: SequenceState, check: Callable[[], None] = never) -> Tensor:
@@ -208,10 +148,11 @@ class Engine:
         hidden: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
+        phase: Phase,
         check: Callable[[], None] = never,
     ) -> Tensor:
-        """One MoE layer's routed experts. hidden: [T, D]; topk_ids, topk_weights: [T, K]. Returns
-        [T, D].
+        """One MoE layer's routed experts. hidden: [T, D]; topk_ids, topk_weights: [T, K]; phase: of
+        all rows. Returns [T, D].
 
         Raises InvalidRequest for a layer without experts or ids beyond them.
         """
@@ -223,8 +164,9 @@ class Engine:
             )
         if not ((topk_ids >= 0) & (topk_ids < self.loaded.spec.num_experts)).all():
             raise errors.InvalidRequest("topk_ids name experts the model does not have")
-        phase = Phase.DECODE if len(hidden) == 1 else Phase.PREFILL  # as the caller does not say
-        step = Step(Batch(Part("forward", phase, len(hidden), len(hidden))), check)
+        num_rows = 1 if phase is Phase.DECODE else len(hidden)
+        part = Part("forward", phase, num_rows, num_rows)
+        step = Step(Batch(*[part] * (len(hidden) // num_rows)), check)
         with step.running():
             output: Tensor = module(hidden, topk_ids, topk_weights)
         return output

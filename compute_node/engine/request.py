@@ -25,3 +25,8 @@ class Request:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     recording: Recording | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt and of the longest answer."""
+        return len(self.token_ids) + self.max_tokens

@@ -35,8 +35,8 @@ def check_text(engine: Engine, text: ScoredText) -> None:
     if len(text.token_ids) < 2 or text.context_tokens < 2:
         raise errors.InvalidRequest("there is nothing to score: give at least two tokens")
     for piece in text.pieces:
-        engine.check_request(Request(piece[:-1], max_tokens=1))
-        engine.check_request(Request(piece[-1:], max_tokens=1))
+        engine.limits.check(Request(piece[:-1], max_tokens=1))
+        engine.limits.check(Request(piece[-1:], max_tokens=1))
 
 
 def score(

@@ -21,6 +21,7 @@ from compute_node.evidence import learning
 from compute_node.evidence.accesses import Recording
 from compute_node.evidence.advice import AdviceFeed
 from compute_node.evidence.log import AccessLog
+from compute_node.moe.step import Phase
 from compute_node.store.borrow import StoreClient
 from proto import compute_node_pb2 as pb
 from proto import compute_node_pb2_grpc as pb_grpc
@@ -55,7 +56,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         self, request: pb.GenerateRequest, context: Any
     ) -> AsyncIterator[pb.GenerateReply]:
         wanted = await self._translate(request)
-        self._engine.check_request(wanted)
+        self._engine.limits.check(wanted)
         self._num_requests += 1
 
         def work(check: Callable[[], None]) -> Iterator[core.Event]:
@@ -90,9 +91,12 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
 
     async def Forward(self, request: pb.ForwardRequest, context: Any) -> pb.ForwardReply:
         hidden, topk_ids, topk_weights = self._tensors(request)
+        phase = Phase.DECODE if request.is_decode else Phase.PREFILL
 
         def work(check: Callable[[], None]) -> Iterator[torch.Tensor]:
-            yield self._engine.forward_layer(request.layer, hidden, topk_ids, topk_weights, check)
+            yield self._engine.forward_layer(
+                request.layer, hidden, topk_ids, topk_weights, phase, check
+            )
 
         output = torch.empty(0)
         async for _, result in self._compute.run(work, context.time_remaining()):
@@ -171,12 +175,14 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         tokenizer = self._engine.loaded.tokenizer
         match request.WhichOneof("input"):
             case "prompt":
-                self._engine.check_length(len(request.prompt))
+                self._engine.limits.check_characters(len(request.prompt))
                 return encode_prompt(tokenizer, request.prompt)
             case "token_ids":
                 return list(request.token_ids.ids)
             case "chat":
-                self._engine.check_length(sum(len(m.content) for m in request.chat.messages))
+                self._engine.limits.check_characters(
+                    sum(len(m.content) for m in request.chat.messages)
+                )
                 messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
                 return encode_chat(tokenizer, messages)
         raise errors.InvalidRequest("give a prompt, token_ids or chat messages")
@@ -197,7 +203,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         """hidden [T, D], ids [T, K], weights [T, K]. Raises InvalidRequest for wrong sizes."""
         loaded = self._engine.loaded
         num_tokens, top_k = request.num_tokens, loaded.spec.top_k
-        self._engine.check_forward(num_tokens)
+        self._engine.limits.check_rows(num_tokens)
         want = {
             "hidden_states": num_tokens * loaded.hidden_size * loaded.dtype.itemsize,
             "topk_ids": num_tokens * top_k * 4,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from proto.redis_schema import DecodeAccess
 from scheduler.config import SchedulerConfig
 from scheduler.daemon.scorer import Scorer
@@ -22,28 +24,24 @@ class Members:
     def __init__(
         self, config: SchedulerConfig, scorer: Scorer, forecaster: Forecaster | None = None
     ) -> None:
-        self._shape = (config.num_layers, config.num_experts)
-        self._half_life_tokens = config.decayed_half_life_tokens
-        self._scorer = scorer
-        self._forecaster = forecaster
+        shape = (config.num_layers, config.num_experts)
+        self._makers: dict[str, Callable[[str], RankingPolicy]] = {
+            "decayed": lambda node: Decayed(shape, config.decayed_half_life_tokens),
+            "lru": lambda node: Lru(shape),
+            "lfru": lambda node: Lfru(shape),
+            "river": lambda node: ScoredNode(scorer, node),
+        }
+        if forecaster is not None:
+            self._makers["learned"] = lambda node: Learned(forecaster, scorer.features(node))
 
     @property
     def names(self) -> tuple[str, ...]:
         """Simplest first."""
-        learned = () if self._forecaster is None else ("learned",)
-        return ("decayed", "lru", "lfru", "river", *learned)
+        return tuple(self._makers)
 
     def of(self, node: str) -> dict[str, RankingPolicy]:
         """By name, simplest first, for a node that the scorer has heard."""
-        members: dict[str, RankingPolicy] = {
-            "decayed": Decayed(self._shape, self._half_life_tokens),
-            "lru": Lru(self._shape),
-            "lfru": Lfru(self._shape),
-            "river": ScoredNode(self._scorer, node),
-        }
-        if self._forecaster is not None:
-            members["learned"] = Learned(self._forecaster, self._scorer.features(node))
-        return members
+        return {name: make(node) for name, make in self._makers.items()}
 
 
 class ScoredNode:

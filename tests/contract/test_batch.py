@@ -84,6 +84,15 @@ def test_each_row_has_the_bits_of_its_sequence_alone(parts: tuple[Part, ...], no
     assert torch.equal(together, torch.cat(expected))
 
 
+def test_a_layer_asked_for_rows_of_decode_computes_each_alone(node: Engine) -> None:
+    """Red where the rows are taken for one sequence's."""
+    given = rows(node, [5, 2, 9, 11], [5, 5, 7, 0], [3, 9, 1, 0], [15, 2, 5, 4])
+    expected = [
+        alone(node, Part("a", DECODE, 1, 1), only(given, slice(row, row + 1))) for row in range(4)
+    ]
+    assert torch.equal(node.forward_layer(LAYER, *given, DECODE), torch.cat(expected))
+
+
 def test_accesses_are_split_by_sequence(node: Engine) -> None:
     alone(node, Part("a", DECODE, 1, 1), rows(node, [1, 2, 3, 4]))
     step = Step(Batch(Part("a", DECODE, 1, 9), Part("b", DECODE, 1, 4)), lambda: None)

@@ -91,7 +91,8 @@ def test_one_token_and_several_are_exact(
     pack(checkpoint, tmp_path / "store", weight_format=weight_format)
     with engine(tmp_path / "store", tmp_path) as node:
         found = [
-            node.forward_layer(LAYER, hidden[part], ids[part], weights[part]) for part in parts
+            node.forward_layer(LAYER, hidden[part], ids[part], weights[part], Phase.PREFILL)
+            for part in parts
         ]
     for part, ours, theirs in zip(parts, found, expected, strict=True):
         assert torch.equal(ours, theirs), f"tokens {part}"
@@ -108,6 +109,6 @@ def test_low_bit_experts_count_both_choices(
     added[0, 0], added[0, 2] = weights[0, 0] + weights[0, 2], 0.0
     pack(checkpoint, tmp_path / "store", weight_format=weight_format)
     with engine(tmp_path / "store", tmp_path) as node:
-        found = node.forward_layer(LAYER, hidden[:1], twice, weights[:1])
-        expected = node.forward_layer(LAYER, hidden[:1], once, added)
+        found = node.forward_layer(LAYER, hidden[:1], twice, weights[:1], Phase.DECODE)
+        expected = node.forward_layer(LAYER, hidden[:1], once, added, Phase.DECODE)
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)

@@ -154,12 +154,17 @@ def test_special_tokens_are_told_on_request(client: NodeClient) -> None:
     assert client.generate("In", max_tokens=2, stop=stop, skip_special_tokens=False).run().text
 
 
-def test_forward_is_one_moe_layer(client: NodeClient, eager: torch.nn.Module) -> None:
-    """Bit-identical to the eager experts module of that layer."""
+@pytest.mark.parametrize("is_decode", [False, True])
+def test_forward_is_one_moe_layer(
+    client: NodeClient, eager: torch.nn.Module, is_decode: bool
+) -> None:
+    """Bit-identical to the eager experts module of that layer: on a prompt's tokens at once, in
+    decode on each row alone (tests/contract/test_batch.py has shapes where that differs).
+    """
     experts = eager.model.layers[3].mlp.experts  # type: ignore[union-attr, index]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, 256, generator=generator).to(torch.bfloat16)
-    ids = torch.stack([torch.randperm(32, generator=generator)[:4] for _ in range(5)])
+    ids = torch.randperm(32, generator=generator)[:4].repeat(5, 1)
     weights = torch.rand(5, 4, generator=generator)
     request = pb.ForwardRequest(
         layer=3,
@@ -167,9 +172,12 @@ def test_forward_is_one_moe_layer(client: NodeClient, eager: torch.nn.Module) ->
         hidden_states=hidden.view(torch.uint8).numpy().tobytes(),
         topk_ids=ids.int().numpy().tobytes(),
         topk_weights=weights.numpy().tobytes(),
+        is_decode=is_decode,
     )
+    parts = [slice(row, row + 1) for row in range(5)] if is_decode else [slice(None)]
     with torch.inference_mode():
-        expected = experts(hidden, ids, weights)  # type: ignore[operator]
+        outputs = [experts(hidden[part], ids[part], weights[part]) for part in parts]  # type: ignore[operator]
+    expected = torch.cat(outputs)
     answer = bytearray(client.forward(request))
     assert torch.equal(torch.frombuffer(answer, dtype=torch.bfloat16).view(5, 256), expected)
 
@@ -235,9 +243,16 @@ def test_texts_that_cannot_be_scored_are_named(
         ),
     ),
     weights=st.binary(max_size=64),
+    is_decode=st.booleans(),
 )
 def test_any_forward_request_is_answered_or_typed(
-    node: DaemonProcess, layer: int, num_tokens: int, hidden: bytes, ids: bytes, weights: bytes
+    node: DaemonProcess,
+    layer: int,
+    num_tokens: int,
+    hidden: bytes,
+    ids: bytes,
+    weights: bytes,
+    is_decode: bool,
 ) -> None:
     request = pb.ForwardRequest(
         layer=layer,
@@ -245,6 +260,7 @@ def test_any_forward_request_is_answered_or_typed(
         hidden_states=hidden,
         topk_ids=ids,
         topk_weights=weights,
+        is_decode=is_decode,
     )
     with rpc.connect(node.address) as channel:
         try:
