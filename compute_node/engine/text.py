@@ -25,7 +25,7 @@ class Detokenizer:
         # The tokens before decide how a new one is spelled (leading space, a character's first
         # bytes); what they spell themselves has gone out.
         self._ids = list(prompt_ids)
-        self._told = self._spell(self._ids)
+        self._written = self._spell(self._ids)
         self._num_waiting = 0
 
     def add(self, token_id: int) -> str:
@@ -35,30 +35,30 @@ class Detokenizer:
         text = self._spell(self._ids)
         whole = text.rstrip(_REPLACEMENT)
         if whole == text or self._num_waiting >= _MAX_WAITING_TOKENS:
-            return self._tell(text)
-        if not whole.startswith(self._told):
+            return self._write_up_to(text)
+        if not whole.startswith(self._written):
             return ""
-        new, self._told = whole.removeprefix(self._told), whole
+        new, self._written = whole.removeprefix(self._written), whole
         if new:
             self._num_waiting = 1
         return new
 
     def flush(self) -> str:
         """What still waits, though its last character is not complete."""
-        return self._tell(self._spell(self._ids)) if self._num_waiting else ""
+        return self._write_up_to(self._spell(self._ids)) if self._num_waiting else ""
 
-    def _tell(self, text: str) -> str:
+    def _write_up_to(self, text: str) -> str:
         """The part of `text`, which all tokens spell, that has not gone out."""
-        told = self._told
-        known = _num_common(told, text)
-        if told[known:].strip(_REPLACEMENT):  # the decoder spells earlier tokens otherwise now
+        written = self._written
+        known = _num_common(written, text)
+        if written[known:].strip(_REPLACEMENT):  # the decoder spells earlier tokens otherwise now
             new = self._spell(self._ids[-self._num_waiting :])
-        else:  # where `told` had a character's first bytes, it is complete now
+        else:  # where `written` had a character's first bytes, it is complete now
             new = text[known:]
-        self._told = text
-        if new and not told.endswith(_REPLACEMENT):  # what is new began with a token of its own
+        self._written = text
+        if new and not written.endswith(_REPLACEMENT):  # what is new began with a token of its own
             self._ids = self._ids[-self._num_waiting :]
-            self._told = self._spell(self._ids)
+            self._written = self._spell(self._ids)
         self._num_waiting = 0 if new else self._num_waiting
         return new
 

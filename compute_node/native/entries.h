@@ -1,6 +1,6 @@
 /* The dispatch table: what every instruction set's folder implements, and who is in charge here.
  *
- * An entry keeps one contract in every folder, told beside its AVX-512 version; the order in which it
+ * An entry keeps one contract in every folder, written beside its AVX-512 version; the order in which it
  * adds up is the folder's own. compute_node/native/binding.py reads the table in this order.
  */
 #ifndef FLASHMOE_ENTRIES_H

@@ -123,7 +123,7 @@ class Prefetcher:
         return unguessed
 
     def take_disproved(self) -> list[ExpertKey]:
-        """Wrong guesses that the store has not been told of; the caller tells it."""
+        """Wrong guesses that the store still means to read; the caller withdraws them."""
         disproved, self._disproved = self._disproved, []
         return disproved
 

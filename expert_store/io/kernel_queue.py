@@ -139,7 +139,7 @@ class KernelQueue(Generic[R]):
 
 @contextmanager
 def opened(files: SourceFiles, read_depth: int) -> Iterator[Device[Any]]:
-    """The kernel's queue for the block, or readers that wait for what they read, told why."""
+    """The kernel's queue for the block; where it cannot be used, threads that read. Logs why."""
     if not files.direct:  # the kernel reads buffered files at once, while we hold the store's lock
         yield ThreadReads(read_depth)
         return

@@ -72,8 +72,8 @@ class ChecksumDiffers(Exception):
 
 
 class Assembly:
-    """Pieces of one record arrive in any order, from any thread; whoever brings the next one in
-    order hashes it, and those behind it, while others are still being read.
+    """Pieces of one record arrive in any order, from any thread; the thread that
+    brings the next one in order hashes it, and those behind it, while others are being read.
     """
 
     def __init__(self, record: ExpertRecord, slot: memoryview, piece_bytes: int) -> None:

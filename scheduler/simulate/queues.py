@@ -30,8 +30,9 @@ class QueuePolicy(Protocol):
 class QueueCache:
     """One policy a layer, or one for all; one (step, layer) is one event.
 
-    An event's experts are all looked up before the first of them changes anything. Then its hits
-    are told, then its misses, by number each, so that the order in a trace does not matter.
+    An event's experts are all looked up before the first of them changes anything. Then the
+    policy gets its hits, then its misses, by number each, so that the order in a trace does not
+    matter.
 
     make:   a policy for layer 0, 1, ...; a pool is made as layer 0
     pooled: keys are then places in the flat [L, E]

@@ -56,7 +56,7 @@ def make_slots(shape: tuple[int, int], top_k: int, slots: int, *, pooled: bool) 
 
 
 class LayerSlots:
-    """So many slots for each layer: one number, or [L] where layers have different shares."""
+    """Slots divided by layer. slots: of each layer; [L] where layers have different shares."""
 
     def __init__(self, shape: tuple[int, int], slots: int | NDArray[np.intp]) -> None:
         self._slots = slots
@@ -139,16 +139,17 @@ class PoolSlots:
         heard: _Heard,
         known_to: float,
     ) -> list[int] | None:
-        """Make room layer after layer. Whoever goes before its own layer's turn is a miss then, in
-        `hits` too. Returns the places that are empty at the end; None, with nothing changed, when
-        somebody would go who ranks above `known_to`, where not all candidates are known.
+        """Make room layer after layer. An expert that is evicted before its own layer's turn is a
+        miss then, in `hits` too. Returns the places that are empty at the end; None, with nothing
+        changed, when an expert would go that ranks above `known_to`, where not all candidates are
+        known.
         """
         gone: set[int] = set()
-        free, told = self._free, hits.copy()
+        free, found = self._free, hits.copy()
         misses = np.count_nonzero(~hits, axis=1).tolist()
         for layer, pinned in enumerate(places):
             for back in gone.intersection(pinned):
-                told[layer, pinned.index(back)] = False
+                found[layer, pinned.index(back)] = False
                 misses[layer] += 1
                 gone.remove(back)
             waiting.turn(layer)
@@ -161,7 +162,7 @@ class PoolSlots:
                 gone.add(waiting.pop() if one < other else heard.pop())
                 free += 1
         self._free = free
-        hits[:] = told
+        hits[:] = found
         return list(gone)
 
 

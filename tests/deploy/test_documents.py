@@ -1,4 +1,6 @@
-"""The documents name what exists (paths, make targets, verbs), keep lines short, date decisions."""
+"""The documents name what exists (paths, make targets, verbs), keep lines short, date decisions.
+They and the code avoid words that a reader has to read twice.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +27,10 @@ SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s#]+)")
 DECISION = re.compile(r"^## (.*)\n((?:(?!## ).*\n?)*)", re.MULTILINE)
 DATED = re.compile(r".+ \((\d{4}-\d{2}-\d{2})\)")
+SERVICES = ("proto", "expert_store", "compute_node", "scheduler", "deploy")
+OBSCURE = re.compile(
+    r"\b(told(?! apart)|whoever|at hand|so many|is not to be had|at least when)\b", re.IGNORECASE
+)
 COMMAND_ENDS = re.compile(r"&&|\|\||[;|]")
 
 
@@ -132,6 +138,23 @@ def test_targets_named_exist(document: Path) -> None:
 def test_verbs_named_exist(document: Path) -> None:
     """Red for `flashmoe packs DIR` in README."""
     assert missing_verbs(document.read_text()) == []
+
+
+def sources() -> list[Path]:
+    """Files that people wrote, with docstrings or comments."""
+    found = [path for name in SERVICES for path in (ROOT / name).rglob("*.*")]
+    return [p for p in found if p.suffix in {".py", ".c", ".h", ".proto"} and "_pb2" not in p.name]
+
+
+def test_sentences_use_plain_words() -> None:
+    """Red for a docstring that begins `Whoever asks is told`."""
+    pages = [ROOT / "README.md", ROOT / "DECISIONS.md", *(ROOT / "docs").glob("*.md"), *sources()]
+    obscure = {
+        str(page.relative_to(ROOT)): found
+        for page in pages
+        if (found := OBSCURE.findall(page.read_text()))
+    }
+    assert obscure == {}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -25,7 +25,7 @@ struct job {
   int64_t next; /* block of 16 rows; threads take one after the other */
 };
 
-/* What the tokens have of 16 rows so far: of the accumulator at hand, and of those before it. */
+/* Sums of the tokens over 16 rows: of the accumulator in use, and of those before it. */
 struct sums {
   float present[GROUP_TOKENS][ROWS], total[GROUP_TOKENS][ROWS];
 };

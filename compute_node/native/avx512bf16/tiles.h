@@ -43,7 +43,7 @@ INLINE void transpose(__m512i tile[ROWS]) {
   }
 }
 
-/* What one thread takes of a job's chunks; the next is whoever asks first. */
+/* The next chunk of a job, for the thread that asks. */
 INLINE int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
 /* Adds an accumulator to those before it, the way oneDNN does. A first one is not added to zero: that
