@@ -24,7 +24,7 @@ from compute_node.cache.expert_cache import ExpertCache
 from compute_node.kernels import lossless, low_bit, one_token_linear, one_token_norm
 from compute_node.model.dense_weights import reading_dense
 from compute_node.moe.layer import IMPLEMENTATION, RoutedExperts, register
-from compute_node.moe.routers import RouterScores
+from compute_node.moe.router_watch import RouterWatch
 from compute_node.predict.layer_timer import LayerTimer
 from compute_node.predict.prefetcher import Prefetcher
 from compute_node.store.memory import TORCH_DTYPES
@@ -46,7 +46,7 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     spec: ModelSpec
-    scores: RouterScores
+    routers: RouterWatch
     prefetcher: Prefetcher
     experts_modules: dict[int, Any]
     dense_bytes: int
@@ -88,10 +88,10 @@ def load_model(
         model, modules = _build(model_dir, spec)
         tokenizer = _load_tokenizer(model_dir)
         _fill(model, dense())
-    scores = RouterScores()
+    routers = RouterWatch()
     for layer, (path, _) in modules.items():
-        scores.watch(model, layer, path)
-    prefetcher = _prefetcher(spec, cache, scores, lookahead)
+        routers.watch(model, layer, path)
+    prefetcher = _prefetcher(spec, cache, routers, lookahead)
     timer = LayerTimer(cache, prefetcher.computed)
     for layer, (_, module) in modules.items():
         module.flashmoe = RoutedExperts(layer, cache, prefetcher, timer)
@@ -104,7 +104,7 @@ def load_model(
         model=model,
         tokenizer=tokenizer,
         spec=spec,
-        scores=scores,
+        routers=routers,
         prefetcher=prefetcher,
         experts_modules={layer: module for layer, (_, module) in modules.items()},
         dense_bytes=sum(_bytes(p) for p in model.parameters() if not p.is_meta),
@@ -152,13 +152,13 @@ class _OnMeta(DeviceContext):
 
 
 def _prefetcher(
-    spec: ModelSpec, cache: ExpertCache, scores: RouterScores, lookahead: Lookahead
+    spec: ModelSpec, cache: ExpertCache, routers: RouterWatch, lookahead: Lookahead
 ) -> Prefetcher:
     expert_bytes = max(spec.expert_bytes(layer) for layer in spec.moe_layers)
     piece_share = min(1.0, lookahead.piece_bytes / expert_bytes)
     return Prefetcher(
         layers=spec.moe_layers,
-        predictor=scores.next_routers,
+        predictor=routers.next_routers,
         top_k=spec.top_k,
         resident=cache,
         read_s=lambda: cache.read_s,

@@ -232,7 +232,7 @@ def test_routers_that_cannot_be_asked_are_named(model_type: str, tmp_path: Path)
     with engine(tmp_path / "store", tmp_path) as node:
         sequence = SequenceState("s", prompt())
         node.prefill(sequence)
-        foreseen = set(node.loaded.scores.next_routers.routers)
+        foreseen = set(node.loaded.routers.next_routers.routers)
         layers = set(node.loaded.spec.moe_layers)
     if model_type == "zaya":
         assert (

@@ -28,7 +28,7 @@ class _Scored:
     scores: Tensor
 
 
-class RouterScores:
+class RouterWatch:
     """Hands what routers return for all experts to the step that runs, if that keeps them; not
     where no module's scores name the chosen experts (a table of token ids chooses).
 
