@@ -1,0 +1,69 @@
+"""What operators read of a running stack stays as they know it: the families of the three metrics
+pages, and the keys of `flashmoe status --json`. A changed line in stats.json is a decision.
+
+Planted faults seen red: a help text changed, a counter given as a gauge, a label left out, a key
+renamed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.stack import ServedStack, served, wait_for
+
+pytestmark = pytest.mark.system
+GOLDEN = Path(__file__).with_name("stats.json")
+OF_THIS_RUN = (
+    "layer",
+    "layers_ahead",
+    "node",
+)  # labels whose values are the model's or the stack's
+
+
+def test_pages_and_status_are_as_they_were(tiny_store: Path, run_dir: Path) -> None:
+    with served(tiny_store, run_dir) as stack:
+        stack.generate(max_tokens=64)
+        wait_for(lambda: stack.status()["compute_node"]["advice_age_s"] is not None, 20, "advice")
+        found = {
+            "pages": {
+                name: page(stack, name) for name in ("expert_store", "compute_node", "scheduler")
+            },
+            "status": shape(stack.status()),
+        }
+    assert found == json.loads(GOLDEN.read_text())
+
+
+def page(stack: ServedStack, name: str) -> dict[str, Any]:
+    """Type, help and labels of each family of ours."""
+    port = (stack.run.path / f"{name}.metrics").read_text().strip()
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as reply:
+        families = list(text_string_to_metric_families(reply.read().decode()))
+    return {
+        family.name: {
+            "type": family.type,
+            "help": family.documentation,
+            "labels": sorted({labels_of(sample.labels) for sample in family.samples}),
+        }
+        for family in families
+        if family.name.startswith("flashmoe_")
+    }
+
+
+def labels_of(labels: dict[str, str]) -> str:
+    shown = {name: "*" if name in OF_THIS_RUN else value for name, value in labels.items()}
+    return ",".join(f"{name}={value}" for name, value in sorted(shown.items()))
+
+
+def shape(value: Any) -> Any:
+    """Keys and types; one item of a list stands for all."""
+    if isinstance(value, dict):
+        return {key: shape(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [shape(inner) for inner in value[:1]]
+    return type(value).__name__
