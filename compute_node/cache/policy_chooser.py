@@ -22,6 +22,7 @@ class PolicyChooser:
     configured: a local policy's name; auto, advice decides; or the name of a policy that scores,
                 and advice of that name is followed
     advice:     the latest fresh advice, or None
+    local:      the policies that a node ranks by itself, by name
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class PolicyChooser:
         num_experts: int,
         advice: Callable[[], Advice | None],
     ) -> None:
-        self._local: dict[str, EvictionPolicy] = {
+        self.local: dict[str, EvictionPolicy] = {
             "lru": Lru(),
             "lfu": Lfu(),
             "lfru": Lfru(),
@@ -42,26 +43,26 @@ class PolicyChooser:
         self._rows = {layer: row for row, layer in enumerate(moe_layers)}
         self._shape = (len(moe_layers), num_experts)
         self._advice = advice
-        self.name = configured if configured in self._local else FALLBACK_POLICY
+        self.name = configured if configured in self.local else FALLBACK_POLICY
         self._followed: Advice | None = None  # what `_scored` was made of
         self._scored: Scored | None = None
         self.num_advised = 0
         self.num_fallbacks = 0
 
     def on_step(self, layer: int, used: Collection[ExpertKey]) -> None:
-        for policy in self._local.values():
+        for policy in self.local.values():
             policy.on_step(layer, used)
 
     def choose(self) -> EvictionPolicy:
         """The policy for this eviction; counts whether advice or the fallback decided."""
-        if self._configured in self._local:
-            return self._local[self._configured]
+        if self._configured in self.local:
+            return self.local[self._configured]
         advice = self._advice()
         policy = self._advised(advice) if advice is not None else None
         if advice is None or policy is None:
             self.num_fallbacks += 1
             self.name = FALLBACK_POLICY
-            return self._local[FALLBACK_POLICY]
+            return self.local[FALLBACK_POLICY]
         self.num_advised += 1
         self.name = advice.policy
         return policy
@@ -70,7 +71,7 @@ class PolicyChooser:
         if self._configured not in (AUTO, advice.policy):
             return None
         if advice.scores is None:
-            return self._local.get(advice.policy)
+            return self.local.get(advice.policy)
         if advice.scores.shape != self._shape:
             return None
         if advice is not self._followed:
