@@ -89,7 +89,9 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """log_prob: natural logarithm of its probability, given what came before it in its piece"""
+    """log_prob: natural logarithm of its probability, given what came before it in its part
+    of the text
+    """
 
     token_id: int
     log_prob: float

@@ -16,40 +16,40 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True)
 class ScoredText:
-    """A text longer than `context_tokens` is scored in pieces, each from its own start."""
+    """A text longer than `context_tokens` is scored in parts, each from its own start."""
 
     token_ids: tuple[int, ...]
     context_tokens: int
 
     @property
-    def pieces(self) -> list[tuple[int, ...]]:
+    def parts(self) -> list[tuple[int, ...]]:
         """A last token that stands alone is left out: nothing comes before it."""
         starts = range(0, len(self.token_ids) - 1, self.context_tokens)
         return [self.token_ids[start : start + self.context_tokens] for start in starts]
 
 
 def check_text(engine: Engine, text: ScoredText) -> None:
-    """Raises InvalidRequest for less than two tokens, pieces longer than the context, or token ids
+    """Raises InvalidRequest for less than two tokens, parts longer than the context, or token ids
     that the model does not have.
     """
     if len(text.token_ids) < 2 or text.context_tokens < 2:
         raise errors.InvalidRequest("there is nothing to score: give at least two tokens")
-    for piece in text.pieces:
-        engine.limits.check(Request(piece[:-1], max_tokens=1))
-        engine.limits.check(Request(piece[-1:], max_tokens=1))
+    for part in text.parts:
+        engine.limits.check(Request(part[:-1], max_tokens=1))
+        engine.limits.check(Request(part[-1:], max_tokens=1))
 
 
 def score(
     engine: Engine, text: ScoredText, check: Callable[[], None] = lambda: None
 ) -> Iterator[ScoredToken]:
-    """Every token of the text but the first of each piece. `check` may raise between layers.
+    """Every token of the text but the first of each part. `check` may raise between layers.
 
     Raises what `check_text` and Engine.generate raise.
     """
     check_text(engine, text)
-    for piece in text.pieces:
+    for part in text.parts:
         sequence = SequenceState(f"score{next(_numbers)}", [])
-        for token_id, following in itertools.pairwise(piece):
+        for token_id, following in itertools.pairwise(part):
             sequence.token_ids.append(token_id)
             (logits,) = engine.decode([sequence], check)  # [1, V]
             log_probs = logits[0].double().log_softmax(dim=-1)

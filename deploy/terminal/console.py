@@ -106,12 +106,12 @@ def write(text: str) -> None:
         raise OutputClosed from error
 
 
-def write_all(pieces: Iterable[str]) -> None:
+def write_all(texts: Iterable[str]) -> None:
     """Write a text part by part, and end its line also when an error breaks it off."""
     begun = False
     try:
-        for piece in pieces:
-            write(piece)
+        for text in texts:
+            write(text)
             begun = True
     finally:
         if begun:

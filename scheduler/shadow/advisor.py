@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from proto import errors
 from proto.redis_schema import ADVISED_POLICIES, AUTO, FALLBACK_POLICY, DecodeAccess, PrefillAccess
-from scheduler.shadow.shadows import Budget, Report, Shadows
+from scheduler.shadow.shadows import Capacity, Report, Shadows
 from scheduler.simulate.ranking import RankingPolicy
 
 MakeMembers = Callable[[str], Mapping[str, RankingPolicy]]
@@ -56,17 +56,17 @@ class Advisor:
         self.restarts = 0
 
     def check(self, event: DecodeAccess | PrefillAccess) -> None:
-        """Raises MessageInvalid for a budget that cannot hold the experts of a token."""
+        """Raises MessageInvalid for a capacity that cannot hold the experts of a token."""
         if isinstance(event, DecodeAccess):
-            Budget.of(event)
+            Capacity.of(event)
 
     def observe(self, event: DecodeAccess) -> None:
-        """One more step of a node; under another budget than before, its shadows begin anew."""
-        budget = Budget.of(event)
+        """One more step of a node; under another capacity than before, its shadows begin anew."""
+        capacity = Capacity.of(event)
         shadows = self._nodes.get(event.node)
-        if shadows is None or shadows.budget != budget:
+        if shadows is None or shadows.capacity != capacity:
             self.restarts += shadows is not None
-            shadows = self._nodes[event.node] = self._begin(event.node, budget)
+            shadows = self._nodes[event.node] = self._begin(event.node, capacity)
         shadows.step(event)
 
     def keep(self, nodes: Collection[str]) -> None:
@@ -85,7 +85,7 @@ class Advisor:
         """Of every node that sent a step."""
         return tuple(shadows.report(node) for node, shadows in self._nodes.items())
 
-    def _begin(self, node: str, budget: Budget) -> Shadows:
+    def _begin(self, node: str, capacity: Capacity) -> Shadows:
         members = self._members(node)
         advised = frozenset(ADVISED_POLICIES)
-        return Shadows(budget, members, advised, self._half_life_steps, self._pinned)
+        return Shadows(capacity, members, advised, self._half_life_steps, self._pinned)

@@ -1,5 +1,5 @@
-"""What every policy would have hit on one node's stream under the node's own budget, what MIN would
-have, and who should be in charge.
+"""What every policy would have hit on one node's stream under the node's own capacity, what MIN
+would have, and who should be in charge.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ADVISED_LAG_STEPS = 1  # live, scores are of the step before
 
 
 @dataclass(frozen=True)
-class Budget:
+class Capacity:
     """Of one node, for the experts of `top_k` a layer and token. slots: of all layers together."""
 
     shape: tuple[int, int]
@@ -31,7 +31,7 @@ class Budget:
     scope: str
 
     @classmethod
-    def of(cls, event: DecodeAccess) -> Budget:
+    def of(cls, event: DecodeAccess) -> Capacity:
         """Raises MessageInvalid for one that cannot hold the experts of a token."""
         num_layers, top_k = event.topk_ids.shape
         needed = top_k if event.scope == POOL else top_k * num_layers
@@ -40,7 +40,7 @@ class Budget:
         slots = min(event.slots, num_layers * event.num_experts)
         return cls((num_layers, event.num_experts), top_k, slots, event.scope)
 
-    def capacities(self) -> NDArray[np.intp]:
+    def shares(self) -> NDArray[np.intp]:
         """Slots of the one pool, or of each layer: the first ones share the remainder, as in the
         node.
         """
@@ -52,7 +52,7 @@ class Budget:
     def empty_slots(self) -> Slots:
         if self.scope == POOL:
             return PoolSlots(self.shape, self.slots)
-        return LayerSlots(self.shape, self.capacities())
+        return LayerSlots(self.shape, self.shares())
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Report:
-    """Of one node, since its budget last changed. policies: by name, `min` among them.
+    """Of one node, since its capacity last changed. policies: by name, `min` among them.
 
     actual:        of the node's own cache, as it reported
     switches:      how often another policy was put in charge
@@ -113,21 +113,21 @@ class Shadows:
 
     def __init__(
         self,
-        budget: Budget,
+        capacity: Capacity,
         members: Mapping[str, RankingPolicy],
         advised: frozenset[str],
         half_life_steps: float,
         pinned: str | None = None,
     ) -> None:
-        self.budget = budget
+        self.capacity = capacity
         self._members = {
             name: RankedCache(
-                policy, budget.empty_slots(), ADVISED_LAG_STEPS if name in advised else 0
+                policy, capacity.empty_slots(), ADVISED_LAG_STEPS if name in advised else 0
             )
             for name, policy in members.items()
         }
         self._advised = advised
-        self._optimum = Optimum(budget.shape, budget.top_k, budget.capacities().tolist())
+        self._optimum = Optimum(capacity.shape, capacity.top_k, capacity.shares().tolist())
         self._hedge = Hedge(list(members))
         self._pinned = pinned
         self._tallies = {name: Tally(half_life_steps) for name in (*members, "min")}
@@ -139,7 +139,7 @@ class Shadows:
         return self._pinned or self._hedge.in_charge
 
     def step(self, event: DecodeAccess) -> None:
-        """One more decode step under this budget."""
+        """One more decode step under this capacity."""
         self._num_steps += 1
         ratios = {name: hit_ratio(member.step(event)) for name, member in self._members.items()}
         self._hedge.observe(ratios)
@@ -158,8 +158,8 @@ class Shadows:
         hedge = self._hedge
         return Report(
             node=node,
-            slots=self.budget.slots,
-            scope=self.budget.scope,
+            slots=self.capacity.slots,
+            scope=self.capacity.scope,
             steps=self._num_steps,
             in_charge=self.in_charge,
             reason=Reason(PINNED) if self._pinned else hedge.reason,

@@ -14,7 +14,7 @@ from scheduler.policy.decayed import Decayed
 from scheduler.policy.lfru import Lfru
 from scheduler.policy.lfu import Lfu
 from scheduler.policy.lru import Lru
-from scheduler.shadow.shadows import ADVISED_LAG_STEPS, Budget
+from scheduler.shadow.shadows import ADVISED_LAG_STEPS, Capacity
 from scheduler.simulate.ranking import RankingPolicy
 from scheduler.simulate.replay import RankedCache
 from scheduler.simulate.trace import AccessTrace, TraceInvalid
@@ -85,8 +85,8 @@ def ranking(name: str, segment: Segment, told: Mapping[str, Told]) -> tuple[Rank
 def replayed_hits(policy: RankingPolicy, lag_steps: int, segment: Segment, slots: int) -> list[int]:
     """Of each counted step, by the scheduler's shadows of one pool."""
     trace = segment.trace
-    budget = Budget(trace.shape, trace.top_k, slots, POOL)
-    cache = RankedCache(policy, budget.empty_slots(), lag_steps)
+    capacity = Capacity(trace.shape, trace.top_k, slots, POOL)
+    cache = RankedCache(policy, capacity.empty_slots(), lag_steps)
     hits = [int(np.count_nonzero(cache.step(event))) for event in trace.events()]
     return hits[segment.warmup_steps :]
 

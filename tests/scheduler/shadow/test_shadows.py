@@ -18,7 +18,7 @@ from proto.redis_schema import DecodeAccess
 from scheduler.policy.decayed import Decayed
 from scheduler.policy.lfru import Lfru
 from scheduler.policy.lru import Lru
-from scheduler.shadow.shadows import Budget, Shadows, Tally
+from scheduler.shadow.shadows import Capacity, Shadows, Tally
 from scheduler.simulate.ranking import RankingPolicy
 from scheduler.simulate.replay import Setting, ranked, replay
 from scheduler.simulate.slots import LayerSlots
@@ -46,8 +46,8 @@ def followed(
     stream: Iterator[DecodeAccess], policies: Mapping[str, RankingPolicy], pinned: str | None = None
 ) -> Shadows:
     first = next(stream)
-    budget = Budget.of(first)
-    shadows = Shadows(budget, policies, frozenset({"river"}), HALF_LIFE_STEPS, pinned)
+    capacity = Capacity.of(first)
+    shadows = Shadows(capacity, policies, frozenset({"river"}), HALF_LIFE_STEPS, pinned)
     for event in (first, *stream):
         shadows.step(event)
     return shadows
@@ -69,9 +69,9 @@ def test_counts_what_a_replay_counts(slots: int, scope: str) -> None:
 
 
 def test_layers_share_the_remainder_as_the_node_does() -> None:
-    budget = Budget((4, 8), 2, 18, "layer")
-    assert budget.capacities().tolist() == [5, 5, 4, 4]
-    assert Budget((4, 8), 2, 18, "pool").capacities().tolist() == [18]
+    capacity = Capacity((4, 8), 2, 18, "layer")
+    assert capacity.shares().tolist() == [5, 5, 4, 4]
+    assert Capacity((4, 8), 2, 18, "pool").shares().tolist() == [18]
 
 
 def test_layers_keep_to_shares_of_their_own() -> None:
@@ -124,9 +124,9 @@ def test_scores_are_those_of_the_policy_in_charge() -> None:
 @pytest.mark.parametrize(("slots", "scope"), [(3, "layer"), (0, "layer"), (1, "pool")])
 def test_a_budget_that_holds_no_token_is_refused(slots: int, scope: str) -> None:
     with pytest.raises(errors.MessageInvalid, match=f"evidence of {slots} slots"):
-        Budget.of(decode_step([[0, 1], [2, 3]], slots=slots, scope=scope))
+        Capacity.of(decode_step([[0, 1], [2, 3]], slots=slots, scope=scope))
 
 
 def test_slots_beyond_the_model_are_no_memory() -> None:
     """Red when a count from the wire is taken as it comes."""
-    assert Budget.of(decode_step([[0, 1], [2, 3]], slots=1 << 62)).slots == 16
+    assert Capacity.of(decode_step([[0, 1], [2, 3]], slots=1 << 62)).slots == 16
