@@ -42,17 +42,25 @@ async def run(
     root = manifest.root(config.store_dir, config.source_root)
     check_sources(manifest, root)
     rpc.check_socket_free(config.address)
+    size_classes = manifest.size_classes
     device: Device[PieceRead]
     await await_free_locks(config.session_dir, config.lock_poll_s, config.restart_wait_s)
     with (
-        segment.create(config.segment_path, config.num_slots, manifest.slot_bytes) as shared,
+        segment.create(
+            config.segment_path, size_classes.segment_layout(config.num_slots)
+        ) as shared,
         open_files(manifest, root, config.direct_io) as files,
         kernel_queue.opened(files, config.read_depth) as device,
     ):
         lock = threading.RLock()
         slots = SlotPool(shared)
         sessions = SessionTable(
-            slots, lock, config.max_leased, config.session_dir, config.lock_poll_s
+            slots,
+            lock,
+            config.max_leased * size_classes.slot_bytes,
+            size_classes.lease_bytes,
+            config.session_dir,
+            config.lock_poll_s,
         )
         store = ExpertStore(
             manifest,

@@ -94,7 +94,7 @@ class FakeLender:
     def _lend(self, key: ExpertKey) -> Borrowed:
         self._generation += 1
         bytes_read = 0 if key in self.in_memory else self._bytes
-        self.held[key] = Borrowed(key, 0, self._generation, {}, bytes_read)
+        self.held[key] = Borrowed(key, 0, 0, self._generation, self._bytes, {}, bytes_read)
         self.in_memory.add(key)
         return self.held[key]
 

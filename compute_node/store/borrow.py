@@ -28,6 +28,7 @@ _GAVE_UP = (errors.Cancelled, errors.DeadlineExceeded)  # the caller ended, not 
 class StoreClient:
     """One node's connection to its store.
 
+    most_experts: how many it may borrow at once
     session_dir: where the node's lock files lie; None: another host, bytes come as chunks
     deadline_s:  how long to wait for a store that is away
     """
@@ -36,7 +37,7 @@ class StoreClient:
         self,
         address: str,
         node: str,
-        quota_slots: int,
+        most_experts: int,
         session_dir: Path | None,
         deadline_s: float,
         tls: rpc.TlsFiles | None = None,
@@ -45,7 +46,7 @@ class StoreClient:
         self._stub = pb_grpc.ExpertStoreStub(self._channel)
         self._address = address
         self._node = node
-        self._quota_slots = quota_slots
+        self._most_experts = most_experts
         self._session_dir = session_dir
         self._deadline_s = deadline_s
         self._session: StoreSession | None = None
@@ -74,6 +75,7 @@ class StoreClient:
             reply.num_slots,
             reply.num_spare_slots,
             reply.piece_bytes,
+            dict(reply.lease_bytes),
         )
         return self._description
 
@@ -148,11 +150,12 @@ class StoreClient:
         return [key.expert for key in keys if key.variant == EXACT_VARIANT]
 
     def is_current(self, borrowed: Borrowed) -> bool:
-        """Whether the slot still holds what was lent."""
+        """Whether the slot still holds what was lent there."""
         session = self._session
-        return (
-            session is not None and session.memory.generation(borrowed.slot) == borrowed.generation
-        )
+        if session is None:
+            return False
+        generation = session.memory.generation(borrowed.slot, borrowed.part)
+        return generation == borrowed.generation
 
     def abort(self) -> None:
         """End the session and let go of its lock: the store may refill every slot."""
@@ -186,9 +189,10 @@ class StoreClient:
         self._num_fruitless = 0
 
     def _open_once(self, description: StoreDescription) -> StoreSession:
-        quota_slots = min(self._quota_slots, description.spec.num_experts_total)
+        num_experts = min(self._most_experts, description.spec.num_experts_total)
+        quota_bytes = num_experts * description.lease_bytes[EXACT_VARIANT]
         return StoreSession.open(
-            self._stub, self._node, quota_slots, self._session_dir, description
+            self._stub, self._node, quota_bytes, self._session_dir, description
         )
 
     def _may_pass(self, problem: errors.FlashMoEError) -> bool:

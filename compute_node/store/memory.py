@@ -40,6 +40,8 @@ TORCH_DTYPES = {
 class Borrowed:
     """An expert on loan, and what bringing it cost.
 
+    slot, part, generation: what the store lent, see proto/shm.py
+    size_bytes: what it counts against the quota
     tensors:    under the names of the experts module, views into the slot
     bytes_read: 0 when the store had it in memory
     read_s:     from the first byte asked of the device to the last that came
@@ -48,7 +50,9 @@ class Borrowed:
 
     key: ExpertKey
     slot: int
+    part: int
     generation: int
+    size_bytes: int
     tensors: dict[str, Tensor]
     bytes_read: int = 0
     read_s: float = 0.0
@@ -59,11 +63,13 @@ class ExpertMemory(Protocol):
     """Slots as tensors."""
 
     def tensors(
-        self, slot: int, offsets: Sequence[int], layout: Sequence[TensorLayout]
-    ) -> dict[str, Tensor]: ...
+        self, slot: int, start_bytes: int, offsets: Sequence[int], layout: Sequence[TensorLayout]
+    ) -> dict[str, Tensor]:
+        """A record that begins at `start_bytes` of the slot."""
+        ...
 
-    def generation(self, slot: int) -> int:
-        """Differs from the lease's once the slot was refilled."""
+    def generation(self, slot: int, part: int) -> int:
+        """Differs from the lease's once the part was refilled."""
         ...
 
 
@@ -92,13 +98,13 @@ class SegmentMemory:
             self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
 
     def tensors(
-        self, slot: int, offsets: Sequence[int], layout: Sequence[TensorLayout]
+        self, slot: int, start_bytes: int, offsets: Sequence[int], layout: Sequence[TensorLayout]
     ) -> dict[str, Tensor]:
-        start = self._layout.slot_offset_bytes(slot)
+        start = self._layout.slot_offset_bytes(slot) + start_bytes
         return _cut(self._bytes, start, offsets, layout)
 
-    def generation(self, slot: int) -> int:
-        return shm.read_generation(self._view, slot)
+    def generation(self, slot: int, part: int) -> int:
+        return shm.read_generation(self._view, self._layout, slot, part)
 
 
 class PrivateMemory:
@@ -139,11 +145,11 @@ class PrivateMemory:
         self._free.append(self._slots.pop(key))
 
     def tensors(
-        self, slot: int, offsets: Sequence[int], layout: Sequence[TensorLayout]
+        self, slot: int, start_bytes: int, offsets: Sequence[int], layout: Sequence[TensorLayout]
     ) -> dict[str, Tensor]:
         return _cut(self._bytes, slot * self._slot_bytes, offsets, layout)
 
-    def generation(self, slot: int) -> int:
+    def generation(self, slot: int, part: int) -> int:
         return 0  # nobody else writes here
 
 

@@ -45,6 +45,7 @@ class StoreDescription:
 
     num_spare: slots never lent by quota, where prefetched experts wait
     piece_bytes: the longest read
+    lease_bytes: by variant, what a lease of its records counts against the quota
     """
 
     spec: ModelSpec
@@ -53,6 +54,7 @@ class StoreDescription:
     num_slots: int
     num_spare: int
     piece_bytes: int
+    lease_bytes: dict[str, int]
 
 
 class StoreSession:
@@ -65,6 +67,7 @@ class StoreSession:
         self._call: Any = None
         self._lock = lock
         self._layouts = description.spec.layouts
+        self._lease_bytes = description.lease_bytes
         self._requests: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[pb.SessionReply | Exception] = queue.SimpleQueue()
         self._answers: dict[int, deque[pb.Exchanged]] = {}
@@ -78,7 +81,7 @@ class StoreSession:
         cls,
         stub: Any,
         node: str,
-        quota_slots: int,
+        quota_bytes: int,
         session_dir: Path | None,
         description: StoreDescription,
     ) -> StoreSession:
@@ -90,7 +93,7 @@ class StoreSession:
             protocol_version=rpc.PROTOCOL_VERSION,
             fingerprint=description.spec.fingerprint,
             node=node,
-            quota_slots=quota_slots,
+            quota_bytes=quota_bytes,
             transport=pb.TRANSPORT_SHARED_MEMORY if lock else pb.TRANSPORT_CHUNKS,
             lock_name=lock.path.name if lock else "",
         )
@@ -101,7 +104,7 @@ class StoreSession:
             session.memory = (
                 SegmentMemory(opened.segment_path, opened.epoch)
                 if lock
-                else PrivateMemory(quota_slots, description.slot_bytes)
+                else PrivateMemory(quota_bytes // description.slot_bytes, description.slot_bytes)
             )
             session._local_socket = _connect_local(opened)
         except BaseException:
@@ -155,13 +158,15 @@ class StoreSession:
 
     def borrowed(self, lease: pb.Lease) -> Borrowed:
         """What a lease lends, as tensors."""
-        key, memory = RecordKey.from_pb(lease.key).expert, self.memory
+        record, memory = RecordKey.from_pb(lease.key), self.memory
+        key, size_bytes = record.expert, self._lease_bytes[record.variant]
         slot, generation = lease.slot, lease.generation
         if isinstance(memory, PrivateMemory):
             slot, generation = memory.slot_of(key), 0
-        tensors = memory.tensors(slot, lease.tensor_offsets, self._layouts[key.layer])
+        layout = self._layouts[key.layer]
+        tensors = memory.tensors(slot, lease.start_bytes, lease.tensor_offsets, layout)
         cost = (lease.bytes_read, lease.read_s, lease.verify_s)
-        return Borrowed(key, slot, generation, tensors, *cost)
+        return Borrowed(key, slot, lease.part, generation, size_bytes, tensors, *cost)
 
     def close(self) -> None:
         """Nobody reads slots any more: let go of the lock first, so that the store sees it free."""

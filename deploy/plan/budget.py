@@ -17,7 +17,6 @@ from deploy.settings import parse_experts_memory
 from expert_store.manifest.manifest import Manifest
 from proto import errors
 from proto.expert import DTYPE_BYTES, ModelSpec
-from proto.shm import SegmentLayout
 from proto.weight_format import EXACT
 
 MIB = 1024 * 1024
@@ -213,7 +212,7 @@ def _fixed_parts(
         + itemsize * 3 * sizing.eager_attention_heads * chunk_tokens * context_tokens
         + _dequantised_bytes(spec),
         "spare_slots": spare_bytes
-        + SegmentLayout(spec.num_experts_total, manifest.slot_bytes).header_bytes,
+        + manifest.size_classes.segment_layout(spec.num_experts_total).header_bytes,
         **overheads,
     }
 

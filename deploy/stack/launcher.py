@@ -25,7 +25,6 @@ from deploy.stack.supervisor import Daemon, Stack, silent
 from deploy.stack.tables import compose
 from deploy.terminal import console
 from proto import errors, redis_schema
-from proto.shm import SegmentLayout
 
 _DRAIN_S = 30.0  # longer than a daemon may take to stop
 
@@ -90,7 +89,7 @@ def serving(
         _check_redis(run, tables)
         check_room(memory)
         _clear(run, tables)
-        slots = SegmentLayout(tables["expert_store"]["num_slots"], memory.slot_bytes)
+        slots = plan.manifest.size_classes.segment_layout(tables["expert_store"]["num_slots"])
         dense_bytes = plan.manifest.sizing.dense_bytes
         sampler = MemorySampler(run.path, memory.ceiling_bytes, slots.segment_bytes, dense_bytes)
         activities = {

@@ -22,7 +22,6 @@ from deploy.terminal import console, options
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest, check_sources
 from proto import errors
 from proto.checkpoint import hub_cache
-from proto.shm import SegmentLayout
 from scheduler.config import FORECASTER_NAME
 
 OUT = typer.Option("--out", metavar="DIR", help="Folder to write; DIR/run will hold the sockets.")
@@ -69,7 +68,7 @@ def container_config(
     mounted = hub_cache.mounted(root)
     tables["expert_store"]["source_root"] = str(SOURCE_DIR / root.relative_to(mounted))
     num_slots = tables["expert_store"]["num_slots"]
-    limits = container_limits(plan, SegmentLayout(num_slots, plan.slot_bytes).segment_bytes)
+    limits = container_limits(plan, manifest.size_classes.segment_layout(num_slots).segment_bytes)
     configuration = tomli_w.dumps(tables)
     manifest_text = (store / MANIFEST_NAME).read_text()
     environment = compose_project.render_environment(

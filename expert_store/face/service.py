@@ -12,6 +12,7 @@ import xxhash
 
 from expert_store.face.exchange import is_acknowledged, perform
 from expert_store.store import sessions
+from expert_store.store.slots import Part
 from expert_store.store.store import ExpertStore
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
@@ -53,6 +54,7 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
             direct_io=self._store.direct_io,
             num_spare_slots=self._store.num_spare,
             piece_bytes=self._store.piece_bytes,
+            lease_bytes=self._store.sessions.lease_bytes,
         )
 
     async def Resident(self, request: pb.ResidentRequest, context: Any) -> pb.ResidentReply:
@@ -115,7 +117,7 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
             raise errors.InvalidRequest("choose a transport: shared memory or chunks")
         shared = request.transport == pb.TRANSPORT_SHARED_MEMORY
         return self._store.sessions.open(
-            request.node, request.quota_slots, request.lock_name if shared else None
+            request.node, request.quota_bytes, request.lock_name if shared else None
         )
 
     def _opened(self, session: sessions.Session) -> pb.Opened:
@@ -220,19 +222,19 @@ class _SessionStream:
                 del self._unanswered[exchange_id]
 
     async def _send_chunks(self, exchange_id: int, leases: list[pb.Lease]) -> None:
-        """Copy each record to the stream and give its slot back."""
+        """Copy each record to the stream and give it back."""
         for lease in leases:
             if not lease.HasField("error"):
                 key = RecordKey.from_pb(lease.key)
                 try:
-                    await self._send_record(exchange_id, key, lease.slot)
+                    await self._send_record(exchange_id, key, self._session.leases[key])
                 finally:
                     self._store.sessions.release(self._session, [key])
 
-    async def _send_record(self, exchange_id: int, key: RecordKey, slot: int) -> None:
+    async def _send_record(self, exchange_id: int, key: RecordKey, part: Part) -> None:
         record = self._store.manifest.records[key]
         digest = xxhash.xxh3_64()
-        with self._store.segment.slot(slot) as view:
+        with self._store.segment.part(part.slot.number, part.number, part.num_parts) as view:
             for number, extent in enumerate(record.extents):
                 end = extent.place_bytes + extent.length_bytes
                 for offset in range(extent.place_bytes, end, rpc.CHUNK_BYTES):

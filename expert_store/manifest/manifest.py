@@ -11,7 +11,8 @@ from typing import Any
 from expert_store.manifest.checks import check
 from expert_store.manifest.document import decode, encode, fingerprint
 from expert_store.manifest.durable import sync_folder, write_all
-from expert_store.manifest.extents import ExpertRecord, slot_bytes_needed
+from expert_store.manifest.extents import ExpertRecord
+from expert_store.manifest.size_classes import SizeClasses
 from expert_store.manifest.sizing import Sizing
 from expert_store.manifest.sources import SourceFile, resolve_inside
 from proto import errors
@@ -33,9 +34,20 @@ class Manifest:
     records: dict[RecordKey, ExpertRecord]
 
     @property
+    def size_classes(self) -> SizeClasses:
+        return SizeClasses.of(self.records.values())
+
+    @property
     def slot_bytes(self) -> int:
         """Of the largest exact record; no other variant's is larger."""
-        return max(slot_bytes_needed(record.extents) for record in self.records.values())
+        return self.size_classes.slot_bytes
+
+    def record(self, key: RecordKey) -> ExpertRecord:
+        """Raises UnknownExpert."""
+        record = self.records.get(key)
+        if record is None:
+            raise errors.UnknownExpert(f"this model has no expert {key}")
+        return record
 
     @property
     def expert_bytes_total(self) -> int:

@@ -1,4 +1,4 @@
-"""One record on its way into a slot: who waits for it, and how far its reads are."""
+"""One record on its way into memory: who waits for it, and how far its reads are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from expert_store.io.device import Request
 from expert_store.manifest.extents import ExpertRecord
 from expert_store.store.assembly import Assembly
 from expert_store.store.sessions import Session
-from expert_store.store.slots import Slot
+from expert_store.store.slots import Part
 from proto import errors
 from proto import expert_store_pb2 as pb
 
@@ -31,14 +31,14 @@ class Fill:
 
     waiters: sessions that acquired it, each with what delivers its lease
     wishers: sessions that prefetched it
-    slot, view, assembly: from its first read on
+    part, view, assembly: from its first read on
     """
 
     record: ExpertRecord
     priority: Priority
     waiters: list[tuple[Session, Deliver]] = field(default_factory=list)
     wishers: set[Session] = field(default_factory=set)
-    slot: Slot | None = None
+    part: Part | None = None
     view: memoryview | None = None
     assembly: Assembly | None = None
     num_issued: int = 0
@@ -57,7 +57,7 @@ class Fill:
 
     @property
     def is_over(self) -> bool:
-        """It failed or was withdrawn, and nobody writes into its slot any more."""
+        """It failed or was withdrawn, and no read writes into its memory any more."""
         return (self.is_withdrawn or self.error is not None) and self.num_in_flight == 0
 
     @property

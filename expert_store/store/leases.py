@@ -5,22 +5,34 @@ from __future__ import annotations
 import time
 
 from expert_store.manifest.extents import ExpertRecord
-from expert_store.store.fill import Fill
-from expert_store.store.slots import Slot
+from expert_store.store.fill import Deliver, Fill
+from expert_store.store.slots import Part
 from proto import errors, expert_pb2
 from proto import expert_store_pb2 as pb
 from proto.expert import RecordKey
 
+Delivery = tuple[Deliver, pb.Lease]
 
-def granted(record: ExpertRecord, slot: Slot, read: Fill | None) -> pb.Lease:
-    """A lease of a record in a slot. read: the fill whose cost this session bears; None: the record
-    was in memory.
+
+def hand_over(deliveries: list[Delivery]) -> None:
+    """Call back whom each lease is for. The caller holds no lock."""
+    for deliver, lease in deliveries:
+        deliver([lease])
+
+
+def granted(record: ExpertRecord, part: Part, start_bytes: int, read: Fill | None) -> pb.Lease:
+    """A lease of a record in a part of a slot.
+
+    start_bytes: of the part in its slot
+    read: the fill whose cost this session bears; None: the record was in memory
     """
     lease = pb.Lease(
         key=record.key.to_pb(),
-        slot=slot.number,
-        generation=slot.generation,
+        slot=part.slot.number,
+        generation=part.generation,
         tensor_offsets=record.tensor_offsets,
+        part=part.number,
+        start_bytes=start_bytes,
     )
     if read is not None:
         lease.bytes_read = record.payload_bytes
@@ -30,7 +42,7 @@ def granted(record: ExpertRecord, slot: Slot, read: Fill | None) -> pb.Lease:
 
 
 def refused(key: RecordKey, error: errors.FlashMoEError) -> pb.Lease:
-    """Holds no slot."""
+    """Holds no memory."""
     return pb.Lease(key=key.to_pb(), error=to_detail(error))
 
 

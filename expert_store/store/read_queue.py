@@ -21,7 +21,8 @@ class ReadQueue:
     """The fills under way, one a record. Guarded by `lock`, which its caller holds.
 
     read_depth:  pieces that the device reads at once, at most
-    give_memory: finds a slot for a fill; False when there is none now, or the fill was withdrawn
+    give_memory: finds a part of a slot for a fill; False when there is none now, or the fill was
+                 withdrawn
     """
 
     device: Device[PieceRead]
@@ -55,16 +56,16 @@ class ReadQueue:
 
     def issue(self) -> None:
         """Submit reads until `read_depth` are at the device, the most urgent fill first. A fill
-        that cannot get a slot is passed by those that have one. Called after every acquire,
-        prefetch and completion; not after a release: the next call finds the slot.
+        that cannot get memory is passed by those that have some. Called after every acquire,
+        prefetch and completion; not after a release: the next call finds what it left.
         """
         reads: list[PieceRead] = []
         while not self._is_stopping and self._num_at_device < self.read_depth:
             fill = self._first()
-            if fill is not None and not fill.slot and not self.give_memory(fill):
+            if fill is not None and not fill.part and not self.give_memory(fill):
                 if fill.is_withdrawn:
                     continue
-                fill = self._first_with_slot()
+                fill = self._first_with_memory()
             if fill is None:
                 break
             reads.append(fill.next_read())
@@ -90,7 +91,13 @@ class ReadQueue:
 
     def num_waiting(self) -> int:
         """Demand reads that have not begun."""
-        return sum(f.priority is Priority.DEMAND and not f.slot for f in self.fills.values())
+        return sum(f.priority is Priority.DEMAND and not f.part for f in self.fills.values())
+
+    def starved(self) -> list[Fill]:
+        """Demand reads that wait for memory while no fill has any, so that none will give it up."""
+        if any(fill.part for fill in self.fills.values()):
+            return []
+        return [fill for fill in self.fills.values() if fill.priority is Priority.DEMAND]
 
     def stop(self) -> None:
         """Submit nothing more, and block until the device has read what it has."""
@@ -111,10 +118,10 @@ class ReadQueue:
             heapq.heappop(self._heap)
         return None
 
-    def _first_with_slot(self) -> Fill | None:
+    def _first_with_memory(self) -> Fill | None:
         begun = [
             (priority, number, fill)
             for priority, number, fill in self._heap
-            if priority is fill.priority and fill.slot and not fill.is_issued
+            if priority is fill.priority and fill.part and not fill.is_issued
         ]
         return min(begun)[2] if begun else None

@@ -17,7 +17,7 @@ from proto import errors, shm
 
 
 class Segment:
-    """Slots as writable views, and the generation of each."""
+    """Slots and their parts as writable views, and the generation of each."""
 
     def __init__(
         self,
@@ -34,15 +34,18 @@ class Segment:
         self.huge_bytes = huge_bytes
         self._view = memoryview(mapping)
 
-    def slot(self, slot: int) -> memoryview:
-        """The bytes of a slot. The caller gives the view back with `with`."""
-        start = self.layout.slot_offset_bytes(slot)
-        return self._view[start : start + self.layout.slot_bytes]
+    def part(self, slot: int, part: int, num_parts: int) -> memoryview:
+        """The bytes of one of the parts that a slot is divided into. The caller gives the view back
+        with `with`.
+        """
+        length_bytes = self.layout.part_bytes(num_parts)
+        start = self.layout.slot_offset_bytes(slot) + part * length_bytes
+        return self._view[start : start + length_bytes]
 
-    def bump_generation(self, slot: int) -> int:
-        """Announce that the slot's bytes are about to change."""
-        generation = shm.read_generation(self._view, slot) + 1
-        shm.write_generation(self._view, slot, generation)
+    def bump_generation(self, slot: int, part: int) -> int:
+        """Announce that the part's bytes are about to change."""
+        generation = shm.read_generation(self._view, self.layout, slot, part) + 1
+        shm.write_generation(self._view, self.layout, slot, part, generation)
         return generation
 
     def release(self) -> None:
@@ -50,7 +53,7 @@ class Segment:
 
 
 @contextmanager
-def create(path: Path, num_slots: int, slot_bytes: int) -> Iterator[Segment]:
+def create(path: Path, layout: shm.SegmentLayout) -> Iterator[Segment]:
     """A segment for the block; its file is removed at the end.
 
     A file that a crashed store left is formatted anew, under a new epoch: there is never a second
@@ -58,7 +61,6 @@ def create(path: Path, num_slots: int, slot_bytes: int) -> Iterator[Segment]:
     Raises AlreadyRunning when another store holds the file, MemoryExceeded when the file system
     is full.
     """
-    layout = shm.SegmentLayout(num_slots, slot_bytes)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _open_claimed(path)
     try:
@@ -114,7 +116,8 @@ def _format(mapping: mmap.mmap, segment: Segment) -> None:
     view = memoryview(mapping)
     try:
         for slot in range(segment.layout.num_slots):
-            segment.bump_generation(slot)
+            for part in range(segment.layout.most_parts):
+                segment.bump_generation(slot, part)
         shm.write_header(view, segment.layout, segment.epoch)
     finally:
         view.release()

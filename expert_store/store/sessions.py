@@ -1,5 +1,5 @@
-"""Who may hold how many slots, and which they hold; leases outlive a broken stream while the
-node's lock does.
+"""How many bytes of slots each node may hold, and what it holds. Leases outlive a broken stream
+while the node's lock does.
 """
 
 from __future__ import annotations
@@ -10,29 +10,35 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from expert_store.store.slots import Slot, SlotPool
+from expert_store.store.slots import Part, SlotPool
 from proto import errors
 from proto.expert import RecordKey
 
 logger = logging.getLogger(__name__)
 
+_MIB = 1024 * 1024
+
 
 @dataclass(eq=False)
 class Session:
-    """One node's leases. lock_path: held by the node as long as it may read slots; None with
-    chunks.
+    """One node's leases.
+
+    lock_path: held by the node as long as it may read slots; None with chunks
+    awaited: acquires under way
+    held_bytes: of leases and acquires under way
     """
 
     session_id: str
     node: str
-    quota_slots: int
+    quota_bytes: int
     lock_path: Path | None
-    leases: dict[RecordKey, Slot] = field(default_factory=dict)
-    awaited: set[RecordKey] = field(default_factory=set)  # acquires under way
+    leases: dict[RecordKey, Part] = field(default_factory=dict)
+    awaited: set[RecordKey] = field(default_factory=set)
+    held_bytes: int = 0
     ended: bool = False
 
 
@@ -41,19 +47,23 @@ class SessionTable:
 
     lock: held around every change; shared with all code that changes slots, on any thread.
     Sessions open and close on the event loop.
+    max_leased_bytes: what all quotas together may allow
+    lease_bytes: what a lease counts, by variant
     """
 
     def __init__(
         self,
         slots: SlotPool,
         lock: threading.RLock,
-        max_leased: int,
+        max_leased_bytes: int,
+        lease_bytes: Mapping[str, int],
         session_dir: Path,
         lock_poll_s: float,
     ) -> None:
         self._slots = slots
         self._lock = lock
-        self.max_leased = max_leased
+        self.max_leased_bytes = max_leased_bytes
+        self.lease_bytes = lease_bytes
         self._session_dir = session_dir
         self._lock_poll_s = lock_poll_s
         self._open: set[Session] = set()
@@ -67,29 +77,28 @@ class SessionTable:
     def num_orphaned(self) -> int:
         return len(self._orphans)
 
-    def open(self, node: str, quota_slots: int, lock_name: str | None) -> Session:
+    def open(self, node: str, quota_bytes: int, lock_name: str | None) -> Session:
         """Grant a quota, or not, at once: the sum of all quotas never exceeds what can be leased.
 
         Raises SlotsExhausted, InvalidRequest (bad quota or lock name, or the lock is not held).
         """
-        if quota_slots <= 0:
-            raise errors.InvalidRequest("quota_slots must be positive")
+        if quota_bytes <= 0:
+            raise errors.InvalidRequest("quota_bytes must be positive")
         lock_path = self._lock_path(lock_name) if lock_name is not None else None
         with self._lock:
             self._sweep()
-            session = self._grant(node, quota_slots, lock_path)
-        logger.info("session opened", extra={"node": node, "quota_slots": quota_slots})
+            session = self._grant(node, quota_bytes, lock_path)
+        logger.info("session opened", extra={"node": node, "quota_bytes": quota_bytes})
         return session
 
-    def _grant(self, node: str, quota_slots: int, lock_path: Path | None) -> Session:
-        granted = sum(s.quota_slots for s in (*self._open, *self._orphans))
-        if granted + quota_slots > self.max_leased:
+    def _grant(self, node: str, quota_bytes: int, lock_path: Path | None) -> Session:
+        granted = sum(s.quota_bytes for s in (*self._open, *self._orphans))
+        if granted + quota_bytes > self.max_leased_bytes:
+            left = _left(self.max_leased_bytes - granted, self.max_leased_bytes)
             raise errors.SlotsExhausted(
-                f"{quota_slots} slots asked, {self.max_leased - granted} of "
-                f"{self.max_leased} left: "
-                "ask for fewer, or give the store more"
+                f"{_mib(quota_bytes)} asked, {left}: ask for less, or give the store more"
             )
-        session = Session(uuid.uuid4().hex[:12], node, quota_slots, lock_path)
+        session = Session(uuid.uuid4().hex[:12], node, quota_bytes, lock_path)
         self._open.add(session)
         return session
 
@@ -113,30 +122,38 @@ class SessionTable:
         for key in keys:
             if key in session.leases or key in session.awaited:
                 raise errors.InvalidRequest(f"{key} is leased by this session already")
-        if len(session.leases) + len(session.awaited) + len(keys) > session.quota_slots:
+        more_bytes = sum(self.lease_bytes[key.variant] for key in keys)
+        if session.held_bytes + more_bytes > session.quota_bytes:
+            left = _left(session.quota_bytes - session.held_bytes, session.quota_bytes)
             raise errors.SlotsExhausted(
-                f"{len(keys)} more slots asked, {len(session.leases)} of {session.quota_slots} "
-                "leased: release some in the same message"
+                f"{_mib(more_bytes)} more asked, {left}: release some in the same message"
             )
+        session.held_bytes += more_bytes
         session.awaited.update(keys)
 
-    def lease(self, session: Session, key: RecordKey, slot: Slot) -> bool:
-        """An awaited expert becomes a lease; False when the session ended meanwhile."""
+    def lease(self, session: Session, key: RecordKey, part: Part) -> bool:
+        """An awaited record becomes a lease; False when the session ended meanwhile."""
         session.awaited.discard(key)
         if session.ended:
             return False
-        self._slots.lease(slot)
-        session.leases[key] = slot
+        self._slots.lease(part)
+        session.leases[key] = part
         return True
+
+    def disappoint(self, session: Session, key: RecordKey) -> None:
+        """An awaited record that will not come."""
+        session.awaited.discard(key)
+        session.held_bytes -= self.lease_bytes[key.variant]
 
     def release(self, session: Session, keys: Iterable[RecordKey]) -> None:
         """Raises InvalidRequest for a key the session does not hold."""
         with self._lock:
             for key in keys:
-                slot = session.leases.pop(key, None)
-                if slot is None:
+                part = session.leases.pop(key, None)
+                if part is None:
                     raise errors.InvalidRequest(f"{key} is not leased by this session")
-                self._slots.release(slot)
+                session.held_bytes -= self.lease_bytes[key.variant]
+                self._slots.release(part)
 
     def _sweep(self) -> None:
         """End sessions whose node let go of its lock, before their stream or a poll tells us."""
@@ -194,6 +211,14 @@ class SessionTable:
         if free:
             raise errors.InvalidRequest(f"nobody holds the lock {name!r}: hold it before opening")
         return path
+
+
+def _left(left_bytes: int, of_bytes: int) -> str:
+    return f"{_mib(left_bytes)} of {_mib(of_bytes)} left"
+
+
+def _mib(count: int) -> str:
+    return f"{count / _MIB:,.1f} MiB"
 
 
 def lock_is_free(path: Path) -> bool:

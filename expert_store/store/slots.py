@@ -1,100 +1,224 @@
-"""Which slot holds which expert, and who may read it: free, filling, leased or reclaimable."""
+"""Which record lies where, and who may read it: free, filling, leased or reclaimable.
+
+A slot is given to one size class at a time. It holds one record of the largest class, or is divided
+into equal parts, each of which holds one record of a smaller class.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from expert_store.store.segment import Segment
 from proto.expert import RecordKey
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Slot:
-    """One equal piece of the segment, and what it holds once sealed.
+    """One equal piece of the segment.
 
-    is_speculative: it was filled because somebody may want it, and nobody has asked for it yet
+    parts: what it is divided into, one if a record fills it; none while it is free
+    num_filling, num_leased: of its parts
+    idle_since: when the last part stopped being used, in the pool's own time
     """
 
     number: int
+    parts: list[Part] = field(default_factory=list)
+    num_filling: int = 0
+    num_leased: int = 0
+    idle_since: int = 0
+
+    @property
+    def state(self) -> str:
+        """Of the part that binds it most."""
+        if self.num_leased:
+            return "leased"
+        if self.num_filling:
+            return "filling"
+        return "reclaimable" if self.parts else "free"
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """What one record lies in: the unit that is filled, sealed and lent.
+
+    released: when it became reclaimable, in the pool's own time
+    is_speculative: it was filled because a session may want it, and no session has asked for it yet
+    """
+
+    slot: Slot
+    number: int
     generation: int = 0
     key: RecordKey | None = None
+    released: int = 0
     is_speculative: bool = False
+
+    @property
+    def num_parts(self) -> int:
+        """Of its slot."""
+        return len(self.slot.parts)
+
+
+@dataclass
+class SizeClass:
+    """The parts of slots that are divided alike. reclaimable: oldest release first"""
+
+    free: dict[Part, None] = field(default_factory=dict)
+    reclaimable: OrderedDict[Part, None] = field(default_factory=OrderedDict)
 
 
 class SlotPool:
-    """Every slot of a segment. A reclaimable one keeps its expert until it is refilled, oldest
-    release first.
+    """Every slot of a segment. A reclaimable part keeps its record until its memory is needed,
+    oldest release first. A divided slot is free again once none of its parts holds a record.
     """
 
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
-        self._free = [Slot(number) for number in reversed(range(segment.layout.num_slots))]
-        self._filling: set[Slot] = set()
-        self._leases: Counter[Slot] = Counter()
-        self._reclaimable: OrderedDict[Slot, None] = OrderedDict()
-        self._by_key: dict[RecordKey, Slot] = {}
+        self._slots = [Slot(number) for number in range(segment.layout.num_slots)]
+        self._free = self._slots[::-1]
+        self._idle: OrderedDict[Slot, None] = OrderedDict()  # by idle_since
+        self._classes: dict[int, SizeClass] = {}  # by parts a slot
+        self._leases: Counter[Part] = Counter()
+        self._by_key: dict[RecordKey, Part] = {}
+        self._time = itertools.count(1)
 
-    def find(self, key: RecordKey) -> Slot | None:
-        """The sealed slot that holds `key`, if any."""
+    def find(self, key: RecordKey) -> Part | None:
+        """The sealed part that holds `key`, if any."""
         return self._by_key.get(key)
 
-    def lease(self, slot: Slot) -> None:
-        self._reclaimable.pop(slot, None)
-        self._leases[slot] += 1
+    def lease(self, part: Part) -> None:
+        if part not in self._leases:
+            del self._class_of(part).reclaimable[part]
+            self._idle.pop(part.slot, None)
+            part.slot.num_leased += 1
+        self._leases[part] += 1
 
-    def release(self, slot: Slot) -> None:
-        """One lease less; the last one makes the slot reclaimable."""
-        self._leases[slot] -= 1
-        if self._leases[slot] == 0:
-            del self._leases[slot]
-            self._reclaimable[slot] = None
+    def release(self, part: Part) -> None:
+        """One lease less; the last one makes the part reclaimable."""
+        self._leases[part] -= 1
+        if self._leases[part] == 0:
+            del self._leases[part]
+            part.slot.num_leased -= 1
+            self._make_reclaimable(part)
 
-    def next_to_fill(self) -> Slot | None:
-        """The slot that `fill` would take; None while every slot is leased or filling."""
-        if self._free:
-            return self._free[-1]
-        return next(iter(self._reclaimable), None)
+    def fill(self, num_parts: int) -> tuple[Part, list[RecordKey]] | None:
+        """Take a part to be written to, of a slot divided into `num_parts`; to be sealed or given
+        back. A free part of such a slot goes first, then a free slot, then whichever was not used
+        for longer: a reclaimable part of such a slot, or an idle slot as a whole.
 
-    def fill(self, slot: Slot) -> None:
-        """Take a slot to be written to: what it held is gone. To be sealed or given back."""
-        if slot.key is None:
-            self._free.remove(slot)
+        Returns the part, and the speculative records that had to go for it unasked. None while
+        leases and fills stand in every slot.
+        """
+        size_class = self._classes.setdefault(num_parts, SizeClass())
+        unused: list[RecordKey] = []
+        if size_class.free:
+            part, _ = size_class.free.popitem()
+        elif self._free:
+            part = self._divide(self._free.pop(), num_parts)
         else:
-            del self._reclaimable[slot]
-            del self._by_key[slot.key]
-            slot.key = None
-        slot.generation = self._segment.bump_generation(slot.number)
-        slot.is_speculative = False
-        self._filling.add(slot)
+            oldest, idle = next(iter(size_class.reclaimable), None), next(iter(self._idle), None)
+            if oldest is not None and (idle is None or oldest.released <= idle.idle_since):
+                part, unused = oldest, self._forget(oldest)
+            elif idle is not None:
+                unused = self._clear(idle)
+                part = self._divide(idle, num_parts)
+            else:
+                return None
+        part.generation = self._segment.bump_generation(part.slot.number, part.number)
+        part.is_speculative = False
+        part.slot.num_filling += 1
+        self._idle.pop(part.slot, None)
+        return part, unused
 
-    def seal(self, slot: Slot, key: RecordKey) -> None:
-        """The slot holds `key` now, readable until it is refilled."""
-        self._filling.remove(slot)
-        slot.key = key
-        self._by_key[key] = slot
-        self._reclaimable[slot] = None
+    def seal(self, part: Part, key: RecordKey) -> None:
+        """The part holds `key` now, readable until it is refilled."""
+        part.slot.num_filling -= 1
+        part.key = key
+        self._by_key[key] = part
+        self._make_reclaimable(part)
 
-    def give_back(self, slot: Slot) -> None:
-        """A filling slot that will not be sealed."""
-        self._filling.remove(slot)
-        self._free.append(slot)
+    def give_back(self, part: Part) -> None:
+        """A filling part that will not be sealed."""
+        slot = part.slot
+        slot.num_filling -= 1
+        self._class_of(part).free[part] = None
+        if slot.state != "reclaimable":
+            return
+        if any(one.key for one in slot.parts):
+            self._make_idle(slot, next(self._time))
+        else:
+            self._clear(slot)
+            self._free.append(slot)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether a slot was ever given to a class of smaller records."""
+        return any(num_parts > 1 for num_parts in self._classes)
 
     @property
     def num_free(self) -> int:
+        """Slots that no part is in."""
         return len(self._free)
+
+    def has_free(self, num_parts: int, num_spare: int) -> bool:
+        """Whether `fill` would take free memory, and leave `num_spare` slots free."""
+        size_class = self._classes.get(num_parts)
+        return len(self._free) > num_spare or bool(size_class and size_class.free)
 
     def resident(self) -> list[RecordKey]:
         return list(self._by_key)
 
     def leased(self) -> list[RecordKey]:
-        return [slot.key for slot in self._leases if slot.key is not None]
+        return [part.key for part in self._leases if part.key is not None]
 
     def counts(self) -> dict[str, int]:
-        """Slots by state. When nobody holds a session, filling and leased are 0."""
-        return {
-            "free": len(self._free),
-            "filling": len(self._filling),
-            "leased": len(self._leases),
-            "reclaimable": len(self._reclaimable),
-        }
+        """Slots by state, a divided one by that of the part that binds it most. When no session is
+        open, filling and leased are 0.
+        """
+        counts = Counter(slot.state for slot in self._slots)
+        return {state: counts[state] for state in ("free", "filling", "leased", "reclaimable")}
+
+    def _class_of(self, part: Part) -> SizeClass:
+        return self._classes[part.num_parts]
+
+    def _make_reclaimable(self, part: Part) -> None:
+        part.released = next(self._time)
+        self._class_of(part).reclaimable[part] = None
+        if part.slot.state == "reclaimable":
+            self._make_idle(part.slot, part.released)
+
+    def _make_idle(self, slot: Slot, now: int) -> None:
+        slot.idle_since = now
+        self._idle[slot] = None
+
+    def _divide(self, slot: Slot, num_parts: int) -> Part:
+        """The first part of a free slot, whose others are free parts from now on."""
+        slot.parts = [Part(slot, number) for number in range(num_parts)]
+        first, *others = slot.parts
+        self._classes[num_parts].free.update(dict.fromkeys(reversed(others)))
+        return first
+
+    def _clear(self, slot: Slot) -> list[RecordKey]:
+        """Undivide a slot of which no part is used. Returns the speculative records in it."""
+        unused: list[RecordKey] = []
+        for part in slot.parts:
+            if part.key is None:
+                del self._class_of(part).free[part]
+            else:
+                unused += self._forget(part)
+                # Nothing may still be read here: the next division has its generations elsewhere.
+                self._segment.bump_generation(slot.number, part.number)
+        self._idle.pop(slot, None)
+        slot.parts = []
+        return unused
+
+    def _forget(self, part: Part) -> list[RecordKey]:
+        """The record of a reclaimable part is not found any more. Returns it if it is
+        speculative.
+        """
+        key, part.key = part.key, None
+        assert key is not None
+        del self._class_of(part).reclaimable[part]
+        del self._by_key[key]
+        return [key] if part.is_speculative else []

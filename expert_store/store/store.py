@@ -10,9 +10,9 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from expert_store.io.device import Device
-from expert_store.manifest.extents import ExpertRecord
 from expert_store.manifest.manifest import Manifest
 from expert_store.store import leases
 from expert_store.store.assembly import Assembly
@@ -22,14 +22,12 @@ from expert_store.store.quarantine import Quarantine
 from expert_store.store.read_queue import ReadQueue
 from expert_store.store.segment import Segment
 from expert_store.store.sessions import Session, SessionTable
-from expert_store.store.slots import Slot, SlotPool
+from expert_store.store.slots import Part, SlotPool
 from proto import errors
 from proto import expert_store_pb2 as pb
 from proto.expert import RecordKey
 
 logger = logging.getLogger(__name__)
-
-Delivery = tuple[Deliver, pb.Lease]
 
 
 @dataclass
@@ -57,13 +55,15 @@ class ExpertStore:
     quarantined: Quarantine = field(default_factory=Quarantine)
 
     def __post_init__(self) -> None:
-        self.num_spare = self.segment.layout.num_slots - self.sessions.max_leased
+        layout = self.segment.layout
+        self.num_spare = layout.num_slots - self.sessions.max_leased_bytes // layout.slot_bytes
+        self._num_parts = self.manifest.size_classes.num_parts
         self._reads = ReadQueue(
             self.device,
             self.lock,
             self.read_depth,
             self.counters,
-            self._give_slot,
+            self._give_memory,
         )
 
     def acquire(self, session: Session, keys: Sequence[RecordKey], deliver: Deliver) -> None:
@@ -79,9 +79,11 @@ class ExpertStore:
             self.sessions.reserve(session, keys)
             found = [self._find_or_read(session, key, deliver) for key in keys]
             self._reads.issue()
+            refused = self._refuse_starved()
         lent = [lease for lease in found if lease is not None]
         if lent:
             deliver(lent)
+        leases.hand_over(refused)
 
     def prefetch(self, session: Session, keys: Sequence[RecordKey]) -> None:
         """Read, when nobody waits, what is not in memory. A prefetch that finds no room is dropped
@@ -91,7 +93,7 @@ class ExpertStore:
         """
         with self.lock:
             for key in keys:
-                record = self._record(key)
+                record = self.manifest.record(key)
                 if self.slots.find(key) or key in self.quarantined:
                     continue
                 fill = self._reads.fills.get(key)
@@ -125,8 +127,10 @@ class ExpertStore:
         first. Records the model does not have are left out.
         """
         with self.lock:
-            room = self.slots.num_free - self.num_spare
-            known = [key for key in keys if key in self.manifest.records][: max(0, room)]
+            room_bytes = (self.slots.num_free - self.num_spare) * self.segment.layout.slot_bytes
+            known = [key for key in keys if key in self.manifest.records]
+            ends = accumulate(self.sessions.lease_bytes[key.variant] for key in known)
+            known = [key for key, end in zip(known, ends, strict=True) if end <= room_bytes]
             for key in known:
                 if self.slots.find(key) is None and key not in self._reads.fills:
                     self._reads.start(self.manifest.records[key], Priority.REFILL)
@@ -164,7 +168,8 @@ class ExpertStore:
             fill.error = fill.error or error
             deliveries = self._seal(fill) if is_whole else self._settle(fill)
             self._reads.issue()
-        _hand_over(deliveries)
+            deliveries += self._refuse_starved()
+        leases.hand_over(deliveries)
 
     def stop(self) -> None:
         """Issue no more reads, and block until those at the device ended."""
@@ -174,12 +179,12 @@ class ExpertStore:
         """After `stop`, when no reader is left: no slot stays half filled, and every waiter gets an
         error.
         """
-        deliveries: list[Delivery] = []
+        deliveries: list[leases.Delivery] = []
         with self.lock:
             for fill in list(self._reads.fills.values()):
                 fill.error = fill.error or errors.Unavailable("the store is stopping: retry")
                 deliveries += self._settle(fill)
-        _hand_over(deliveries)
+        leases.hand_over(deliveries)
 
     @property
     def is_idle(self) -> bool:
@@ -187,26 +192,20 @@ class ExpertStore:
 
     def _check(self, keys: Sequence[RecordKey]) -> None:
         for key in keys:
-            self._record(key)
+            self.manifest.record(key)
         if len(set(keys)) != len(keys):
             raise errors.InvalidRequest("an expert is asked for twice in one message")
         num_waiting = self._reads.num_waiting()
         if num_waiting >= self.max_queued:
             raise errors.QueueFull(f"{num_waiting} reads are waiting already: retry later")
 
-    def _record(self, key: RecordKey) -> ExpertRecord:
-        record = self.manifest.records.get(key)
-        if record is None:
-            raise errors.UnknownExpert(f"this model has no expert {key}")
-        return record
-
     def _find_or_read(self, session: Session, key: RecordKey, deliver: Deliver) -> pb.Lease | None:
-        slot = self.slots.find(key)
-        if slot is not None:
+        part = self.slots.find(key)
+        if part is not None:
             self.counters.shared_hits += 1
-            return self._lend(session, key, slot)
+            return self._lend(session, key, part)
         if key in self.quarantined:
-            session.awaited.discard(key)
+            self.sessions.disappoint(session, key)
             return leases.refused(key, self.quarantined.error(key))
         fill = self._reads.fills.get(key)
         if fill is None:
@@ -215,47 +214,63 @@ class ExpertStore:
         self._reads.want(fill, Priority.DEMAND)
         return None
 
-    def _give_slot(self, fill: Fill) -> bool:
-        """Whether the fill has a slot now. A refill takes a free one or is withdrawn."""
-        if fill.priority is Priority.REFILL and self.slots.num_free <= self.num_spare:
+    def _give_memory(self, fill: Fill) -> bool:
+        """Whether the fill has a part of a slot now. A refill takes a free one or is withdrawn."""
+        num_parts = self._num_parts[fill.record.key.variant]
+        is_refill = fill.priority is Priority.REFILL
+        if is_refill and not self.slots.has_free(num_parts, self.num_spare):
             fill.is_withdrawn = True
             self._settle(fill)
             return False
-        slot = self.slots.next_to_fill()
-        if slot is None:
+        taken = self.slots.fill(num_parts)
+        if taken is None:
             return False
-        if slot.is_speculative and slot.key is not None:
-            self.counters.prefetch_bytes_wasted += self.manifest.records[slot.key].payload_bytes
-        self.slots.fill(slot)
-        fill.slot, fill.view = slot, self.segment.slot(slot.number)
+        fill.part, unused = taken
+        for key in unused:
+            self.counters.prefetch_bytes_wasted += self.manifest.records[key].payload_bytes
+        fill.view = self.segment.part(fill.part.slot.number, fill.part.number, num_parts)
         fill.assembly = Assembly(fill.record, fill.view, self.piece_bytes)
         fill.start_ns = time.perf_counter_ns()
         return True
 
-    def _seal(self, fill: Fill) -> list[Delivery]:
-        """The record is whole: its slot is readable, and every waiter has a lease."""
+    def _refuse_starved(self) -> list[leases.Delivery]:
+        """What quotas allow has room as long as no slot is divided. Where slots are, leases of a
+        few small records may stand in many: a read that would wait for their release is refused.
+        """
+        deliveries: list[leases.Delivery] = []
+        if self.slots.is_divided:
+            for fill in self._reads.starved():
+                fill.error = errors.SlotsExhausted(
+                    f"expert {fill.record.key} has no room: records of smaller variants are lent "
+                    "in every slot, release some and retry"
+                )
+                deliveries += self._settle(fill)
+        return deliveries
+
+    def _seal(self, fill: Fill) -> list[leases.Delivery]:
+        """The record is whole: it is readable, and every waiter has a lease."""
         self._reads.close(fill)
-        slot = fill.slot
-        assert slot is not None
+        part = fill.part
+        assert part is not None
         fill.is_withdrawn = False  # too late: nothing of it is given up any more
-        self.slots.seal(slot, fill.record.key)
-        slot.is_speculative = fill.priority is Priority.PREFETCH
+        self.slots.seal(part, fill.record.key)
+        part.is_speculative = fill.priority is Priority.PREFETCH
         self._count(fill)
         deliveries = []
         for number, (session, deliver) in enumerate(fill.waiters):
             self.counters.shared_hits += number > 0
-            lease = self._lend(session, fill.record.key, slot, None if number else fill)
+            lease = self._lend(session, fill.record.key, part, None if number else fill)
             if lease is not None:
                 deliveries.append((deliver, lease))
         return deliveries
 
-    def _settle(self, fill: Fill) -> list[Delivery]:
-        """Give a failed or withdrawn fill up, once nobody writes into its slot."""
+    def _settle(self, fill: Fill) -> list[leases.Delivery]:
+        """Give a failed or withdrawn fill up, once nobody writes into its memory."""
         if not fill.is_over:
             return []
         self._reads.close(fill)
-        if fill.slot is not None:
-            self.slots.give_back(fill.slot)
+        if fill.part is not None:
+            self.slots.give_back(fill.part)
         if fill.error is None:
             self.counters.prefetch_bytes_wasted += fill.issued_bytes
             return []
@@ -263,18 +278,19 @@ class ExpertStore:
         if isinstance(fill.error, errors.ExpertDamaged):
             self.quarantined.add(key, fill.error)
         for session, _ in fill.waiters:
-            session.awaited.discard(key)
+            self.sessions.disappoint(session, key)
         return [(deliver, leases.refused(key, fill.error)) for _, deliver in fill.waiters]
 
     def _lend(
-        self, session: Session, key: RecordKey, slot: Slot, read: Fill | None = None
+        self, session: Session, key: RecordKey, part: Part, read: Fill | None = None
     ) -> pb.Lease | None:
         """read: the fill whose cost this session bears. None: the session ended."""
-        if not self.sessions.lease(session, key, slot):
+        if not self.sessions.lease(session, key, part):
             return None
-        self.counters.prefetches_used += slot.is_speculative
-        slot.is_speculative = False
-        return leases.granted(self.manifest.records[key], slot, read)
+        self.counters.prefetches_used += part.is_speculative
+        part.is_speculative = False
+        start_bytes = part.number * self.segment.layout.part_bytes(part.num_parts)
+        return leases.granted(self.manifest.records[key], part, start_bytes, read)
 
     def _count(self, fill: Fill) -> None:
         match fill.priority:
@@ -286,8 +302,3 @@ class ExpertStore:
                 self.counters.refill_reads += 1
         self.counters.bytes_read += fill.record.payload_bytes
         self.counters.read_s += (fill.arrived_ns - fill.start_ns) / 1e9
-
-
-def _hand_over(deliveries: list[Delivery]) -> None:
-    for deliver, lease in deliveries:
-        deliver([lease])

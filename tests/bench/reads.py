@@ -19,7 +19,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import partial
 from mmap import mmap
 from pathlib import Path
-from types import SimpleNamespace
 from typing import cast
 from unittest import mock
 
@@ -31,6 +30,7 @@ from expert_store.io.device import Device, ThreadReads
 from expert_store.io.files import SourceFiles
 from expert_store.manifest.extents import ExpertRecord, Extent
 from expert_store.manifest.manifest import Manifest
+from expert_store.manifest.sizing import Sizing
 from expert_store.store import segment
 from expert_store.store.fill import PieceRead
 from expert_store.store.readers import Readers
@@ -38,7 +38,8 @@ from expert_store.store.sessions import SessionTable
 from expert_store.store.slots import SlotPool
 from expert_store.store.store import ExpertStore
 from proto import expert_store_pb2 as pb
-from proto.expert import RecordKey
+from proto.expert import ModelSpec, RecordKey
+from proto.shm import SegmentLayout
 from tests.bench.table import percentile, show, spread
 
 KIB, MIB = 1024, 1024 * 1024
@@ -172,7 +173,7 @@ def _store(piece_bytes: int, path: Path, size: int, seed: int) -> Sample:
     numbers, latencies = _numbers(size, seed), list[float]()
     came: queue.SimpleQueue[pb.Lease] = queue.SimpleQueue()
     with _a_store(path, size, piece_bytes) as store:
-        session = store.sessions.open("bench", WANTED, None)
+        session = store.sessions.open("bench", store.sessions.max_leased_bytes, None)
 
         def ask(number: int) -> None:
             asked[RecordKey.exact(0, number)] = time.perf_counter()
@@ -212,11 +213,14 @@ def _by_threads(piece_bytes: int, path: Path, size: int, seed: int) -> Sample:
 def _a_store(path: Path, size: int, piece_bytes: int) -> Iterator[ExpertStore]:
     with ExitStack() as stack:
         shm = Path(f"/dev/shm/flashmoe-bench-{os.getpid()}")
-        shared = stack.enter_context(segment.create(shm, WANTED + DEPTH, size))
+        shared = stack.enter_context(segment.create(shm, SegmentLayout(WANTED + DEPTH, size)))
         files = SourceFiles([path], True, stack)
         slots, lock = SlotPool(shared), threading.RLock()
-        manifest = cast(Manifest, SimpleNamespace(records=_records(path, size)))
-        sessions = SessionTable(slots, lock, WANTED, path.parent, 0.1)
+        manifest = Manifest(
+            "packed", cast(ModelSpec, None), cast(Sizing, None), ".", (), _records(path, size)
+        )
+        lease_bytes = manifest.size_classes.lease_bytes
+        sessions = SessionTable(slots, lock, WANTED * size, lease_bytes, path.parent, 0.1)
         device = stack.enter_context(kernel_queue.opened(files, DEPTH))
         limits = (DEPTH, 4096, piece_bytes)
         store = ExpertStore(manifest, shared, slots, sessions, lock, *limits, files.direct, device)

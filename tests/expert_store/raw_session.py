@@ -152,12 +152,14 @@ class Wire:
             lambda s: not (s.sessions or s.orphaned_sessions or s.slots_filling or s.slots_leased)
         )
 
-    def opening(self, **changes: Any) -> pb.SessionRequest:
+    def opening(self, quota_slots: int = 2, **changes: Any) -> pb.SessionRequest:
+        """quota_slots: the quota in whole slots, unless `changes` has it in bytes"""
+        described = self.describe()
         fields: dict[str, Any] = {
             "protocol_version": rpc.PROTOCOL_VERSION,
-            "fingerprint": self.describe().model.fingerprint,
+            "fingerprint": described.model.fingerprint,
             "node": "node",
-            "quota_slots": 2,
+            "quota_bytes": quota_slots * described.slot_bytes,
             "transport": pb.TRANSPORT_CHUNKS,
         }
         return pb.SessionRequest(open=pb.Open(**(fields | changes)))

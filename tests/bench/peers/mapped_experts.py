@@ -61,7 +61,7 @@ class MappedExperts:
             begin = extent.offset_bytes + offset - extent.place_bytes
             piece = self._bytes(extent)[begin : begin + layout.length_bytes]
             tensors[layout.name] = piece.view(TORCH_DTYPES[layout.dtype]).view(layout.shape)
-        return Borrowed(key, 0, 0, tensors)
+        return Borrowed(key, 0, 0, 0, 0, tensors)
 
     def _will_need(self, key: ExpertKey) -> None:
         extent = self._extent(key)

@@ -32,7 +32,7 @@ wrong_fields = {
     "protocol_version": u32,
     "fingerprint": st.text(st.characters(codec="utf-8"), max_size=10),
     "node": st.text(st.characters(codec="utf-8"), max_size=10),
-    "quota_slots": st.sampled_from([0, 1, 6, 7, (1 << 64) - 1]),
+    "quota_bytes": st.sampled_from([0, 1, 96_000, 98_304, 98_305, (1 << 64) - 1]),
     "transport": st.sampled_from([0, 2, 3, 99]),
     "lock_name": st.sampled_from(
         [

@@ -44,8 +44,8 @@ def healthy_afterwards(wire: Wire, folder: Path) -> Iterator[None]:
     [
         ({"protocol_version": 99}, errors.VersionMismatch),
         ({"fingerprint": "another"}, errors.VersionMismatch),
-        ({"quota_slots": 0}, errors.InvalidRequest),
-        ({"quota_slots": (1 << 64) - 1}, errors.SlotsExhausted),
+        ({"quota_bytes": 0}, errors.InvalidRequest),
+        ({"quota_bytes": (1 << 64) - 1}, errors.SlotsExhausted),
         ({"transport": 99}, errors.InvalidRequest),
         ({"transport": 1, "lock_name": "../sessions/held.lock"}, errors.InvalidRequest),
         ({"transport": 1, "lock_name": "a\0b.lock"}, errors.InvalidRequest),
@@ -113,8 +113,8 @@ def check_lease(lease: pb.Lease, opened: pb.Opened, folder: Path) -> None:
     data = memoryview(Path(opened.segment_path).read_bytes())
     layout, epoch = shm.read_header(data, len(data))
     assert (epoch, layout.num_slots) == (opened.epoch, opened.num_slots)
-    assert shm.read_generation(data, lease.slot) == lease.generation
-    start = layout.slot_offset_bytes(lease.slot) + lease.tensor_offsets[0]
+    assert shm.read_generation(data, layout, lease.slot, lease.part) == lease.generation
+    start = layout.slot_offset_bytes(lease.slot) + lease.start_bytes + lease.tensor_offsets[0]
     key = RecordKey.from_pb(lease.key)
     assert bytes(data[start : start + PAYLOAD_BYTES]) == expert_bytes(folder, key)
 

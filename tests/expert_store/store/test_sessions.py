@@ -20,17 +20,19 @@ from hypothesis import strategies as st
 
 from expert_store.store import segment
 from expert_store.store.sessions import Session, SessionTable, await_free_locks, lock_is_free
-from expert_store.store.slots import Slot, SlotPool
+from expert_store.store.slots import Part, SlotPool
 from proto import errors
 from proto.expert import RecordKey
+from proto.shm import SegmentLayout
 from tests.expert_store.raw_session import DEADLINE_S, Lock, counts_add_up
 
 NUM_SLOTS, MAX_LEASED = 8, 6
+MIB = 1 << 20
 
 
 @pytest.fixture
 def slots(tmp_path: Path) -> Iterator[SlotPool]:
-    with segment.create(tmp_path / "segment", NUM_SLOTS, 4096) as shared:
+    with segment.create(tmp_path / "segment", SegmentLayout(NUM_SLOTS, 4096)) as shared:
         yield SlotPool(shared)
 
 
@@ -42,7 +44,9 @@ def session_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def table(slots: SlotPool, session_dir: Path) -> AsyncIterator[SessionTable]:
-    sessions = SessionTable(slots, threading.RLock(), MAX_LEASED, session_dir, lock_poll_s=0.005)
+    sessions = SessionTable(
+        slots, threading.RLock(), MAX_LEASED * MIB, {"exact": MIB}, session_dir, lock_poll_s=0.005
+    )
     yield sessions
     sessions.stop()
     await asyncio.sleep(0)
@@ -55,12 +59,11 @@ def borrow(table: SessionTable, slots: SlotPool, session: Session, *numbers: int
         assert table.lease(session, key, fill(slots, key))
 
 
-def fill(slots: SlotPool, key: RecordKey) -> Slot:
-    slot = slots.next_to_fill()
-    assert slot is not None
-    slots.fill(slot)
-    slots.seal(slot, key)
-    return slot
+def fill(slots: SlotPool, key: RecordKey) -> Part:
+    taken = slots.fill(1)
+    assert taken is not None
+    slots.seal(taken[0], key)
+    return taken[0]
 
 
 def names(folder: Path) -> list[str]:
@@ -75,27 +78,27 @@ async def until(condition: object) -> None:
 
 
 async def test_quotas_never_exceed_what_can_be_leased(table: SessionTable) -> None:
-    first = table.open("a", 4, None)
-    with pytest.raises(errors.SlotsExhausted, match=r"3 slots asked, 2 of 6 left"):
-        table.open("b", 3, None)
-    second = table.open("b", 2, None)
+    first = table.open("a", 4 * MIB, None)
+    with pytest.raises(errors.SlotsExhausted, match=r"3.0 MiB asked, 2.0 MiB of 6.0 MiB left"):
+        table.open("b", 3 * MIB, None)
+    second = table.open("b", 2 * MIB, None)
     assert table.num_open == 2
     table.close(first)
-    table.open("c", 4, None)
+    table.open("c", 4 * MIB, None)
     table.close(second)
     assert table.num_open == 1
 
 
-@pytest.mark.parametrize("quota_slots", [0, -1])
-async def test_a_quota_is_positive(table: SessionTable, quota_slots: int) -> None:
+@pytest.mark.parametrize("quota_bytes", [0, -1])
+async def test_a_quota_is_positive(table: SessionTable, quota_bytes: int) -> None:
     with pytest.raises(errors.InvalidRequest, match="positive"):
-        table.open("a", quota_slots, None)
+        table.open("a", quota_bytes, None)
 
 
 async def test_a_session_borrows_up_to_its_quota(table: SessionTable, slots: SlotPool) -> None:
-    session = table.open("a", 3, None)
+    session = table.open("a", 3 * MIB, None)
     borrow(table, slots, session, 1, 2)
-    with pytest.raises(errors.SlotsExhausted, match="2 of 3 leased"):
+    with pytest.raises(errors.SlotsExhausted, match=r"2.0 MiB more asked, 1.0 MiB of 3.0 MiB left"):
         table.reserve(session, [RecordKey.exact(0, 3), RecordKey.exact(0, 4)])
     table.reserve(session, [RecordKey.exact(0, 3)])
     with pytest.raises(errors.SlotsExhausted):
@@ -109,7 +112,7 @@ async def test_a_session_borrows_up_to_its_quota(table: SessionTable, slots: Slo
 
 async def test_an_expert_is_leased_once_a_session(table: SessionTable, slots: SlotPool) -> None:
     """Red without it: the second lease is nobody's, and its slot is lost for good."""
-    session = table.open("a", 3, None)
+    session = table.open("a", 3 * MIB, None)
     borrow(table, slots, session, 1)
     table.reserve(session, [RecordKey.exact(0, 2)])
     for leased_or_awaited in (RecordKey.exact(0, 1), RecordKey.exact(0, 2)):
@@ -123,24 +126,24 @@ async def test_leases_outlive_the_stream_while_the_lock_is_held(
     table: SessionTable, slots: SlotPool, session_dir: Path
 ) -> None:
     with Lock(session_dir, "a.lock") as lock:
-        session = table.open("a", 5, "a.lock")
+        session = table.open("a", 5 * MIB, "a.lock")
         borrow(table, slots, session, 1, 2)
         table.close(session)
         assert (table.num_open, table.num_orphaned, slots.counts()["leased"]) == (0, 1, 2)
         with pytest.raises(errors.SlotsExhausted):
-            table.open("b", 2, None)
+            table.open("b", 2 * MIB, None)
         lock.let_go()
         await until(lambda: table.num_orphaned == 0)
     assert counts_add_up(slots, NUM_SLOTS)
     assert names(session_dir) == []
-    table.close(table.open("b", 6, None))
+    table.close(table.open("b", 6 * MIB, None))
 
 
 async def test_a_free_lock_ends_the_session_at_once(
     table: SessionTable, slots: SlotPool, session_dir: Path
 ) -> None:
     lock = Lock(session_dir, "a.lock")
-    session = table.open("a", 5, "a.lock")
+    session = table.open("a", 5 * MIB, "a.lock")
     borrow(table, slots, session, 1)
     lock.let_go()
     table.close(session)
@@ -153,14 +156,14 @@ async def test_opening_sweeps_sessions_whose_node_let_go(
 ) -> None:
     """A node that restarts asks for its quota again before the store heard that it died."""
     first, second = Lock(session_dir, "a.lock"), Lock(session_dir, "b.lock")
-    opened = table.open("a", 3, "a.lock")
-    orphaned = table.open("b", 3, "b.lock")
+    opened = table.open("a", 3 * MIB, "a.lock")
+    orphaned = table.open("b", 3 * MIB, "b.lock")
     for number, session in enumerate((opened, orphaned)):
         borrow(table, slots, session, number)
     table.close(orphaned)
     first.let_go()
     second.let_go()
-    again = table.open("a", 6, None)
+    again = table.open("a", 6 * MIB, None)
     assert (table.num_open, table.num_orphaned) == (1, 0)
     table.close(opened)
     table.close(orphaned)
@@ -173,10 +176,10 @@ async def test_a_session_that_ended_leases_no_more(
 ) -> None:
     """Red without it: its node let go while a read was under way, and the slot is lost for good."""
     lock = Lock(session_dir, "a.lock")
-    session = table.open("a", 3, "a.lock")
+    session = table.open("a", 3 * MIB, "a.lock")
     table.reserve(session, [RecordKey.exact(0, 1)])
     lock.let_go()
-    table.close(table.open("b", 1, None))
+    table.close(table.open("b", 1 * MIB, None))
     assert not table.lease(session, RecordKey.exact(0, 1), fill(slots, RecordKey.exact(0, 1)))
     with pytest.raises(errors.Unavailable, match="closed"):
         table.reserve(session, [RecordKey.exact(0, 2)])
@@ -202,9 +205,11 @@ def test_a_lock_name_that_is_no_held_lock_is_refused(
     folder = tmp_path_factory.mktemp("locks")
     (folder / "folder.lock").mkdir()
     (folder / "link.lock").symlink_to("/etc/passwd")
-    table = SessionTable(SlotPool.__new__(SlotPool), threading.RLock(), MAX_LEASED, folder, 0.1)
+    table = SessionTable(
+        SlotPool.__new__(SlotPool), threading.RLock(), MAX_LEASED * MIB, {}, folder, 0.1
+    )
     with pytest.raises(errors.InvalidRequest, match="lock"):
-        table.open("a", 1, name)
+        table.open("a", 1 * MIB, name)
     assert table.num_open == 0
 
 
@@ -220,7 +225,7 @@ async def test_a_held_lock_elsewhere_is_not_taken(
             "../sessions/.hidden.lock",
         ):
             with pytest.raises(errors.InvalidRequest, match="not a plain"):
-                table.open("a", 1, name)
+                table.open("a", 1 * MIB, name)
 
 
 HOLDER = """

@@ -35,7 +35,7 @@ from expert_store.store.sessions import Session, SessionTable
 from expert_store.store.slots import SlotPool
 from expert_store.store.store import ExpertStore
 from expert_store.store.verified_read import add_piece, open_files
-from proto import errors
+from proto import errors, shm
 from proto import expert_store_pb2 as pb
 from proto.expert import ExpertKey, RecordKey
 from tests.expert_store.raw_session import DEADLINE_S, counts_add_up, until
@@ -43,6 +43,7 @@ from tests.expert_store.stores import (
     FILE_NAME,
     KEYS,
     PAYLOAD_BYTES,
+    SMALL,
     SMALL_BYTES,
     expert_bytes,
     expert_range,
@@ -130,13 +131,21 @@ def a_store(
 ) -> Iterator[ExpertStore]:
     """Idle again at the end, or it fails."""
     manifest = Manifest.load(folder)
+    size_classes = manifest.size_classes
     with (
-        segment.create(folder / "segment", num_slots, manifest.slot_bytes) as shared,
+        segment.create(folder / "segment", size_classes.segment_layout(num_slots)) as shared,
         open_files(manifest, folder, True) as files,
         disk.opened(files, read_depth) as device,
     ):
         slots, lock = SlotPool(shared), threading.RLock()
-        sessions = SessionTable(slots, lock, num_slots - read_depth, folder / "sessions", 0.01)
+        sessions = SessionTable(
+            slots,
+            lock,
+            (num_slots - read_depth) * manifest.slot_bytes,
+            size_classes.lease_bytes,
+            folder / "sessions",
+            0.01,
+        )
         limits = (read_depth, max_queued, piece_bytes)
         store = ExpertStore(manifest, shared, slots, sessions, lock, *limits, True, device)
         with Readers(store, files):
@@ -152,6 +161,8 @@ class Lent(NamedTuple):
 
     key: RecordKey
     slot: int
+    part: int
+    start_bytes: int
     generation: int
     tensor_offsets: list[int]
     bytes_read: int
@@ -163,6 +174,8 @@ def read_lease(lease: pb.Lease) -> Lent:
     return Lent(
         RecordKey.from_pb(lease.key),
         lease.slot,
+        lease.part,
+        lease.start_bytes,
         lease.generation,
         list(lease.tensor_offsets),
         lease.bytes_read,
@@ -175,7 +188,8 @@ class Borrower:
 
     def __init__(self, store: ExpertStore, quota_slots: int = 3) -> None:
         self.store = store
-        self.session: Session = store.sessions.open("node", quota_slots, None)
+        quota_bytes = quota_slots * store.segment.layout.slot_bytes
+        self.session: Session = store.sessions.open("node", quota_bytes, None)
         self.came: dict[RecordKey, Lent] = {}
 
     def ask(self, *keys: RecordKey) -> None:
@@ -195,9 +209,13 @@ class Borrower:
         return [self.came[key] for key in keys]
 
     def content(self, key: RecordKey) -> bytes:
-        lent = self.came[key]
-        with self.store.segment.slot(lent.slot) as view:
-            return bytes(view[lent.tensor_offsets[0] :][:PAYLOAD_BYTES])
+        """What a node finds in the segment."""
+        lent, segment = self.came[key], self.store.segment
+        data = memoryview(segment.path.read_bytes())
+        found = shm.read_generation(data, segment.layout, lent.slot, lent.part)
+        assert found == lent.generation
+        start = segment.layout.slot_offset_bytes(lent.slot) + lent.start_bytes
+        return bytes(data[start + lent.tensor_offsets[0] :][:PAYLOAD_BYTES])
 
 
 @pytest.mark.parametrize("piece_bytes", [4096, 8192, WHOLE])
@@ -224,6 +242,44 @@ def test_both_records_of_an_expert_are_lent(store_dir: Path, disk: Disk) -> None
         assert [item.bytes_read for item in lent] == [PAYLOAD_BYTES, SMALL_BYTES]
         assert lent[0].slot != lent[1].slot
         assert borrower.content(small)[:SMALL_BYTES] == borrower.content(exact)[:SMALL_BYTES]
+
+
+def test_small_records_share_a_slot_and_a_quota(store_dir: Path, disk: Disk) -> None:
+    """Red when a small record counts a slot, and when its bytes land at the slot's beginning."""
+    with_small_variant(store_dir)
+    with a_store(store_dir, disk) as store:
+        assert store.sessions.lease_bytes == {"exact": 4 * 4096, SMALL: 4096}
+        borrower, small = Borrower(store, quota_slots=3), small_keys()[:8]
+        lent = borrower.get(*small, KEYS[9])
+        assert [item.part for item in lent] == [0, 1, 2, 3, 0, 1, 2, 3, 0]
+        assert all(item.start_bytes == item.part * 4096 for item in lent)
+        assert len({item.slot for item in lent}) == store.slots.counts()["leased"] == 3
+        for key in small:
+            exact = expert_bytes(store_dir, RecordKey(key.expert))
+            assert borrower.content(key)[:SMALL_BYTES] == exact[:SMALL_BYTES]
+        assert borrower.content(KEYS[9]) == expert_bytes(store_dir, KEYS[9])
+        with pytest.raises(errors.SlotsExhausted, match=r"0\.0 MiB of 0\.0 MiB left"):
+            borrower.ask(small_keys()[9])
+        store.sessions.release(borrower.session, [small[0]])
+        assert borrower.get(small_keys()[9])[0].error is None
+
+
+def test_a_read_that_small_leases_leave_no_room_for_is_refused(store_dir: Path, disk: Disk) -> None:
+    """Red when it waits: its quota allows it, and one small record is lent in each slot. What is
+    released then has room.
+    """
+    with_small_variant(store_dir)
+    with a_store(store_dir, disk, num_slots=4, read_depth=1) as store:
+        borrower, small = Borrower(store, quota_slots=3), small_keys()
+        borrower.get(*small)
+        store.sessions.release(borrower.session, [key for key in small if key.expert.expert % 4])
+        borrower.get(KEYS[0])
+        [refused] = borrower.get(KEYS[1])
+        assert isinstance(refused.error, errors.SlotsExhausted)
+        assert "smaller variants are lent" in str(refused.error)
+        store.sessions.release(borrower.session, [small[0]])
+        assert borrower.get(KEYS[1])[0].error is None
+        assert borrower.content(KEYS[1]) == expert_bytes(store_dir, KEYS[1])
 
 
 def test_what_comes_in_part_is_read_on(store_dir: Path, disk: Disk) -> None:
@@ -496,7 +552,7 @@ def test_a_demand_without_a_slot_waits_for_those_that_have_one(store_dir: Path, 
         store.prefetch(borrower.session, KEYS[1:3])
         fills = [store._reads.fills[key] for key in KEYS[:3]]
         with store.lock:
-            assert store._give_slot(fills[1]) and store._give_slot(fills[2])
+            assert store._give_memory(fills[1]) and store._give_memory(fills[2])
         borrower.ask(*KEYS[4:6])
         disk.gate.set()
         borrower.wait(*KEYS[4:6])
