@@ -32,7 +32,8 @@ from compute_node.evidence.log import AccessLog
 from compute_node.evidence.step import Evidence
 from compute_node.face.metrics import NodeCollector
 from compute_node.face.service import SERVICE_NAME, ComputeNodeService
-from compute_node.kernels import prober, processors
+from compute_node.kernels import processors
+from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import LoadedModel, Lookahead, load_model
 from compute_node.native import binding
 from compute_node.store.borrow import StoreClient
@@ -79,12 +80,13 @@ async def run(config: ComputeNodeConfig) -> None:
             description.num_spare,
             description.piece_bytes,
         )
+        prober = Prober(times=config.native == "auto")
         if config.verdicts_path:  # once more when nothing computes: prompts were seen meanwhile
             stack.callback(prober.save, config.verdicts_path)
         compute = stack.enter_context(
             ComputeThread(config.max_queued_requests, cache.let_go_if_lost, config.stop_grace_s)
         )
-        loaded = compute.do(lambda: load(config, model_dir, spec, cache, lookahead))
+        loaded = compute.do(lambda: load(config, model_dir, spec, cache, prober, lookahead))
         compute.do(cache.open)
         evidence = None
         if access_log:
@@ -126,6 +128,7 @@ def load(
     model_dir: Path,
     spec: ModelSpec,
     cache: ExpertCache,
+    prober: Prober,
     lookahead: Lookahead,
 ) -> LoadedModel:
     """On the thread that computes: kernels are tried out with as many threads as they are used
@@ -134,9 +137,9 @@ def load(
     torch.set_num_threads(config.threads or processors.usable())
     binding.use(config.native)
     if config.verdicts_path is None:
-        return load_model(model_dir, spec, cache, lookahead)
+        return load_model(model_dir, spec, cache, prober, lookahead)
     prober.load(config.verdicts_path)
-    loaded = load_model(model_dir, spec, cache, lookahead)
+    loaded = load_model(model_dir, spec, cache, prober, lookahead)
     prober.save(config.verdicts_path)
     return loaded
 

@@ -13,7 +13,6 @@ from compute_node.engine.jobs import ComputeThread
 from compute_node.evidence import learning
 from compute_node.evidence.advice import AdviceFeed
 from compute_node.evidence.log import AccessLog
-from compute_node.kernels import gemv, one_token_experts, one_token_norm
 
 
 class NodeCollector(Collector):
@@ -30,7 +29,7 @@ class NodeCollector(Collector):
         self._advice = advice
 
     def collect(self) -> Iterator[Metric]:
-        cache = self._engine.cache
+        cache, prober = self._engine.cache, self._engine.loaded.prober
         accesses = CounterMetricFamily(
             "flashmoe_node_accesses", "Routed experts by outcome", labels=["layer", "outcome"]
         )
@@ -56,20 +55,20 @@ class NodeCollector(Collector):
         yield _chosen(
             "flashmoe_node_matrix_shapes",
             "Shapes of matrices by what multiplies one token with them",
-            gemv.num_shapes(native=True),
-            gemv.num_shapes(native=False),
+            prober.gemv.count(native=True),
+            prober.gemv.count(native=False),
         )
         yield _chosen(
             "flashmoe_node_norms",
             "Norms by what computes one token's",
-            one_token_norm.num_modules(native=True),
-            one_token_norm.num_modules(native=False),
+            prober.num_modules["norm", True],
+            prober.num_modules["norm", False],
         )
         yield _chosen(
             "flashmoe_node_experts_modules",
             "Experts modules by what computes one token's gate",
-            one_token_experts.num_modules(native=True),
-            one_token_experts.num_modules(native=False),
+            prober.num_modules["gate", True],
+            prober.num_modules["gate", False],
         )
         evictions = CounterMetricFamily(
             "flashmoe_node_evictions_decided", "By whom evictions were decided", labels=["by"]

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from compute_node.kernels import gemv
-from compute_node.kernels.prober import GEMM
+from compute_node.kernels.prober import Prober, Verdict
 from compute_node.native import binding
 
 _TILE_COLUMNS = 32
-_MAX_WORK = 1 << 31  # multiplications, 10 ms; generating a kernel for more is a small part of it
+MAX_WORK = 1 << 31  # multiplications, 10 ms; generating a kernel for more is a small part of it
 _WHOLE_COLUMNS, _BLOCK_COLUMNS = 384, 768  # oneDNN's blocks without bf16 instructions
 _LEAST_TOKENS = 4  # of which a portable product is no slower
 _STEPS = (1024, 512, 2048, 4096)  # oneDNN starts a new accumulator after 1024; 512 for one token
@@ -27,36 +27,24 @@ _MIXED_TOKENS = 17  # from this many on, one product tries out every kind of inp
 _POOL_NUMBERS = 1 << 21  # larger matrices are tried out as they are
 
 
-def num_products(native: bool) -> int:
-    """Shapes and numbers of tokens seen so far that the kernel multiplies, or leaves to torch."""
-    return GEMM.count(native)
+def verdict_of(
+    prober: Prober,
+    num_tokens: int,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    max_work: float | None = None,
+) -> Verdict:
+    """Of matrices [N, K] of this shape and this many tokens: after how many columns `multiply` has
+    to start a new accumulator to give torch's bits. The first of them is tried out.
 
-
-def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """functional.linear and its bits. inputs: [t, K]; weight: [N, K]; bias: [N]."""
-    step = 0
-    if inputs.dtype == weight.dtype and inputs.is_contiguous() and inputs.shape[0] > 1:
-        step = step_of(inputs.shape[0], weight, bias)
-    return multiply(inputs, weight, bias, step) if step else functional.linear(inputs, weight, bias)
-
-
-def step_of(
-    num_tokens: int, weight: Tensor, bias: Tensor | None = None, max_work: float | None = None
-) -> int:
-    """After how many columns `multiply` has to start a new accumulator to give torch's bits, for
-    matrices [N, K] of this shape and this many tokens. 0: torch has to multiply.
-
-    max_work: multiplications beyond which torch does, untried; None: 10 ms of them
+    max_work: multiplications beyond which torch computes, untried; None: 10 ms of them
     """
-    most = _MAX_WORK if max_work is None else max_work
+    most = MAX_WORK if max_work is None else max_work
     if not is_tried() or num_tokens * weight.numel() > most:
-        return 0
-    key = (num_tokens, weight.shape, weight.dtype, bias is not None, torch.get_num_threads())
-    step = GEMM.known.get(key)
-    if step is None:
-        can_take = _can_take(weight)
-        step = GEMM.prove(key, lambda: _find_step(num_tokens, weight, bias) if can_take else 0)
-    return step
+        return Verdict(0)
+    shape = (weight.shape[0], weight.shape[1])
+    key = (num_tokens, shape, weight.dtype, bias is not None, torch.get_num_threads())
+    return prober.gemm.ask(key, lambda: _prove(prober, num_tokens, weight, bias))
 
 
 def multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
@@ -96,6 +84,11 @@ def multiply_arrays(
     return outputs
 
 
+def can_take(inputs: Tensor) -> bool:
+    """inputs: [t, K]"""
+    return inputs.dtype == torch.bfloat16 and inputs.shape[0] > 1 and inputs.is_contiguous()
+
+
 def is_tried() -> bool:
     """Whether products of several tokens are compared with torch at all. Portable ones make a
     prompt a quarter faster, but trying out every number of tokens makes a node's first prompt take
@@ -114,6 +107,18 @@ def _can_take(weight: Tensor) -> bool:
 
 
 @torch.no_grad()
+def _prove(prober: Prober, num_tokens: int, weight: Tensor, bias: Tensor | None) -> Verdict:
+    step = _find_step(num_tokens, weight, bias) if _can_take(weight) else 0
+    if not step or binding.isa() != binding.PORTABLE:  # elsewhere generating a kernel takes longest
+        return Verdict(step)
+    inputs = torch.ones((num_tokens, weight.shape[1]), dtype=torch.bfloat16)
+    ratio = prober.ratio(
+        lambda: multiply(inputs, weight, bias, step),
+        lambda: functional.linear(inputs, weight, bias),
+    )
+    return Verdict(step, ratio)
+
+
 def _find_step(num_tokens: int, weight: Tensor, bias: Tensor | None) -> int:
     """The first that gives torch's bits; 0: none does."""
     if weight.numel() <= _made_up_limit():  # a real one may be mostly zeros, which prove nothing

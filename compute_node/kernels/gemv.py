@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node.kernels.prober import GEMV
+from compute_node.kernels.prober import Prober, Verdict
 from compute_node.native import binding
 
 _TILE_COLUMNS = 32
 _NUM_DRAWS = 4
+_TRIED_OUTPUTS = 1024  # of a kernel whose order of additions is torch's, all agree
 MADE_UP_LIMIT = 1 << 24  # numbers; a larger matrix is tried out as it is, a few times
 _PAIRED_ROWS = 256
 _TOLD_APART_OUTPUTS = 1 << 16  # one in 10,000 differs in another order of additions
@@ -29,25 +30,17 @@ _LEAST_INPUT = 2.0**-124
 _MAPPINGS = Path("/proc/self/maps")
 
 
-def num_shapes(native: bool) -> int:
-    """Shapes of matrices seen so far that the kernel multiplies, or that it leaves to torch."""
-    return GEMV.count(native)
-
-
-def is_exact(weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether `multiply` gives torch's bits for matrices [N, K] of this shape, with as many threads
-    as torch has now. The first of a shape is tried out and logged.
+def verdict_of(prober: Prober, weight: Tensor, bias: Tensor | None = None) -> Verdict:
+    """On `multiply` of matrices [N, K] of this shape, with as many threads as torch has now. The
+    first of a shape is tried out and logged.
     """
     shape, dense = (weight.shape[0], weight.shape[1]), weight.is_contiguous()
     key = (shape, weight.dtype, dense, bias is not None, torch.get_num_threads())
-    verdict = GEMV.known.get(key)
-    if verdict is None:
-        verdict = GEMV.prove(key, lambda: _can_take(weight) and _gives_same_bits(weight, bias))
-    return verdict > 0
+    return prober.gemv.ask(key, lambda: _prove(prober, weight, bias))
 
 
 def multiply(weights: Sequence[Tensor], inputs: Tensor, biases: Sequence[Tensor] = ()) -> Tensor:
-    """Several matrices at once; `is_exact` of them must be true.
+    """Several matrices at once; `verdict_of` them must have a way.
 
     weights: E times [N, K]
     inputs:  [E, K], a row for each matrix, or [1, K], one for all
@@ -73,7 +66,7 @@ def multiply(weights: Sequence[Tensor], inputs: Tensor, biases: Sequence[Tensor]
 
 
 def multiply_one(weight: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
-    """One matrix [N, K], of which `is_exact` must be true, and one token.
+    """One matrix [N, K], of which `verdict_of` must have a way, and one token.
 
     inputs: [..., K], contiguous, one token in all; bias: [N]
 
@@ -121,12 +114,23 @@ def _can_take(weight: Tensor) -> bool:
 
 
 @torch.no_grad()
+def _prove(prober: Prober, weight: Tensor, bias: Tensor | None) -> Verdict:
+    if not _can_take(weight) or not _gives_same_bits(weight, bias):
+        return Verdict(0)
+    inputs = torch.ones((1, weight.shape[1]), dtype=torch.bfloat16)
+    ratio = prober.ratio(
+        lambda: multiply_one(weight, inputs, bias),
+        lambda: functional.linear(inputs, weight, bias),
+    )
+    return Verdict(1, ratio)
+
+
 def _gives_same_bits(weight: Tensor, bias: Tensor | None) -> bool:
     generator = torch.Generator().manual_seed(0)
     num_draws = 1
     if weight.numel() <= MADE_UP_LIMIT:  # a real one may be mostly zeros, which prove nothing
-        weight = pair_columns(torch.empty_like(weight).normal_(generator=generator))
-        num_draws = _NUM_DRAWS
+        weight = made_up(weight.shape, generator)
+        num_draws = min(_NUM_DRAWS, -(-_TRIED_OUTPUTS // weight.shape[0]))
     elif binding.isa() == binding.PORTABLE:  # nothing is flushed that would tell orders apart
         num_draws = -(-_TOLD_APART_OUTPUTS // weight.shape[0])
     for _ in range(num_draws):
@@ -137,6 +141,13 @@ def _gives_same_bits(weight: Tensor, bias: Tensor | None) -> bool:
             if not torch.equal(expected.view(torch.int16), found.view(torch.int16)):
                 return False
     return True
+
+
+def made_up(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """[N, K] with paired columns; its rows repeat themselves where there are many."""
+    rows = torch.empty((min(shape[0], _TRIED_OUTPUTS), shape[1]), dtype=torch.bfloat16)
+    rows = pair_columns(rows.normal_(generator=generator))
+    return rows.repeat(-(-shape[0] // len(rows)), 1)[: shape[0]]
 
 
 def probes(

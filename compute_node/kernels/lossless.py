@@ -5,99 +5,161 @@ themselves: by native kernels as they lie, or unpacked for torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from math import inf, prod
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node.kernels import gemm, gemv, matrices, scratch
-from compute_node.kernels.prober import LOSSLESS_GEMM, LOSSLESS_GEMV
+from compute_node.kernels import gemm, gemv, scratch
+from compute_node.kernels.matrix import Described, MatrixSpec
+from compute_node.kernels.prober import Prober, Verdict
 from compute_node.native import binding
-from proto.expert import ModelSpec, TensorLayout
-from proto.weight_format import BASES, CODES, OUTLIER_ENDS, OUTLIERS, lossless_tensors
+from proto.expert import TensorLayout
+from proto.weight_format import (
+    BASES,
+    CODES,
+    OUTLIER_ENDS,
+    OUTLIERS,
+    WeightFormat,
+    lossless_tensors,
+)
 
 _PARTS = ("", CODES, BASES, OUTLIER_ENDS, OUTLIERS)  # as native lossless has them
 _PLACE_BITS = 24
 
 
-def is_packed(tensors: Mapping[str, Tensor], name: str) -> bool:
-    return name + BASES in tensors
+class LosslessMatrix:
+    """A Matrix [N, K] in twelve bits a number, whatever way round the checkpoint has it."""
+
+    def __init__(self, spec: MatrixSpec, prober: Prober) -> None:
+        self._spec = spec
+        is_bf16 = spec.model == torch.bfloat16
+        is_native = is_bf16 and not spec.is_transposed and binding.load() is not None
+        self.native = NativeLossless(spec, prober) if is_native else None
+
+    @classmethod
+    def expected(
+        cls, weight_format: WeightFormat, matrix: MatrixSpec, stored: Mapping[str, TensorLayout]
+    ) -> Iterator[Described]:
+        """Any number of outliers will do."""
+        outliers = stored.get(matrix.name + OUTLIERS)
+        num_outliers = prod(outliers.shape) if outliers else 1
+        for suffix, dtype, shape in lossless_tensors(*matrix.shape, num_outliers):
+            yield matrix.name + suffix, dtype, shape
+
+    def linear(self, tensors: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        spec, bias = self._spec, self._spec.bias(tensors)
+        if self.native is not None and gemm.can_take(inputs):
+            step = self.native.step_of(tensors, inputs.shape[0])
+            if step:
+                return self.native.multiply_tokens(tensors, inputs, bias, step)
+        weight = unpack(tensors, spec.name, spec.shape)
+        if not spec.is_transposed:
+            return functional.linear(inputs, weight, bias)
+        output = inputs @ weight.T.contiguous()
+        return output if bias is None else output + bias
 
 
-def arrays_of(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """What kernels for either kind take of matrix `name`: itself, or the arrays of a packed one."""
-    parts = _PARTS if is_packed(tensors, name) else ("",)
-    return [tensors[name + part] for part in parts]
+class NativeLossless:
+    """The same for native entries, which multiply with it as it lies."""
+
+    is_lossless = True
+
+    def __init__(self, spec: MatrixSpec, prober: Prober) -> None:
+        self._spec, self._prober = spec, prober
+        self._parts = [spec.name + part for part in _PARTS]
+        self._of_one: dict[int, Verdict] = {}  # by threads
+        self._steps: dict[tuple[int, int], int] = {}  # by tokens and threads
+
+    def arrays(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        return [tensors[part] for part in self._parts]
+
+    def of_one_token(self, tensors: Mapping[str, Tensor]) -> Verdict:
+        threads = torch.get_num_threads()
+        if threads not in self._of_one:
+            key = (self._spec.shape, self._spec.has_bias, threads)
+            prove = partial(self._prove_one_token, tensors)
+            self._of_one[threads] = self._prober.lossless_gemv.ask(key, prove)
+        return self._of_one[threads]
+
+    def multiply(self, experts: Sequence[Mapping[str, Tensor]], inputs: Tensor) -> Tensor:
+        num_outputs, num_inputs = self._spec.shape
+        biases = self._spec.biases(experts)
+        outputs = torch.empty((len(experts), num_outputs), dtype=torch.bfloat16)
+        binding.kernels().lossless_gemv(
+            gemv.addresses([array for tensors in experts for array in self.arrays(tensors)]),
+            gemv.addresses(biases) if biases else None,
+            len(experts),
+            inputs.data_ptr(),
+            num_inputs if inputs.shape[0] > 1 else 0,
+            outputs.data_ptr(),
+            num_outputs,
+            num_inputs,
+            gemv.parallel(),
+            torch.get_num_threads(),
+        )
+        return outputs
+
+    def multiply_tokens(
+        self, tensors: Mapping[str, Tensor], inputs: Tensor, bias: Tensor | None, step: int
+    ) -> Tensor:
+        """One expert's product. inputs: [t, K]; step: from `step_of`. Returns [t, N]."""
+        arrays, num_outputs = self.arrays(tensors), self._spec.shape[0]
+        return gemm.multiply_arrays(inputs, arrays, True, num_outputs, bias, step)
+
+    def step_of(self, tensors: Mapping[str, Tensor], num_tokens: int) -> int:
+        key = (num_tokens, torch.get_num_threads())
+        if key not in self._steps:
+            self._steps[key] = self._ask_step(tensors, num_tokens) if gemm.is_tried() else 0
+        return self._steps[key]
+
+    def _ask_step(self, tensors: Mapping[str, Tensor], num_tokens: int) -> int:
+        key = (num_tokens, self._spec.shape, self._spec.has_bias, torch.get_num_threads())
+        prove = partial(self._prove_step, tensors, num_tokens)
+        return self._prober.lossless_gemm.ask(key, prove).chosen
+
+    @torch.no_grad()
+    def _prove_one_token(self, tensors: Mapping[str, Tensor]) -> Verdict:
+        """Where gemv has torch's bits, and this has gemv's."""
+        weight, bias = self._unpack(tensors).clone(), self._spec.bias(tensors)
+        if not gemv.verdict_of(self._prober, weight, bias).way:
+            return Verdict(0)
+        inputs = _drawn(1, self._spec.shape[1])
+        expected = gemv.multiply([weight], inputs, [] if bias is None else [bias])
+        if not _same_bits(self.multiply([tensors], inputs), expected):
+            return Verdict(0)
+        ratio = self._prober.ratio(
+            lambda: self.multiply([tensors], inputs),
+            lambda: functional.linear(inputs, self._unpack(tensors), bias),
+        )
+        return Verdict(1, ratio)
+
+    @torch.no_grad()
+    def _prove_step(self, tensors: Mapping[str, Tensor], num_tokens: int) -> Verdict:
+        """Where gemm has torch's bits, and has them of the packed matrix, too."""
+        weight, bias = self._unpack(tensors), self._spec.bias(tensors)
+        # torch would need it unpacked, so there is no product too large to try
+        step = gemm.verdict_of(self._prober, num_tokens, weight, bias, max_work=inf).way
+        if not step:
+            return Verdict(0)
+        inputs = _drawn(num_tokens, self._spec.shape[1])
+        expected = gemm.multiply(inputs, weight, bias, step)
+        found = self.multiply_tokens(tensors, inputs, bias, step)
+        return Verdict(step if _same_bits(found, expected) else 0)
+
+    def _unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return unpack(tensors, self._spec.name, self._spec.shape)
 
 
-def is_exact(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> bool:
-    """Whether `multiply` gives torch's bits for matrices [N, K] of this shape, with as many threads
-    as torch has now. The first of a shape is tried out.
-    """
-    bias = tensors.get(f"{name}_bias")
-    key = (shape, bias is not None, torch.get_num_threads())
-    verdict = LOSSLESS_GEMV.known.get(key)
-    if verdict is None:
-        verdict = LOSSLESS_GEMV.prove(key, lambda: _gives_same_bits(tensors, name, shape, bias))
-    return verdict > 0
+def _drawn(num_tokens: int, num_inputs: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((num_tokens, num_inputs), generator=generator).bfloat16()
 
 
-def multiply(
-    experts: Sequence[Mapping[str, Tensor]], name: str, inputs: Tensor, num_outputs: int
-) -> Tensor:
-    """Matrix `name` of several experts at once; `is_exact` of them must be true.
-
-    inputs: [E, K], a row for each expert, or [1, K], one for all
-
-    Returns [E, N].
-    """
-    biases = [tensors[f"{name}_bias"] for tensors in experts if f"{name}_bias" in tensors]
-    outputs = torch.empty((len(experts), num_outputs), dtype=torch.bfloat16)
-    binding.kernels().lossless_gemv(
-        gemv.addresses([array for tensors in experts for array in arrays_of(tensors, name)]),
-        gemv.addresses(biases) if biases else None,
-        len(experts),
-        inputs.data_ptr(),
-        inputs.shape[1] if inputs.shape[0] > 1 else 0,
-        outputs.data_ptr(),
-        num_outputs,
-        inputs.shape[1],
-        gemv.parallel(),
-        torch.get_num_threads(),
-    )
-    return outputs
-
-
-def linear(
-    inputs: Tensor, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]
-) -> Tensor:
-    """functional.linear with matrix `name` and its bias, and its bits. inputs: [t, K]; shape:
-    [N, K]. Returns [t, N].
-    """
-    bias, step = tensors.get(f"{name}_bias"), 0
-    if inputs.dtype == torch.bfloat16 and inputs.is_contiguous() and inputs.shape[0] > 1:
-        step = step_of(inputs.shape[0], tensors, name, shape)
-    if step:
-        return gemm.multiply_arrays(inputs, arrays_of(tensors, name), True, shape[0], bias, step)
-    return functional.linear(inputs, unpack(tensors, name, shape), bias)
-
-
-def step_of(
-    num_tokens: int, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]
-) -> int:
-    """`gemm.step_of` for a packed matrix [N, K]. The first of a shape and number of tokens is tried
-    out.
-    """
-    if not gemm.is_tried():
-        return 0
-    bias = tensors.get(f"{name}_bias")
-    key = (num_tokens, shape, bias is not None, torch.get_num_threads())
-    step = LOSSLESS_GEMM.known.get(key)
-    if step is None:
-        step = LOSSLESS_GEMM.prove(key, lambda: _find_step(num_tokens, tensors, name, shape, bias))
-    return step
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
 def unpack(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
@@ -106,7 +168,7 @@ def unpack(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> 
         return unpack_by_torch(tensors, name, shape)
     weight = scratch.empty(shape, torch.bfloat16)
     binding.kernels().lossless_unpack(
-        gemv.addresses(arrays_of(tensors, name)),
+        gemv.addresses([tensors[name + part] for part in _PARTS]),
         weight.data_ptr(),
         *shape,
         gemv.parallel(),
@@ -131,56 +193,3 @@ def unpack_by_torch(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, 
     bits = (numbers & 0x80) << 8 | exponents.view(numbers.shape).short() << 7 | numbers & 0x7F
     rows = bits.view(blocks, tiles, 8, 4, 2, 4, 2).permute(0, 3, 5, 1, 2, 4, 6)
     return rows.reshape(signs.shape)[: shape[0], : shape[1]].contiguous().view(torch.bfloat16)
-
-
-def check_format(spec: ModelSpec, modules: Mapping[int, Any]) -> None:
-    """modules: model layer number -> experts module
-
-    Raises ManifestInvalid for records that have not the shapes that the modules ask for.
-    """
-    if spec.weight_format.name == "lossless":
-        matrices.check_records(spec, modules, _expected)
-
-
-def _expected(module: Any, stored: Mapping[str, TensorLayout]) -> Iterator[matrices.Described]:
-    """Any number of outliers will do."""
-    for name in matrices.names_of(module):
-        outliers = stored.get(name + OUTLIERS)
-        num_outliers = prod(outliers.shape) if outliers else 1
-        for suffix, dtype, shape in lossless_tensors(
-            *matrices.shape_of(module, name), num_outliers
-        ):
-            yield name + suffix, dtype, shape
-
-
-def _find_step(
-    num_tokens: int,
-    tensors: Mapping[str, Tensor],
-    name: str,
-    shape: tuple[int, int],
-    bias: Tensor | None,
-) -> int:
-    """Where gemm has torch's bits, and has them of the packed matrix, too; else 0."""
-    weight = unpack(tensors, name, shape)
-    step = gemm.step_of(num_tokens, weight, bias, max_work=inf)  # torch would need it unpacked
-    if not step:
-        return 0
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn((num_tokens, shape[1]), generator=generator).bfloat16()
-    found = gemm.multiply_arrays(inputs, arrays_of(tensors, name), True, shape[0], bias, step)
-    expected = gemm.multiply(inputs, weight, bias, step)
-    return step if torch.equal(found.view(torch.int16), expected.view(torch.int16)) else 0
-
-
-def _gives_same_bits(
-    tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int], bias: Tensor | None
-) -> bool:
-    """Where gemv has torch's bits, and this has gemv's."""
-    weight = unpack(tensors, name, shape).clone()
-    if not gemv.is_exact(weight, bias):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn((1, shape[1]), generator=generator).bfloat16()
-    found = multiply([tensors], name, inputs, shape[0])
-    expected = gemv.multiply([weight], inputs, [] if bias is None else [bias])
-    return torch.equal(found.view(torch.int16), expected.view(torch.int16))

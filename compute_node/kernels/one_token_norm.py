@@ -7,14 +7,15 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compute_node.kernels.prober import Key, Prober, Verdict, facts_of
 from compute_node.native import binding
 
 logger = logging.getLogger(__name__)
@@ -25,86 +26,88 @@ _UNROUNDED_ROWS = 16
 _ROUNDED_NUMBERS = 1 << 12
 _EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
 
-_num_modules: Counter[bool] = Counter()
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
 
 class Form(IntEnum):
-    """What becomes of the weight; native one_token has the same numbers."""
+    """What becomes of the weight; native one_token counts them from 0."""
 
-    AFTER_ROUNDING = 0
-    BEFORE_ROUNDING = 1
-    ONE_PLUS = 2
+    AFTER_ROUNDING = 1
+    BEFORE_ROUNDING = 2
+    ONE_PLUS = 3
 
 
-class OneTokenNorm(nn.Module):
-    """Comes before a norm's own class, which computes whatever this leaves to it."""
+class OneTokenNorm:
+    """What a norm does, and its bits; the norm's own forward computes whatever this leaves to it.
 
-    def flashmoe_adopt(self, form: Form, epsilon: float) -> None:
-        self.flashmoe_form, self.flashmoe_epsilon = int(form), epsilon
-        self.flashmoe_same_bits: dict[int, bool] = {}  # by number of rows
+    key: what verdicts are kept by, rows and threads apart
+    """
 
-    def forward(self, inputs: Tensor, *others: Any, **options: Any) -> Tensor:
-        weight = self._parameters["weight"]
-        assert weight is not None
-        columns = weight.shape[0]
-        rows = inputs.numel() // columns
-        if rows > _MAX_ROWS or others or options or not _can_take(inputs, columns):
+    def __init__(
+        self, module: nn.Module, form: Form, epsilon: float, prober: Prober, key: Key
+    ) -> None:
+        self._by_torch: Callable[..., Tensor] = module.forward
+        self._weight: Tensor = module.weight  # type: ignore[assignment]
+        self._columns = len(self._weight)
+        self._form, self._epsilon, self._prober, self._key = form, epsilon, prober, key
+        self._is_native: dict[int, bool] = {}  # by number of rows
+
+    def __call__(self, inputs: Tensor, *others: Any, **options: Any) -> Tensor:
+        rows = inputs.numel() // self._columns
+        if rows > _MAX_ROWS or others or options or not _can_take(inputs, self._columns):
             return self._by_torch(inputs, *others, **options)
-        if rows not in self.flashmoe_same_bits:
-            self.flashmoe_same_bits[rows] = self._gives_same_bits(weight, rows)
-        if not self.flashmoe_same_bits[rows]:
+        if rows not in self._is_native:
+            self._is_native[rows] = self._ask(rows)
+        if not self._is_native[rows]:
             return self._by_torch(inputs)
-        return norm(inputs, weight, self.flashmoe_epsilon, self.flashmoe_form)
+        return norm(inputs, self._weight, self._epsilon, self._form)
 
-    def _by_torch(self, inputs: Tensor, *others: Any, **options: Any) -> Tensor:
-        output: Tensor = super().forward(inputs, *others, **options)
-        return output
+    def _ask(self, rows: int) -> bool:
+        key = (*self._key, rows, torch.get_num_threads())
+        return bool(self._prober.norm.ask(key, lambda: Verdict(self._gives_same_bits(rows))).way)
 
-    def _gives_same_bits(self, weight: Tensor, rows: int) -> bool:
-        epsilon, form = self.flashmoe_epsilon, self.flashmoe_form
+    def _gives_same_bits(self, rows: int) -> bool:
         same = all(
-            same_bits(self._by_torch(probe), norm(probe, weight, epsilon, form))
-            for probe in _probes(rows, len(weight))
+            same_bits(self._by_torch(probe), norm(probe, self._weight, self._epsilon, self._form))
+            for probe in _probes(rows, self._columns)
         )
         if not same:
-            logger.warning("norm left to torch", extra={"width": len(weight), "rows": rows})
+            logger.warning("norm left to torch", extra={"width": self._columns, "rows": rows})
         return same
 
 
-def adopt(model: nn.Module) -> None:
-    """Every module that turns out to be an RMS norm becomes such a one."""
-    _num_modules.clear()
-    for module in list(model.modules()):
+def adopt(model: nn.Module, prober: Prober, model_id: str = "") -> None:
+    """Every module that turns out to be an RMS norm gets such a forward.
+
+    model_id: identifies the model's configuration
+    """
+    for module in model.modules():
         if not _looks_like_a_norm(module):
             continue
-        epsilon = _epsilon(module)
-        form = find_form(module, epsilon)
-        _num_modules[form is not None] += 1
-        if form is not None:
-            module.__class__ = _one_token_class(type(module))
-            module.flashmoe_adopt(form, epsilon)  # type: ignore[operator]
-    logger.info("norms chosen", extra={"native": _num_modules[True], "torch": _num_modules[False]})
+        epsilon, width = _epsilon(module), len(module.weight)  # type: ignore[arg-type]
+        key = (model_id, facts_of(module), width, str(module.weight.dtype))
+        form = prober.norm.ask(key, partial(_find_form, module, epsilon)).way
+        prober.num_modules["norm", form > 0] += 1
+        if form:
+            module.forward = OneTokenNorm(module, Form(form), epsilon, prober, key)
+    native, by_torch = (prober.num_modules["norm", is_native] for is_native in (True, False))
+    logger.info("norms chosen", extra={"native": native, "torch": by_torch})
 
 
-def num_modules(native: bool) -> int:
-    """Norms of the model loaded last that the kernel computes, or that it leaves to torch."""
-    return _num_modules[native]
-
-
-def find_form(module: nn.Module, epsilon: float) -> Form | None:
-    """Whose bits are the module's own. None: torch computes it."""
+@torch.no_grad()
+def _find_form(module: nn.Module, epsilon: float) -> Verdict:
+    """Whose bits are the module's own, whatever its weight: 1s would look the same in each."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     if binding.load() is None or not _can_take(weight, len(weight)):
-        return None
-    wide = copy.deepcopy(module).float()
+        return Verdict(0)
+    own = copy.deepcopy(module)
+    own.weight.normal_(0.5, 0.5, generator=torch.Generator().manual_seed(0))  # type: ignore[operator]
+    weight, wide = own.weight.clone(), copy.deepcopy(own).float()  # type: ignore[operator]
     for form in Form:
         if _same_unrounded(wide, weight, epsilon, form) and all(
-            same_bits(module(probe), norm(probe, weight, epsilon, form))
+            same_bits(own(probe), norm(probe, weight, epsilon, form))
             for probe in _probes(_ROUNDED_NUMBERS // len(weight) + 1, len(weight))
         ):
-            return form
-    return None
+            return Verdict(form)
+    return Verdict(0)
 
 
 @torch.no_grad()
@@ -132,7 +135,7 @@ def _norm(inputs: Tensor, weight: Tensor, epsilon: float, form: int, dtype: torc
         epsilon,
         inputs.numel() // columns,
         columns,
-        form,
+        form - 1,
         outputs.data_ptr(),
     )
     return outputs
@@ -189,10 +192,3 @@ def _probes(rows: int, columns: int) -> Iterator[Tensor]:
         yield torch.randn(shape, generator=generator).mul(scale).bfloat16()
     exponents = torch.randint(-20, 20, shape, generator=generator)
     yield torch.randn(shape, generator=generator).mul(torch.exp2(exponents.float())).bfloat16()
-
-
-def _one_token_class(own: type[nn.Module]) -> type[nn.Module]:
-    if own not in _classes:
-        attributes = {"__module__": own.__module__}
-        _classes[own] = type(f"OneToken{own.__name__}", (OneTokenNorm, own), attributes)
-    return _classes[own]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -21,7 +22,10 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
 from compute_node.cache.expert_cache import ExpertCache
-from compute_node.kernels import lossless, low_bit, one_token_linear, one_token_norm
+from compute_node.kernels import expert_kernels, one_token_linear, one_token_norm
+from compute_node.kernels.expert_kernels import ExpertKernels
+from compute_node.kernels.gate import Gates
+from compute_node.kernels.prober import Prober
 from compute_node.model.dense_weights import reading_dense
 from compute_node.moe.layer import IMPLEMENTATION, RoutedExperts, register
 from compute_node.moe.router_watch import RouterWatch
@@ -30,7 +34,7 @@ from compute_node.predict.prefetcher import Prefetcher
 from compute_node.store.memory import TORCH_DTYPES
 from proto import errors
 from proto.checkpoint.text_files import load_tokenizer
-from proto.expert import ModelSpec
+from proto.expert import EXACT_VARIANT, ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +52,8 @@ class LoadedModel:
     spec: ModelSpec
     routers: RouterWatch
     prefetcher: Prefetcher
+    prober: Prober
+    kernels: dict[int, ExpertKernels]
     experts_modules: dict[int, Any]
     dense_bytes: int
 
@@ -77,9 +83,14 @@ NO_LOOKAHEAD = Lookahead()
 
 
 def load_model(
-    model_dir: Path, spec: ModelSpec, cache: ExpertCache, lookahead: Lookahead = NO_LOOKAHEAD
+    model_dir: Path,
+    spec: ModelSpec,
+    cache: ExpertCache,
+    prober: Prober,
+    lookahead: Lookahead = NO_LOOKAHEAD,
 ) -> LoadedModel:
-    """Build the checkpoint's own model class around borrowed experts.
+    """Build the checkpoint's own model class around borrowed experts. Native entries are compared
+    with torch unless the prober knows how that comes out.
 
     Raises CheckpointUnsupported, ManifestInvalid, WeightsDamaged, ConfigInvalid.
     """
@@ -93,19 +104,23 @@ def load_model(
         routers.watch(model, layer, path)
     prefetcher = _prefetcher(spec, cache, routers, lookahead)
     timer = LayerTimer(cache, prefetcher.computed)
+    model_id = xxhash.xxh3_64_hexdigest((model_dir / "config.json").read_bytes())
+    kernels = _kernels(spec, modules, Gates(prober, model_id), prober)
     for layer, (_, module) in modules.items():
-        module.flashmoe = RoutedExperts(layer, cache, prefetcher, timer)
+        module.flashmoe = RoutedExperts(layer, kernels[layer], cache, prefetcher, timer)
     register()
     model.set_experts_implementation(IMPLEMENTATION)
     _check_nothing_missing(model)
-    one_token_linear.adopt(model)
-    one_token_norm.adopt(model)
+    one_token_linear.adopt(model, prober)
+    one_token_norm.adopt(model, prober, model_id)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         spec=spec,
         routers=routers,
         prefetcher=prefetcher,
+        prober=prober,
+        kernels=kernels,
         experts_modules={layer: module for layer, (_, module) in modules.items()},
         dense_bytes=sum(_bytes(p) for p in model.parameters() if not p.is_meta),
     )
@@ -123,9 +138,23 @@ def _build(model_dir: Path, spec: ModelSpec) -> tuple[Any, dict[int, tuple[str, 
         )
     model.eval()
     modules = _experts_modules(model, spec)
-    for weight_format in (lossless, low_bit):
-        weight_format.check_format(spec, {layer: found[1] for layer, found in modules.items()})
+    expert_kernels.check(
+        spec.variant(EXACT_VARIANT), {layer: module for layer, (_, module) in modules.items()}
+    )
     return model, modules
+
+
+def _kernels(
+    spec: ModelSpec, modules: dict[int, tuple[str, Any]], gates: Gates, prober: Prober
+) -> dict[int, ExpertKernels]:
+    """By model layer number."""
+    variant = spec.variant(EXACT_VARIANT)
+    return {
+        layer: expert_kernels.bind(
+            module, variant.weight_format, variant.layouts[layer], gates, prober
+        )
+        for layer, (_, module) in modules.items()
+    }
 
 
 def _weights_dtype(spec: ModelSpec) -> torch.dtype:

@@ -13,9 +13,8 @@ from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface
 
 from compute_node.cache.expert_cache import ExpertCache
-from compute_node.kernels import one_token_experts
-from compute_node.kernels.feed_forward import feed_forward_each
-from compute_node.kernels.prompt_experts import Prompt
+from compute_node.kernels.expert_kernels import ExpertKernels
+from compute_node.kernels.prompt import Prompt
 from compute_node.moe.route import EXACT, Route, RoutePolicy
 from compute_node.moe.step import LayerAccess, Step, current_step
 from compute_node.predict.layer_timer import LayerTimer
@@ -32,12 +31,13 @@ class RoutedExperts:
     def __init__(
         self,
         layer: int,
+        kernels: ExpertKernels,
         cache: ExpertCache,
         prefetcher: Prefetcher,
         timer: LayerTimer,
         policy: RoutePolicy = EXACT,
     ) -> None:
-        self.layer = layer
+        self.layer, self._kernels = layer, kernels
         self._policy = policy
         self._resident = _ResidentOf(layer, cache)
         self._cache = cache
@@ -62,18 +62,24 @@ class RoutedExperts:
         return self._compute(step, module, hidden, route)
 
     def _compute(self, step: Step, module: Any, hidden: Tensor, route: Route) -> Tensor:
-        ids = route.ids.tolist()
-        chosen = {e for row in ids for e in row if e < module.num_experts}
+        ids, num_experts = route.ids.tolist(), module.num_experts
+        chosen = {e for row in ids for e in row if e < num_experts}
         hits, waves = self._borrow(step, sorted(chosen), hidden)
         step.accesses[self.layer] = LayerAccess(route.ids, route.weights, hits)
         if len(step.batch.parts) == 1:
-            total = _total_of(module, hidden, route.ids, route.weights, ids)
+            total = _total_of(self._kernels, num_experts, hidden, route, ids)
             for wave in waves:
                 total.add(wave)
             return total.result()
         totals = [
             # A copy, because kernels of torch round by the alignment of their operands.
-            _total_of(module, hidden[rows].clone(), route.ids[rows], route.weights[rows], ids[rows])
+            _total_of(
+                self._kernels,
+                num_experts,
+                hidden[rows].clone(),
+                Route(route.ids[rows], route.weights[rows]),
+                ids[rows],
+            )
             for rows in step.batch.rows
         ]
         for wave in waves:
@@ -126,15 +132,15 @@ class _Total(Protocol):
 
 
 def _total_of(
-    module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, ids: list[list[int]]
+    kernels: ExpertKernels, num_experts: int, hidden: Tensor, route: Route, ids: list[list[int]]
 ) -> _Total:
-    """ids: topk_ids once more"""
+    """ids: the route's once more"""
     if len(ids) == 1:
-        experts = [e for e in ids[0] if e < module.num_experts]
+        experts = [e for e in ids[0] if e < num_experts]
         if len(set(experts)) == len(experts):
-            gates = dict(zip(ids[0], topk_weights[0].tolist(), strict=True))
-            return _OneToken(module, hidden, gates)
-    return _ManyTokens(module, hidden, topk_ids, topk_weights)
+            gates = dict(zip(ids[0], route.weights[0].tolist(), strict=True))
+            return _OneToken(kernels, hidden, gates)
+    return _ManyTokens(kernels, num_experts, hidden, route)
 
 
 class _OneToken:
@@ -143,10 +149,9 @@ class _OneToken:
     hidden: [1, D]; gates: weight of each chosen expert
     """
 
-    def __init__(self, module: Any, hidden: Tensor, gates: dict[int, float]) -> None:
+    def __init__(self, kernels: ExpertKernels, hidden: Tensor, gates: dict[int, float]) -> None:
         self.experts = gates
-        self._module, self._hidden = module, hidden
-        self._table: Tensor | None = None
+        self._kernels, self._hidden = kernels, hidden
         self._parts: list[Tensor] = []
         self._added: list[int] = []
 
@@ -155,10 +160,8 @@ class _OneToken:
             return
         tensors = [borrowed.tensors for borrowed in wave]
         chosen = [borrowed.key.expert for borrowed in wave]
-        if not self._added:
-            self._table = one_token_experts.table_of(self._module, tensors[0], self._hidden)
         weights = [self.experts[expert] for expert in chosen]
-        self._parts.append(_weighted(self._module, tensors, self._hidden, weights, self._table))
+        self._parts.append(self._kernels.one_token(tensors, self._hidden, weights))
         self._added += chosen
 
     def result(self) -> Tensor:
@@ -168,7 +171,7 @@ class _OneToken:
         order = sorted(range(len(self._added)), key=self._added.__getitem__)
         if order != list(range(len(order))):
             rows = rows[order]
-        return _add_rows(rows) if self._table is None else one_token_experts.add_rows(rows)
+        return self._kernels.add_up(rows)
 
 
 class _ManyTokens:
@@ -177,39 +180,18 @@ class _ManyTokens:
     are through, then sums in eager's order.
     """
 
-    def __init__(self, module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
-        self.experts = set(topk_ids.flatten().tolist())
-        self._module = module
-        self._prompt = Prompt(hidden.contiguous(), topk_ids, topk_weights, module.num_experts)
+    def __init__(
+        self, kernels: ExpertKernels, num_experts: int, hidden: Tensor, route: Route
+    ) -> None:
+        self.experts = set(route.ids.flatten().tolist())
+        self._kernels = kernels
+        self._prompt = Prompt(hidden.contiguous(), route.ids, route.weights, num_experts)
 
     def add(self, wave: list[Borrowed]) -> None:
-        self._prompt.add(self._module, {b.key.expert: b.tensors for b in wave})
+        self._kernels.many_tokens(self._prompt, {b.key.expert: b.tensors for b in wave})
 
     def result(self) -> Tensor:
         return self._prompt.total()
-
-
-def _weighted(
-    module: Any,
-    experts: list[dict[str, Tensor]],
-    hidden: Tensor,
-    weights: list[float],
-    table: Tensor | None,
-) -> Tensor:
-    """One token's output of each expert, times its gate weight. Returns [E, D]."""
-    if table is not None:
-        return one_token_experts.feed_forward(module, experts, hidden, weights, table)
-    outputs = feed_forward_each(module, experts, hidden)
-    pairs = zip(outputs[:, None].unbind(), weights, strict=True)
-    return torch.cat([output * weight for output, weight in pairs])
-
-
-def _add_rows(rows: Tensor) -> Tensor:
-    """[E, D] to [1, D], one rounding an addition."""
-    total = torch.zeros_like(rows[:1])
-    for row in rows[:, None].unbind():
-        total += row
-    return total
 
 
 def _dispatch(module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

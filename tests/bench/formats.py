@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node.kernels import gemv, lossless, low_bit
+from compute_node.kernels import gemv, lossless
+from compute_node.kernels.int4 import Int4Matrix
+from compute_node.kernels.int8 import Int8Matrix
+from compute_node.kernels.lossless import NativeLossless
+from compute_node.kernels.low_bit import LowBitMatrix
+from compute_node.kernels.matrix import MatrixSpec
+from compute_node.kernels.prober import Prober
 from compute_node.native import binding
 from expert_store.offline.formats import lossless as encoder
 from proto.weight_format import SCALE, SCALE_ZERO, lossless_tensors
@@ -76,20 +82,25 @@ def products(shape: tuple[int, int], inputs: Tensor) -> list[Multiply | None]:
     """As HEADER has them; None: that kernel does not take so many tokens, or not here."""
     one = inputs.shape[0] == 1
     low_bit_ways: list[Multiply | None] = []
-    for dtype in (torch.int8, torch.uint8):
-        kernel = low_bit.KERNELS[dtype]
+    for kind in (Int8Matrix, Int4Matrix):
+        kernel: LowBitMatrix = kind(spec_of(shape), Prober())
         low_bit_ways += [
-            lambda weight, k=kernel: k.multiply(weight, "w", inputs),
-            lambda weight, k=kernel: inputs @ k.dequantise(weight, "w"),
+            lambda weight, k=kernel: k.multiply(weight, inputs),
+            lambda weight, k=kernel: inputs @ k.dequantise(weight),
         ]
+    packed = NativeLossless(spec_of(shape), Prober())
     native = one and binding.load() is not None
     return [
         lambda weight: functional.linear(inputs, weight["w"]),
         (lambda weight: gemv.multiply([weight["w"]], inputs)) if native else None,
-        (lambda weight: lossless.multiply([weight], "w", inputs, shape[0])) if native else None,
+        (lambda weight: packed.multiply([weight], inputs)) if native else None,
         lambda weight: functional.linear(inputs, lossless.unpack(weight, "w", shape)),
         *low_bit_ways,
     ]
+
+
+def spec_of(shape: tuple[int, int]) -> MatrixSpec:
+    return MatrixSpec("w", shape, False, False, torch.uint8, torch.bfloat16)
 
 
 def pack_lossless(matrix: Tensor) -> Weight:

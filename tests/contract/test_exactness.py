@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.engine.engine import Engine, SequenceState
-from compute_node.kernels import gemm, gemv, prober
+from compute_node.kernels import gemm
+from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import load_model
 from compute_node.moe.step import Phase
 from compute_node.native import binding
@@ -117,7 +118,9 @@ def prompt() -> list[int]:
 def engine(
     store_dir: Path, run_dir: Path, spare: int = 4, pooled: bool = False
 ) -> Iterator[Engine]:
-    """A node's engine with `spare` slots above top_k a layer, on a store of its own."""
+    """A node's engine with `spare` slots above top_k a layer, on a store of its own. Its kernels
+    are used wherever they give torch's bits, however fast they are.
+    """
     spec = Manifest.load(store_dir).spec
     slots = (spec.top_k + spare) * (1 if pooled else len(spec.moe_layers))
     with local_store(store_dir, run_dir, slots + 2, read_depth=2) as address:
@@ -128,7 +131,7 @@ def engine(
             budget = Budget(slots, spec.moe_layers, spec.top_k, pooled)
             cache = ExpertCache(client, budget, chooser)
             model_dir = client.describe().model_dir
-            loaded = load_model(model_dir, spec, cache)
+            loaded = load_model(model_dir, spec, cache, Prober())
             cache.open()
             yield Engine(loaded, cache, model_dir, 256, 256)
         finally:
@@ -202,12 +205,9 @@ def test_native_kernels_are_exact(
     num_threads: int,
     use_native: Callable[[binding.Setting], None],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The tiny checkpoints' matrices are too small for them: torch has another kernel for those."""
     use_native(setting)
-    for verdicts in prober.ENTRIES.values():
-        monkeypatch.setattr(verdicts, "known", {})
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -216,23 +216,25 @@ def test_native_kernels_are_exact(
         pack(expected.root, tmp_path / "store", weight_format=weight_format)
         with engine(tmp_path / "store", tmp_path) as node:
             logits, tokens = run(node)
+            prober = node.loaded.prober
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(logits, expected.logits, strict=True))
     assert tokens == expected.tokens
     if setting == "off":
-        assert gemv.num_shapes(native=True) == gemm.num_products(native=True) == 0
+        assert prober.gemv.count(native=True) == prober.gemm.count(native=True) == 0
         return
     # Portable code adds up as torch does on CPUs without bf16 instructions, so not on others.
     cpu = Path("/proc/cpuinfo").read_text()
     by_amx = "amx_bf16" in cpu or ("avx512_bf16" in cpu and binding.isa() == binding.PORTABLE)
-    assert gemv.num_shapes(native=True) >= 4 or by_amx, "experts, attention, output"
+    assert prober.gemv.count(native=True) >= 4 or by_amx, "experts, attention, output"
     if weight_format == "lossless":
-        assert list(prober.LOSSLESS_GEMV.known.values()) == [1, 1] or by_amx
+        assert [v.way for v in prober.lossless_gemv.known.values()] == [1, 1] or by_amx
     if not gemm.is_tried():
-        assert not prober.GEMM.known and not prober.LOSSLESS_GEMM.known
+        assert not prober.gemm.known and not prober.lossless_gemm.known
         return
-    assert gemm.num_products(native=True) >= 4 or by_amx, "experts of the prompt"
+    assert prober.gemm.count(native=True) >= 4 or by_amx, "experts of the prompt"
     if weight_format == "lossless":
         some = any if binding.isa() == binding.PORTABLE else all  # not for every number of tokens
-        assert (prober.LOSSLESS_GEMM.known and some(prober.LOSSLESS_GEMM.known.values())) or by_amx
+        known = [verdict.way for verdict in prober.lossless_gemm.known.values()]
+        assert (known and some(known)) or by_amx

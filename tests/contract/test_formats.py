@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from compute_node.engine.engine import Engine, SequenceState
-from compute_node.kernels import low_bit
+from compute_node.kernels.int4 import Int4Matrix
+from compute_node.kernels.int8 import Int8Matrix
 from compute_node.store.memory import TORCH_DTYPES
 from expert_store.manifest.manifest import Manifest
 from expert_store.offline.formats import quantise
@@ -27,6 +28,7 @@ from proto import errors
 from proto.expert import ExpertKey
 from tests.checkpoints import ARCHITECTURES, make
 from tests.contract.test_exactness import decode_eagerly, eager_model, engine, prompt
+from tests.matrices import dequantised
 
 STEPS = 12
 
@@ -35,7 +37,7 @@ STEPS = 12
 def dequantising(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """As if every pass had many tokens, until undone."""
     with monkeypatch.context() as patched:
-        for kernel in low_bit.KERNELS.values():
+        for kernel in (Int8Matrix, Int4Matrix):
             patched.setattr(kernel, "few_tokens", 0)
         yield patched
 
@@ -71,7 +73,7 @@ def dequantised_model(root: Path, store_dir: Path, dtype: torch.dtype) -> Any:
                 if parameter.dim() == 3:
                     slot = parameter[key.expert]
                     slot = slot.T if module.is_transposed else slot  # [N, K]
-                    weight = low_bit.dequantise(tensors, name, tuple(slot.shape))
+                    weight = dequantised(tensors, name, tuple(slot.shape))
                     assert 0 < (weight - slot).norm() / slot.norm() < 0.1, "no quantised copy"
                     slot.copy_(weight)
     return model

@@ -19,6 +19,7 @@ from compute_node.client.sampling_options import SamplingOptions
 from compute_node.engine.engine import Engine, SequenceState
 from compute_node.engine.request import Request
 from compute_node.engine.writer import Token
+from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import load_model
 from expert_store.manifest.manifest import Manifest
 from tests.bench.peers.mapped_experts import MappedExperts
@@ -31,7 +32,7 @@ def engine(store_dir: Path) -> Engine:
     """On every expert of a packed store."""
     manifest = Manifest.load(store_dir)
     cache = cast(Any, MappedExperts(store_dir, manifest))
-    loaded = load_model(store_dir, manifest.spec, cache)
+    loaded = load_model(store_dir, manifest.spec, cache, Prober(times=True))
     return Engine(loaded, cache, store_dir, CONTEXT_TOKENS, CHUNK_TOKENS)
 
 

@@ -9,7 +9,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from compute_node.kernels.feed_forward import feed_forward
+from compute_node.kernels.expert_kernels import ExpertKernels
 from compute_node.store.memory import TORCH_DTYPES
 from expert_store.manifest.manifest import Manifest
 from expert_store.manifest.sources import resolve_inside
@@ -22,8 +22,10 @@ class FreshExperts:
     order.
     """
 
-    def __init__(self, layer: int, manifest: Manifest, store_dir: Path) -> None:
-        self._layer = layer
+    def __init__(
+        self, layer: int, kernels: ExpertKernels, manifest: Manifest, store_dir: Path
+    ) -> None:
+        self._layer, self._kernels = layer, kernels
         self._manifest = manifest
         self._root = manifest.root(store_dir)
 
@@ -34,7 +36,7 @@ class FreshExperts:
         total = torch.zeros_like(hidden)
         weights = topk_weights[0].tolist()
         for expert, weight in sorted(zip(topk_ids[0].tolist(), weights, strict=True)):
-            total += feed_forward(module, self.read(expert), hidden) * weight
+            total += self._kernels.feed_forward(self.read(expert), hidden) * weight
         return total
 
     def read(self, expert: int) -> dict[str, Tensor]:

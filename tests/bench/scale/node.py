@@ -20,6 +20,7 @@ from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.engine.engine import Engine, SequenceState
 from compute_node.engine.usage import Measure, Usage
+from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import LoadedModel, load_model
 from compute_node.moe.layer import RoutedExperts
 from compute_node.moe.step import Phase, Step
@@ -104,6 +105,7 @@ class Node:
             store_dir,
             self.spec,
             ExpertCache(FakeLender(), self._budget(slots), self._chooser("lru")),
+            Prober(times=True),
         )
         routers = {
             layer: self._loaded.model.get_submodule(f"model.layers.{layer}.mlp.router")
@@ -151,7 +153,9 @@ class Node:
     def fresh(self, segment: Segment, num_steps: int) -> list[int]:
         """Digests of the first counted steps, every expert read alone from the file, ascending."""
         for layer, module in self._loaded.experts_modules.items():
-            module.flashmoe = FreshExperts(layer, self._manifest, self._dir)
+            module.flashmoe = FreshExperts(
+                layer, self._loaded.kernels[layer], self._manifest, self._dir
+            )
         cache = ExpertCache(
             FakeLender(), self._budget(self.spec.num_experts_total), self._chooser()
         )
@@ -173,7 +177,7 @@ class Node:
         prefetcher.resident = cache
         timer = LayerTimer(cache, prefetcher.computed)
         for layer, module in loaded.experts_modules.items():
-            module.flashmoe = RoutedExperts(layer, cache, prefetcher, timer)
+            module.flashmoe = RoutedExperts(layer, loaded.kernels[layer], cache, prefetcher, timer)
 
     def _decode(
         self, segment: Segment, cache: ExpertCache, hear: Callable[[int], None], num_steps: int

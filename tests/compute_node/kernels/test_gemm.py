@@ -20,34 +20,40 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.integrations.moe import _default_apply_gate
 
-from compute_node.kernels import gemm, one_token_experts, prober, prompt_experts
-from compute_node.kernels.prompt_experts import Prompt, combine
+from compute_node.kernels import gemm
+from compute_node.kernels.prober import Prober
+from compute_node.kernels.prompt import Prompt, combine
+from compute_node.kernels.torch_experts import TorchExperts
 from compute_node.native import binding
 from tests.compute_node.kernels.test_gemv import inputs, matrices, needs_kernel, same_bits
 from tests.compute_node.kernels.test_lossless import packed_expert
+from tests.matrices import bound, matrix
 
 pytestmark = pytest.mark.usefixtures("threads")
 SHAPES = [(192, 256), (17, 1024), (48, 1536), (48, 2048), (300, 5120)]
 TOKENS = (2, 3, 12, 33, 64, 300)
 
 
-@pytest.fixture(autouse=True)
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prober.GEMM, "known", {})
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, prober: Prober) -> Tensor:
+    tensors = {"w": weight} if bias is None else {"w": weight, "w_bias": bias}
+    shape = (weight.shape[0], weight.shape[1])
+    output: Tensor = matrix("exact", tensors, shape, prober).linear(tensors, x)
+    return output
 
 
 @needs_kernel
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bits_of_torch(shape: tuple[int, int]) -> None:
+    prober = Prober()
     weight, bias = matrices(shape, 2)[1], torch.randn(shape[0]).bfloat16()
     for num_tokens in TOKENS:
         x = inputs(shape[1], num_tokens)
         for b in (None, bias):
-            assert same_bits(gemm.linear(x, weight, b), functional.linear(x, weight, b))
+            assert same_bits(linear(x, weight, b, prober), functional.linear(x, weight, b))
     if binding.isa() == binding.PORTABLE:  # torch's threads part odd numbers in another way
-        assert gemm.num_products(native=True) >= 2 * len([12, 64, 300])
+        assert prober.gemm.count(native=True) >= 2 * len([12, 64, 300])
     else:
-        assert gemm.num_products(native=True) == 2 * len(TOKENS)
+        assert prober.gemm.count(native=True) == 2 * len(TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +71,8 @@ def test_what_the_kernel_cannot_take_is_left_to_torch(
     x: Tensor, weight: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gemm, "multiply", None)
-    monkeypatch.setattr(gemm, "_MAX_WORK", 256 * 64 * 64)
-    assert torch.equal(gemm.linear(x, weight), functional.linear(x, weight))
+    monkeypatch.setattr(gemm, "MAX_WORK", 256 * 64 * 64)
+    assert torch.equal(linear(x, weight, None, Prober()), functional.linear(x, weight))
 
 
 @needs_kernel
@@ -79,12 +85,13 @@ def test_other_orders_of_addition_are_found_out(monkeypatch: pytest.MonkeyPatch)
         return honest(x.flip(1).contiguous(), weight.flip(1).contiguous(), bias, step)
 
     monkeypatch.setattr(gemm, "multiply", backwards)
-    assert same_bits(gemm.linear(x, weight), functional.linear(x, weight))
-    assert gemm.num_products(native=False) == 1
+    prober = Prober()
+    assert same_bits(linear(x, weight, None, prober), functional.linear(x, weight))
+    assert prober.gemm.count(native=False) == 1
 
 
 class Experts(SimpleNamespace):
-    """What prompt_experts asks of an experts module."""
+    """What kernels ask of an experts module."""
 
     has_gate, has_bias, is_transposed = True, False, False
     act_fn = torch.nn.SiLU()
@@ -93,6 +100,10 @@ class Experts(SimpleNamespace):
         return id(self)
 
     _apply_gate = _default_apply_gate
+
+
+def meta(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
 
 @needs_kernel
@@ -116,10 +127,9 @@ def test_a_prompt_through_its_experts(
         weights = torch.rand(num_tokens, top_k).to(dtype)
         x = torch.randn(num_tokens, hidden_size).bfloat16()
         module = Experts(
-            gate_up_proj=torch.empty(num_experts, 2 * inner, hidden_size, device="meta"),
-            down_proj=torch.empty(num_experts, hidden_size, inner, device="meta"),
+            gate_up_proj=meta(num_experts, 2 * inner, hidden_size),
+            down_proj=meta(num_experts, hidden_size, inner),
         )
-        monkeypatch.setattr(one_token_experts, "_tables", {})
         prompts = [Prompt(x, topk_ids, weights, num_experts) for _ in range(2)]
         experts = {
             expert: {
@@ -132,14 +142,14 @@ def test_a_prompt_through_its_experts(
             expert: packed_expert(tensors) if is_lossless else tensors
             for expert, tensors in experts.items()
         }
+        kernels = bound(module, stored[0], kind="lossless" if is_lossless else "exact")
         with monkeypatch.context() as patched:
             if binding.isa() != binding.PORTABLE:  # which leaves odd numbers of tokens to torch
-                patched.setattr(prompt_experts, "feed_forward", None)
+                patched.setattr(TorchExperts, "feed_forward", None)
             for wave in waves(sorted(stored)):
-                prompts[0].add(module, {expert: stored[expert] for expert in wave})
-        with monkeypatch.context() as patched:
-            patched.setattr(one_token_experts, "table_of", lambda *_: None)
-            prompts[1].add(module, experts)
+                kernels.many_tokens(prompts[0], {expert: stored[expert] for expert in wave})
+        by_torch = TorchExperts(module, kernels._up, kernels._down)  # type: ignore[attr-defined]
+        by_torch.many_tokens(prompts[1], stored)
         assert same_bits(prompts[0].outputs, prompts[1].outputs)
         computed = prompts[0].outputs.ne(0).any(dim=2)
         assert computed.sum() == num_tokens * top_k - 1 and not computed[3, 1]
@@ -166,7 +176,7 @@ def test_left_to_themselves_portable_entries_try_no_product() -> None:
     before = binding.setting()
     binding.use("auto")
     try:
-        assert not gemm.is_tried() and gemm.step_of(8, weight) == 0
+        assert not gemm.is_tried() and not gemm.verdict_of(Prober(), 8, weight).way
     finally:
         binding.use(before)
     assert gemm.is_tried()

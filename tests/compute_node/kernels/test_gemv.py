@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compute_node.kernels import gemv, prober
+from compute_node.kernels import gemv
 from compute_node.kernels.one_token_linear import OneTokenLinear, adopt
+from compute_node.kernels.prober import Prober
 from compute_node.native import binding
 
 # With AMX, oneDNN adds in another order, and torch multiplies everything itself.
@@ -28,9 +29,8 @@ pytestmark = pytest.mark.usefixtures("threads")
 SHAPES = [(192, 256), (256, 96), (17, 1024), (2048, 1536), (300, 5120)]
 
 
-@pytest.fixture(autouse=True)
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prober.GEMV, "known", {})
+def is_exact(weight: Tensor, bias: Tensor | None = None) -> bool:
+    return gemv.verdict_of(Prober(), weight, bias).way > 0
 
 
 def matrices(shape: tuple[int, int], count: int = 1) -> list[Tensor]:
@@ -67,12 +67,12 @@ def test_compiled_wherever_there_is_a_compiler() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bits_of_torch(shape: tuple[int, int]) -> None:
     weights, bias = matrices(shape, 2), torch.randn(shape[0]).bfloat16()
-    assert gemv.is_exact(weights[0])
+    assert is_exact(weights[0])
     for weight in weights:
         for scale in (1.0, 2.0**-118, 2.0**60):
             x = inputs(shape[1]) * scale
             assert same_bits(gemv.multiply([weight], x), functional.linear(x, weight))
-    assert gemv.is_exact(weights[0], bias)
+    assert is_exact(weights[0], bias)
     x = inputs(shape[1])
     assert same_bits(gemv.multiply([weights[1]], x, [bias]), functional.linear(x, weights[1], bias))
 
@@ -81,7 +81,7 @@ def test_bits_of_torch(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("own_inputs", [True, False])
 def test_several_matrices_at_once(own_inputs: bool) -> None:
     weights = matrices((1024, 256), 5)
-    assert gemv.is_exact(weights[0])
+    assert is_exact(weights[0])
     x = inputs(256, 5 if own_inputs else 1)
     found = gemv.multiply(weights, x)
     expected = [functional.linear(row, w) for row, w in zip(x.expand(5, -1), weights, strict=True)]
@@ -98,8 +98,9 @@ def test_several_matrices_at_once(own_inputs: bool) -> None:
     ids=["float32", "columns", "strides"],
 )
 def test_what_the_kernel_cannot_take_is_left_to_torch(weight: Tensor) -> None:
-    assert not gemv.is_exact(weight)
-    assert gemv.num_shapes(native=False) == 1
+    prober = Prober()
+    assert not gemv.verdict_of(prober, weight).way
+    assert prober.gemv.count(native=False) == 1
 
 
 @needs_kernel
@@ -108,7 +109,7 @@ def test_other_orders_of_addition_are_found_out(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = matrices(shape)[0]
-    assert gemv.is_exact(weight)
+    assert is_exact(weight)
     honest = gemv.multiply
 
     def backwards(weights: list[Tensor], x: Tensor, biases: list[Tensor]) -> Tensor:
@@ -116,8 +117,7 @@ def test_other_orders_of_addition_are_found_out(
         return honest(turned, x.flip(1).contiguous(), biases)
 
     monkeypatch.setattr(gemv, "multiply", backwards)
-    prober.GEMV.known.clear()
-    assert not gemv.is_exact(weight)
+    assert not is_exact(weight)
 
 
 def test_without_the_library_torch_multiplies(
@@ -127,7 +127,7 @@ def test_without_the_library_torch_multiplies(
     binding.load.cache_clear()
     try:
         with caplog.at_level(logging.INFO):
-            assert not gemv.is_exact(matrices((192, 256))[0])
+            assert not is_exact(matrices((192, 256))[0])
         assert binding.obstacle() == binding.NOT_COMPILED
     finally:
         binding.load.cache_clear()
@@ -144,8 +144,8 @@ def test_linear_layers_keep_their_bits() -> None:
     )
     one, many = inputs(256).view(1, 1, 256), inputs(256, 7).view(1, 7, 256)
     before = model(one), model(many)
-    adopt(model)
-    assert type(model[2]) is nn.Linear, "40 columns are no whole tile"
+    adopt(model, Prober())
+    assert "forward" not in vars(model[2]), "40 columns are no whole tile"
     assert same_bits(model(one), before[0])
     assert same_bits(model(many), before[1])
-    assert type(model[1]) is OneTokenLinear
+    assert isinstance(model[1].forward, OneTokenLinear)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node.kernels import gemm, gemv, lossless, prober
+from compute_node.kernels import expert_kernels, gemm, gemv, lossless
 from compute_node.native import binding
 from expert_store.offline.formats import lossless as encoder
 from proto import errors
-from proto.expert import ModelSpec, TensorLayout
+from proto.expert import ModelSpec, TensorLayout, Variant
 from proto.weight_format import OUTLIERS, WeightFormat, lossless_tensors
 from tests.compute_node.kernels.test_gemv import inputs, matrices, needs_kernel, same_bits
+from tests.matrices import matrix as bind
 
 pytestmark = pytest.mark.usefixtures("threads")
 SHAPES = [(192, 256), (17, 1024), (33, 70), (300, 5120)]
@@ -80,14 +81,15 @@ def test_products_have_the_bits_of_the_matrix(shape: tuple[int, int]) -> None:
     plain[0][3, 5], plain[2][-1, -1] = 1e-20, 1e3
     experts = [packed(matrix) for matrix in plain]
     biases = [torch.randn(shape[0]).bfloat16() for _ in experts]
-    assert lossless.is_exact(experts[0], "w", shape)
+    bound = bind("lossless", experts[0], shape).native
+    assert bound.of_one_token(experts[0]).way
     for rows in (inputs(shape[1]), inputs(shape[1], 3)):
-        found = lossless.multiply(experts, "w", rows, shape[0])
+        found = bound.multiply(experts, rows)
         assert same_bits(found, gemv.multiply(plain, rows))
         with_bias = [
             tensors | {"w_bias": bias} for tensors, bias in zip(experts, biases, strict=True)
         ]
-        found = lossless.multiply(with_bias, "w", rows, shape[0])
+        found = bind("lossless", with_bias[0], shape).native.multiply(with_bias, rows)
         assert same_bits(found, gemv.multiply(plain, rows, biases))
 
 
@@ -100,22 +102,21 @@ def test_products_of_several_tokens_have_the_bits_of_the_matrix(
     plain = matrices(shape, 2)[1]
     plain[3, 5], plain[-1, -1], plain[0] = 1e-20, 1e3, 0
     tensors, bias = packed(plain), torch.randn(shape[0]).bfloat16()
-    monkeypatch.setattr(prober.LOSSLESS_GEMM, "known", {})
     for num_tokens in (2, 5, 12, 33):
         x = inputs(shape[1], num_tokens)
         for b, stored in ((None, tensors), (bias, tensors | {"w_bias": bias})):
-            is_taken = lossless.step_of(num_tokens, stored, "w", shape) > 0
+            bound = bind("lossless", stored, shape)
+            is_taken = bound.native.step_of(stored, num_tokens) > 0
             assert is_taken or (binding.isa() == binding.PORTABLE and num_tokens != 12)
             with monkeypatch.context() as patched:
                 if is_taken:
                     patched.setattr(lossless, "unpack", None)
-                found = lossless.linear(x, stored, "w", shape)
+                found = bound.linear(stored, x)
             assert same_bits(found, functional.linear(x, plain, b))
 
 
 @needs_kernel
 def test_several_tokens_with_other_bits_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prober.LOSSLESS_GEMM, "known", {})
     plain, x = matrices((64, 128))[0], inputs(128, 5)
     right = gemm.multiply_arrays
 
@@ -124,17 +125,21 @@ def test_several_tokens_with_other_bits_are_left_to_torch(monkeypatch: pytest.Mo
         return right(*args).nextafter(torch.ones(1)) if is_lossless else right(*args)
 
     monkeypatch.setattr(gemm, "multiply_arrays", wrong)
-    found = lossless.linear(x, packed(plain), "w", (64, 128))
+    stored = packed(plain)
+    found = bind("lossless", stored, (64, 128)).linear(stored, x)
     assert same_bits(found, functional.linear(x, plain))
 
 
 @needs_kernel
 def test_a_kernel_with_other_bits_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prober.LOSSLESS_GEMV, "known", {})
     tensors = packed(matrices((64, 128))[0])
-    right = lossless.multiply
-    monkeypatch.setattr(lossless, "multiply", lambda *args: right(*args).nextafter(torch.ones(1)))
-    assert not lossless.is_exact(tensors, "w", (64, 128))
+    right = lossless.NativeLossless.multiply
+
+    def wrong(*args: Any) -> Tensor:
+        return right(*args).nextafter(torch.ones(1))
+
+    monkeypatch.setattr(lossless.NativeLossless, "multiply", wrong)
+    assert not bind("lossless", tensors, (64, 128)).native.of_one_token(tensors).way
 
 
 def test_trained_weights_have_few_outliers() -> None:
@@ -153,7 +158,7 @@ def test_records_of_other_shapes_are_refused() -> None:
     )
     layout = tuple(TensorLayout(f"w{s}", d, shape) for s, d, shape in lossless_tensors(96, 64, 7))
     spec = ModelSpec("", "toy", (1,), 4, 2, {1: layout}, weight_format=WeightFormat("lossless"))
-    lossless.check_format(spec, {1: module})
+    expert_kernels.check(spec.variant("exact"), {1: module})
     for number, tensor in enumerate(layout):
         others = (*layout[:number], *layout[number + 1 :])
         changed = [others]
@@ -164,4 +169,4 @@ def test_records_of_other_shapes_are_refused() -> None:
             with pytest.raises(
                 errors.ManifestInvalid, match=rf"layer 1: \['{tensor.name}'\] are not"
             ):
-                lossless.check_format(replace(spec, layouts={1: found}), {1: module})
+                expert_kernels.check(Variant(spec.weight_format, {1: found}), {1: module})

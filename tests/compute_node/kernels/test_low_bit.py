@@ -7,16 +7,16 @@ swapped, records of other shapes taken, a matrix handed out in the scratch.
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from compute_node.kernels import low_bit
+from compute_node.kernels import expert_kernels
 from expert_store.offline.formats import quantise
 from proto import errors
-from proto.expert import ModelSpec, TensorLayout
-from proto.weight_format import BLOCK_ROWS, SCALE, SCALE_ZERO, WeightFormat, low_bit_tensors
+from proto.expert import ModelSpec, TensorLayout, Variant
+from proto.weight_format import BLOCK_ROWS, NAMES, SCALE, SCALE_ZERO, WeightFormat, low_bit_tensors
+from tests.matrices import dequantised, matrix
 
 SHAPES = [(128, 64), (96, 48), (16, 32), (192, 96), (64, 160)]
 DTYPES = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -39,14 +39,13 @@ def test_few_and_many_tokens_agree(
 ) -> None:
     """Row for row; many, bit for bit the product with the dequantised matrix."""
     tensors = make(kind, shape, dtype)
-    matrix = low_bit.dequantise(tensors, "w", shape)
-    inputs = torch.randn(5, shape[1]).to(dtype)
-    expected = inputs @ matrix.T
-    few = low_bit.project(tensors, "w", inputs, shape[0])
+    inputs, bound = torch.randn(5, shape[1]).to(dtype), matrix(kind, tensors, shape, model=dtype)
+    expected = inputs @ dequantised(tensors, "w", shape).T
+    few = bound.linear(tensors, inputs)
     assert few.shape == expected.shape
     assert (few - expected).norm() <= DTYPES[dtype] * expected.norm()
-    monkeypatch.setattr(low_bit.KERNELS[tensors["w"].dtype], "few_tokens", 4)
-    many = low_bit.project(tensors, "w", inputs, shape[0])
+    monkeypatch.setattr(bound, "few_tokens", 4)
+    many = bound.linear(tensors, inputs)
     torch.testing.assert_close(many, expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 0)
 
 
@@ -57,15 +56,15 @@ def test_codes_lie_as_torch_lays_them() -> None:
     theirs = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
     assert torch.equal(quantise.pack_codes(codes, rows), theirs)
     scale_zero = torch.tensor([1.0, 0.0]).expand(2, 192, 2).contiguous()
-    found = low_bit.dequantise({"w": theirs, "w" + SCALE_ZERO: scale_zero}, "w", (192, 64))
+    found = dequantised({"w": theirs, "w" + SCALE_ZERO: scale_zero}, "w", (192, 64))
     assert torch.equal(found, codes.float() - 8)
 
 
 def test_a_dequantised_matrix_outlives_the_next() -> None:
     """It is not the scratch that the next is written to."""
-    first = low_bit.dequantise(make("int4", (64, 64), torch.float32), "w", (64, 64))
+    first = dequantised(make("int4", (64, 64), torch.float32), "w", (64, 64))
     before = first.clone()
-    low_bit.dequantise(make("int4", (64, 64), torch.float32), "w", (64, 64))
+    dequantised(make("int4", (64, 64), torch.float32), "w", (64, 64))
     assert torch.equal(first, before)
 
 
@@ -95,14 +94,13 @@ def test_records_of_other_shapes_are_refused(kind: str, module: torch.nn.Module)
     group = 32 if kind == "int4" else 0
     found = WeightFormat(kind, group, quantise.int4_layout() if group else "", lossy=True)
     spec = spec_of(found, module)
-    low_bit.check_format(spec, {1: module})
+    expert_kernels.check(spec.variant("exact"), {1: module})
     for number, tensor in enumerate(spec.layouts[1]):
         shorter = replace(tensor, shape=(tensor.shape[0] - 1, *tensor.shape[1:]))
         layout = (*spec.layouts[1][:number], shorter, *spec.layouts[1][number + 1 :])
         with pytest.raises(errors.ManifestInvalid, match=rf"layer 1: \['{tensor.name}'\]"):
-            low_bit.check_format(replace(spec, layouts={1: layout}), {1: module})
+            expert_kernels.check(Variant(found, {1: layout}), {1: module})
 
 
-def test_exact_formats_are_not_looked_at() -> None:
-    spec = ModelSpec("", "toy", (1,), 4, 2, {1: ()})
-    low_bit.check_format(spec, {1: SimpleNamespace()})
+def test_every_format_has_a_class() -> None:
+    assert set(expert_kernels.MATRICES) == set(NAMES)

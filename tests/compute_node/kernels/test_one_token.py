@@ -24,10 +24,15 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextRMSNormGated,
 )
 
-from compute_node.kernels import feed_forward, gemv, one_token_experts, one_token_norm
+from compute_node.kernels import gemv, one_token_norm
+from compute_node.kernels.gate import Gates
+from compute_node.kernels.native_experts import NativeExperts
 from compute_node.kernels.one_token_norm import Form, OneTokenNorm
+from compute_node.kernels.prober import Prober
+from compute_node.kernels.torch_experts import TorchExperts, weighted
 from compute_node.native import binding
 from tests.compute_node.kernels.test_lossless import packed_expert
+from tests.matrices import bound
 
 needs_kernel = pytest.mark.skipif(
     binding.obstacle() != "" or "amx_bf16" in Path("/proc/cpuinfo").read_text(),
@@ -67,20 +72,21 @@ def test_norms_keep_their_bits(kind: type[nn.Module], width: int) -> None:
     inputs = [tokens(1, 1, width), tokens(1, 1, 4, width), tokens(1, 300, width)]
     inputs += [tokens(1, 4, 2 * width)[..., :width], tokens(1, 1, width).float()]
     before = [model(x) for x in inputs]
-    one_token_norm.adopt(model)
-    assert isinstance(model[0], OneTokenNorm) and isinstance(model[0], kind)
-    assert model[0].flashmoe_form == NORMS[kind]
+    prober = Prober()
+    one_token_norm.adopt(model, prober)
+    assert type(model[0]) is kind and isinstance(model[0].forward, OneTokenNorm)
+    assert model[0].forward._form == NORMS[kind]
     for x, expected in zip(inputs, before, strict=True):
         found = model(x)
         assert found.dtype == expected.dtype and torch.equal(found, expected)
-    assert one_token_norm.num_modules(native=True) == 1
+    assert prober.num_modules["norm", True] == 1
 
 
 def test_one_token_does_not_reach_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(norm(Qwen3MoeRMSNorm, 96))
-    one_token_norm.adopt(model)
+    one_token_norm.adopt(model, Prober())
     model(tokens(1, 1, 96))
-    monkeypatch.setattr(Qwen3MoeRMSNorm, "forward", None)
+    monkeypatch.setattr(model[0].forward, "_by_torch", None)
     model(tokens(1, 1, 96))
     with pytest.raises(TypeError):
         model(tokens(1, 300, 96))
@@ -92,10 +98,10 @@ def test_rows_whose_bits_differ_are_left_to_torch(
     model = nn.Sequential(norm(Qwen3MoeRMSNorm, 96))
     x = tokens(1, 1, 4, 96)
     expected = model(x)
-    one_token_norm.adopt(model)
+    one_token_norm.adopt(model, Prober())
     monkeypatch.setattr(one_token_norm, "norm", lambda inputs, *_: inputs)
     assert torch.equal(model(x), expected)
-    assert [(r.message, r.rows) for r in caplog.records] == [("norm left to torch", 4)]  # type: ignore[attr-defined]
+    assert [r.rows for r in caplog.records if r.message == "norm left to torch"] == [4]  # type: ignore[attr-defined]
 
 
 class OtherOrder(Qwen3MoeRMSNorm):
@@ -118,19 +124,20 @@ class NoMean(Qwen3MoeRMSNorm):
 @pytest.mark.parametrize("kind", [OtherOrder, NoMean, Qwen3NextRMSNormGated, nn.LayerNorm])
 def test_what_is_no_such_norm_is_left_to_torch(kind: type[nn.Module]) -> None:
     model = nn.Sequential(norm(kind, 1024))
-    one_token_norm.adopt(model)
-    assert type(model[0]) is kind
+    one_token_norm.adopt(model, Prober())
+    assert "forward" not in vars(model[0])
 
 
 def test_norms_of_widths_and_dtypes_the_kernel_cannot_take(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = nn.Sequential(norm(Qwen3MoeRMSNorm, 40), norm(Qwen3MoeRMSNorm, 64).float())
+    prober = Prober()
     with caplog.at_level(logging.INFO):
-        one_token_norm.adopt(model)
-    assert [type(module) for module in model] == [Qwen3MoeRMSNorm] * 2
-    assert one_token_norm.num_modules(native=False) == 2
-    assert [r.torch for r in caplog.records] == [2]  # type: ignore[attr-defined]
+        one_token_norm.adopt(model, prober)
+    assert not any("forward" in vars(module) for module in model)
+    assert prober.num_modules["norm", False] == 2
+    assert [r.torch for r in caplog.records if r.message == "norms chosen"] == [2]  # type: ignore[attr-defined]
 
 
 class Gated(nn.Module):
@@ -138,10 +145,10 @@ class Gated(nn.Module):
 
     has_gate, has_bias, is_transposed = True, False, False
 
-    def __init__(self, act: str = "silu") -> None:
+    def __init__(self, act: str = "silu", inner: int = F) -> None:
         super().__init__()
-        self.gate_up_proj = torch.empty(E, 2 * F, D, device="meta")
-        self.down_proj = torch.empty(E, D, F, device="meta")
+        self.gate_up_proj = torch.empty(E, 2 * inner, D, device="meta", dtype=torch.bfloat16)
+        self.down_proj = torch.empty(E, D, inner, device="meta", dtype=torch.bfloat16)
         self.act_fn = ACT2FN[act]
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
@@ -172,64 +179,70 @@ def weights(inner: int = F) -> list[dict[str, Tensor]]:
     ]
 
 
-def reference(module: Gated, experts: list[dict[str, Tensor]], hidden: Tensor) -> Tensor:
-    """[E, D], unweighted, by torch's own operations."""
-    return torch.cat([feed_forward.feed_forward(module, tensors, hidden) for tensors in experts])
+def table_of(module: Gated, tensors: dict[str, Tensor], prober: Prober | None = None) -> Any:
+    kernels = bound(module, tensors, prober)
+    return kernels._table if isinstance(kernels, NativeExperts) else None
 
 
 @pytest.mark.parametrize("is_lossless", [False, True], ids=["exact", "lossless"])
 @pytest.mark.parametrize("act", ["silu", "relu", "relu2"])
-def test_experts_keep_their_bits(act: str, is_lossless: bool) -> None:
+def test_experts_keep_their_bits(
+    act: str, is_lossless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module, experts, gates = Gated(act), weights(), [0.5, 0.123, 1.7, 0.001, 0.25]
     hidden = tokens(1, D)
     stored = [packed_expert(tensors) for tensors in experts] if is_lossless else experts
-    table = one_token_experts.table_of(module, stored[0], hidden)
-    assert table is not None
-    found = one_token_experts.feed_forward(module, stored, hidden, gates, table)
-    rows = reference(module, experts, hidden)
-    expected = [row * gate for row, gate in zip(rows[:, None].unbind(), gates, strict=True)]
-    assert one_token_norm.same_bits(found, torch.cat(expected))
+    kernels = bound(module, stored[0], kind="lossless" if is_lossless else "exact")
+    rows = [kernels.feed_forward(tensors, hidden) for tensors in stored]
+    monkeypatch.setattr(TorchExperts, "feed_forward", None)
+    found = kernels.one_token(stored, hidden, gates)
+    expected = weighted(rows, gates)
+    assert one_token_norm.same_bits(found, expected)
     total = torch.zeros(1, D, dtype=torch.bfloat16)
-    for row in expected:
+    for row in expected[:, None].unbind():
         total += row
-    assert one_token_norm.same_bits(one_token_experts.add_rows(found), total)
+    assert one_token_norm.same_bits(kernels.add_up(found), total)
 
 
 @pytest.mark.parametrize("kind", [Interleaved, Clamped])
 def test_other_gates_are_left_to_torch(kind: type[Gated], caplog: pytest.LogCaptureFixture) -> None:
-    module = kind()
-    before = one_token_experts.num_modules(native=False)
+    prober = Prober()
     with caplog.at_level(logging.INFO):
-        assert one_token_experts.table_of(module, weights()[0], tokens(1, D)) is None
-    assert [r.kernel for r in caplog.records if r.message == "gate chosen"] == ["torch"]  # type: ignore[attr-defined]
-    assert one_token_experts.num_modules(native=False) == before + 1
+        assert table_of(kind(), weights()[0], prober) is None
+    facts = [(r.entry, r.kernel) for r in caplog.records if r.message == "kernel chosen"]  # type: ignore[attr-defined]
+    assert facts == [("gate", "torch")]
+    assert prober.num_modules["gate", False] == 1
 
 
 def test_an_activation_that_depends_on_the_place_is_left_to_torch() -> None:
     """torch's gelu of a small number is another beside others than alone."""
-    module = Gated("gelu_pytorch_tanh")
-    assert one_token_experts.table_of(module, weights()[0], tokens(1, D)) is None
+    assert table_of(Gated("gelu_pytorch_tanh"), weights()[0]) is None
 
 
 def test_experts_the_kernel_cannot_take_are_left_to_torch() -> None:
     module, experts = Gated(), weights()
     wide = {name: tensor.float() for name, tensor in experts[0].items()}
-    assert one_token_experts.table_of(module, wide, tokens(1, D)) is None
-    assert one_token_experts.table_of(module, weights(48)[0], tokens(1, D)) is None
+    assert table_of(module, wide) is None
+    assert table_of(Gated(inner=40), weights(40)[0]) is None
     module.is_transposed = True
-    assert one_token_experts.table_of(module, experts[0], tokens(1, D)) is None
+    assert table_of(module, experts[0]) is None
 
 
 def test_layers_with_one_activation_share_a_table() -> None:
     """A table a layer would push the others out of the CPU's cache."""
-    first, second = Gated(), Gated()
-    tables = [one_token_experts.table_of(m, weights()[0], tokens(1, D)) for m in (first, second)]
-    assert tables[0] is tables[1] is not None
+    prober = Prober()
+    gates = Gates(prober, "")
+    tables = [
+        bound(Gated(inner=inner), weights(inner)[0], prober, gates)._table  # type: ignore[attr-defined]
+        for inner in (F, F, 2 * F)
+    ]
+    assert tables[0] is tables[1] is tables[2] is not None
+    assert prober.gate.num_proofs == 2
 
 
 def test_matrices_multiply_as_before() -> None:
     weight = (torch.randn(96, 64) * 0.1).bfloat16()
-    assert gemv.is_exact(weight)
+    assert gemv.verdict_of(Prober(), weight).way
     x = tokens(1, 1, 64)
     expected = torch.nn.functional.linear(x, weight)
     assert one_token_norm.same_bits(gemv.multiply_one(weight, x, None), expected)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from compute_node.kernels import prober
+from compute_node.kernels.prober import Prober, Verdict
 from compute_node.native import binding
 
 KEY = ((64, 32), torch.bfloat16, True, False, 2)
@@ -23,38 +24,38 @@ KEY = ((64, 32), torch.bfloat16, True, False, 2)
 @pytest.fixture(autouse=True)
 def build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binding, "build_id", lambda: "portable-1")
-    forget(monkeypatch)
 
 
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    for verdicts in prober.ENTRIES.values():
-        monkeypatch.setattr(verdicts, "known", {})
-
-
-def saved(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    prober.GEMM.prove((3, torch.Size((64, 32)), torch.bfloat16, True, 2), lambda: 1024)
-    prober.GEMV.prove(KEY, lambda: False)
+def saved(path: Path) -> dict[str, Any]:
+    prober = Prober()
+    prober.gemm.ask((3, torch.Size((64, 32)), torch.bfloat16, True, 2), lambda: Verdict(1024, 0.5))
+    prober.gemv.ask(KEY, lambda: Verdict(0))
+    prober.norm.ask(("torch.nn.RMSNorm eps=1e-06", 64), lambda: Verdict(1))
     prober.save(path)
-    forget(monkeypatch)
     document: dict[str, Any] = json.loads(path.read_text())
     return document
 
 
-def test_a_restart_knows_what_was_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved(tmp_path / "kernels.json", monkeypatch)
+def test_a_restart_knows_what_was_proved(tmp_path: Path) -> None:
+    saved(tmp_path / "kernels.json")
+    prober = Prober()
     prober.load(tmp_path / "kernels.json")
-    assert prober.GEMM.known == {(3, (64, 32), torch.bfloat16, True, 2): 1024}
-    assert prober.GEMM.known[(3, torch.Size((64, 32)), torch.bfloat16, True, 2)] == 1024
-    assert prober.GEMV.known == {KEY: 0}
+    assert prober.gemm.known == {(3, (64, 32), torch.bfloat16, True, 2): Verdict(1024, 0.5)}
+    assert (3, torch.Size((64, 32)), torch.bfloat16, True, 2) in prober.gemm.known
+    assert prober.gemv.known == {KEY: Verdict(0)}
+    assert prober.norm.known == {("torch.nn.RMSNorm eps=1e-06", 64): Verdict(1)}
+    assert prober.num_proofs == 0
     assert [path.name for path in tmp_path.iterdir()] == ["kernels.json"]
 
 
-@pytest.mark.parametrize("fact", ["cpu", "torch", "library", "capability", "version"])
+@pytest.mark.parametrize(
+    "fact", ["cpu", "torch", "transformers", "library", "capability", "version", "timed"]
+)
 def test_another_machines_verdicts_are_not_trusted(
-    fact: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fact: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "kernels.json"
-    document = saved(path, monkeypatch)
+    document = saved(path)
     document["machine"][fact] = "another"
     path.write_text(json.dumps(document))
     check_ignored(path, caplog)
@@ -74,24 +75,37 @@ def test_another_machines_verdicts_are_not_trusted(
     ],
 )
 def test_a_damaged_file_is_proved_again(
-    damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "kernels.json"
-    saved(path, monkeypatch)
+    saved(path)
     path.write_bytes(damage(path.read_text()).encode("utf8", "surrogateescape"))
     check_ignored(path, caplog)
 
 
 def check_ignored(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
+    prober = Prober()
     with caplog.at_level(logging.INFO):
         prober.load(path)
     assert [record.message for record in caplog.records] == ["kernel verdicts are proved again"]
-    assert not any(verdicts.known for verdicts in prober.ENTRIES.values())
+    assert not any(verdicts.known for verdicts in prober.entries.values())
 
 
 def test_without_a_file_or_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prober = Prober()
     prober.load(tmp_path / "kernels.json")
     assert not caplog.records
     prober.save(tmp_path / "absent" / "kernels.json")
     assert [record.message for record in caplog.records] == ["kernel verdicts are not kept"]
+
+
+def test_what_is_slower_is_left_to_torch() -> None:
+    """Red when a kernel with torch's bits is used whatever it costs."""
+    prober = Prober(times=True)
+    ratio = prober.ratio(lambda: time.sleep(2e-3), lambda: None)
+    verdict = prober.gemv.ask(KEY, lambda: Verdict(1, ratio))
+    assert (verdict.way, verdict.chosen) == (1, 0)
+    assert prober.gemv.count(native=False) == 1 and prober.gemv.count(native=True) == 0
+    assert prober.ratio(lambda: None, lambda: time.sleep(2e-3)) < 1
+    assert Prober().ratio(lambda: time.sleep(2e-3), lambda: None) == 0

@@ -52,7 +52,7 @@ def test_what_the_policy_says_is_computed(monkeypatch: pytest.MonkeyPatch) -> No
         return SimpleNamespace(add=add, result=lambda: torch.zeros(1, 4))
 
     monkeypatch.setattr(routed, "_total_of", total_of)
-    experts = routed.RoutedExperts(1, cache, None, LayerTimer(cache), OnlyResident())  # type: ignore[arg-type]
+    experts = routed.RoutedExperts(1, None, cache, None, LayerTimer(cache), OnlyResident())  # type: ignore[arg-type]
     step = Step(Batch(Part("s", Phase.PREFILL, 1, 1)), lambda: None)
     with step.running():
         module = SimpleNamespace(num_experts=NUM_EXPERTS)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from compute_node.kernels import gemv
-from compute_node.kernels.prompt_experts import Prompt
+from compute_node.kernels.prompt import Prompt
+from compute_node.kernels.prompt_entry import Share, compute
 from compute_node.native import binding
-from tests.compute_node.kernels.test_gemm import Experts
 from tests.compute_node.kernels.test_lossless import packed
 
 ROUNDING = 2.0**-8  # of a bf16 number, half of its last bit
@@ -184,19 +184,13 @@ def test_rows_are_added_in_order_with_a_rounding_each(entries: Any, columns: int
     assert torch.equal(total, expected)
 
 
-def test_a_prompt_and_each_tokens_sum(entries: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`prompt_experts` and `add_rows_of_each`, through the class that calls them."""
+def test_a_prompt_and_each_tokens_sum(entries: Any) -> None:
+    """`prompt_experts` and `add_rows_of_each`, through what calls them."""
     num_tokens, num_experts, hidden, inner = 24, 4, 64, 96
-    monkeypatch.setattr("compute_node.kernels.prompt_experts._steps_of", lambda *_: (64, 96))
     ids = torch.rand(num_tokens, num_experts).topk(2).indices
     weights, x = torch.rand(num_tokens, 2), drawn(num_tokens, hidden)
-    module = Experts(
-        gate_up_proj=torch.empty(num_experts, 2 * inner, hidden, device="meta"),
-        down_proj=torch.empty(num_experts, hidden, inner, device="meta"),
-    )
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     table = torch.nn.functional.silu(every)
-    monkeypatch.setattr("compute_node.kernels.one_token_experts.table_of", lambda *_: table)
     tensors = {
         expert: {
             "gate_up_proj": drawn(2 * inner, hidden) * 0.2,
@@ -205,7 +199,11 @@ def test_a_prompt_and_each_tokens_sum(entries: Any, monkeypatch: pytest.MonkeyPa
         for expert in range(num_experts)
     }
     prompt = Prompt(x, ids, weights, num_experts)
-    prompt.add(module, tensors)
+    shares = [
+        Share([made["gate_up_proj"]], [made["down_proj"]], prompt.places(expert), 64, 96)
+        for expert, made in tensors.items()
+    ]
+    compute(prompt, shares, table, inner, is_lossless=False)
     expected = torch.zeros(num_tokens, hidden).double()
     for token in range(num_tokens):
         for place in range(2):

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from compute_node.kernels import low_bit
 from expert_store.offline.formats import mxfp4
 from expert_store.offline.index import index
 from expert_store.offline.pack import pack
@@ -23,6 +22,7 @@ from proto import errors
 from tests.checkpoints import make
 from tests.contract.test_exactness import align, decode_eagerly, engine
 from tests.contract.test_formats import STEPS, check_same, run, stored
+from tests.matrices import dequantised
 
 INNER = 96
 
@@ -89,7 +89,7 @@ def test_int4_store_is_quantised_from_the_blocks(vendor: Path, tmp_path: Path) -
     for key, tensors in stored(tmp_path / "bf16").items():
         for name in ("gate_up_proj", "down_proj"):
             weight = tensors[name].T  # [N, K]
-            found = low_bit.dequantise(packed[key], name, (weight.shape[0], weight.shape[1]))
+            found = dequantised(packed[key], name, (weight.shape[0], weight.shape[1]))
             assert (found - weight).norm() < 0.15 * weight.norm(), f"{key} {name}"
         assert torch.equal(packed[key]["down_proj_bias"], tensors["down_proj_bias"])
     with engine(tmp_path / "int4", tmp_path) as node:

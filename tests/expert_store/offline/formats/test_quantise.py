@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compute_node.kernels import low_bit
 from expert_store.offline.formats import quantise
 from proto.weight_format import SCALE, SCALE_ZERO
+from tests.matrices import dequantised
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -19,13 +19,13 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 def back_from_int4(weight: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
     codes, scale_zero = quantise.int4(weight, group, quantise.int4_layout(), dtype)
     tensors = {"w": codes, "w" + SCALE_ZERO: scale_zero}
-    return low_bit.dequantise(tensors, "w", (weight.shape[0], weight.shape[1])).float()
+    return dequantised(tensors, "w", (weight.shape[0], weight.shape[1])).float()
 
 
 def back_from_int8(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     codes, scale = quantise.int8(weight, dtype)
     tensors = {"w": codes, "w" + SCALE: scale}
-    return low_bit.dequantise(tensors, "w", (weight.shape[0], weight.shape[1])).float()
+    return dequantised(tensors, "w", (weight.shape[0], weight.shape[1])).float()
 
 
 def min_max(weight: torch.Tensor, group: int) -> torch.Tensor:
@@ -82,7 +82,7 @@ def test_padding_is_nothing() -> None:
     weight = torch.randn(96, 48)
     codes, scale_zero = quantise.int4(weight, 32, quantise.int4_layout(), torch.float32)
     assert (codes.shape, scale_zero.shape) == ((128, 32), (2, 128, 2))
-    whole = low_bit.dequantise({"w": codes, "w" + SCALE_ZERO: scale_zero}, "w", (128, 64))
+    whole = dequantised({"w": codes, "w" + SCALE_ZERO: scale_zero}, "w", (128, 64))
     assert whole[96:].abs().max() == 0
     assert torch.equal(whole[:96, :32], back_from_int4(weight[:, :32], 32, torch.float32))
     assert quantise.int8(weight[:, :40], torch.float32)[0].shape == (96, 48)

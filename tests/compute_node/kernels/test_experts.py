@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node.kernels.feed_forward import feed_forward, feed_forward_each
 from compute_node.native import binding
+from tests.matrices import bound
 
 
 def experts_module(**changes: Any) -> Any:
@@ -40,6 +40,7 @@ def experts(
             tensors[name] = (torch.randn(laid) * 0.1).to(dtype)
             if module.has_bias:
                 tensors[f"{name}_bias"] = torch.randn(shape[0]).to(dtype)
+            setattr(module, name, torch.empty((4, *laid), dtype=dtype, device="meta"))
         made.append(tensors)
     return made
 
@@ -55,8 +56,9 @@ def experts(
 def test_together_as_one_by_one(changes: dict[str, Any], inner: int, dtype: torch.dtype) -> None:
     module = experts_module(**changes)
     several, hidden = experts(module, inner, dtype), torch.randn(1, 64).to(dtype)
-    together = feed_forward_each(module, several, hidden)
-    one_by_one = torch.cat([feed_forward(module, tensors, hidden) for tensors in several])
+    kernels = bound(module, several[0])
+    together = kernels.one_token(several, hidden, [1.0] * 4)
+    one_by_one = torch.cat([kernels.feed_forward(tensors, hidden) for tensors in several])
     assert torch.equal(together, one_by_one)
     assert len(together.unique(dim=0)) == 4
 
@@ -72,8 +74,8 @@ def test_torch_shares_out_no_row_of_several() -> None:
 
     module = experts_module(_apply_gate=gate)
     for inner in (96, 16384):
-        feed_forward_each(
-            module, experts(module, inner, torch.bfloat16), torch.ones(1, 64).bfloat16()
-        )
+        several = experts(module, inner, torch.bfloat16)
+        kernels = bound(module, several[0])
+        kernels.one_token(several, torch.ones(1, 64).bfloat16(), [1.0] * 4)
     assert all(rows == 1 or rows * columns < 32768 for rows, columns in seen)
     assert any(rows == 4 for rows, _ in seen) or binding.obstacle()
