@@ -30,8 +30,8 @@ from compute_node.evidence import learning
 from compute_node.evidence.advice import AdviceFeed
 from compute_node.evidence.log import AccessLog
 from compute_node.evidence.step import Evidence
-from compute_node.face.metrics import NodeCollector
 from compute_node.face.service import SERVICE_NAME, ComputeNodeService
+from compute_node.face.stats import NodeStats
 from compute_node.kernels import processors
 from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import LoadedModel, Lookahead, load_model
@@ -101,10 +101,10 @@ async def run(config: ComputeNodeConfig) -> None:
             config.prefill_chunk_tokens,
             evidence,
         )
-        service = ComputeNodeService(engine, compute, store, access_log, advice)
-        metrics = NodeCollector(engine, compute, access_log, advice)
+        stats = NodeStats(engine, compute, store, access_log, advice)
+        service = ComputeNodeService(engine, compute, stats)
         stack.enter_context(
-            daemon.serving_metrics(metrics, config.metrics_port, config.metrics_port_file)
+            daemon.serving_metrics(stats.snapshot, config.metrics_port, config.metrics_port_file)
         )
         gc.collect()
         gc.freeze()  # a full collection would walk all of transformers: 0.2 s within some token

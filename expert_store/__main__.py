@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable
 
 from expert_store.config import ExpertStoreConfig
 from expert_store.face.local_socket import LocalSocket
-from expert_store.face.metrics import StoreCollector
 from expert_store.face.service import SERVICE_NAME, ExpertStoreService
 from expert_store.io import kernel_queue
 from expert_store.io.device import Device
@@ -86,8 +85,7 @@ async def _serve(
     service: ExpertStoreService,
     until_stopped: Callable[[], Awaitable[None]],
 ) -> None:
-    metrics = StoreCollector(store)
-    with daemon.serving_metrics(metrics, config.metrics_port, config.metrics_port_file):
+    with daemon.serving_metrics(store.snapshot, config.metrics_port, config.metrics_port_file):
         async with (
             resident_list.kept(store, config.resident_list),
             rpc.serving(

@@ -33,7 +33,6 @@ from scheduler.daemon.publisher import Publisher
 from scheduler.daemon.scorer import Scorer
 from scheduler.daemon.service import SchedulerService
 from scheduler.daemon.snapshot import SnapshotFile
-from scheduler.daemon.stats import StatsCollector
 from scheduler.learn.forecaster import Forecaster
 from scheduler.shadow.advisor import Advisor
 
@@ -60,9 +59,8 @@ async def run(config: SchedulerConfig) -> None:
         )
         publisher = Publisher(redis, config.fingerprint, config.advice_lifetime_s)
         loop = SchedulerLoop(config, stream, scorer, advisor, publisher, snapshot)
-        servicer = SchedulerService(scorer, loop.stats, config.horizon_steps)
-        metrics = StatsCollector(loop.stats)
-        with daemon.serving_metrics(metrics, config.metrics_port, config.metrics_port_file):
+        servicer = SchedulerService(scorer, loop.snapshot, config.horizon_steps)
+        with daemon.serving_metrics(loop.snapshot, config.metrics_port, config.metrics_port_file):
             await serve(config, servicer, loop)
 
 

@@ -17,9 +17,10 @@ import grpc
 import tomli_w
 
 from deploy.report.status import check_health
-from proto import expert_store_pb2 as pb
 from proto import rpc
+from proto import stats_pb2 as pb
 from proto.expert_store_pb2_grpc import ExpertStoreStub
+from proto.stats import Stats
 from tests.stack import ROOT, wait_for
 
 
@@ -90,9 +91,9 @@ def node_table(run_dir: Path, node: str, slots: int, **more: Any) -> dict[str, A
     }
 
 
-def store_stats(address: str) -> pb.StoreStatsReply:
+def store_stats(address: str) -> Stats:
     with rpc.connect(address) as channel:
-        return ExpertStoreStub(channel).Stats(pb.StoreStatsRequest(), timeout=5)
+        return Stats.from_pb(ExpertStoreStub(channel).Stats(pb.StatsRequest(), timeout=5))
 
 
 def is_store_idle(address: str) -> bool:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.cache.residents import Residents
@@ -16,6 +16,7 @@ from compute_node.store.memory import Borrowed
 from compute_node.store.session import SessionLost
 from proto import errors
 from proto.expert import ExpertKey
+from proto.stats import counter, fact, gauge
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ T = TypeVar("T")
 
 _WARM_BATCH = 1024
 _SMOOTHING = 0.1
+_ACCESSES, _BY_OUTCOME = "flashmoe_node_accesses", "Routed experts by outcome"
 
 
 class Lender(Protocol):
@@ -60,7 +62,7 @@ class Lender(Protocol):
 class Budget:
     """How many experts may be resident: a number a layer, or one for a pool of all layers."""
 
-    slots: int
+    slots: Annotated[int, fact("experts that may be resident")]
     moe_layers: tuple[int, ...]
     top_k: int
     pooled: bool
@@ -91,10 +93,14 @@ class LayerCounters:
     uncovered_s: what reading the misses that nobody guessed takes beyond the layer's own compute
     """
 
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    stall_s: float = 0.0
+    hits: Annotated[int, counter(_ACCESSES, _BY_OUTCOME, outcome="hit")] = 0
+    misses: Annotated[int, counter(_ACCESSES, _BY_OUTCOME, outcome="miss")] = 0
+    bytes_read: Annotated[
+        int, counter("flashmoe_node_read_bytes", "Bytes its misses read from disk")
+    ] = 0
+    stall_s: Annotated[
+        float, counter("flashmoe_node_stall_seconds", "Compute waited for experts")
+    ] = 0.0
     uncovered_s: float = 0.0
 
 
@@ -145,7 +151,7 @@ class ExpertCache:
     budget: Budget
     chooser: PolicyChooser
     counters: dict[int, LayerCounters] = field(default_factory=dict)
-    read_s: float = 0.0
+    read_s: Annotated[float, fact("seconds that a read takes", key="expert_read_s")] = 0.0
     read_s_per_byte: float = 0.0
     stall_s: float = 0.0
     _resident: Residents = field(init=False)
@@ -162,6 +168,11 @@ class ExpertCache:
 
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._resident
+
+    @property
+    @gauge("flashmoe_node_resident_experts", "Experts in the cache")
+    def resident(self) -> int:
+        return len(self._resident)
 
     def step(
         self,

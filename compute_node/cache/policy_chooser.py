@@ -5,6 +5,7 @@ fallback.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Annotated
 
 from compute_node.cache.policies.decayed import Decayed
 from compute_node.cache.policies.lfru import Lfru
@@ -14,6 +15,9 @@ from compute_node.cache.policies.policy import EvictionPolicy
 from compute_node.cache.policies.scored import Scored
 from proto.expert import ExpertKey
 from proto.redis_schema import AUTO, FALLBACK_POLICY, Advice
+from proto.stats import counter, fact
+
+_EVICTIONS, _BY = "flashmoe_node_evictions_decided", "By whom evictions were decided"
 
 
 class PolicyChooser:
@@ -24,6 +28,12 @@ class PolicyChooser:
     advice:     the latest fresh advice, or None
     local:      the policies that a node ranks by itself, by name
     """
+
+    name: Annotated[str, fact("the policy in charge", key="policy")]
+    num_advised: Annotated[int, counter(_EVICTIONS, _BY, key="advice_used", by="advice")] = 0
+    num_fallbacks: Annotated[
+        int, counter(_EVICTIONS, _BY, key="advice_fallbacks", by="fallback")
+    ] = 0
 
     def __init__(
         self,
@@ -46,8 +56,6 @@ class PolicyChooser:
         self.name = configured if configured in self.local else FALLBACK_POLICY
         self._followed: Advice | None = None  # what `_scored` was made of
         self._scored: Scored | None = None
-        self.num_advised = 0
-        self.num_fallbacks = 0
 
     def on_step(self, layer: int, used: Collection[ExpertKey]) -> None:
         for policy in self.local.values():

@@ -22,6 +22,8 @@ from compute_node.client.result import Generation, ScoredToken
 from proto import compute_node_pb2 as pb
 from proto import compute_node_pb2_grpc as pb_grpc
 from proto import errors, rpc
+from proto import stats_pb2 as stats_pb
+from proto.stats import Stats
 
 
 class Scoring:
@@ -149,9 +151,13 @@ class NodeClient:
         except grpc.RpcError as error:
             raise errors.from_rpc(error) from None
 
-    def stats(self, timeout_s: float = 5.0) -> pb.NodeStatsReply:
-        """Counters since the node started. Raises Unavailable, InvalidRequest."""
+    def stats(self, timeout_s: float = 5.0) -> Stats:
+        """What the node shows of itself, as in `stats().hits`; counters are since its start.
+
+        Raises Unavailable, InvalidRequest, VersionMismatch.
+        """
+        deadline_s = arguments.timeout_of(timeout_s)
         try:
-            return self._stub.Stats(pb.NodeStatsRequest(), timeout=arguments.timeout_of(timeout_s))
+            return Stats.from_pb(self._stub.Stats(stats_pb.StatsRequest(), timeout=deadline_s))
         except grpc.RpcError as error:
             raise errors.from_rpc(error) from None

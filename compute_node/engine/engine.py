@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from compute_node.moe.step import Batch, Part, Phase, Step
 from proto import errors
 from proto.checkpoint.sequence_state import state_bytes
 from proto.checkpoint.text_files import load_generation_config
+from proto.stats import fact
 
 _WEIGHED_TOKENS = 16  # a cache grows little; weighing it looks at every tensor
 
@@ -73,6 +74,10 @@ class Engine:
     evidence: called after every pass; None: nobody learns
     """
 
+    peak_cache_bytes: Annotated[
+        int, fact("KV and other state of a sequence, at most", key="cache_bytes")
+    ] = 0
+
     def __init__(
         self,
         loaded: LoadedModel,
@@ -84,7 +89,6 @@ class Engine:
     ) -> None:
         self.loaded = loaded
         self.cache = cache
-        self.peak_cache_bytes = 0
         self._chunk_tokens = prefill_chunk_tokens
         self._evidence = evidence
         self._eos_ids = _eos_ids(loaded.model, model_dir)

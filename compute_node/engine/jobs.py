@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from proto import errors
+from proto.stats import gauge
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ class ComputeThread:
         return outcome
 
     @property
+    @gauge("flashmoe_node_queued_requests", "Waiting", key="queued")
     def num_queued(self) -> int:
         return self._jobs.qsize()
 

@@ -8,11 +8,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Annotated
 
 import redis
 
 from proto import errors, redis_schema
 from proto.redis_schema import Advice
+from proto.stats import fact, gauge
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,8 @@ class AdviceFeed:
 
     obstacle: why the last look failed; empty when it did not
     """
+
+    num_rejected: Annotated[int, fact("advice not decoded", key="advice_rejected")] = 0
 
     def __init__(
         self,
@@ -40,7 +44,6 @@ class AdviceFeed:
         self._latest: Advice | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="advice", daemon=True)
-        self.num_rejected = 0
         self.obstacle = ""
 
     def __enter__(self) -> AdviceFeed:
@@ -57,10 +60,12 @@ class AdviceFeed:
         return latest if latest is not None and latest.is_fresh(self._now_ns()) else None
 
     @property
+    @fact("of the latest advice", key="advice_version")
     def version(self) -> int:
         return self._latest.version if self._latest else 0
 
     @property
+    @gauge("flashmoe_node_advice_age_seconds", "Age of advice", key="advice_age_s")
     def age_s(self) -> float | None:
         """Since the latest advice was made; None when there never was any."""
         return (self._now_ns() - self._latest.time_ns) / 1e9 if self._latest else None

@@ -8,17 +8,19 @@ import logging
 import queue
 import threading
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
 import redis
 
 from proto import redis_schema
 from proto.redis_schema import DecodeAccess, PrefillAccess
+from proto.stats import counter
 
 logger = logging.getLogger(__name__)
 
 _CAPACITY = 256
 _RETRY_S = 0.5
+_PAGE, _HELP = "flashmoe_node_evidence", "Evidence entries"
 
 
 class AccessLog:
@@ -26,6 +28,8 @@ class AccessLog:
 
     obstacle: why the last event did not arrive; empty when it did
     """
+
+    num_sent: Annotated[int, counter(_PAGE, _HELP, key="evidence_sent", outcome="sent")] = 0
 
     def __init__(self, client: redis.Redis, fingerprint: str) -> None:
         self._redis = client
@@ -35,10 +39,10 @@ class AccessLog:
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
         self._num_overflowed = 0  # one writer each: the thread that appends, and our own
         self._num_refused = 0
-        self.num_sent = 0
         self.obstacle = ""
 
     @property
+    @counter(_PAGE, _HELP, key="evidence_dropped", outcome="dropped")
     def num_dropped(self) -> int:
         """Events that never arrived: Redis away or full, too many to wait, or left at the end."""
         return self._num_overflowed + self._num_refused

@@ -17,15 +17,13 @@ from compute_node.engine.request import Request
 from compute_node.engine.scoring import ScoredText, check_text, score
 from compute_node.engine.text import encode_chat, encode_prompt
 from compute_node.engine.writer import Token
-from compute_node.evidence import learning
 from compute_node.evidence.accesses import Recording
-from compute_node.evidence.advice import AdviceFeed
-from compute_node.evidence.log import AccessLog
+from compute_node.face.stats import NodeStats
 from compute_node.moe.step import Phase
-from compute_node.store.borrow import StoreClient
 from proto import compute_node_pb2 as pb
 from proto import compute_node_pb2_grpc as pb_grpc
 from proto import errors
+from proto import stats_pb2 as stats_pb
 
 SERVICE_NAME = "flashmoe.v1.ComputeNode"
 _DEFAULT_MAX_TOKENS = 128
@@ -35,29 +33,17 @@ _MAX_STOPS = 16
 
 
 class ComputeNodeService(pb_grpc.ComputeNodeServicer):
-    """access_log, advice: None without Redis."""
-
-    def __init__(
-        self,
-        engine: core.Engine,
-        compute: ComputeThread,
-        store: StoreClient,
-        access_log: AccessLog | None,
-        advice: AdviceFeed | None,
-    ) -> None:
+    def __init__(self, engine: core.Engine, compute: ComputeThread, stats: NodeStats) -> None:
         self._engine = engine
         self._compute = compute
-        self._store = store
-        self._access_log = access_log
-        self._advice = advice
-        self._num_requests = 0
+        self._stats = stats
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Any
     ) -> AsyncIterator[pb.GenerateReply]:
         wanted = await self._translate(request)
         self._engine.limits.check(wanted)
-        self._num_requests += 1
+        self._stats.requests += 1
 
         def work(check: Callable[[], None]) -> Iterator[core.Event]:
             return self._engine.generate(wanted, check)
@@ -77,7 +63,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             request.context_tokens or _DEFAULT_SCORE_TOKENS,
         )
         check_text(self._engine, text)
-        self._num_requests += 1
+        self._stats.requests += 1
 
         def work(check: Callable[[], None]) -> Iterator[ScoredToken]:
             return score(self._engine, text, check)
@@ -105,48 +91,8 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             hidden_states=output.contiguous().view(torch.uint8).numpy().tobytes()
         )
 
-    async def Stats(self, request: pb.NodeStatsRequest, context: Any) -> pb.NodeStatsReply:
-        cache, loaded = self._engine.cache, self._engine.loaded
-        counters = cache.counters
-        reply = pb.NodeStatsReply(
-            fingerprint=loaded.spec.fingerprint,
-            policy=cache.chooser.name,
-            slots=cache.budget.slots,
-            resident=len(cache),
-            hits=sum(c.hits for c in counters.values()),
-            misses=sum(c.misses for c in counters.values()),
-            bytes_read=sum(c.bytes_read for c in counters.values()),
-            stall_s=sum(c.stall_s for c in counters.values()),
-            requests=self._num_requests,
-            queued=self._compute.num_queued,
-            advice_used=cache.chooser.num_advised,
-            advice_fallbacks=cache.chooser.num_fallbacks,
-            store_reconnects=max(0, self._store.num_opened - 1),
-            dense_bytes=loaded.dense_bytes,
-            cache_bytes=self._engine.peak_cache_bytes,
-            weight_format=loaded.spec.weight_format.to_pb(),
-            layers=[
-                pb.LayerStats(layer=layer, hits=c.hits, misses=c.misses, stall_s=c.stall_s)
-                for layer, c in counters.items()
-            ],
-            prefetches=[
-                pb.Prefetches(sent=d.sent, right=d.right, precision=d.precision)
-                for d in loaded.prefetcher.distances
-            ],
-            unguessed_misses=loaded.prefetcher.num_unguessed,
-            prefetch_depth=loaded.prefetcher.depth,
-            expert_read_s=cache.read_s,
-        )
-        if self._access_log:
-            reply.evidence_sent = self._access_log.num_sent
-            reply.evidence_dropped = self._access_log.num_dropped
-        reply.learning_obstacle = learning.obstacle(self._access_log, self._advice)
-        if self._advice:
-            reply.advice_rejected = self._advice.num_rejected
-            reply.advice_version = self._advice.version
-            if self._advice.age_s is not None:
-                reply.advice_age_s = self._advice.age_s
-        return reply
+    async def Stats(self, request: stats_pb.StatsRequest, context: Any) -> stats_pb.Snapshot:
+        return self._stats.snapshot()
 
     async def _translate(self, request: pb.GenerateRequest) -> Request:
         if len(request.stop) > _MAX_STOPS:

@@ -8,7 +8,7 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import xxhash
@@ -35,6 +35,7 @@ from compute_node.store.memory import TORCH_DTYPES
 from proto import errors
 from proto.checkpoint.text_files import load_tokenizer
 from proto.expert import EXACT_VARIANT, ModelSpec
+from proto.stats import fact
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class LoadedModel:
     prober: Prober
     kernels: dict[int, ExpertKernels]
     experts_modules: dict[int, Any]
-    dense_bytes: int
+    dense_bytes: Annotated[int, fact("weights outside of experts")]
 
     @property
     def hidden_size(self) -> int:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Annotated, Protocol
 
 from torch import Tensor
 
 from compute_node.predict.predictor import Predictor
 from proto.expert import ExpertKey
+from proto.stats import counter, gauge
 
 _SMOOTHING = 0.05  # of every running mean: about the last twenty
 _PROBE_STEPS = 16  # ranks and distances that did not pay are tried again this often
 _FIRST_PRECISION = 0.8
+_GUESSES, _NOT_RESIDENT = "flashmoe_node_prefetches", "Guesses of experts that were not resident"
 
 
 class Residency(Protocol):
@@ -35,8 +37,12 @@ class Distance:
     """
 
     precisions: list[float]
-    sent: int = 0
-    right: int = 0
+    sent: Annotated[
+        int, counter(_GUESSES, _NOT_RESIDENT, key="prefetches_sent", outcome="sent")
+    ] = 0
+    right: Annotated[
+        int, counter(_GUESSES, _NOT_RESIDENT, key="prefetches_right", outcome="right")
+    ] = 0
 
     @classmethod
     def fresh(cls, top_k: int) -> Distance:
@@ -44,6 +50,11 @@ class Distance:
         return cls([_FIRST_PRECISION] * top_k)
 
     @property
+    @gauge(
+        "flashmoe_node_prefetch_precision",
+        "Share of guesses that the router chose",
+        key="prefetch_precision",
+    )
     def precision(self) -> float:
         """Share of all guesses so far that the router chose."""
         return self.right / self.sent if self.sent else 0.0
@@ -85,7 +96,14 @@ class Prefetcher:
     max_guesses: int
     max_depth: int
     distances: list[Distance] = field(default_factory=list)
-    num_unguessed: int = 0
+    num_unguessed: Annotated[
+        int,
+        counter(
+            "flashmoe_node_unguessed_misses",
+            "Misses of decode steps that nobody had guessed",
+            key="unguessed_misses",
+        ),
+    ] = 0
     _open: dict[ExpertKey, tuple[int, int]] = field(default_factory=dict)  # distance, rank
     _disproved: list[ExpertKey] = field(default_factory=list)  # the store has not heard
     _needs: dict[int, LayerNeed] = field(default_factory=dict)
@@ -99,6 +117,7 @@ class Prefetcher:
         self.distances = [Distance.fresh(self.top_k) for _ in range(self.max_depth)]
 
     @property
+    @gauge("flashmoe_node_prefetch_depth", "Layers ahead that pay now", key="prefetch_depth")
     def depth(self) -> int:
         """How many layers ahead pays now, by the measured precision, reads and compute."""
         for number in range(self.max_depth):

@@ -20,6 +20,7 @@ from proto import errors, rpc
 from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
 from proto.expert import EXACT_VARIANT, ExpertKey, ModelSpec, RecordKey
+from proto.stats import fact
 
 _RETRY_S = 0.1
 _GAVE_UP = (errors.Cancelled, errors.DeadlineExceeded)  # the caller ended, not the session
@@ -53,6 +54,11 @@ class StoreClient:
         self._description: StoreDescription | None = None
         self.num_opened = 0
         self._num_fruitless = 0  # sessions in a row that lent nothing
+
+    @property
+    @fact("sessions opened after the first", key="store_reconnects")
+    def num_reconnects(self) -> int:
+        return max(0, self.num_opened - 1)
 
     def describe(self) -> StoreDescription:
         """Wait for the store and ask what it serves.

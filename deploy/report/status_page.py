@@ -25,8 +25,10 @@ def status_rows(
     for name, show in _DAEMONS.items():
         facts = found[name]
         rows = {"health": _health(facts, absences.get(name, ""))}
-        if facts.keys() - {"health", "metrics"}:
+        if facts.keys() - {"health", "metrics", "problem"}:
             rows |= show(facts)
+        if "problem" in facts:
+            rows["problem"] = facts["problem"]
         if "metrics" in facts:
             rows["metrics"] = facts["metrics"]
         pages[name.replace("_", " ")] = rows

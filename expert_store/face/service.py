@@ -17,6 +17,7 @@ from expert_store.store.store import ExpertStore
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
+from proto import stats_pb2 as stats_pb
 from proto.expert import RecordKey
 
 logger = logging.getLogger(__name__)
@@ -60,29 +61,8 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
     async def Resident(self, request: pb.ResidentRequest, context: Any) -> pb.ResidentReply:
         return pb.ResidentReply(keys=[key.to_pb() for key in self._store.slots.resident()])
 
-    async def Stats(self, request: pb.StoreStatsRequest, context: Any) -> pb.StoreStatsReply:
-        store, counters = self._store, self._store.counters
-        slots = store.slots.counts()
-        return pb.StoreStatsReply(
-            demand_reads=counters.demand_reads,
-            prefetch_reads=counters.prefetch_reads,
-            refill_reads=counters.refill_reads,
-            bytes_read=counters.bytes_read,
-            shared_hits=counters.shared_hits,
-            prefetches_dropped=counters.prefetches_dropped,
-            slots_free=slots["free"],
-            slots_filling=slots["filling"],
-            slots_leased=slots["leased"],
-            slots_reclaimable=slots["reclaimable"],
-            sessions=store.sessions.num_open,
-            orphaned_sessions=store.sessions.num_orphaned,
-            quarantined=[str(key) for key in store.quarantined],
-            read_s_total=counters.read_s,
-            busy_s_total=counters.busy_s,
-            prefetches_withdrawn=counters.prefetches_withdrawn,
-            prefetches_used=counters.prefetches_used,
-            prefetch_bytes_wasted=counters.prefetch_bytes_wasted,
-        )
+    async def Stats(self, request: stats_pb.StatsRequest, context: Any) -> stats_pb.Snapshot:
+        return self._store.snapshot()
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: Any

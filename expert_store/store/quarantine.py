@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from proto import errors
 from proto.expert import RecordKey
+from proto.stats import fact, gauge
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,16 @@ class Quarantine:
 
     def __len__(self) -> int:
         return len(self._reasons)
+
+    @property
+    @gauge("flashmoe_store_quarantined_experts", "Damaged experts", key="quarantined_experts")
+    def count(self) -> int:
+        return len(self._reasons)
+
+    @property
+    @fact("Damaged experts, by name", key="quarantined")
+    def names(self) -> list[str]:
+        return [str(key) for key in self._reasons]
 
     def add(self, key: RecordKey, error: errors.ExpertDamaged) -> None:
         self._reasons[key] = str(error)

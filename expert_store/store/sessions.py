@@ -17,10 +17,12 @@ from pathlib import Path
 from expert_store.store.slots import Part, SlotPool
 from proto import errors
 from proto.expert import RecordKey
+from proto.stats import gauge
 
 logger = logging.getLogger(__name__)
 
 _MIB = 1024 * 1024
+_PAGE = "flashmoe_store_sessions"
 
 
 @dataclass(eq=False)
@@ -70,10 +72,12 @@ class SessionTable:
         self._orphans: dict[Session, asyncio.Task[None]] = {}
 
     @property
+    @gauge(_PAGE, "Sessions", key="sessions", state="open")
     def num_open(self) -> int:
         return len(self._open)
 
     @property
+    @gauge(_PAGE, "Sessions", key="orphaned_sessions", state="orphaned")
     def num_orphaned(self) -> int:
         return len(self._orphans)
 

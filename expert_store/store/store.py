@@ -11,21 +11,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Annotated
 
 from expert_store.io.device import Device
 from expert_store.manifest.manifest import Manifest
 from expert_store.store import leases
 from expert_store.store.assembly import Assembly
-from expert_store.store.counters import Counters
+from expert_store.store.counters import Counters, SlotCounts
 from expert_store.store.fill import Deliver, Fill, PieceRead, Priority
 from expert_store.store.quarantine import Quarantine
 from expert_store.store.read_queue import ReadQueue
 from expert_store.store.segment import Segment
 from expert_store.store.sessions import Session, SessionTable
 from expert_store.store.slots import Part, SlotPool
-from proto import errors
+from proto import errors, stats
 from proto import expert_store_pb2 as pb
+from proto import stats_pb2 as stats_pb
 from proto.expert import RecordKey
+from proto.stats import gauge
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +52,7 @@ class ExpertStore:
     read_depth: int
     max_queued: int
     piece_bytes: int
-    direct_io: bool
+    direct_io: Annotated[bool, gauge("flashmoe_store_direct_io", "1: reads bypass the page cache")]
     device: Device[PieceRead]
     counters: Counters = field(default_factory=Counters)
     quarantined: Quarantine = field(default_factory=Quarantine)
@@ -65,6 +68,11 @@ class ExpertStore:
             self.counters,
             self._give_memory,
         )
+
+    def snapshot(self) -> stats_pb.Snapshot:
+        """What it counts and holds now."""
+        slots = SlotCounts(**self.slots.counts())
+        return stats.snapshot(self.counters, slots, self.sessions, self.quarantined, self)
 
     def acquire(self, session: Session, keys: Sequence[RecordKey], deliver: Deliver) -> None:
         """Lend every key. `deliver` gets the leases of what is in memory before this returns, the

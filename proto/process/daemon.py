@@ -27,11 +27,12 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
-from prometheus_client.registry import Collector
 from pydantic import BaseModel, ValidationError
 
 from proto import errors, rpc
+from proto import stats_pb2 as stats_pb
 from proto.process import last_words, log
+from proto.process.metrics_page import SnapshotCollector
 
 FAILURE, START_ERROR = last_words.FAILURE, last_words.START_ERROR
 # Errors that may pass by themselves: the system lacks descriptors, memory, room or a device.
@@ -172,7 +173,7 @@ def refusal(last_line: str) -> errors.FlashMoEError:
 
 @contextmanager
 def serving_metrics(
-    collector: Collector, port: int | None, port_file: Path | None
+    snapshot: Callable[[], stats_pb.Snapshot], port: int | None, port_file: Path | None
 ) -> Iterator[int | None]:
     """A Prometheus page on loopback for the block; yields its port, None when off.
 
@@ -184,7 +185,7 @@ def serving_metrics(
         yield None
         return
     registry = CollectorRegistry()
-    registry.register(collector)
+    registry.register(SnapshotCollector(snapshot))
     ProcessCollector(registry=registry)
     try:
         server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from redis import exceptions
 from redis.asyncio import Redis
 
 from proto import errors, redis_schema
 from proto.redis_schema import DecodeAccess, PrefillAccess
+from proto.stats import counter, gauge
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,26 @@ class AccessStream:
 
     obstacle: why nothing can be read now; empty when it can
     """
+
+    connected: Annotated[
+        bool,
+        gauge(
+            "flashmoe_scheduler_redis_connected",
+            "1 while evidence can be read",
+            key="redis_connected",
+        ),
+    ] = False
+    entries_rejected = 0  # shown with those that nobody could follow
+    entries_lost: Annotated[
+        int, counter("flashmoe_scheduler_events_lost", "events lost", key="events_lost")
+    ] = 0
+    entries_claimed: Annotated[
+        int, counter("flashmoe_scheduler_events_claimed", "events claimed", key="events_claimed")
+    ] = 0
+    groups_created: Annotated[
+        int, counter("flashmoe_scheduler_groups_created", "groups created")
+    ] = 0
+    read_failures: Annotated[int, counter("flashmoe_scheduler_read_failures", "read failures")] = 0
 
     def __init__(
         self,
@@ -53,14 +74,8 @@ class AccessStream:
         self._has_group = False
         self._has_own_pending = True
         self._claim_due_s = clock()
-        self.connected = False
         self.obstacle = "Redis has not answered yet"
         self.backoff_s = 0.0
-        self.entries_rejected = 0
-        self.entries_lost = 0
-        self.entries_claimed = 0
-        self.groups_created = 0
-        self.read_failures = 0
 
     async def read(self) -> list[RawEntry]:
         """The next entries, at most READ_COUNT: our own pending ones, dead consumers', new ones.

@@ -6,22 +6,40 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from typing import Annotated
 
-from proto import errors
+from proto import errors, stats
+from proto import stats_pb2 as pb
 from proto.redis_schema import DecodeAccess, PrefillAccess
+from proto.stats import counter, fact, gauge
 from scheduler.config import SchedulerConfig
 from scheduler.daemon.access_stream import AccessStream, RawEntry
 from scheduler.daemon.publisher import Publisher
 from scheduler.daemon.scorer import Scorer
 from scheduler.daemon.snapshot import SnapshotFile
-from scheduler.daemon.stats import SchedulerStats
 from scheduler.shadow.advisor import Advisor
 
 STEP_MS_WEIGHT = 0.02  # of the newest event in the decayed mean
 
 
 class SchedulerLoop:
-    """Runs until `stop`. A dead Redis or a damaged entry is counted and survived."""
+    """Runs until `stop`. A dead Redis or a damaged entry is counted and survived.
+
+    shadow_steps_skipped: decode steps of a backlog that no shadow followed
+    evidence_lag_s: by the wall clock; None before any evidence
+    """
+
+    shadow_steps_skipped: Annotated[
+        int, counter("flashmoe_scheduler_shadow_steps_skipped", "shadow steps skipped")
+    ] = 0
+    evidence_lag_s: Annotated[
+        float | None,
+        gauge("flashmoe_scheduler_evidence_lag_s", "from a node's writing to our publication"),
+    ] = None
+    step_ms: Annotated[
+        float,
+        gauge("flashmoe_scheduler_step_ms", "one event from decode to publication, decayed mean"),
+    ] = 0.0
 
     def __init__(
         self,
@@ -42,9 +60,6 @@ class SchedulerLoop:
         self._unpublished: set[str] = set()
         self._publish_due_s = 0.0
         self._events_foreign = 0
-        self._shadow_steps_skipped = 0
-        self._evidence_lag_s: float | None = None
-        self._step_ms = 0.0
         self._started_s = time.monotonic()
         self._started_cpu_s = time.process_time()
 
@@ -104,7 +119,7 @@ class SchedulerLoop:
         if in_full:
             self._advisor.observe(event)
         else:
-            self._shadow_steps_skipped += 1
+            self.shadow_steps_skipped += 1
 
     async def _publish_what_waits(self) -> None:
         """What came too soon after the last advice, and what would expire though nothing is new."""
@@ -124,51 +139,49 @@ class SchedulerLoop:
     def _measure(self, events: Sequence[DecodeAccess | PrefillAccess], batch_ms: float) -> None:
         for _ in events:
             weight = max(STEP_MS_WEIGHT, 1 / max(1, self._scorer.events_seen))
-            self._step_ms += weight * (batch_ms / len(events) - self._step_ms)
+            self.step_ms += weight * (batch_ms / len(events) - self.step_ms)
         if events:
-            self._evidence_lag_s = max(0, time.time_ns() - events[-1].time_ns) / 1e9
+            self.evidence_lag_s = max(0, time.time_ns() - events[-1].time_ns) / 1e9
 
     async def _pause(self, pause_s: float) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), pause_s)
 
-    def stats(self) -> SchedulerStats:
-        stream, scorer, model = self._stream, self._scorer, self._scorer.model
-        return SchedulerStats(
-            events_seen=scorer.events_seen,
-            events_rejected=stream.entries_rejected + self._events_foreign,
-            events_lost=stream.entries_lost,
-            events_claimed=stream.entries_claimed,
-            steps_missed=scorer.steps_missed,
-            lessons_skipped=scorer.lessons_skipped,
-            nodes_dropped=scorer.nodes_dropped,
-            labels_learned=model.labels_learned,
-            drifts=model.drifts,
-            advice_published=self._publisher.advice_published,
-            advice_failed=self._publisher.advice_failed,
-            read_failures=stream.read_failures,
-            groups_created=stream.groups_created,
-            snapshots=self._snapshot.saved,
-            snapshots_failed=self._snapshot.failed,
-            snapshots_damaged=self._snapshot.damaged,
-            log_loss=model.log_loss,
-            baseline_log_loss=model.baseline_log_loss,
-            nodes=self._advisor.reports(),
-            shadow_steps_skipped=self._shadow_steps_skipped,
-            shadow_restarts=self._advisor.restarts,
-            redis_connected=stream.connected,
-            learning_obstacle=self.obstacle(),
-            advice_version=self._publisher.version,
-            advice_age_s=self._publisher.age_s,
-            evidence_lag_s=self._evidence_lag_s,
-            step_ms=self._step_ms,
-            cpu_share=self._cpu_share(),
+    def snapshot(self) -> pb.Snapshot:
+        """What the daemon shows of itself now."""
+        return stats.snapshot(
+            self,
+            self._stream,
+            self._scorer,
+            self._scorer.model,
+            self._publisher,
+            self._snapshot,
+            self._advisor,
+            *(source for report in self._advisor.reports() for source in report.sources()),
         )
+
+    @property
+    @counter("flashmoe_scheduler_events_rejected", "events rejected")
+    def events_rejected(self) -> int:
+        """Those that could not be decoded, and another model's."""
+        return self._stream.entries_rejected + self._events_foreign
+
+    @property
+    @fact("why nothing is learned or advised now; empty: all is well")
+    def learning_obstacle(self) -> str:
+        return self.obstacle()
+
+    @property
+    @gauge("flashmoe_scheduler_learning", "1 while evidence comes and advice leaves")
+    def is_learning(self) -> bool:
+        return not self.obstacle()
 
     def obstacle(self) -> str:
         """Why nothing is learned or advised now; empty when all is well."""
         return self._stream.obstacle or self._publisher.obstacle
 
-    def _cpu_share(self) -> float:
+    @property
+    @gauge("flashmoe_scheduler_cpu_share", "of one core, since start")
+    def cpu_share(self) -> float:
         elapsed_s = time.monotonic() - self._started_s
         return (time.process_time() - self._started_cpu_s) / max(elapsed_s, 1e-9)

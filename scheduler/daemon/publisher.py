@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Annotated
 
 from redis import exceptions
 from redis.asyncio import Redis
 
 from proto import redis_schema
 from proto.redis_schema import Advice
+from proto.stats import counter, gauge
 from scheduler.shadow.advisor import Verdict
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,17 @@ class Publisher:
 
     obstacle: why the last advice did not go out; empty when it did
     """
+
+    version: Annotated[
+        int,
+        gauge(
+            "flashmoe_scheduler_advice_version", "version of the last advice", key="advice_version"
+        ),
+    ]
+    advice_published: Annotated[
+        int, counter("flashmoe_scheduler_advice_published", "advice published")
+    ] = 0
+    advice_failed: Annotated[int, counter("flashmoe_scheduler_advice_failed", "advice failed")] = 0
 
     def __init__(
         self,
@@ -37,10 +50,9 @@ class Publisher:
         self._published_ns: int | None = None
         self.obstacle = ""
         self.version = time_ns() // 1_000_000
-        self.advice_published = 0
-        self.advice_failed = 0
 
     @property
+    @gauge("flashmoe_scheduler_advice_age_s", "since the last advice", key="advice_age_s")
     def age_s(self) -> float | None:
         """Since the last advice went out; None before the first."""
         if self._published_ns is None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 
 from proto import errors
 from proto.expert import ExpertKey
 from proto.redis_schema import DecodeAccess, PrefillAccess
+from proto.stats import counter
 from scheduler.config import SchedulerConfig
 from scheduler.learn.features import Features
 from scheduler.learn.followers import Followers
@@ -39,7 +41,17 @@ class Scorer:
     """`observe` learns and returns nothing; `ranks` and `explain` ask and change nothing.
 
     forecaster: what it remembers, every node may recall
+
+    steps_missed:    decode steps of a sequence that never arrived
+    lessons_skipped: events that only moved the state, because there were too many
     """
+
+    events_seen: Annotated[int, counter("flashmoe_scheduler_events_seen", "events seen")] = 0
+    steps_missed: Annotated[int, counter("flashmoe_scheduler_steps_missed", "steps missed")] = 0
+    lessons_skipped: Annotated[
+        int, counter("flashmoe_scheduler_lessons_skipped", "lessons skipped")
+    ] = 0
+    nodes_dropped: Annotated[int, counter("flashmoe_scheduler_nodes_dropped", "nodes dropped")] = 0
 
     def __init__(
         self, config: SchedulerConfig, forecaster: Forecaster | None = None, seed: int = 0
@@ -58,10 +70,6 @@ class Scorer:
         self._followers = Followers(config.num_layers, config.num_experts)
         self._seed = seed
         self.model = self._settings.new_model()
-        self.events_seen = 0
-        self.steps_missed = 0
-        self.lessons_skipped = 0
-        self.nodes_dropped = 0
 
     @property
     def nodes(self) -> list[str]:

@@ -10,12 +10,13 @@ import os
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import grpc
 import numpy as np
 
 from proto import errors
+from proto.stats import counter
 from scheduler.learn.learner import ModelState, ReuseModel
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,18 @@ def _sync_directory(path: Path) -> None:
 class SnapshotFile:
     """Keeps a model's state at one path, or nowhere when there is none."""
 
+    saved: Annotated[int, counter("flashmoe_scheduler_snapshots", "snapshots", key="snapshots")] = 0
+    failed: Annotated[
+        int,
+        counter("flashmoe_scheduler_snapshots_failed", "snapshots failed", key="snapshots_failed"),
+    ] = 0
+    damaged: Annotated[
+        int,
+        counter(
+            "flashmoe_scheduler_snapshots_damaged", "snapshots damaged", key="snapshots_damaged"
+        ),
+    ] = 0
+
     def __init__(self, path: Path | None, fingerprint: str, interval_s: float) -> None:
         self._path = path
         self._fingerprint = fingerprint
@@ -126,9 +139,6 @@ class SnapshotFile:
         self._due_s: float | None = None
         self._saved_labels = -1
         self._is_failing = False
-        self.saved = 0
-        self.failed = 0
-        self.damaged = 0
 
     def restore(self, model: ReuseModel) -> None:
         """Bring the model to where it was; a snapshot that cannot be used is set aside."""

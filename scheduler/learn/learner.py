@@ -6,12 +6,13 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from river import optim
 
+from proto.stats import counter, gauge
 from scheduler.learn.labels import Answers
 from scheduler.learn.river_parts import ADWIN, LogisticRegression, StandardScaler
 
@@ -58,6 +59,18 @@ class Contribution:
 class ReuseModel:
     """P(an expert is used within the horizon). `learn` and `restore` change it, the others ask."""
 
+    labels_learned: Annotated[
+        int, counter("flashmoe_scheduler_labels_learned", "labels learned")
+    ] = 0
+    drifts: Annotated[int, counter("flashmoe_scheduler_drifts", "drifts")] = 0
+    log_loss: Annotated[
+        float, gauge("flashmoe_scheduler_log_loss", "progressive validation, decayed")
+    ] = 0.0
+    baseline_log_loss: Annotated[
+        float,
+        gauge("flashmoe_scheduler_baseline_log_loss", "of always predicting the mean, decayed"),
+    ] = 0.0
+
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self._scaler = StandardScaler()
@@ -67,10 +80,6 @@ class ReuseModel:
         self.pipeline = self._scaler | self._regression
         self._drift = ADWIN()
         self._boosted_labels = 0
-        self.labels_learned = 0
-        self.drifts = 0
-        self.log_loss = 0.0
-        self.baseline_log_loss = 0.0
         self.base_rate = 0.5
 
     def predict(self, features: Array) -> Array:

@@ -43,6 +43,13 @@ class Reason:
     lead_steps: int = 0
     at_step: int = 0
 
+    def __str__(self) -> str:
+        if self.kind in (LED, STEADY):
+            when = "of late" if self.kind == LED else "over the long run"
+            points = f"{100 * self.lead_ratio:.2f} points in {self.lead_steps} steps"
+            return f"led {self.over} {when}, by {points}, at step {self.at_step}"
+        return {FIRST: "no other has led it yet", PINNED: "configured"}[self.kind]
+
 
 class Scout:
     """Goes over to the member that has gained LEAD_STEPS on its choice. size: how many there are.

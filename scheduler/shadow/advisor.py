@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
 from proto import errors
 from proto.redis_schema import ADVISED_POLICIES, AUTO, FALLBACK_POLICY, DecodeAccess, PrefillAccess
+from proto.stats import counter
 from scheduler.shadow.shadows import Capacity, Report, Shadows
 from scheduler.simulate.ranking import RankingPolicy
 
@@ -32,7 +34,13 @@ class Advisor:
     names:   of the policies that may be in charge, simplest first
     members: makes them for the node so named
     policy:  who is in charge of every node; AUTO, the shadows decide
+
+    restarts: a node's budget changed, and its shadows began anew
     """
+
+    restarts: Annotated[
+        int, counter("flashmoe_scheduler_shadow_restarts", "shadow restarts", key="shadow_restarts")
+    ] = 0
 
     def __init__(
         self,
@@ -53,7 +61,6 @@ class Advisor:
         self._half_life_steps = half_life_steps
         self._pinned = None if policy == AUTO else policy
         self._nodes: dict[str, Shadows] = {}
-        self.restarts = 0
 
     def check(self, event: DecodeAccess | PrefillAccess) -> None:
         """Raises MessageInvalid for a capacity that cannot hold the experts of a token."""

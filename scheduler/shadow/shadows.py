@@ -4,14 +4,16 @@ would have, and who should be in charge.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
 from proto import errors
 from proto.redis_schema import POOL, DecodeAccess
+from proto.stats import Labelled, counter, fact, gauge, labelled
 from scheduler.policy.hedged import PINNED, Hedge, Reason, hit_ratio
 from scheduler.shadow.optimum import Optimum
 from scheduler.simulate.ranking import RankingPolicy
@@ -62,9 +64,29 @@ class Score:
     windowed_regret: what MIN hit more over the last ones
     """
 
-    hit_ratio: float
-    windowed_hit_ratio: float
-    windowed_regret: float
+    hit_ratio: Annotated[
+        float,
+        gauge(
+            "flashmoe_scheduler_shadow_hit_ratio",
+            "what the policy would have hit under the node's budget, since that changed",
+        ),
+    ]
+    windowed_hit_ratio: Annotated[
+        float, gauge("flashmoe_scheduler_shadow_windowed_hit_ratio", "the same, decayed")
+    ]
+    windowed_regret: Annotated[
+        float,
+        gauge("flashmoe_scheduler_shadow_windowed_regret", "what MIN would have hit more, decayed"),
+    ]
+
+
+@dataclass(frozen=True)
+class InCharge:
+    """Its labels say which policy."""
+
+    is_in_charge: Annotated[
+        int, gauge("flashmoe_scheduler_in_charge", "1 for the policy in charge")
+    ] = 1
 
 
 @dataclass(frozen=True)
@@ -76,14 +98,28 @@ class Report:
     """
 
     node: str
-    slots: int
-    scope: str
-    steps: int
-    in_charge: str
+    slots: Annotated[int, fact("of its budget")]
+    scope: Annotated[str, fact("of its budget: layer or pool")]
+    steps: Annotated[int, fact("followed under that budget")]
+    in_charge: Annotated[str, fact("the policy that the node is advised to follow")]
     reason: Reason
-    switches: int
+    switches: Annotated[
+        int, counter("flashmoe_scheduler_switches", "changes of the policy in charge")
+    ]
     policies: Mapping[str, Score]
     actual: Score
+
+    @property
+    @fact("why that policy is in charge")
+    def why(self) -> str:
+        return str(self.reason)
+
+    def sources(self) -> Iterator[Labelled]:
+        """By node and policy: `actual` is the node's own cache, `min` the optimum."""
+        yield labelled(self, node=self.node)
+        for policy, score in {**self.policies, "actual": self.actual}.items():
+            yield labelled(score, node=self.node, policy=policy)
+        yield labelled(InCharge(), node=self.node, policy=self.in_charge)
 
 
 class Tally:

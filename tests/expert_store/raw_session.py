@@ -17,7 +17,9 @@ from expert_store.store.slots import SlotPool
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
+from proto import stats_pb2 as stats_pb
 from proto.expert import RecordKey
+from proto.stats import Stats
 
 DEADLINE_S = 20.0
 
@@ -139,14 +141,14 @@ class Wire:
         reply = self.stub.Resident(pb.ResidentRequest(), timeout=DEADLINE_S)
         return {RecordKey.from_pb(key) for key in reply.keys}
 
-    def stats(self) -> pb.StoreStatsReply:
-        return self.stub.Stats(pb.StoreStatsRequest(), timeout=DEADLINE_S)
+    def stats(self) -> Stats:
+        return Stats.from_pb(self.stub.Stats(stats_pb.StatsRequest(), timeout=DEADLINE_S))
 
-    def until_stats(self, condition: Callable[[pb.StoreStatsReply], bool]) -> pb.StoreStatsReply:
+    def until_stats(self, condition: Callable[[Stats], bool]) -> Stats:
         until(lambda: condition(self.stats()), "the store's counters")
         return self.stats()
 
-    def until_idle(self) -> pb.StoreStatsReply:
+    def until_idle(self) -> Stats:
         """Nobody holds a session, and nothing is filling or leased."""
         return self.until_stats(
             lambda s: not (s.sessions or s.orphaned_sessions or s.slots_filling or s.slots_leased)

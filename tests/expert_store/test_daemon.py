@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from prometheus_client.registry import CollectorRegistry
+from prometheus_client import CollectorRegistry
 
 from compute_node.store.borrow import StoreClient
 from expert_store.config import ExpertStoreConfig
-from expert_store.face.metrics import StoreCollector
-from expert_store.store.store import Counters
-from proto import errors
-from proto.expert import RecordKey
+from expert_store.store.counters import Counters, SlotCounts
+from proto import errors, stats
+from proto.process.metrics_page import SnapshotCollector
 from tests.expert_store.raw_session import Lock, Wire
 from tests.expert_store.stores import FILE_NAME, KEYS, expert_range, flip
 from tests.local_store import local_store
@@ -107,16 +105,11 @@ class TestRefusesToStart:
 
 
 def test_metrics_name_every_counter() -> None:
-    counts = {"free": 1, "filling": 2, "leased": 3, "reclaimable": 4}
-    store: Any = SimpleNamespace(
-        counters=Counters(5, 6, 4, 7, 8, 9, 12, 13, 14, 1.5, 2.5),
-        slots=SimpleNamespace(counts=lambda: counts),
-        sessions=SimpleNamespace(num_open=10, num_orphaned=11),
-        quarantined={RecordKey.exact(0, 0): "why"},
-        direct_io=True,
-    )
+    """By name and label; the same counts reach `flashmoe status` by their keys."""
+    counters = Counters(5, 6, 4, 7, 8, 9, 12, 13, 14, 1.5, 2.5)
+    shown = stats.snapshot(counters, SlotCounts(1, 2, 3, 4))
     registry = CollectorRegistry()
-    registry.register(StoreCollector(store))
+    registry.register(SnapshotCollector(lambda: shown))
     value = registry.get_sample_value
     assert value("flashmoe_store_reads_total", {"reason": "demand"}) == 5
     assert value("flashmoe_store_reads_total", {"reason": "prefetch"}) == 6
@@ -129,10 +122,22 @@ def test_metrics_name_every_counter() -> None:
     assert value("flashmoe_store_prefetches_withdrawn_total") == 12
     assert value("flashmoe_store_prefetches_used_total") == 13
     assert value("flashmoe_store_prefetch_wasted_bytes_total") == 14
+    counts = {"free": 1, "filling": 2, "leased": 3, "reclaimable": 4}
     assert {s: value("flashmoe_store_slots", {"state": s}) for s in counts} == counts
-    assert value("flashmoe_store_sessions", {"state": "orphaned"}) == 11
-    assert value("flashmoe_store_quarantined_experts") == 1
-    assert value("flashmoe_store_direct_io") == 1
+
+
+def test_what_is_held_is_shown(store_dir: Path, run_dir: Path) -> None:
+    """Sessions, damaged records and the way of reading, of a store that runs."""
+    with local_store(store_dir, run_dir, 8, **SETTINGS) as address, Wire(address, run_dir) as wire:
+        flip(store_dir / FILE_NAME, expert_range(KEYS[-1])[0])
+        with Lock(run_dir / "sessions", "held.lock") as lock:
+            session, _ = wire.open_shared(lock)
+            session.exchange([KEYS[-1]])
+            found = wire.stats()
+            session.close()
+    assert (found.sessions, found.orphaned_sessions, found.quarantined_experts) == (1, 0, 1)
+    assert found.quarantined == [str(KEYS[-1])]
+    assert found.direct_io in (True, False)
 
 
 CONFIG = """

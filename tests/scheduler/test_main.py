@@ -20,9 +20,11 @@ from redis import Redis
 
 from proto import redis_schema, rpc
 from proto import scheduler_pb2 as pb
+from proto import stats_pb2 as stats_pb
 from proto.expert import ExpertKey
 from proto.redis_schema import Advice
 from proto.scheduler_pb2_grpc import SchedulerStub
+from proto.stats import Stats
 from scheduler.__main__ import run
 from scheduler.config import SchedulerConfig
 from scheduler.daemon import service, snapshot
@@ -81,7 +83,7 @@ def test_serves_learns_and_leaves_with_a_snapshot(run_dir: Path) -> None:
         for event in structured_trace(50):
             redis.xadd(redis_schema.access_stream("f"), event.encode())
         stub = SchedulerStub(channel)
-        while stub.Stats(pb.SchedulerStatsRequest()).events_seen < 50:
+        while Stats.from_pb(stub.Stats(stats_pb.StatsRequest())).events_seen < 50:
             assert process.poll() is None
         key = ExpertKey(3, 1)
         assert 0 <= stub.Explain(pb.ExplainRequest(key=key.to_pb())).score <= 1
@@ -110,9 +112,10 @@ def test_takes_up_its_snapshot_and_serves_though_redis_is_down(run_dir: Path) ->
         daemon(path) as process,
         rpc.connect(f"unix:{run_dir}/scheduler.sock") as channel,
     ):
-        stats = SchedulerStub(channel).Stats(
-            pb.SchedulerStatsRequest(), wait_for_ready=True, timeout=DEADLINE_S
+        snapshot_now = SchedulerStub(channel).Stats(
+            stats_pb.StatsRequest(), wait_for_ready=True, timeout=DEADLINE_S
         )
+        stats = Stats.from_pb(snapshot_now)
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=DEADLINE_S)

@@ -34,9 +34,17 @@ def test_pages_and_status_are_as_they_were(tiny_store: Path, run_dir: Path) -> N
             "pages": {
                 name: page(stack, name) for name in ("expert_store", "compute_node", "scheduler")
             },
-            "status": shape(stack.status()),
+            "status": shape(known(stack.status())),
         }
     assert found == json.loads(GOLDEN.read_text())
+
+
+def known(status: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Without the list of all that a daemon shows, to which every new counter comes."""
+    return {
+        name: {key: value for key, value in facts.items() if key != "stats"}
+        for name, facts in status.items()
+    }
 
 
 def page(stack: ServedStack, name: str) -> dict[str, Any]:

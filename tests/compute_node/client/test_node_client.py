@@ -13,7 +13,7 @@ import pytest
 
 from compute_node.client.node_client import NodeClient
 from proto import compute_node_pb2 as pb
-from proto import errors
+from proto import errors, stats
 
 CHAT = {"role": "user", "content": "hello"}
 
@@ -26,7 +26,7 @@ class Recorder:
 
     def ask(self, request: Any, timeout: float | None) -> Any:
         self.requests.append(request)
-        return pb.NodeStatsReply()
+        return stats.snapshot()
 
     Generate = Score = Forward = Stats = ask
 

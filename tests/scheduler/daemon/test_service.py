@@ -6,18 +6,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from proto import errors, rpc
+from proto import errors, rpc, stats
 from proto import scheduler_pb2 as pb
+from proto import stats_pb2 as stats_pb
 from proto.expert import ExpertKey
 from proto.scheduler_pb2_grpc import SchedulerStub
 from scheduler.daemon import service
 from scheduler.daemon.scorer import Scorer
 from scheduler.daemon.service import SchedulerService
-from tests.scheduler.daemon.test_stats import REPORT, STATS
+from scheduler.learn.learner import ReuseModel
 from tests.scheduler.traces import small_config, structured_trace
 
 if TYPE_CHECKING:
     from proto.scheduler_pb2_grpc import SchedulerAsyncStub
+
+
+SHOWN = stats.snapshot(ReuseModel(["age"]))
 
 
 @pytest.fixture
@@ -28,7 +32,7 @@ def scorer() -> Scorer:
 @pytest.fixture
 async def stub(scorer: Scorer, run_dir: Path) -> AsyncIterator[SchedulerAsyncStub]:
     address = f"unix:{run_dir}/scheduler.sock"
-    servicer = SchedulerService(scorer, lambda: STATS, horizon_steps=4)
+    servicer = SchedulerService(scorer, lambda: SHOWN, horizon_steps=4)
     async with (
         rpc.serving(rpc.Listen(address), servicer.register, (service.NAME,), 0),
         rpc.connect_aio(address) as channel,
@@ -65,23 +69,5 @@ async def test_explain_ends_with_the_statuses_of_its_contract(
         assert type(errors.from_rpc(caught.value)) is kind
 
 
-async def test_stats_are_told_in_full(stub: SchedulerAsyncStub) -> None:
-    """Red when a counter is left out or mixed up with another."""
-    reply = await stub.Stats(pb.SchedulerStatsRequest())
-    for field in pb.SchedulerStatsReply.DESCRIPTOR.fields:
-        if field.name != "nodes":
-            assert getattr(reply, field.name) == getattr(STATS, field.name), field.name
-
-
-async def test_shadows_are_told_in_full(stub: SchedulerAsyncStub) -> None:
-    """Red when a figure is left out or mixed up with another."""
-    [told] = (await stub.Stats(pb.SchedulerStatsRequest())).nodes
-    for name in ("node", "slots", "scope", "steps", "in_charge", "switches"):
-        assert getattr(told, name) == getattr(REPORT, name), name
-    for field in pb.Reason.DESCRIPTOR.fields:
-        assert getattr(told.reason, field.name) == getattr(REPORT.reason, field.name), field.name
-    scores = {**REPORT.policies, "actual": REPORT.actual}
-    assert [score.policy for score in (*told.policies, told.actual)] == list(scores)
-    for score in (*told.policies, told.actual):
-        for name in ("hit_ratio", "windowed_hit_ratio", "windowed_regret"):
-            assert getattr(score, name) == getattr(scores[score.policy], name), name
+async def test_stats_are_those_of_the_loop(stub: SchedulerAsyncStub) -> None:
+    assert await stub.Stats(stats_pb.StatsRequest()) == SHOWN

@@ -1,0 +1,70 @@
+"""What the node shows of itself; each counter is defined beside where it is counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from compute_node.engine.engine import Engine
+from compute_node.engine.jobs import ComputeThread
+from compute_node.evidence import learning
+from compute_node.evidence.advice import AdviceFeed
+from compute_node.evidence.log import AccessLog
+from compute_node.kernels.counts import KernelCounts
+from compute_node.store.borrow import StoreClient
+from proto import stats
+from proto import stats_pb2 as pb
+from proto.stats import fact, gauge, labelled
+
+
+@dataclass
+class NodeStats:
+    """access_log, advice: None without Redis."""
+
+    engine: Engine
+    compute: ComputeThread
+    store: StoreClient
+    access_log: AccessLog | None
+    advice: AdviceFeed | None
+    requests: Annotated[int, fact("since the start")] = 0
+
+    def snapshot(self) -> pb.Snapshot:
+        cache, loaded = self.engine.cache, self.engine.loaded
+        layers, distances = cache.counters.items(), enumerate(loaded.prefetcher.distances, start=1)
+        return stats.snapshot(
+            self,
+            *(labelled(counters, layer=layer) for layer, counters in layers),
+            cache,
+            cache.budget,
+            cache.chooser,
+            self.compute,
+            *(labelled(distance, layers_ahead=number) for number, distance in distances),
+            loaded.prefetcher,
+            labelled(KernelCounts.of(loaded.prober, native=True), kernel="native"),
+            labelled(KernelCounts.of(loaded.prober, native=False), kernel="torch"),
+            self.access_log,
+            self.advice,
+            self.store,
+            self.engine,
+            loaded,
+        )
+
+    @property
+    @fact("of the model")
+    def fingerprint(self) -> str:
+        return self.engine.loaded.spec.fingerprint
+
+    @property
+    @fact("their format")
+    def weights(self) -> str:
+        return str(self.engine.loaded.spec.weight_format)
+
+    @property
+    @fact("why nothing is learned; empty: it is")
+    def learning_obstacle(self) -> str:
+        return learning.obstacle(self.access_log, self.advice)
+
+    @property
+    @gauge("flashmoe_node_learning", "1 while evidence leaves and advice comes")
+    def is_learning(self) -> bool:
+        return not self.learning_obstacle

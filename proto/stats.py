@@ -1,0 +1,197 @@
+"""A counter is defined once, beside where it is counted: by the annotation of an attribute, or on a
+property.
+
+    demand_reads: Annotated[int, counter("flashmoe_store_reads", "Records read")] = 0
+
+    @property
+    @gauge("flashmoe_node_prefetch_depth", "Layers ahead that pay now", key="prefetch_depth")
+    def depth(self) -> int: ...
+
+The Stats call, the metrics page and `flashmoe status` derive from it. Counting stays arithmetic on
+a plain attribute; only `snapshot` looks at annotations, once a class.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar, get_type_hints
+
+from proto import errors
+from proto import stats_pb2 as pb
+
+VERSION = 1
+
+Getter = TypeVar("Getter", bound=Callable[[Any], object])
+Value = bool | int | float | str | list[str] | None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How an attribute is shown. key: its name in a snapshot; empty: the attribute's own."""
+
+    kind: pb.Metric.Kind.ValueType
+    page_name: str
+    help: str
+    key: str
+    labels: Mapping[str, str]
+
+    def __call__(self, getter: Getter) -> Getter:
+        """Under `@property`: what it returns is shown."""
+        getter.shown = self  # type: ignore[attr-defined]
+        return getter
+
+
+def counter(page_name: str, text: str, *, key: str = "", **labels: str) -> Shown:
+    """A number that only grows. page_name: its Prometheus family, without `_total`"""
+    return Shown(pb.Metric.COUNTER, page_name, text, key, labels)
+
+
+def gauge(page_name: str, text: str, *, key: str = "", **labels: str) -> Shown:
+    """A number as it is now; None is left out of the metrics page."""
+    return Shown(pb.Metric.GAUGE, page_name, text, key, labels)
+
+
+def fact(text: str, *, key: str = "", **labels: str) -> Shown:
+    """Text, texts or a number that the metrics page does not have."""
+    return Shown(pb.Metric.FACT, "", text, key, labels)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One of several alike, such as the counters of a layer."""
+
+    source: object
+    labels: Mapping[str, str]
+
+
+def labelled(source: object, **labels: object) -> Labelled:
+    return Labelled(source, {name: str(value) for name, value in labels.items()})
+
+
+def snapshot(*sources: object) -> pb.Snapshot:
+    """What the sources show now, in their order. None shows nothing."""
+    return pb.Snapshot(
+        version=VERSION,
+        metrics=[
+            metric
+            for given in sources
+            for metric in _metrics(given if isinstance(given, Labelled) else labelled(given))
+        ],
+    )
+
+
+def _metrics(given: Labelled) -> Iterator[pb.Metric]:
+    source: Any = given.source
+    for name, shown in declared(type(source)):  # type: ignore[arg-type]  # a class is hashable
+        metric = pb.Metric(
+            key=shown.key or name,
+            page_name=shown.page_name,
+            help=shown.help,
+            kind=shown.kind,
+            labels={**given.labels, **shown.labels},
+        )
+        _set_value(metric, getattr(source, name))
+        yield metric
+
+
+@cache
+def declared(kind: type) -> tuple[tuple[str, Shown], ...]:
+    """Attributes and properties of a class that are shown, by name."""
+    hints = get_type_hints(kind, include_extras=True)
+    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    for name, member in inspect.getmembers_static(kind, lambda m: isinstance(m, property)):
+        marks[name] = (getattr(member.fget, "shown", None),)
+    return tuple(
+        (name, mark) for name, found in marks.items() for mark in found if isinstance(mark, Shown)
+    )
+
+
+def _set_value(metric: pb.Metric, value: object) -> None:
+    match value:
+        case None:
+            pass
+        case bool():
+            metric.flag = value
+        case int():
+            metric.count = value
+        case float():
+            metric.measure = value
+        case str():
+            metric.text = value
+        case list():
+            metric.texts.items.extend(value)
+        case _:
+            raise TypeError(f"{metric.key} is of type {type(value).__name__}")
+
+
+def value_of(metric: pb.Metric) -> Value:
+    kind = metric.WhichOneof("value")
+    if kind == "texts":
+        return list(metric.texts.items)
+    value: Value = getattr(metric, kind) if kind else None
+    return value
+
+
+class NotShown(errors.VersionMismatch, AttributeError):
+    """A daemon of another version has no such counter."""
+
+
+class Stats:
+    """What a daemon shows, by key: `stats.hits`. Of several alike, that is the sum.
+
+    Raises NotShown for any other key.
+    """
+
+    def __init__(self, found: list[tuple[str, dict[str, str], Value]]) -> None:
+        """found: key, labels and value of each metric"""
+        self._found = found
+
+    @classmethod
+    def from_pb(cls, message: pb.Snapshot) -> Stats:
+        """Raises VersionMismatch for the answer of a daemon that has another form of it."""
+        if message.version != VERSION:
+            raise errors.VersionMismatch(
+                f"the daemon shows its counters in form {message.version}, this program reads form "
+                f"{VERSION}: update the older one"
+            )
+        return cls([(m.key, dict(m.labels), value_of(m)) for m in message.metrics])
+
+    def __getattr__(self, key: str) -> Any:
+        values = [] if key.startswith("_") else [value for name, _, value in self if name == key]
+        if not values:
+            raise NotShown(f"the daemon shows no {key!r}: update the older one of the two programs")
+        return sum(values) if len(values) > 1 else values[0]
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, str], Value]]:
+        return iter(self._found)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return getattr(self, key, default)
+
+    def of(self, **labels: str) -> Stats:
+        """Those with all these labels, which are taken off."""
+        wanted = labels.items()
+        return Stats(
+            [
+                (key, dict(found.items() - wanted), value)
+                for key, found, value in self
+                if found.items() >= wanted
+            ]
+        )
+
+    def by(self, label: str) -> dict[str, Stats]:
+        """Those with this label, by its value, in the order of their first."""
+        names = dict.fromkeys(found[label] for _, found, _ in self if label in found)
+        return {name: self.of(**{label: name}) for name in names}
+
+    def document(self) -> dict[str, Value]:
+        """Every value by key and labels, as in `hits{layer=3}`."""
+        return {f"{key}{_suffix(labels)}": value for key, labels, value in self}
+
+
+def _suffix(labels: Mapping[str, str]) -> str:
+    pairs = ",".join(f"{name}={labels[name]}" for name in sorted(labels))
+    return f"{{{pairs}}}" if pairs else ""
