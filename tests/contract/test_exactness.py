@@ -116,7 +116,11 @@ def prompt() -> list[int]:
 
 @contextmanager
 def engine(
-    store_dir: Path, run_dir: Path, spare: int = 4, pooled: bool = False
+    store_dir: Path,
+    run_dir: Path,
+    spare: int = 4,
+    pooled: bool = False,
+    prober: Prober | None = None,
 ) -> Iterator[Engine]:
     """A node's engine with `spare` slots above top_k a layer, on a store of its own. Its kernels
     are used wherever they give torch's bits, however fast they are.
@@ -131,7 +135,7 @@ def engine(
             budget = Budget(slots, spec.moe_layers, spec.top_k, pooled)
             cache = ExpertCache(client, budget, chooser)
             model_dir = client.describe().model_dir
-            loaded = load_model(model_dir, spec, cache, Prober())
+            loaded = load_model(model_dir, spec, cache, prober or Prober())
             cache.open()
             yield Engine(loaded, cache, model_dir, 256, 256)
         finally:
@@ -238,3 +242,27 @@ def test_native_kernels_are_exact(
         some = any if binding.isa() == binding.PORTABLE else all  # not for every number of tokens
         known = [verdict.way for verdict in prober.lossless_gemm.known.values()]
         assert (known and some(known)) or by_amx
+
+
+@pytest.mark.skipif(binding.obstacle() != "", reason=binding.obstacle())
+@pytest.mark.parametrize("weight_format", ["exact", "lossless"])
+def test_a_second_start_proves_nothing(
+    weight_format: str, use_native: Callable[[binding.Setting], None], tmp_path: Path
+) -> None:
+    """Red when an entry's verdicts are not in the file, or keys differ between two processes."""
+    use_native("portable")
+    wide = {"hidden_size": 256, "moe_intermediate_size": 96, "head_dim": 64}
+    root = make("qwen3_moe", tmp_path / "checkpoint", torch.bfloat16, **wide)
+    pack(root, tmp_path / "store", weight_format=weight_format)
+    found = []
+    for run_dir in (tmp_path / "first", tmp_path / "second"):
+        run_dir.mkdir()
+        prober = Prober()
+        prober.load(tmp_path / "kernels.json")
+        with engine(tmp_path / "store", run_dir, prober=prober) as node:
+            logits, _ = run(node)
+        prober.save(tmp_path / "kernels.json")
+        found.append((prober.num_proofs, logits))
+    (first, before), (second, after) = found
+    assert first > 10 and second == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -54,3 +54,11 @@ def test_what_is_marked_initialised_is_left_alone() -> None:
     source = inspect.getsource(PreTrainedModel._initialize_missing_keys)
     source += inspect.getsource(initialization)
     assert "_is_hf_initialized" in source
+
+
+def test_a_module_calls_the_forward_that_it_was_given() -> None:
+    """Kernels of one token replace it on the module itself, and keep the class as it is."""
+    linear = torch.nn.Linear(2, 2)
+    setattr(linear, "forward", lambda inputs: inputs + 1)  # noqa: B010  a method, to mypy
+    assert torch.equal(linear(torch.zeros(2)), torch.ones(2))
+    assert torch.equal(torch.nn.Sequential(linear)(torch.zeros(2)), torch.ones(2))
