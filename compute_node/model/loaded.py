@@ -28,6 +28,7 @@ from compute_node.kernels.gate import Gates
 from compute_node.kernels.prober import Prober
 from compute_node.model.dense_weights import reading_dense
 from compute_node.moe.layer import IMPLEMENTATION, RoutedExperts, register
+from compute_node.moe.local import LocalBackend
 from compute_node.moe.router_watch import RouterWatch
 from compute_node.predict.layer_timer import LayerTimer
 from compute_node.predict.prefetcher import Prefetcher
@@ -108,7 +109,8 @@ def load_model(
     model_id = xxhash.xxh3_64_hexdigest((model_dir / "config.json").read_bytes())
     kernels = _kernels(spec, modules, Gates(prober, model_id), prober)
     for layer, (_, module) in modules.items():
-        module.flashmoe = RoutedExperts(layer, kernels[layer], cache, prefetcher, timer)
+        backend = LocalBackend(layer, cache, prefetcher, timer)
+        module.flashmoe = RoutedExperts(layer, kernels[layer], backend)
     register()
     model.set_experts_implementation(IMPLEMENTATION)
     _check_nothing_missing(model)

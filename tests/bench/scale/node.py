@@ -23,6 +23,7 @@ from compute_node.engine.usage import Measure, Usage
 from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import LoadedModel, load_model
 from compute_node.moe.layer import RoutedExperts
+from compute_node.moe.local import LocalBackend
 from compute_node.moe.step import Phase, Step
 from compute_node.predict.layer_timer import LayerTimer
 from compute_node.store.borrow import StoreClient
@@ -177,7 +178,8 @@ class Node:
         prefetcher.resident = cache
         timer = LayerTimer(cache, prefetcher.computed)
         for layer, module in loaded.experts_modules.items():
-            module.flashmoe = RoutedExperts(layer, loaded.kernels[layer], cache, prefetcher, timer)
+            backend = LocalBackend(layer, cache, prefetcher, timer)
+            module.flashmoe = RoutedExperts(layer, loaded.kernels[layer], backend)
 
     def _decode(
         self, segment: Segment, cache: ExpertCache, hear: Callable[[int], None], num_steps: int

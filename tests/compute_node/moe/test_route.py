@@ -6,18 +6,20 @@ residents shown to it.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
-import pytest
 import torch
+from torch import Tensor
 
 from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
-from compute_node.moe import layer as routed
+from compute_node.moe.layer import RoutedExperts
+from compute_node.moe.local import LocalBackend
 from compute_node.moe.route import EXACT, Route
 from compute_node.moe.step import Batch, Part, Phase, Step
+from compute_node.moe.sums import Sum
 from compute_node.predict.layer_timer import LayerTimer
 from tests.fakes import FakeLender
 
@@ -37,26 +39,38 @@ def test_the_exact_policy_returns_its_argument() -> None:
     assert EXACT.apply(route, ()) is route
 
 
-def test_what_the_policy_says_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+class Backend:
+    """Computes nothing, and keeps what it was asked for."""
+
+    resident = (4,)
+
+    def __init__(self) -> None:
+        self.asked: list[Sequence[int]] = []
+
+    def run(
+        self, step: Step, hidden: Tensor, experts: Sequence[int], sums: Sequence[Sum]
+    ) -> set[int]:
+        self.asked.append(experts)
+        return set(experts)
+
+
+def test_what_the_policy_says_is_computed() -> None:
+    backend = Backend()
+    experts = RoutedExperts(1, None, backend, OnlyResident())  # type: ignore[arg-type]
+    step = Step(Batch(Part("s", Phase.PREFILL, 1, 1)), lambda: None)
+    with step.running():
+        module = SimpleNamespace(num_experts=NUM_EXPERTS)
+        experts.forward(module, torch.ones(1, 4), torch.tensor([[4, 5]]), torch.ones(1, 2))
+    assert backend.asked == [[4]]
+    assert step.accesses[1].ids.tolist() == [[4, NUM_EXPERTS]]
+    assert step.accesses[1].hits == {4}
+
+
+def test_residents_are_those_of_the_layer() -> None:
     chooser = PolicyChooser("lru", 16.0, LAYERS, NUM_EXPERTS, lambda: None)
     cache = ExpertCache(FakeLender(), Budget(8, LAYERS, 2, pooled=True), chooser)
     cache.open()
     for layer, expert in ((1, 4), (3, 5)):
         list(cache.step(layer, [expert])[1])
-    computed: list[int] = []
-
-    def total_of(*_: object) -> SimpleNamespace:
-        def add(wave: list[SimpleNamespace]) -> None:
-            computed.extend(borrowed.key.expert for borrowed in wave)
-
-        return SimpleNamespace(add=add, result=lambda: torch.zeros(1, 4))
-
-    monkeypatch.setattr(routed, "_total_of", total_of)
-    experts = routed.RoutedExperts(1, None, cache, None, LayerTimer(cache), OnlyResident())  # type: ignore[arg-type]
-    step = Step(Batch(Part("s", Phase.PREFILL, 1, 1)), lambda: None)
-    with step.running():
-        module = SimpleNamespace(num_experts=NUM_EXPERTS)
-        experts.forward(module, torch.ones(1, 4), torch.tensor([[4, 5]]), torch.ones(1, 2))
-    assert computed == [4], "expert 5 is resident in another layer alone"
-    assert step.accesses[1].ids.tolist() == [[4, NUM_EXPERTS]]
-    assert step.accesses[1].hits == {4}
+    resident = LocalBackend(1, cache, None, LayerTimer(cache)).resident  # type: ignore[arg-type]
+    assert [expert for expert in range(NUM_EXPERTS) if expert in resident] == [4]

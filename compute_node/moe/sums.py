@@ -1,0 +1,93 @@
+"""The weighted sum of one sequence's experts in one layer, added up in eager's order whatever order
+and place they were computed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from compute_node.kernels.expert_kernels import ExpertKernels
+from compute_node.kernels.prompt import Prompt
+from compute_node.moe.route import Route
+from compute_node.store.memory import Borrowed
+
+
+class Sum(Protocol):
+    """Of one sequence's rows. Experts may come in any order."""
+
+    @property
+    def experts(self) -> Container[int]:
+        """Those that some token of it chose."""
+
+    def add(self, wave: list[Borrowed]) -> None:
+        """Compute with these, each of which some token chose; they stay valid only for the call."""
+
+    def result(self) -> Tensor:
+        """[T, D], once all were added."""
+
+
+def sum_of(
+    kernels: ExpertKernels, num_experts: int, hidden: Tensor, route: Route, ids: list[list[int]]
+) -> Sum:
+    """ids: the route's once more"""
+    if len(ids) == 1:
+        experts = [e for e in ids[0] if e < num_experts]
+        if len(set(experts)) == len(experts):
+            gates = dict(zip(ids[0], route.weights[0].tolist(), strict=True))
+            return OneTokenSum(kernels, hidden, gates)
+    return ManyTokensSum(kernels, num_experts, hidden, route)
+
+
+class OneTokenSum:
+    """Adds in ascending expert order, whatever order they came in. No expert is named twice.
+
+    hidden: [1, D]; gates: weight of each chosen expert
+    """
+
+    def __init__(self, kernels: ExpertKernels, hidden: Tensor, gates: dict[int, float]) -> None:
+        self.experts = gates
+        self._kernels, self._hidden = kernels, hidden
+        self._parts: list[Tensor] = []
+        self._added: list[int] = []
+
+    def add(self, wave: list[Borrowed]) -> None:
+        if not wave:
+            return
+        tensors = [borrowed.tensors for borrowed in wave]
+        chosen = [borrowed.key.expert for borrowed in wave]
+        weights = [self.experts[expert] for expert in chosen]
+        self._parts.append(self._kernels.one_token(tensors, self._hidden, weights))
+        self._added += chosen
+
+    def result(self) -> Tensor:
+        if not self._added:
+            return torch.zeros_like(self._hidden)
+        rows = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)  # [E, D]
+        order = sorted(range(len(self._added)), key=self._added.__getitem__)
+        if order != list(range(len(order))):
+            rows = rows[order]
+        return self._kernels.add_up(rows)
+
+
+class ManyTokensSum:
+    """A prompt, and a token that names an expert twice (eager multiplies both choices at once,
+    which rounds otherwise than one after the other): keeps each (token, k) output until all waves
+    are through, then sums in eager's order.
+    """
+
+    def __init__(
+        self, kernels: ExpertKernels, num_experts: int, hidden: Tensor, route: Route
+    ) -> None:
+        self.experts = set(route.ids.flatten().tolist())
+        self._kernels = kernels
+        self._prompt = Prompt(hidden.contiguous(), route.ids, route.weights, num_experts)
+
+    def add(self, wave: list[Borrowed]) -> None:
+        self._kernels.many_tokens(self._prompt, {b.key.expert: b.tensors for b in wave})
+
+    def result(self) -> Tensor:
+        return self._prompt.total()
