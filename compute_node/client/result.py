@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import grpc
-import numpy as np
-from numpy.typing import NDArray
 
 from proto import compute_node_pb2 as pb
 from proto import errors
+from proto.access import RecordedStep
 
 
 @dataclass(frozen=True)
@@ -40,51 +39,6 @@ class Phase:
         """Hits over routed experts; 0 when nothing was routed."""
         total = self.hits + self.misses
         return self.hits / total if total else 0.0
-
-
-@dataclass(frozen=True)
-class RecordedStep:
-    """What one decode step asked of the experts. L MoE layers, K experts a token, E experts a
-    layer.
-
-    topk_ids:      [L, K], in the router's order
-    topk_weights:  [L, K], their gate weights
-    router_scores: [L, E], as the router gave them; None when not asked for
-    """
-
-    num_experts: int
-    topk_ids: NDArray[np.uint16]
-    topk_weights: NDArray[np.float16]
-    router_scores: NDArray[np.float16] | None = None
-
-    def to_pb(self) -> pb.StepAccess:
-        num_layers, top_k = self.topk_ids.shape
-        message = pb.StepAccess(
-            num_layers=num_layers,
-            top_k=top_k,
-            num_experts=self.num_experts,
-            topk_ids=self.topk_ids.astype("<u2").tobytes(),
-            topk_weights=self.topk_weights.astype("<f2").tobytes(),
-        )
-        if self.router_scores is not None:
-            message.router_scores = self.router_scores.astype("<f2").tobytes()
-        return message
-
-    @classmethod
-    def from_pb(cls, message: pb.StepAccess) -> Self:
-        """Raises MessageInvalid when the arrays have not the shape they are said to have."""
-        chosen = message.num_layers, message.top_k
-        scored = message.num_layers, message.num_experts
-        has_scores = message.HasField("router_scores")
-        try:
-            return cls(
-                message.num_experts,
-                np.frombuffer(message.topk_ids, "<u2").reshape(chosen),
-                np.frombuffer(message.topk_weights, "<f2").reshape(chosen),
-                np.frombuffer(message.router_scores, "<f2").reshape(scored) if has_scores else None,
-            )
-        except ValueError as error:
-            raise errors.MessageInvalid(f"a step that does not decode ({error})") from error
 
 
 @dataclass(frozen=True)

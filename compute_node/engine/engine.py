@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from compute_node.cache.expert_cache import ExpertCache, never
-from compute_node.client.result import RecordedStep
 from compute_node.engine.limits import Limits
 from compute_node.engine.request import Request
 from compute_node.engine.usage import Measure, Usage
@@ -26,6 +25,7 @@ from compute_node.model.finite import fault_of, is_usable
 from compute_node.model.loaded import LoadedModel
 from compute_node.moe.step import Batch, Part, Phase, Step
 from proto import errors
+from proto.access import RecordedStep
 from proto.checkpoint.sequence_state import state_bytes
 from proto.checkpoint.text_files import load_generation_config
 from proto.stats import fact

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compute_node.client.result import RecordedStep
 from compute_node.moe.step import LayerAccess, Step
 from proto import errors
+from proto.access import RecordedStep
 from proto.expert import ModelSpec
 
 

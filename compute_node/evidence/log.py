@@ -13,13 +13,14 @@ from typing import Annotated, Any
 import redis
 
 from proto import redis_schema
-from proto.redis_schema import DecodeAccess, PrefillAccess
+from proto.access import DecodeAccess, PrefillAccess
 from proto.stats import counter
 
 logger = logging.getLogger(__name__)
 
 _CAPACITY = 256
 _RETRY_S = 0.5
+_ENTRY_BYTES = 128  # what Redis keeps beside the message
 _PAGE, _HELP = "flashmoe_node_evidence", "Evidence entries"
 
 
@@ -74,8 +75,7 @@ class AccessLog:
 
     def _send(self, event: DecodeAccess | PrefillAccess) -> None:
         fields: Any = event.encode()
-        entry_bytes = sum(len(value) for value in fields.values() if isinstance(value, bytes))
-        maxlen = redis_schema.access_stream_maxlen(entry_bytes + 256)
+        maxlen = redis_schema.access_stream_maxlen(len(fields["access"]) + _ENTRY_BYTES)
         try:
             self._redis.xadd(self._stream, fields, maxlen=maxlen, approximate=True)
         except (redis.RedisError, OSError) as error:

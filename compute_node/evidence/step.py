@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from compute_node.evidence.accesses import layers_of, recorded
 from compute_node.evidence.log import AccessLog
 from compute_node.moe.step import LayerAccess, Part, Phase, Step
+from proto.access import DecodeAccess, PrefillAccess
 from proto.expert import ModelSpec
-from proto.redis_schema import DecodeAccess, PrefillAccess
 
 
 class Evidence:

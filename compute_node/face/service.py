@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compute_node.client.result import RecordedStep, ScoredToken
+from compute_node.client.result import ScoredToken
 from compute_node.client.sampling_options import SamplingOptions
 from compute_node.engine import engine as core
 from compute_node.engine.jobs import ComputeThread
@@ -24,6 +24,7 @@ from proto import compute_node_pb2 as pb
 from proto import compute_node_pb2_grpc as pb_grpc
 from proto import errors
 from proto import stats_pb2 as stats_pb
+from proto.access import RecordedStep
 
 SERVICE_NAME = "flashmoe.v1.ComputeNode"
 _DEFAULT_MAX_TOKENS = 128

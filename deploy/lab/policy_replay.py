@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deploy.terminal import console
 from proto import errors
-from proto.redis_schema import DecodeAccess
+from proto.access import DecodeAccess
 from scheduler.lab.lockstep import replay_together
 from scheduler.lab.policies import POLICIES, Background
 from scheduler.simulate.replay import Outcome, ReplayCache, Setting

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compute_node.client.node_client import NodeClient
-from compute_node.client.result import Generation, RecordedStep, Result
+from compute_node.client.result import Generation, Result
 from deploy.terminal.prompts import Prompt
 from proto import errors
+from proto.access import RecordedStep
 from scheduler.simulate.trace import AccessTrace
 
 

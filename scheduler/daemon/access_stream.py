@@ -14,7 +14,7 @@ from redis import exceptions
 from redis.asyncio import Redis
 
 from proto import errors, redis_schema
-from proto.redis_schema import DecodeAccess, PrefillAccess
+from proto.access import DecodeAccess, PrefillAccess, decode_access
 from proto.stats import counter, gauge
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class AccessStream:
             self.entries_lost += 1
             return None
         try:
-            return redis_schema.decode_access(fields)
+            return decode_access(fields)
         except errors.MessageInvalid as error:
             self.entries_rejected += 1
             logger.warning("evidence rejected", extra={"reason": str(error)})

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from proto import errors, stats
 from proto import stats_pb2 as pb
-from proto.redis_schema import DecodeAccess, PrefillAccess
+from proto.access import DecodeAccess, PrefillAccess
 from proto.stats import counter, fact, gauge
 from scheduler.config import SchedulerConfig
 from scheduler.daemon.access_stream import AccessStream, RawEntry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from proto.redis_schema import DecodeAccess
+from proto.access import DecodeAccess
 from scheduler.config import SchedulerConfig
 from scheduler.daemon.scorer import Scorer
 from scheduler.learn.forecaster import Forecaster

@@ -9,8 +9,8 @@ from typing import Annotated
 import numpy as np
 
 from proto import errors
+from proto.access import DecodeAccess, PrefillAccess
 from proto.expert import ExpertKey
-from proto.redis_schema import DecodeAccess, PrefillAccess
 from proto.stats import counter
 from scheduler.config import SchedulerConfig
 from scheduler.learn.features import Features

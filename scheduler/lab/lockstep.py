@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from proto.redis_schema import DecodeAccess
+from proto.access import DecodeAccess
 from scheduler.policy.hedged import Hedged
 from scheduler.simulate.ranking import RankingPolicy, Ranks
 from scheduler.simulate.replay import Outcome, RankedCache, ReplayCache, Setting, slots_of

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from proto.redis_schema import DecodeAccess, PrefillAccess
+from proto.access import DecodeAccess, PrefillAccess
 from scheduler.learn.followers import Followers
 from scheduler.learn.recall import Recall
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from proto.redis_schema import DecodeAccess
+from proto.access import DecodeAccess
 from scheduler.simulate.ranking import Ranks, chosen
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from proto.redis_schema import DecodeAccess
+from proto.access import DecodeAccess
 from scheduler.policy.lru import Lru
 from scheduler.simulate.ranking import Ranks, chosen
 from scheduler.simulate.trace import AccessTrace

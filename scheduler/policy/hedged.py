@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from proto.redis_schema import DecodeAccess
+from proto.access import DecodeAccess
 from scheduler.simulate.replay import RankedCache
 from scheduler.simulate.slots import Hits, Slots
 

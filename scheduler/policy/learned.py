@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proto.redis_schema import DecodeAccess
+from proto.access import DecodeAccess
 from scheduler.learn.features import Features
 from scheduler.learn.forecaster import Forecast, Forecaster
 from scheduler.simulate.ranking import Ranks, chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proto.redis_schema import DecodeAccess
+from proto.access import DecodeAccess
 from scheduler.policy.lfu import Lfu
 from scheduler.policy.lru import Lru
 from scheduler.simulate.ranking import Ranks

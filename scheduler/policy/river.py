@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from proto.redis_schema import DecodeAccess, PrefillAccess
+from proto.access import DecodeAccess, PrefillAccess
 from scheduler.learn.features import Features, feature_names
 from scheduler.learn.followers import Followers
 from scheduler.learn.labels import DelayedLabels, Questions

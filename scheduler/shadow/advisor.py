@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proto import errors
-from proto.redis_schema import ADVISED_POLICIES, AUTO, FALLBACK_POLICY, DecodeAccess, PrefillAccess
+from proto.access import DecodeAccess, PrefillAccess
+from proto.redis_schema import ADVISED_POLICIES, AUTO, FALLBACK_POLICY
 from proto.stats import counter
 from scheduler.shadow.shadows import Capacity, Report, Shadows
 from scheduler.simulate.ranking import RankingPolicy

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proto import errors
-from proto.redis_schema import POOL, DecodeAccess
+from proto.access import DecodeAccess
+from proto.redis_schema import POOL
 from proto.stats import Labelled, counter, fact, gauge, labelled
 from scheduler.policy.hedged import PINNED, Hedge, Reason, hit_ratio
 from scheduler.shadow.optimum import Optimum

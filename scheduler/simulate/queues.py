@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from proto.redis_schema import DecodeAccess
+from proto.access import DecodeAccess
 from scheduler.simulate.slots import Hits
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from proto.redis_schema import DecodeAccess
+from proto.access import DecodeAccess
 
 Ranks = NDArray[np.float64]
 

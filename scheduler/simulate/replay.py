@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from proto import errors
-from proto.redis_schema import LAYER, POOL, DecodeAccess
+from proto.access import DecodeAccess
+from proto.redis_schema import LAYER, POOL
 from scheduler.simulate.ranking import RankingPolicy
 from scheduler.simulate.slots import Hits, Slots, check_slots, make_slots
 from scheduler.simulate.trace import AccessTrace, TraceInvalid

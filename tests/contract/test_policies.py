@@ -13,7 +13,8 @@ import pytest
 
 from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
-from proto.redis_schema import Advice, DecodeAccess
+from proto.access import DecodeAccess
+from proto.redis_schema import Advice
 from scheduler.lab.policies import POLICIES, Background
 from scheduler.policy.decayed import Decayed
 from scheduler.policy.lfru import Lfru

@@ -15,7 +15,8 @@ import pytest
 
 from compute_node.cache.expert_cache import Budget, ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
-from proto.redis_schema import Advice, DecodeAccess
+from proto.access import DecodeAccess
+from proto.redis_schema import Advice
 from scheduler.policy.decayed import Decayed
 from scheduler.policy.hedged import Hedged
 from scheduler.policy.lfru import Lfru

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from proto.redis_schema import DecodeAccess, Fields, PrefillAccess
+from proto.access import DecodeAccess, PrefillAccess
+from proto.redis_schema import Fields
 from scheduler.config import SchedulerConfig
 
 FINGERPRINT = "f00d"

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expert_store.manifest.manifest import Manifest
-from proto.redis_schema import Advice, DecodeAccess
+from proto.access import DecodeAccess
+from proto.redis_schema import Advice
 from scheduler.config import FORECASTER_NAME
 from scheduler.lab.calibration import calibrate
 from scheduler.lab.calibration_settings import CalibrationSettings

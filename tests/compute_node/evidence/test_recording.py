@@ -17,9 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compute_node.client.node_client import NodeClient
-from compute_node.client.result import RecordedStep, Result
+from compute_node.client.result import Result
+from proto import access_pb2, errors, rpc
 from proto import compute_node_pb2 as pb
-from proto import errors, rpc
+from proto.access import RecordedStep
 from proto.compute_node_pb2_grpc import ComputeNodeStub
 from tests.contract.test_exactness import align
 from tests.daemons import daemon, node_table, store_table
@@ -139,7 +140,7 @@ def test_a_long_prompt_is_cut_when_asked_for(client: NodeClient) -> None:
     assert longer.prompt_token_ids == whole
 
 
-def step_message(**changes: object) -> pb.StepAccess:
+def step_message(**changes: object) -> access_pb2.StepAccess:
     fields = {
         "num_layers": 2,
         "top_k": 1,
@@ -148,7 +149,7 @@ def step_message(**changes: object) -> pb.StepAccess:
         "topk_weights": np.array([1.0, 0.5], "<f2").tobytes(),
         "router_scores": np.arange(6).astype("<f2").tobytes(),
     }
-    return pb.StepAccess(**{**fields, **changes})  # type: ignore[arg-type]
+    return access_pb2.StepAccess(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def test_a_step_decodes_row_after_row() -> None:

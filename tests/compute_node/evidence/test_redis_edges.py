@@ -20,7 +20,8 @@ from compute_node.evidence import learning
 from compute_node.evidence.advice import AdviceFeed
 from compute_node.evidence.log import AccessLog
 from proto import redis_schema
-from proto.redis_schema import Advice, DecodeAccess
+from proto.access import DecodeAccess, decode_access
+from proto.redis_schema import Advice
 from tests.stack import wait_for
 
 
@@ -53,7 +54,7 @@ def event(step: int) -> DecodeAccess:
 
 def entries(client: redis.Redis) -> list[DecodeAccess]:
     found = client.xrange(redis_schema.access_stream("m"))
-    decoded = [redis_schema.decode_access(fields) for _, fields in found]  # type: ignore[union-attr]
+    decoded = [decode_access(fields) for _, fields in found]  # type: ignore[union-attr]
     return [entry for entry in decoded if isinstance(entry, DecodeAccess)]
 
 

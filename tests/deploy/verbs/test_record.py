@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compute_node.client.result import Phase, RecordedStep, Result
+from compute_node.client.result import Phase, Result
 from deploy.lab.recorder import Recorder, Sampling, to_trace
 from deploy.terminal.output_file import publishing
 from deploy.terminal.prompts import Prompt, read_prompts
 from proto import errors
+from proto.access import RecordedStep
 from scheduler.simulate.trace import AccessTrace
 from tests.deploy.test_cli import assert_one_sentence
 from tests.stack import flashmoe

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from proto import redis_schema
-from proto.redis_schema import Advice, DecodeAccess, PrefillAccess
+from proto.access import DecodeAccess, PrefillAccess
+from proto.redis_schema import Advice
 from proto.stats import Stats
 from scheduler.__main__ import connected
 from scheduler.config import SchedulerConfig

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from proto import errors
-from proto.redis_schema import DecodeAccess
+from proto.access import DecodeAccess
 from scheduler.policy.decayed import Decayed
 from scheduler.policy.lfru import Lfru
 from scheduler.policy.lru import Lru

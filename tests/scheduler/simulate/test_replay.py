@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from proto import errors
-from proto.redis_schema import DecodeAccess
+from proto.access import DecodeAccess
 from scheduler.lab.policies import POLICIES, Background
 from scheduler.policy.lfru import Lfru
 from scheduler.simulate.ranking import Ranks
