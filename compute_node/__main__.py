@@ -12,7 +12,8 @@ import compute_node.model.lean_imports  # noqa: F401  isort: skip  before transf
 
 import gc
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import redis
@@ -57,23 +58,8 @@ async def run(config: ComputeNodeConfig) -> None:
         stack.callback(store.close)
         description = store.describe()
         spec = description.spec
-        access_log, advice = None, None
-        if config.redis_url:
-            client = connect_redis(config.redis_url)
-            stack.callback(client.close)
-            access_log = stack.enter_context(AccessLog(client, spec.fingerprint))
-            feed = AdviceFeed(client, spec.fingerprint, config.node, config.advice_poll_s)
-            advice = stack.enter_context(feed)
-        chooser = PolicyChooser(
-            config.policy,
-            config.half_life_tokens,
-            spec.moe_layers,
-            spec.num_experts,
-            advice.fresh if advice else lambda: None,
-        )
-        slots = min(config.slots, spec.num_experts_total)
-        budget = Budget(slots, spec.moe_layers, spec.top_k, pooled=config.scope == "pool")
-        cache = ExpertCache(store, budget, chooser)
+        access_log, advice = stack.enter_context(learning_from(config, spec.fingerprint))
+        cache = new_cache(config, spec, store, advice)
         model_dir = config.model_dir or description.model_dir
         lookahead = Lookahead(
             config.prefetch_depth if config.transport == "shared_memory" else 0,
@@ -88,6 +74,7 @@ async def run(config: ComputeNodeConfig) -> None:
         )
         loaded = compute.do(lambda: load(config, model_dir, spec, cache, prober, lookahead))
         compute.do(cache.open)
+        slots, chooser = cache.budget.slots, cache.chooser
         evidence = None
         if access_log:
             evidence = Evidence(
@@ -121,6 +108,38 @@ async def run(config: ComputeNodeConfig) -> None:
             facts = {"slots": slots, "threads": config.threads or processors.usable()}
             logger.info("ready", extra={"address": config.address, **facts})
             await rpc.until_signalled()
+
+
+@contextmanager
+def learning_from(
+    config: ComputeNodeConfig, fingerprint: str
+) -> Iterator[tuple[AccessLog | None, AdviceFeed | None]]:
+    """Evidence that leaves for the scheduler, and its advice, for the block; neither without
+    Redis.
+    """
+    if not config.redis_url:
+        yield None, None
+        return
+    with closing(connect_redis(config.redis_url)) as client:
+        feed = AdviceFeed(client, fingerprint, config.node, config.advice_poll_s)
+        with AccessLog(client, fingerprint) as access_log, feed as advice:
+            yield access_log, advice
+
+
+def new_cache(
+    config: ComputeNodeConfig, spec: ModelSpec, store: StoreClient, advice: AdviceFeed | None
+) -> ExpertCache:
+    """Not open yet."""
+    chooser = PolicyChooser(
+        config.policy,
+        config.half_life_tokens,
+        spec.moe_layers,
+        spec.num_experts,
+        advice.fresh if advice else lambda: None,
+    )
+    slots = min(config.slots, spec.num_experts_total)
+    budget = Budget(slots, spec.moe_layers, spec.top_k, pooled=config.scope == "pool")
+    return ExpertCache(store, budget, chooser)
 
 
 def load(
