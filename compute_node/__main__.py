@@ -22,7 +22,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from transformers.utils import logging as transformers_logging
 
-from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.cache.budget import Budget
+from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.config import ComputeNodeConfig
 from compute_node.engine.engine import Engine
@@ -38,9 +39,10 @@ from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import LoadedModel, Lookahead, load_model
 from compute_node.native import binding
 from compute_node.store.borrow import StoreClient
+from compute_node.store.session import StoreDescription
 from proto import rpc
 from proto.compute_node_pb2_grpc import add_ComputeNodeServicer_to_server
-from proto.expert import ModelSpec
+from proto.expert import EXACT_VARIANT, ModelSpec
 from proto.process import daemon
 
 logger = logging.getLogger("compute_node")
@@ -59,7 +61,7 @@ async def run(config: ComputeNodeConfig) -> None:
         description = store.describe()
         spec = description.spec
         access_log, advice = stack.enter_context(learning_from(config, spec.fingerprint))
-        cache = new_cache(config, spec, store, advice)
+        cache = new_cache(config, description, store, advice)
         model_dir = config.model_dir or description.model_dir
         lookahead = Lookahead(
             config.prefetch_depth if config.transport == "shared_memory" else 0,
@@ -127,9 +129,13 @@ def learning_from(
 
 
 def new_cache(
-    config: ComputeNodeConfig, spec: ModelSpec, store: StoreClient, advice: AdviceFeed | None
+    config: ComputeNodeConfig,
+    description: StoreDescription,
+    store: StoreClient,
+    advice: AdviceFeed | None,
 ) -> ExpertCache:
     """Not open yet."""
+    spec, expert_bytes = description.spec, description.lease_bytes[EXACT_VARIANT]
     chooser = PolicyChooser(
         config.policy,
         config.half_life_tokens,
@@ -137,8 +143,9 @@ def new_cache(
         spec.num_experts,
         advice.fresh if advice else lambda: None,
     )
-    slots = min(config.slots, spec.num_experts_total)
-    budget = Budget(slots, spec.moe_layers, spec.top_k, pooled=config.scope == "pool")
+    capacity_bytes = min(config.slots, spec.num_experts_total) * expert_bytes
+    is_pooled = config.scope == "pool"
+    budget = Budget(capacity_bytes, expert_bytes, spec.moe_layers, spec.top_k, is_pooled)
     return ExpertCache(store, budget, chooser)
 
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from compute_node.cache.budget import Budget
 from compute_node.store.memory import Borrowed
 from compute_node.store.session import SessionLost
 from proto import errors
 from proto.expert import ExpertKey
 
+EXPERT_BYTES = 100
+
+
+def make_budget(slots: int, moe_layers: tuple[int, ...], top_k: int, pooled: bool) -> Budget:
+    """Of as many experts of `EXPERT_BYTES`."""
+    return Budget(slots * EXPERT_BYTES, EXPERT_BYTES, moe_layers, top_k, pooled)
+
 
 class FakeLender:
     """A store client without a store. damaged: experts that cannot be lent."""
 
-    def __init__(self, quota_slots: int = 1 << 20, bytes_per_expert: int = 100) -> None:
+    def __init__(self, quota_slots: int = 1 << 20, bytes_per_expert: int = EXPERT_BYTES) -> None:
         self.held: dict[ExpertKey, Borrowed] = {}
         self.in_memory: set[ExpertKey] = set()
         self.damaged: set[ExpertKey] = set()

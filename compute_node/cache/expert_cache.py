@@ -8,15 +8,19 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, TypeVar
 
+from compute_node.cache.asked import Asked, Needs, Waiter, never
+from compute_node.cache.budget import Budget
+from compute_node.cache.counters import LayerCounters
+from compute_node.cache.lender import Lender
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.cache.residents import Residents
 from compute_node.store.memory import Borrowed
 from compute_node.store.session import SessionLost
 from proto import errors
 from proto.expert import ExpertKey
-from proto.stats import counter, fact, gauge
+from proto.stats import fact, gauge
 
 logger = logging.getLogger(__name__)
 
@@ -24,118 +28,6 @@ T = TypeVar("T")
 
 _WARM_BATCH = 1024
 _SMOOTHING = 0.1
-_ACCESSES, _BY_OUTCOME = "flashmoe_node_accesses", "Routed experts by outcome"
-
-
-class Lender(Protocol):
-    """What the cache needs of a store client."""
-
-    @property
-    def is_open(self) -> bool: ...
-
-    def open(self, check: Callable[[], None] = ...) -> None: ...
-
-    def borrow(
-        self,
-        releases: Sequence[ExpertKey],
-        acquires: Sequence[ExpertKey],
-        check: Callable[[], None] = ...,
-        prefetches: Sequence[ExpertKey] = ...,
-        withdrawals: Sequence[ExpertKey] = ...,
-    ) -> Iterator[list[Borrowed]]: ...
-
-    def exchange(
-        self,
-        releases: Sequence[ExpertKey],
-        acquires: Sequence[ExpertKey],
-        check: Callable[[], None] = ...,
-    ) -> list[Borrowed]: ...
-
-    def resident(self) -> list[ExpertKey]: ...
-
-    def is_current(self, borrowed: Borrowed) -> bool: ...
-
-    def abort(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many experts may be resident: a number a layer, or one for a pool of all layers."""
-
-    slots: Annotated[int, fact("experts that may be resident")]
-    moe_layers: tuple[int, ...]
-    top_k: int
-    pooled: bool
-
-    def __post_init__(self) -> None:
-        """Raises MemoryExceeded naming the smallest budget that works."""
-        smallest = self.top_k if self.pooled else self.top_k * len(self.moe_layers)
-        if self.slots < smallest:
-            scope = "one pool" if self.pooled else f"{len(self.moe_layers)} layers"
-            raise errors.MemoryExceeded(
-                f"{self.slots} slots cannot hold the {self.top_k} experts a token uses in {scope}: "
-                f"give at least {smallest} slots"
-            )
-
-    def capacity(self, layer: int) -> int:
-        """Slots that experts of `layer` may fill."""
-        if self.pooled:
-            return self.slots
-        share, rest = divmod(self.slots, len(self.moe_layers))
-        return share + (self.moe_layers.index(layer) < rest)
-
-
-@dataclass
-class LayerCounters:
-    """Of one layer, since start. A miss that another node's copy answers reads 0 bytes.
-
-    stall_s:     waiting for experts
-    uncovered_s: what reading the misses that nobody guessed takes beyond the layer's own compute
-    """
-
-    hits: Annotated[int, counter(_ACCESSES, _BY_OUTCOME, outcome="hit")] = 0
-    misses: Annotated[int, counter(_ACCESSES, _BY_OUTCOME, outcome="miss")] = 0
-    bytes_read: Annotated[
-        int, counter("flashmoe_node_read_bytes", "Bytes its misses read from disk")
-    ] = 0
-    stall_s: Annotated[
-        float, counter("flashmoe_node_stall_seconds", "Compute waited for experts")
-    ] = 0.0
-    uncovered_s: float = 0.0
-
-
-def never() -> None:
-    """The check of a step that nobody gives up."""
-
-
-@dataclass(eq=False)
-class _Waiter:
-    """Who waits for a message's experts: the step that asked, or one after it was given up."""
-
-    check: Callable[[], None]
-
-    def __call__(self) -> None:
-        self.check()
-
-
-@dataclass(eq=False)
-class _Asked:
-    """Misses that were asked for, and the iterator that they come from."""
-
-    misses: list[ExpertKey]
-    arrivals: Iterator[list[Borrowed]]
-    waiter: _Waiter
-
-
-@dataclass(eq=False, slots=True)
-class _Needs:
-    """One layer's part of a step. See `ExpertCache.step`."""
-
-    layer: int
-    used: list[ExpertKey]
-    check: Callable[[], None]
-    disproved: Callable[[], Sequence[ExpertKey]]
-    guess: Callable[[], Sequence[ExpertKey]]
 
 
 @dataclass
@@ -156,12 +48,13 @@ class ExpertCache:
     stall_s: float = 0.0
     _resident: Residents = field(init=False)
     _under_way: set[ExpertKey] = field(default_factory=set)
-    _asked: list[_Asked] = field(default_factory=list)  # not all of it has come
+    _asked: list[Asked] = field(default_factory=list)  # not all of it has come
 
     def __post_init__(self) -> None:
-        self.counters = {layer: LayerCounters() for layer in self.budget.moe_layers}
-        self._resident = Residents(self.budget.moe_layers)
-        self._capacity = {layer: self.budget.capacity(layer) for layer in self.budget.moe_layers}
+        layers = self.budget.moe_layers
+        self.counters = {layer: LayerCounters() for layer in layers}
+        self._resident = Residents(layers)
+        self._layer_bytes = {layer: self.budget.layer_bytes(layer) for layer in layers}
 
     def __len__(self) -> int:
         return len(self._resident)
@@ -206,7 +99,7 @@ class ExpertCache:
         counters = self.counters[layer]
         counters.hits += len(hits)
         counters.misses += len(used) - len(hits)
-        needs = _Needs(layer, used, check, disproved, guess)
+        needs = Needs(layer, used, check, disproved, guess)
         return {key.expert for key in hits}, self._waves(needs, hits)
 
     def open(self, check: Callable[[], None] = never) -> None:
@@ -216,11 +109,13 @@ class ExpertCache:
         """
         self._forget()
         self.lender.open(check)
-        room = dict(self._capacity)
+        expert_bytes, left_bytes = self.budget.expert_bytes, self.budget.capacity_bytes
+        room_bytes = dict(self._layer_bytes)
         chosen: list[ExpertKey] = []
         for key in sorted(self.lender.resident()):
-            if room[key.layer] and len(chosen) < self.budget.slots:
-                room[key.layer] -= 1
+            if min(room_bytes[key.layer], left_bytes) >= expert_bytes:
+                room_bytes[key.layer] -= expert_bytes
+                left_bytes -= expert_bytes
                 chosen.append(key)
         for start in range(0, len(chosen), _WARM_BATCH):
             self._insert(self.lender.exchange([], chosen[start : start + _WARM_BATCH], check))
@@ -230,7 +125,7 @@ class ExpertCache:
         if (self._resident or self._asked) and not self.lender.is_open:
             self._let_go()
 
-    def _waves(self, needs: _Needs, hits: list[ExpertKey]) -> Iterator[list[Borrowed]]:
+    def _waves(self, needs: Needs, hits: list[ExpertKey]) -> Iterator[list[Borrowed]]:
         """A session that breaks is opened again, and what was not handed out yet is asked for
         there.
         """
@@ -249,7 +144,7 @@ class ExpertCache:
             self.let_go_if_lost()
             raise
 
-    def _served(self, needs: _Needs, keys: list[ExpertKey]) -> Iterator[list[ExpertKey]]:
+    def _served(self, needs: Needs, keys: list[ExpertKey]) -> Iterator[list[ExpertKey]]:
         """Parts of `keys` as they are there: the misses are asked for before what is resident is
         handed out, so that one loads while the other is computed with.
         """
@@ -258,8 +153,8 @@ class ExpertCache:
             self._timed(layer, lambda: self.open(needs.check))
         held = [key for key in keys if key in self._resident]
         misses = [key for key in keys if key not in self._resident]
-        capacity = self._capacity[layer]
-        if len(keys) <= capacity:
+        expert_bytes, layer_bytes = self.budget.expert_bytes, self._layer_bytes[layer]
+        if len(keys) * expert_bytes <= layer_bytes:
             asked = self._ask(needs, misses, keys)
             self._speculate(needs)
             if held:
@@ -270,12 +165,13 @@ class ExpertCache:
             yield held
         # Two parts fit: one loads while the other is computed with, and the policy keeps the better
         # half of what it has.
+        capacity = layer_bytes // expert_bytes
         size = max(1, capacity // 4)
         parts = [misses[start : start + size] for start in range(0, len(misses), size)]
         yield from self._pipelined(needs, parts, ahead=capacity >= 2 * size)
 
     def _pipelined(
-        self, needs: _Needs, parts: list[list[ExpertKey]], ahead: bool
+        self, needs: Needs, parts: list[list[ExpertKey]], ahead: bool
     ) -> Iterator[list[ExpertKey]]:
         """ahead: each part is asked for before the one before it has come."""
         asked = self._ask(needs, parts[0], parts[0])
@@ -298,21 +194,21 @@ class ExpertCache:
                 self._let_go()
                 raise errors.StaleLease(f"{borrowed.key} was refilled while it was used: retry")
 
-    def _ask(self, needs: _Needs, misses: list[ExpertKey], pinned: Sequence[ExpertKey]) -> _Asked:
+    def _ask(self, needs: Needs, misses: list[ExpertKey], pinned: Sequence[ExpertKey]) -> Asked:
         """One message: what goes, what is wanted, and which guesses were wrong."""
-        disproved, waiter = needs.disproved(), _Waiter(needs.check)
+        disproved, waiter = needs.disproved(), Waiter(needs.check)
         if not misses and not disproved:
-            return _Asked([], iter(()), waiter)
+            return Asked([], iter(()), waiter)
         going = self._make_room(needs.layer, misses, pinned)
         self._under_way.update(misses)
         arrivals = self.lender.borrow(going, misses, waiter, withdrawals=disproved)
-        asked = _Asked(misses, arrivals, waiter)
+        asked = Asked(misses, arrivals, waiter)
         if misses:
             self._asked.append(asked)
         return asked
 
     def _arrive(
-        self, layer: int, asked: _Asked, check: Callable[[], None]
+        self, layer: int, asked: Asked, check: Callable[[], None]
     ) -> Iterator[list[ExpertKey]]:
         asked.waiter.check = check
         try:
@@ -327,7 +223,7 @@ class ExpertCache:
             raise
         self._settle(asked)
 
-    def _settle(self, asked: _Asked) -> None:
+    def _settle(self, asked: Asked) -> None:
         """Nothing of it is on its way any more."""
         self._under_way.difference_update(asked.misses)
         self._asked = [other for other in self._asked if other is not asked]
@@ -359,7 +255,7 @@ class ExpertCache:
             self.counters[layer].stall_s += waited_s
             self.stall_s += waited_s
 
-    def _speculate(self, needs: _Needs) -> None:
+    def _speculate(self, needs: Needs) -> None:
         wanted = [key for key in needs.guess() if key not in self._resident]
         if wanted:
             self.lender.borrow([], [], needs.check, prefetches=wanted)
@@ -368,15 +264,15 @@ class ExpertCache:
         self, layer: int, misses: list[ExpertKey], pinned: Sequence[ExpertKey]
     ) -> list[ExpertKey]:
         """Evict until `misses` fit beside what is under way; never what is pinned."""
-        resident, pooled = self._resident, self.budget.pooled
-        num_rivals = len(resident) if pooled else resident.count(layer)
-        excess = num_rivals + len(self._under_way) + len(misses) - self._capacity[layer]
-        if excess <= 0:
+        scope = None if self.budget.pooled else layer
+        num_coming = len(self._under_way) + len(misses)
+        wanted_bytes = self._resident.held_bytes(scope) + num_coming * self.budget.expert_bytes
+        excess_bytes = wanted_bytes - self._layer_bytes[layer]
+        if excess_bytes <= 0:
             return []
-        policy = self.chooser.choose()
-        going = resident.victims(policy, excess, pinned, None if pooled else layer)
+        going = self._resident.victims(self.chooser.choose(), excess_bytes, pinned, scope)
         for key in going:
-            resident.evict(key)
+            self._resident.evict(key)
         return going
 
     def _insert(self, arrivals: list[Borrowed]) -> None:

@@ -21,6 +21,7 @@ class Residents:
         self._held: dict[int, dict[int, Borrowed]] = {layer: {} for layer in layers}
         self._orders: dict[int, list[Entry]] = {}
         self._ordered_by: EvictionPolicy | None = None
+        self._bytes = dict.fromkeys(self._held, 0)
         self._num_held = 0
 
     def __len__(self) -> int:
@@ -32,17 +33,20 @@ class Residents:
     def __getitem__(self, key: ExpertKey) -> Borrowed:
         return self._held[key.layer][key.expert]
 
-    def count(self, layer: int) -> int:
-        return len(self._held[layer])
+    def held_bytes(self, layer: int | None = None) -> int:
+        """Of one layer, or of all."""
+        return sum(self._bytes.values()) if layer is None else self._bytes[layer]
 
     def insert(self, borrowed: Borrowed) -> None:
-        layer = self._held[borrowed.key.layer]
-        self._num_held += borrowed.key.expert not in layer
-        layer[borrowed.key.expert] = borrowed
-        self._orders.pop(borrowed.key.layer, None)
+        key = borrowed.key
+        assert key not in self, "the store lends an expert once a session"
+        self._held[key.layer][key.expert] = borrowed
+        self._num_held += 1
+        self._bytes[key.layer] += borrowed.size_bytes
+        self._orders.pop(key.layer, None)
 
     def evict(self, key: ExpertKey) -> None:
-        del self._held[key.layer][key.expert]
+        self._bytes[key.layer] -= self._held[key.layer].pop(key.expert).size_bytes
         self._num_held -= 1
         self._orders.pop(key.layer, None)
 
@@ -50,6 +54,7 @@ class Residents:
         for layer in self._held.values():
             layer.clear()
         self._orders.clear()
+        self._bytes = dict.fromkeys(self._held, 0)
         self._num_held = 0
 
     def on_step(self, layer: int) -> None:
@@ -59,20 +64,25 @@ class Residents:
     def victims(
         self,
         policy: EvictionPolicy,
-        count: int,
+        excess_bytes: int,
         pinned: Collection[ExpertKey] = (),
         layer: int | None = None,
     ) -> list[ExpertKey]:
-        """The `count` to give up next, of one layer or of all; ties go by key, lowest first.
-        Choosing changes nothing.
+        """Those to give up next, of one layer or of all, until they are `excess_bytes` or none is
+        left; ties go by key, lowest first. Choosing changes nothing.
         """
         if policy is not self._ordered_by:
             self._orders.clear()
             self._ordered_by = policy
         layers = self._held if layer is None else (layer,)
-        going = heapq.merge(*(self._order(policy, one) for one in layers))
-        evictable = (key for _, key in going if key not in pinned)
-        return [key for _, key in zip(range(count), evictable, strict=False)]
+        going: list[ExpertKey] = []
+        for _, key in heapq.merge(*(self._order(policy, one) for one in layers)):
+            if excess_bytes <= 0:
+                break
+            if key not in pinned:
+                going.append(key)
+                excess_bytes -= self[key].size_bytes
+        return going
 
     def _order(self, policy: EvictionPolicy, layer: int) -> list[Entry]:
         order = self._orders.get(layer)

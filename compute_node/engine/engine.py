@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from compute_node.cache.expert_cache import ExpertCache, never
+from compute_node.cache.asked import never
+from compute_node.cache.expert_cache import ExpertCache
 from compute_node.engine.limits import Limits
 from compute_node.engine.request import Request
 from compute_node.engine.usage import Measure, Usage

@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.cache.budget import Budget
+from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.engine.engine import Engine, SequenceState
 from compute_node.kernels import gemm
@@ -130,11 +131,12 @@ def engine(
     with local_store(store_dir, run_dir, slots + 2, read_depth=2) as address:
         client = StoreClient(address, "node", slots, run_dir / "sessions", deadline_s=10)
         try:
-            spec = client.describe().spec
+            description = client.describe()
+            expert_bytes = description.lease_bytes["exact"]
             chooser = PolicyChooser("decayed", 16, spec.moe_layers, spec.num_experts, lambda: None)
-            budget = Budget(slots, spec.moe_layers, spec.top_k, pooled)
+            budget = Budget(slots * expert_bytes, expert_bytes, spec.moe_layers, spec.top_k, pooled)
             cache = ExpertCache(client, budget, chooser)
-            model_dir = client.describe().model_dir
+            model_dir = description.model_dir
             loaded = load_model(model_dir, spec, cache, prober or Prober())
             cache.open()
             yield Engine(loaded, cache, model_dir, 256, 256)
@@ -148,7 +150,8 @@ def run(engine: Engine) -> tuple[list[torch.Tensor], list[int]]:
     logits = [engine.prefill(sequence)]
     for layer, counters in engine.cache.counters.items():
         needed = counters.misses + counters.hits - before[layer]
-        assert needed > engine.cache.budget.capacity(layer), "the prompt must need several waves"
+        budget = engine.cache.budget
+        assert needed * budget.expert_bytes > budget.layer_bytes(layer), "several waves are needed"
     sequence.token_ids.append(int(logits[-1].argmax()))
     for _ in range(STEPS - 1):
         logits += engine.decode([sequence])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from compute_node.cache.expert_cache import Lender
+from compute_node.cache.lender import Lender
 from compute_node.store.borrow import StoreClient
 from compute_node.store.session import SessionLost
 from proto import errors

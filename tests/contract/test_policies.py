@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from proto.access import DecodeAccess
 from proto.redis_schema import Advice
@@ -21,7 +21,7 @@ from scheduler.policy.lfru import Lfru
 from scheduler.simulate.ranking import RankingPolicy, Ranks
 from scheduler.simulate.replay import RankedCache, Setting, ranked, replay
 from scheduler.simulate.trace import AccessTrace
-from tests.fakes import FakeLender
+from tests.fakes import FakeLender, make_budget
 from tests.scheduler.replays import recorded
 
 HALF_LIFE_TOKENS = 16.0
@@ -36,7 +36,7 @@ class LiveCache:
     ) -> None:
         self._layers = tuple(range(1, 2 * trace.num_layers, 2))
         slots = setting.slots * trace.num_layers
-        budget = Budget(slots, self._layers, trace.top_k, setting.scope == "pool")
+        budget = make_budget(slots, self._layers, trace.top_k, setting.scope == "pool")
         chooser = PolicyChooser(policy, HALF_LIFE_TOKENS, self._layers, trace.num_experts, advice)
         self._cache = ExpertCache(FakeLender(slots), budget, chooser)
         self._cache.open()

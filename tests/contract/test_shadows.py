@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from proto.access import DecodeAccess
 from proto.redis_schema import Advice
@@ -24,7 +24,7 @@ from scheduler.policy.lru import Lru
 from scheduler.shadow.advisor import Advisor
 from scheduler.simulate.ranking import RankingPolicy, Ranks
 from scheduler.simulate.replay import RankedCache, Setting, ranked, replay, slots_of
-from tests.fakes import FakeLender
+from tests.fakes import FakeLender, make_budget
 from tests.scheduler.replays import recorded
 
 TRACE = recorded()
@@ -64,7 +64,7 @@ class Node:
     """The cache that runs live, telling its evidence to an advisor and following its advice."""
 
     def __init__(self, slots: int, scope: str, policy: str, advisor: Advisor) -> None:
-        budget = Budget(slots, LAYERS, TRACE.top_k, scope == "pool")
+        budget = make_budget(slots, LAYERS, TRACE.top_k, scope == "pool")
         self._advice: Advice | None = None
         chooser = PolicyChooser(policy, 16.0, LAYERS, TRACE.num_experts, lambda: self._advice)
         self._cache = ExpertCache(FakeLender(slots), budget, chooser)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from compute_node.cache.expert_cache import LayerCounters, never
+from compute_node.cache.asked import never
+from compute_node.cache.counters import LayerCounters
 from compute_node.store.memory import TORCH_DTYPES, Borrowed
 from expert_store.manifest.extents import Extent
 from expert_store.manifest.manifest import Manifest

@@ -16,7 +16,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.cache.budget import Budget
+from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.engine.engine import Engine, SequenceState
 from compute_node.engine.usage import Measure, Usage
@@ -157,13 +158,16 @@ class Node:
             module.flashmoe = FreshExperts(
                 layer, self._loaded.kernels[layer], self._manifest, self._dir
             )
-        cache = ExpertCache(
-            FakeLender(), self._budget(self.spec.num_experts_total), self._chooser()
-        )
+        lender = FakeLender(bytes_per_expert=self._manifest.slot_bytes)
+        cache = ExpertCache(lender, self._budget(self.spec.num_experts_total), self._chooser())
         return self._decode(segment, cache, lambda step: None, num_steps).digests
 
     def _budget(self, slots: int) -> Budget:
-        return Budget(slots, self.spec.moe_layers, self.spec.top_k, pooled=True)
+        expert_bytes = self._manifest.slot_bytes
+        capacity_bytes = slots * expert_bytes
+        return Budget(
+            capacity_bytes, expert_bytes, self.spec.moe_layers, self.spec.top_k, pooled=True
+        )
 
     def _chooser(
         self, policy: str = "lru", advice: Callable[[], Advice | None] = lambda: None

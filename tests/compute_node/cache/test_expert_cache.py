@@ -12,18 +12,19 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from compute_node.cache.expert_cache import Budget, ExpertCache, never
+from compute_node.cache.asked import never
+from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from proto import errors
 from proto.expert import ExpertKey
 from proto.redis_schema import Advice
-from tests.fakes import FakeLender
+from tests.fakes import FakeLender, make_budget
 
 LAYERS = (1, 3)
 
 
 def make_cache(slots: int = 8, pooled: bool = False) -> tuple[ExpertCache, FakeLender]:
-    budget = Budget(slots, LAYERS, 2, pooled)
+    budget = make_budget(slots, LAYERS, 2, pooled)
     lender = FakeLender(slots)
     cache = ExpertCache(lender, budget, PolicyChooser("lru", 16.0, LAYERS, 16, lambda: None))
     cache.open()
@@ -71,7 +72,7 @@ def test_what_the_step_needs_is_never_evicted_however_low_it_scores() -> None:
     scores = np.ones((2, 16), dtype=np.float32)
     scores[:, 0] = 0.0
     advice = Advice("scored", 1, 0, 1.0, scores)
-    budget, lender = Budget(8, LAYERS, 2, pooled=False), FakeLender(8)
+    budget, lender = make_budget(8, LAYERS, 2, pooled=False), FakeLender(8)
     cache = ExpertCache(lender, budget, PolicyChooser("auto", 16.0, LAYERS, 16, lambda: advice))
     cache.open()
     step(cache, 1, 0, 1, 2, 3)
@@ -93,13 +94,13 @@ def test_layers_keep_to_their_share_and_a_pool_does_not() -> None:
 @pytest.mark.parametrize(("pooled", "smallest"), [(False, 4), (True, 2)])
 def test_too_small_a_budget_names_the_smallest_that_works(pooled: bool, smallest: int) -> None:
     with pytest.raises(errors.MemoryExceeded, match=f"at least {smallest} slots"):
-        Budget(smallest - 1, LAYERS, 2, pooled)
-    Budget(smallest, LAYERS, 2, pooled)
+        make_budget(smallest - 1, LAYERS, 2, pooled)
+    make_budget(smallest, LAYERS, 2, pooled)
 
 
 def test_uneven_slots_go_to_the_first_layers() -> None:
-    budget = Budget(9, LAYERS, 2, pooled=False)
-    assert [budget.capacity(layer) for layer in LAYERS] == [5, 4]
+    budget = make_budget(9, LAYERS, 2, pooled=False)
+    assert [budget.layer_bytes(layer) for layer in LAYERS] == [500, 400]
 
 
 def test_broken_session_is_opened_again_and_the_step_completes() -> None:

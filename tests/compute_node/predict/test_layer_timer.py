@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.predict.layer_timer import LayerTimer
-from tests.fakes import FakeLender
+from tests.fakes import FakeLender, make_budget
 
 LAYERS = (1, 3, 5)
 
@@ -20,7 +20,7 @@ class Watch:
     """A timer whose clock and waiting a test sets."""
 
     def __init__(self) -> None:
-        budget = Budget(8, LAYERS, 2, pooled=True)
+        budget = make_budget(8, LAYERS, 2, pooled=True)
         chooser = PolicyChooser("lru", 16.0, LAYERS, 16, lambda: None)
         self.cache = ExpertCache(FakeLender(), budget, chooser, read_s=0.5)
         self.now_s = 0.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compute_node.cache.expert_cache import Budget, ExpertCache
+from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policies.decayed import Decayed
 from compute_node.cache.policies.lfru import Lfru
 from compute_node.cache.policies.lfu import Lfu
@@ -21,7 +21,7 @@ from compute_node.store.memory import Borrowed
 from proto.expert import ExpertKey
 from proto.redis_schema import Advice
 from tests.compute_node.traces import load
-from tests.fakes import FakeLender
+from tests.fakes import EXPERT_BYTES, FakeLender, make_budget
 
 # tests/traces/tiny-moe-decode.npz: 360 steps of 8 layers, 4 of 32 experts
 GOLDEN_MISSES = {
@@ -58,7 +58,7 @@ def misses(policy: str, slots_per_layer: int, pooled: bool) -> int:
     topk_ids, num_experts = load()
     layers = tuple(range(topk_ids.shape[1]))
     chooser = PolicyChooser(policy, 16.0, layers, num_experts, lambda: None)
-    budget = Budget(slots_per_layer * len(layers), layers, topk_ids.shape[2], pooled)
+    budget = make_budget(slots_per_layer * len(layers), layers, topk_ids.shape[2], pooled)
     cache = ExpertCache(FakeLender(budget.slots), budget, chooser)
     cache.open()
     for step in topk_ids:
@@ -104,7 +104,7 @@ def victims(policy: EvictionPolicy, held: list[ExpertKey], count: int) -> list[E
     residents = Residents([0])
     for arrival in lent(held):
         residents.insert(arrival)
-    return residents.victims(policy, count)
+    return residents.victims(policy, count * EXPERT_BYTES)
 
 
 def lent(keys: list[ExpertKey]) -> list[Borrowed]:

@@ -1,0 +1,44 @@
+"""How much of the experts a node may hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proto import errors
+from proto.stats import fact
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that resident experts may take: a share of each layer, or one pool of all layers.
+
+    expert_bytes: of one exact record; shares are multiples of it
+    """
+
+    capacity_bytes: int
+    expert_bytes: int
+    moe_layers: tuple[int, ...]
+    top_k: int
+    pooled: bool
+
+    def __post_init__(self) -> None:
+        """Raises MemoryExceeded naming the smallest budget that works."""
+        smallest = self.top_k if self.pooled else self.top_k * len(self.moe_layers)
+        if self.slots < smallest:
+            scope = "one pool" if self.pooled else f"{len(self.moe_layers)} layers"
+            raise errors.MemoryExceeded(
+                f"{self.slots} slots cannot hold the {self.top_k} experts a token uses in {scope}: "
+                f"give at least {smallest} slots"
+            )
+
+    @property
+    @fact("experts that may be resident")
+    def slots(self) -> int:
+        return self.capacity_bytes // self.expert_bytes
+
+    def layer_bytes(self, layer: int) -> int:
+        """What experts of `layer` may take."""
+        if self.pooled:
+            return self.capacity_bytes
+        share, rest = divmod(self.slots, len(self.moe_layers))
+        return (share + (self.moe_layers.index(layer) < rest)) * self.expert_bytes

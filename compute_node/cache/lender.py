@@ -1,0 +1,40 @@
+"""What the cache needs of a store client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from compute_node.store.memory import Borrowed
+from proto.expert import ExpertKey
+
+
+class Lender(Protocol):
+    """See compute_node/store/borrow.py for what each method promises and raises."""
+
+    @property
+    def is_open(self) -> bool: ...
+
+    def open(self, check: Callable[[], None] = ...) -> None: ...
+
+    def borrow(
+        self,
+        releases: Sequence[ExpertKey],
+        acquires: Sequence[ExpertKey],
+        check: Callable[[], None] = ...,
+        prefetches: Sequence[ExpertKey] = ...,
+        withdrawals: Sequence[ExpertKey] = ...,
+    ) -> Iterator[list[Borrowed]]: ...
+
+    def exchange(
+        self,
+        releases: Sequence[ExpertKey],
+        acquires: Sequence[ExpertKey],
+        check: Callable[[], None] = ...,
+    ) -> list[Borrowed]: ...
+
+    def resident(self) -> list[ExpertKey]: ...
+
+    def is_current(self, borrowed: Borrowed) -> bool: ...
+
+    def abort(self) -> None: ...
