@@ -12,7 +12,7 @@ import compute_node.model.lean_imports  # noqa: F401  isort: skip  before transf
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
@@ -69,10 +69,15 @@ async def run(config: ComputeNodeConfig) -> None:
             description.piece_bytes,
         )
         prober = Prober(times=config.native == "auto")
+
+        def idle(has_work: Callable[[], bool]) -> None:
+            cache.let_go_if_lost()
+            prober.prove_put_off(has_work)
+
         if config.verdicts_path:  # once more when nothing computes: prompts were seen meanwhile
             stack.callback(prober.save, config.verdicts_path)
         compute = stack.enter_context(
-            ComputeThread(config.max_queued_requests, cache.let_go_if_lost, config.stop_grace_s)
+            ComputeThread(config.max_queued_requests, idle, config.stop_grace_s)
         )
         loaded = compute.do(lambda: load(config, model_dir, spec, cache, prober, lookahead))
         compute.do(cache.open)

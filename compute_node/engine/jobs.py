@@ -90,7 +90,8 @@ class _Errand:
 class ComputeThread:
     """Runs jobs one at a time, in order. Use as a context manager.
 
-    idle:    called on the thread now and then while there is nothing to do
+    idle:    called on the thread now and then while there is nothing to do, with a function that
+             says whether there is by now
     grace_s: after `drain`, when gRPC ends what is left; a little before, jobs end by themselves and
              their callers hear why
     """
@@ -98,7 +99,7 @@ class ComputeThread:
     def __init__(
         self,
         max_queued: int,
-        idle: Callable[[], None] = lambda: None,
+        idle: Callable[[Callable[[], bool]], None] = lambda _: None,
         grace_s: float = threading.TIMEOUT_MAX,
     ) -> None:
         self._idle = idle
@@ -202,8 +203,11 @@ class ComputeThread:
             job.run()
             self._current = None
 
+    def _has_work(self) -> bool:
+        return self._stopping.is_set() or not self._jobs.empty()
+
     def _run_idle(self) -> None:
         try:
-            self._idle()
+            self._idle(self._has_work)
         except (OSError, errors.FlashMoEError):
             logger.exception("idle work failed")  # the thread must outlive it

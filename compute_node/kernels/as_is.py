@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -72,7 +73,15 @@ class NativeAsIs:
     def step_of(self, tensors: Mapping[str, Tensor], num_tokens: int) -> int:
         key = (num_tokens, torch.get_num_threads())
         if key not in self._steps:
-            weight, bias = tensors[self._spec.name], self._spec.bias(tensors)
-            verdict = gemm.verdict_of(self._prober, num_tokens, weight, bias)
-            self._steps[key] = verdict.chosen
+            self._steps[key] = self._ask_step(
+                tensors, num_tokens, partial(self._steps.pop, key, None)
+            )
         return self._steps[key]
+
+    def _ask_step(
+        self, tensors: Mapping[str, Tensor], num_tokens: int, ask_again: Callable[[], object]
+    ) -> int:
+        weight, bias = tensors[self._spec.name], self._spec.bias(tensors)
+        if gemm.is_put_off(self._prober, num_tokens, self._spec.shape, bias, ask_again):
+            return 0
+        return gemm.verdict_of(self._prober, num_tokens, weight, bias).chosen

@@ -7,7 +7,7 @@ than most of the products themselves, and a node has no memory to keep them all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from compute_node.kernels import gemv
-from compute_node.kernels.prober import Prober, Verdict
+from compute_node.kernels.prober import Key, Prober, Verdict
 from compute_node.native import binding
 
 _TILE_COLUMNS = 32
 MAX_WORK = 1 << 31  # multiplications, 10 ms; generating a kernel for more is a small part of it
+_MAX_IDLE_WORK = 1 << 29  # multiplications; a request waits for the product under way
 _WHOLE_COLUMNS, _BLOCK_COLUMNS = 384, 768  # oneDNN's blocks without bf16 instructions
 _LEAST_TOKENS = 4  # of which a portable product is no slower
 _STEPS = (1024, 512, 2048, 4096)  # oneDNN starts a new accumulator after 1024; 512 for one token
@@ -40,11 +41,37 @@ def verdict_of(
     max_work: multiplications beyond which torch computes, untried; None: 10 ms of them
     """
     most = MAX_WORK if max_work is None else max_work
-    if not is_tried() or num_tokens * weight.numel() > most:
+    if num_tokens * weight.numel() > most:
         return Verdict(0)
-    shape = (weight.shape[0], weight.shape[1])
-    key = (num_tokens, shape, weight.dtype, bias is not None, torch.get_num_threads())
+    key = _key(num_tokens, weight, bias)
     return prober.gemm.ask(key, lambda: _prove(prober, num_tokens, weight, bias))
+
+
+def is_put_off(
+    prober: Prober,
+    num_tokens: int,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    then: Callable[[], object],
+) -> bool:
+    """Whether `verdict_of` bf16 matrices of this shape has to wait until the node is idle; `then`
+    is called when it was found. Portable entries make a prompt a quarter faster, but trying out
+    every number of tokens would make a node's first prompt take three times as long.
+    """
+    if binding.isa() != binding.PORTABLE or binding.setting() == binding.PORTABLE:
+        return False
+    weight = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    key, bias = _key(num_tokens, weight, bias), None if bias is None else bias.clone()
+    if key in prober.gemm.known:
+        return False
+    if num_tokens * weight.numel() <= _MAX_IDLE_WORK and _steps_to_try(num_tokens, shape[1]):
+        prober.put_off("gemm", key, lambda: _prove(prober, num_tokens, weight, bias), then)
+    return True
+
+
+def _key(num_tokens: int, weight: Tensor, bias: Tensor | None) -> Key:
+    shape = (weight.shape[0], weight.shape[1])
+    return num_tokens, shape, weight.dtype, bias is not None, torch.get_num_threads()
 
 
 def multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
@@ -89,14 +116,6 @@ def can_take(inputs: Tensor) -> bool:
     return inputs.dtype == torch.bfloat16 and inputs.shape[0] > 1 and inputs.is_contiguous()
 
 
-def is_tried() -> bool:
-    """Whether products of several tokens are compared with torch at all. Portable ones make a
-    prompt a quarter faster, but trying out every number of tokens makes a node's first prompt take
-    three times as long: they are tried only where the setting asks for them.
-    """
-    return binding.isa() != binding.PORTABLE or binding.setting() == binding.PORTABLE
-
-
 def _can_take(weight: Tensor) -> bool:
     return (
         weight.dtype == torch.bfloat16
@@ -108,7 +127,13 @@ def _can_take(weight: Tensor) -> bool:
 
 @torch.no_grad()
 def _prove(prober: Prober, num_tokens: int, weight: Tensor, bias: Tensor | None) -> Verdict:
-    step = _find_step(num_tokens, weight, bias) if _can_take(weight) else 0
+    if not _can_take(weight):
+        return Verdict(0)
+    if weight.numel() <= _made_up_limit():  # a real one may be mostly zeros, which prove nothing
+        weight = gemv.pair_columns(_made_up(weight.shape))
+    elif binding.isa() == binding.PORTABLE:
+        return Verdict(0)
+    step = _find_step(prober, num_tokens, weight, bias)
     if not step or binding.isa() != binding.PORTABLE:  # elsewhere generating a kernel takes longest
         return Verdict(step)
     inputs = torch.ones((num_tokens, weight.shape[1]), dtype=torch.bfloat16)
@@ -119,17 +144,13 @@ def _prove(prober: Prober, num_tokens: int, weight: Tensor, bias: Tensor | None)
     return Verdict(step, ratio)
 
 
-def _find_step(num_tokens: int, weight: Tensor, bias: Tensor | None) -> int:
+def _find_step(prober: Prober, num_tokens: int, weight: Tensor, bias: Tensor | None) -> int:
     """The first that gives torch's bits; 0: none does."""
-    if weight.numel() <= _made_up_limit():  # a real one may be mostly zeros, which prove nothing
-        weight = gemv.pair_columns(_made_up(weight.shape))
-    elif binding.isa() == binding.PORTABLE:
-        return 0
-    expected = [
-        (inputs, scaled, functional.linear(inputs, weight, scaled))
-        for inputs, scaled in _probes(num_tokens, weight, bias)
-    ]
-    for step in _steps_to_try(num_tokens, weight.shape[1]):
+    steps, expected = _steps_to_try(num_tokens, weight.shape[1]), []
+    for inputs, scaled in _probes(num_tokens, weight, bias) if steps else ():
+        prober.give_way()
+        expected.append((inputs, scaled, functional.linear(inputs, weight, scaled)))
+    for step in steps:
         if all(
             torch.equal(
                 multiply(inputs, weight, scaled, step).view(torch.int16), found.view(torch.int16)

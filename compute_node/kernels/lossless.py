@@ -4,7 +4,7 @@ themselves: by native kernels as they lie, or unpacked for torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import inf, prod
 
@@ -112,11 +112,18 @@ class NativeLossless:
     def step_of(self, tensors: Mapping[str, Tensor], num_tokens: int) -> int:
         key = (num_tokens, torch.get_num_threads())
         if key not in self._steps:
-            self._steps[key] = self._ask_step(tensors, num_tokens) if gemm.is_tried() else 0
+            self._steps[key] = self._ask_step(
+                tensors, num_tokens, partial(self._steps.pop, key, None)
+            )
         return self._steps[key]
 
-    def _ask_step(self, tensors: Mapping[str, Tensor], num_tokens: int) -> int:
-        key = (num_tokens, self._spec.shape, self._spec.has_bias, torch.get_num_threads())
+    def _ask_step(
+        self, tensors: Mapping[str, Tensor], num_tokens: int, ask_again: Callable[[], object]
+    ) -> int:
+        shape, bias = self._spec.shape, self._spec.bias(tensors)
+        if gemm.is_put_off(self._prober, num_tokens, shape, bias, ask_again):
+            return 0
+        key = (num_tokens, shape, self._spec.has_bias, torch.get_num_threads())
         prove = partial(self._prove_step, tensors, num_tokens)
         return self._prober.lossless_gemm.ask(key, prove).chosen
 

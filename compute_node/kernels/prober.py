@@ -12,6 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,22 @@ class Verdict(NamedTuple):
         return self.way if self.ratio <= MAX_RATIO else 0
 
 
+@dataclass(frozen=True)
+class _PutOff:
+    """then: called when the verdict is known"""
+
+    compare: Callable[[], Verdict]
+    then: list[Callable[[], object]]
+
+
+class _Interrupted(Exception):
+    """Other work came while a comparison was made."""
+
+
+def _never() -> bool:
+    return False
+
+
 class Verdicts:
     """Of one entry. A key says what the bits depend on: shape, dtype, bias, tokens, threads."""
 
@@ -64,8 +81,8 @@ class Verdicts:
         """
         verdict = self.known.get(key)
         if verdict is None:
-            self.num_proofs += 1
             verdict = self.known[key] = compare()
+            self.num_proofs += 1
             self._log(key, verdict)
         return verdict
 
@@ -96,6 +113,8 @@ class Prober:
             Verdicts("lossless_gemm"),
         )
         self.experts, self.gate, self.norm = Verdicts("experts"), Verdicts("gate"), Verdicts("norm")
+        self._put_off: dict[tuple[str, Key], _PutOff] = {}
+        self._has_work: Callable[[], bool] = _never
         self.num_modules: Counter[tuple[str, bool]] = Counter()  # by entry; whether native
 
     @property
@@ -106,6 +125,36 @@ class Prober:
     def num_proofs(self) -> int:
         """Comparisons with torch that this process made."""
         return sum(verdicts.num_proofs for verdicts in self.entries.values())
+
+    def put_off(
+        self, entry: str, key: Key, compare: Callable[[], Verdict], then: Callable[[], object]
+    ) -> None:
+        """Let `prove_put_off` ask for this; `then` is called once the verdict is known."""
+        self._put_off.setdefault((entry, key), _PutOff(compare, [])).then.append(then)
+
+    def prove_put_off(self, has_work: Callable[[], bool]) -> None:
+        """Ask for what was put off, until nothing is left or `has_work`. Called by the thread that
+        computes, while it has nothing to do.
+        """
+        self._has_work = has_work
+        try:
+            while self._put_off and not has_work():
+                (entry, key), waiting = next(iter(self._put_off.items()))
+                self.entries[entry].ask(key, waiting.compare)
+                del self._put_off[entry, key]
+                for then in waiting.then:
+                    then()
+        except _Interrupted:
+            return  # it stays put off
+        finally:
+            self._has_work = _never
+
+    def give_way(self) -> None:
+        """Called within a comparison, between products: ends one that was put off when there is
+        other work.
+        """
+        if self._has_work():
+            raise _Interrupted
 
     def ratio(self, kernel: Callable[[], object], by_torch: Callable[[], object]) -> float:
         """The kernel's shortest time divided by torch's, of some calls in alternation; 0 where

@@ -1,7 +1,8 @@
 """The queue before the compute thread: who leaves frees a place, who must go is told why.
 
 Planted faults seen red: a job that was cancelled keeps its place until the one before it ends, jobs
-under way at a stop cut off without a word, jobs that wait forgotten at a stop.
+under way at a stop cut off without a word, jobs that wait forgotten at a stop, idle work that hears
+of no request.
 """
 
 from __future__ import annotations
@@ -89,3 +90,19 @@ async def test_a_stop_lets_finish_what_finishes_in_time() -> None:
         compute.drain()
         work.go_on.set()
         assert (await running, await waiting) == (["done"], ["x"])
+
+
+async def test_idle_work_hears_of_a_request_and_of_a_stop() -> None:
+    """Each would wait for it otherwise."""
+    idle, pause = threading.Event(), threading.Event()
+
+    def until_there_is_work(has_work: Callable[[], bool]) -> None:
+        idle.set()
+        while not has_work():
+            pause.wait(0.005)
+
+    with ComputeThread(MAX_QUEUED, until_there_is_work) as compute:
+        assert await asyncio.to_thread(idle.wait, 10)
+        assert await asyncio.wait_for(outcome(compute, lambda check: iter(["x"])), 10) == ["x"]
+        idle.clear()
+        assert await asyncio.to_thread(idle.wait, 10)

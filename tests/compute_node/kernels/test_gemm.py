@@ -11,7 +11,7 @@ order of places, the last tokens left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +26,7 @@ from compute_node.kernels.prompt import Prompt, combine
 from compute_node.kernels.torch_experts import TorchExperts
 from compute_node.native import binding
 from tests.compute_node.kernels.test_gemv import inputs, matrices, needs_kernel, same_bits
-from tests.compute_node.kernels.test_lossless import packed_expert
+from tests.compute_node.kernels.test_lossless import packed, packed_expert
 from tests.matrices import bound, matrix
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -169,14 +169,40 @@ def test_a_tokens_outputs_are_added_up_by_expert(num_tokens: int, columns: int) 
     assert same_bits(combine(outputs, topk_ids), expected)
 
 
-@pytest.mark.skipif(binding.isa() != binding.PORTABLE, reason="portable entries are not in charge")
-def test_left_to_themselves_portable_entries_try_no_product() -> None:
-    """Red when a node's first prompt tries out every number of tokens."""
-    weight = torch.ones((64, 64), dtype=torch.bfloat16)
+@pytest.fixture
+def left_to_themselves() -> Iterator[None]:
+    if binding.isa() != binding.PORTABLE:
+        pytest.skip("portable entries are not in charge")
     before = binding.setting()
     binding.use("auto")
-    try:
-        assert not gemm.is_tried() and not gemm.verdict_of(Prober(), 8, weight).way
-    finally:
-        binding.use(before)
-    assert gemm.is_tried()
+    yield
+    binding.use(before)
+
+
+@pytest.mark.parametrize("kind", ["exact", "lossless"])
+@pytest.mark.usefixtures("left_to_themselves")
+def test_left_to_themselves_portable_products_are_tried_when_idle(kind: str) -> None:
+    """Red when a node's first prompt tries out every number of tokens, and when a bound matrix
+    keeps what it was answered before.
+    """
+    weight, prober = matrices((192, 256))[0], Prober()
+    tensors = packed(weight) if kind == "lossless" else {"w": weight}
+    bound, x = matrix(kind, tensors, (192, 256), prober), inputs(256, 8)
+    assert bound.native.step_of(tensors, 8) == 0 and prober.num_proofs == 0
+    prober.prove_put_off(lambda: False)
+    assert prober.num_proofs == 1
+    assert bound.native.step_of(tensors, 8) > 0
+    assert same_bits(bound.linear(tensors, x), functional.linear(x, weight))
+
+
+@pytest.mark.usefixtures("left_to_themselves")
+def test_idle_work_ends_between_products_and_goes_on_later() -> None:
+    """Red when a request waits for all that was put off."""
+    weight, prober, asked = {"w": matrices((192, 256))[0]}, Prober(), iter(range(100))
+    bound = matrix("exact", weight, (192, 256), prober)
+    for num_tokens in (8, 12):
+        bound.native.step_of(weight, num_tokens)
+    prober.prove_put_off(lambda: next(asked) >= 3)
+    assert next(asked) == 4 and prober.num_proofs == 0
+    prober.prove_put_off(lambda: False)
+    assert prober.num_proofs == 2
