@@ -18,13 +18,19 @@ from expert_store.offline.checkpoint.architecture import Architecture, read_arch
 from expert_store.offline.checkpoint.files import Checkpoint, CheckpointTensor, read_chunks
 from expert_store.offline.checkpoint.parameters import ExpertParameter, Part
 from expert_store.offline.checkpoint.progress import Journal, Report, Warn, silent, unheard
-from expert_store.offline.formats.encoders import ExactEncoder, check_plain, record_layouts
+from expert_store.offline.formats.encoders import ExactEncoder, check_plain, describe_variant
 from expert_store.offline.text_files import check_text
 from proto import errors
 from proto.checkpoint.trained_context import trained_context_tokens
-from proto.expert import DenseTensor, ExpertKey, ModelSpec, RecordKey, TensorLayout
+from proto.expert import (
+    EXACT_VARIANT,
+    DenseTensor,
+    ExpertKey,
+    ModelSpec,
+    RecordKey,
+    Variant,
+)
 from proto.shm import PAGE_BYTES, TENSOR_ALIGN_BYTES, align_up
-from proto.weight_format import EXACT, WeightFormat
 
 _FLUSH_BYTES = 256 * 1024 * 1024
 
@@ -121,7 +127,7 @@ def index(root: Path, store_dir: Path, report: Report = silent, warn: Warn = unh
         manifest = Manifest(
             format=IN_PLACE,
             spec=make_spec(
-                architecture, dense, record_layouts(architecture, ExactEncoder()), EXACT
+                architecture, dense, {EXACT_VARIANT: describe_variant(architecture, ExactEncoder())}
             ),
             sizing=measure(architecture),
             source_root=os.path.relpath(root, store_dir),
@@ -170,18 +176,21 @@ def is_indexed(root: Path, store_dir: Path) -> bool:
 def make_spec(
     architecture: Architecture,
     dense: tuple[DenseTensor, ...],
-    layouts: dict[int, tuple[TensorLayout, ...]],
-    weight_format: WeightFormat,
+    variants: dict[str, Variant],
 ) -> ModelSpec:
+    """variants: the exact one among them"""
+    others = dict(variants)
+    exact = others.pop(EXACT_VARIANT)
     return ModelSpec(
         fingerprint="",
         model_type=architecture.model_type,
         moe_layers=tuple(architecture.layers),
         num_experts=architecture.num_experts,
         top_k=architecture.top_k,
-        layouts=layouts,
+        layouts=exact.layouts,
         dense=dense,
-        weight_format=weight_format,
+        weight_format=exact.weight_format,
+        variants=others,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from expert_store.offline.pack_target import check_target, publish
 from expert_store.offline.records import RECORDS_NAME, RecordWriter
 from expert_store.offline.text_files import check_text
 from proto import errors
+from proto.expert import EXACT_VARIANT
 from proto.weight_format import EXACT
 
 JOURNAL_NAME = "pack.journal"
@@ -41,11 +42,14 @@ def pack(
     warn: Warn = unheard,
     *,
     weight_format: str = EXACT.name,
+    variants: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Manifest:
     """Write a packed store of the checkpoint in `root` to `store_dir`.
 
-    weight_format: one of proto.weight_format.NAMES
+    weight_format: of the records that a model computes with, one of proto.weight_format.NAMES
+    variants: formats of further records of each expert, none of them larger; a variant has the name
+              of its format
 
     Holds one tensor in memory at a time; of formats that are not exact, one expert's matrix and
     what it is encoded with. Killed and started again, it goes on where it was.
@@ -60,8 +64,12 @@ def pack(
     partial = store_dir.with_name(store_dir.name + ".partial")
     with ExitStack() as stack, _disk_full_explained(partial):
         source = WeightSource(checkpoint, stack)
-        encoder = make_encoder(weight_format, architecture, source, report)
-        writer = RecordWriter(architecture, encoder, source)
+        formats = {EXACT_VARIANT: weight_format} | {name: name for name in variants}
+        encoders = {
+            variant: make_encoder(name, architecture, source, report)
+            for variant, name in formats.items()
+        }
+        writer = RecordWriter(architecture, encoders, source)
         _check_space(writer, partial, store_dir)
         for remark in remarks(architecture):
             warn(remark)
@@ -76,11 +84,13 @@ def pack(
 def _write_store(
     writer: RecordWriter, checkpoint: Checkpoint, partial: Path, report: Report
 ) -> Manifest:
-    architecture, weight_format = writer.architecture, writer.encoder.weight_format
+    architecture, variants = writer.architecture, writer.variants
     task: dict[str, object] = {
         "files": [[f.path, f.size_bytes, f.mtime_ns, f.header_digest] for f in checkpoint.files],
-        "weight_format": str(weight_format),
+        "weight_format": str(variants[EXACT_VARIANT].weight_format),
     }
+    if len(variants) > 1:
+        task["variants"] = {name: str(each.weight_format) for name, each in variants.items()}
     if not (partial / RECORDS_NAME).exists():  # the journal would promise what is gone
         (partial / JOURNAL_NAME).unlink(missing_ok=True)
     with closing(Journal(partial / JOURNAL_NAME, task)) as journal:
@@ -88,7 +98,7 @@ def _write_store(
     dense = write_dense(partial, architecture.dense, writer.source)
     manifest = Manifest(
         format="packed",
-        spec=make_spec(architecture, dense, writer.layouts, weight_format),
+        spec=make_spec(architecture, dense, variants),
         sizing=measure(architecture),
         source_root=".",
         files=(_source_file(partial, RECORDS_NAME), _source_file(partial, DENSE_NAME)),

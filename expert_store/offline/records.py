@@ -1,10 +1,11 @@
-"""Writes the file of records, one aligned record an expert; goes on where a killed run was."""
+"""Writes the file of records, each on whole pages; goes on where a killed run was."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import xxhash
@@ -13,9 +14,9 @@ from expert_store.manifest.durable import write_all
 from expert_store.manifest.extents import ExpertRecord, Extent
 from expert_store.offline.checkpoint.architecture import Architecture
 from expert_store.offline.checkpoint.progress import Journal, Report
-from expert_store.offline.formats.encoders import Encoder, record_layouts
+from expert_store.offline.formats.encoders import Encoder, describe_variant
 from expert_store.offline.formats.weight_source import WeightSource
-from proto.expert import ExpertKey, RecordKey, TensorLayout
+from proto.expert import RecordKey, TensorLayout, Variant
 from proto.shm import TENSOR_ALIGN_BYTES, align_up
 
 RECORDS_NAME = "experts.bin"
@@ -24,20 +25,24 @@ _SYNC_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True)
 class RecordWriter:
-    """What all records have in common."""
+    """What all records have in common. encoders: by variant, in the order they are written in"""
 
     architecture: Architecture
-    encoder: Encoder
+    encoders: Mapping[str, Encoder]
     source: WeightSource
 
     @property
-    def layouts(self) -> dict[int, tuple[TensorLayout, ...]]:
-        return record_layouts(self.architecture, self.encoder)
+    def variants(self) -> dict[str, Variant]:
+        return {
+            name: describe_variant(self.architecture, encoder)
+            for name, encoder in self.encoders.items()
+        }
 
     @property
     def total_bytes(self) -> int:
         """Of all records, aligned."""
-        ends = [place_tensors(layout)[1] for layout in self.layouts.values()]
+        layouts = [layout for each in self.variants.values() for layout in each.layouts.values()]
+        ends = [place_tensors(layout)[1] for layout in layouts]
         return self.architecture.num_experts * sum(map(align_up, ends))
 
     def write(self, path: Path, journal: Journal, report: Report) -> dict[RecordKey, ExpertRecord]:
@@ -46,11 +51,11 @@ class RecordWriter:
         Raises ManifestInvalid for a damaged source, OSError for a full disk.
         """
         records: dict[RecordKey, ExpertRecord] = {}
-        layouts, total_bytes = self.layouts, self.total_bytes
+        variants, total_bytes = self.variants, self.total_bytes
         with path.open("r+b" if path.exists() else "w+b") as file:
             start_bytes = unsynced_bytes = 0
-            for key in self.architecture.keys:
-                layout = layouts[key.layer]
+            for name, expert in product(variants, self.architecture.keys):
+                key, layout = RecordKey(expert, name), variants[name].layouts[expert.layer]
                 offsets, end_bytes = place_tensors(layout)
                 record_bytes = align_up(end_bytes)
                 if str(key) not in journal.done:
@@ -64,9 +69,7 @@ class RecordWriter:
                     journal.flush()
                     unsynced_bytes = 0
                 extents = _extents(layout, offsets, start_bytes)
-                record_key = RecordKey(key)
-                checksum = journal.done[str(key)]
-                records[record_key] = ExpertRecord(record_key, extents, offsets, checksum)
+                records[key] = ExpertRecord(key, extents, offsets, journal.done[str(key)])
                 start_bytes += record_bytes
                 report(start_bytes, total_bytes)
             file.truncate(start_bytes)
@@ -78,7 +81,7 @@ class RecordWriter:
     def _write_one(
         self,
         descriptor: int,
-        key: ExpertKey,
+        key: RecordKey,
         start_bytes: int,
         offsets: Sequence[int],
         record_bytes: int,
@@ -87,8 +90,10 @@ class RecordWriter:
         digest, cursor = xxhash.xxh3_64(), start_bytes
         tensors = (
             tensor
-            for parameter in self.architecture.layers[key.layer]
-            for tensor in self.encoder.encode(parameter, key.expert, self.source)
+            for parameter in self.architecture.layers[key.expert.layer]
+            for tensor in self.encoders[key.variant].encode(
+                parameter, key.expert.expert, self.source
+            )
         )
         for offset, chunks in zip(offsets, tensors, strict=True):
             cursor += write_all(descriptor, bytes(start_bytes + offset - cursor), cursor)

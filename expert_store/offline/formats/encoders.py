@@ -16,7 +16,7 @@ from expert_store.offline.checkpoint.progress import Report
 from expert_store.offline.formats import lossless, quantise
 from expert_store.offline.formats.weight_source import WeightSource
 from proto import errors
-from proto.expert import TensorLayout
+from proto.expert import TensorLayout, Variant
 from proto.weight_format import (
     EXACT,
     INT4_GROUPS,
@@ -170,14 +170,13 @@ class Int4Encoder(LowBitEncoder):
         return quantise.int4(matrix, group, layout, TORCH_DTYPES[parameter.dtype])
 
 
-def record_layouts(
-    architecture: Architecture, encoder: Encoder
-) -> dict[int, tuple[TensorLayout, ...]]:
-    """Model layer -> the tensors of each of its experts' records."""
-    return {
+def describe_variant(architecture: Architecture, encoder: Encoder) -> Variant:
+    """Of records that `encoder` writes."""
+    layouts = {
         layer: tuple(tensor for p in parameters for tensor in encoder.layout(p))
         for layer, parameters in architecture.layers.items()
     }
+    return Variant(encoder.weight_format, layouts)
 
 
 def make_encoder(

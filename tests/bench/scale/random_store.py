@@ -36,7 +36,7 @@ from expert_store.offline.formats.encoders import Int4Encoder
 from expert_store.offline.formats.weight_source import WeightSource
 from expert_store.offline.index import make_spec, measure
 from expert_store.offline.records import RECORDS_NAME, RecordWriter
-from proto.expert import DenseTensor, TensorLayout
+from proto.expert import EXACT_VARIANT, DenseTensor, TensorLayout
 from proto.shm import PAGE_BYTES, align_up
 
 MODEL_TYPE = "gpt_oss"
@@ -99,16 +99,17 @@ def make(
     config.architectures = ["GptOssForCausalLM"]
     config.save_pretrained(store_dir)
     architecture = describe(store_dir)
-    writer = RecordWriter(architecture, RandomCodes(architecture, seed), NoSource())
+    writer = RecordWriter(
+        architecture, {EXACT_VARIANT: RandomCodes(architecture, seed)}, NoSource()
+    )
     _check_room(store_dir, writer.total_bytes)
     with closing(Journal(store_dir / JOURNAL_NAME, {})) as journal:
         records = writer.write(store_dir / RECORDS_NAME, journal, report)
     (store_dir / JOURNAL_NAME).unlink()
     dense = _write_dense(store_dir / POOL_NAME, architecture.dense, seed)
-    weight_format = writer.encoder.weight_format
     manifest = Manifest(
         format="packed",
-        spec=make_spec(architecture, dense, writer.layouts, weight_format),
+        spec=make_spec(architecture, dense, writer.variants),
         sizing=measure(architecture),
         source_root=".",
         files=tuple(_source_file(store_dir / name) for name in (RECORDS_NAME, POOL_NAME)),
