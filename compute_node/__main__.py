@@ -22,7 +22,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from transformers.utils import logging as transformers_logging
 
-from compute_node.cache.budget import Budget
+from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.config import ComputeNodeConfig
@@ -81,7 +81,7 @@ async def run(config: ComputeNodeConfig) -> None:
         )
         loaded = compute.do(lambda: load(config, model_dir, spec, cache, prober, lookahead))
         compute.do(cache.open)
-        slots, chooser = cache.budget.slots, cache.chooser
+        slots, chooser = cache.capacity.slots, cache.chooser
         evidence = None
         if access_log:
             evidence = Evidence(
@@ -150,8 +150,8 @@ def new_cache(
     )
     capacity_bytes = min(config.slots, spec.num_experts_total) * expert_bytes
     is_pooled = config.scope == "pool"
-    budget = Budget(capacity_bytes, expert_bytes, spec.moe_layers, spec.top_k, is_pooled)
-    return ExpertCache(store, budget, chooser)
+    capacity = Capacity(capacity_bytes, expert_bytes, spec.moe_layers, spec.top_k, is_pooled)
+    return ExpertCache(store, capacity, chooser)
 
 
 def load(

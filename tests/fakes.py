@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from compute_node.cache.budget import Budget
+from compute_node.cache.capacity import Capacity
 from compute_node.store.memory import Borrowed
 from compute_node.store.session import SessionLost
 from proto import errors
@@ -13,9 +13,9 @@ from proto.expert import ExpertKey
 EXPERT_BYTES = 100
 
 
-def make_budget(slots: int, moe_layers: tuple[int, ...], top_k: int, pooled: bool) -> Budget:
+def make_capacity(slots: int, moe_layers: tuple[int, ...], top_k: int, pooled: bool) -> Capacity:
     """Of as many experts of `EXPERT_BYTES`."""
-    return Budget(slots * EXPERT_BYTES, EXPERT_BYTES, moe_layers, top_k, pooled)
+    return Capacity(slots * EXPERT_BYTES, EXPERT_BYTES, moe_layers, top_k, pooled)
 
 
 class FakeLender:

@@ -1,4 +1,4 @@
-"""Borrowed experts under a budget: what is resident, what goes when room is needed, what a miss
+"""Borrowed experts under a capacity: what is resident, what goes when room is needed, what a miss
 cost.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
 from compute_node.cache.asked import Asked, Needs, Waiter, never
-from compute_node.cache.budget import Budget
+from compute_node.cache.capacity import Capacity
 from compute_node.cache.counters import LayerCounters
 from compute_node.cache.lender import Lender
 from compute_node.cache.policy_chooser import PolicyChooser
@@ -40,7 +40,7 @@ class ExpertCache:
     """
 
     lender: Lender
-    budget: Budget
+    capacity: Capacity
     chooser: PolicyChooser
     counters: dict[int, LayerCounters] = field(default_factory=dict)
     read_s: Annotated[float, fact("seconds that a read takes", key="expert_read_s")] = 0.0
@@ -51,10 +51,10 @@ class ExpertCache:
     _asked: list[Asked] = field(default_factory=list)  # not all of it has come
 
     def __post_init__(self) -> None:
-        layers = self.budget.moe_layers
+        layers = self.capacity.moe_layers
         self.counters = {layer: LayerCounters() for layer in layers}
         self._resident = Residents(layers)
-        self._layer_bytes = {layer: self.budget.layer_bytes(layer) for layer in layers}
+        self._layer_bytes = {layer: self.capacity.layer_bytes(layer) for layer in layers}
 
     def __len__(self) -> int:
         return len(self._resident)
@@ -109,7 +109,7 @@ class ExpertCache:
         """
         self._forget()
         self.lender.open(check)
-        expert_bytes, left_bytes = self.budget.expert_bytes, self.budget.capacity_bytes
+        expert_bytes, left_bytes = self.capacity.expert_bytes, self.capacity.capacity_bytes
         room_bytes = dict(self._layer_bytes)
         chosen: list[ExpertKey] = []
         for key in sorted(self.lender.resident()):
@@ -153,7 +153,7 @@ class ExpertCache:
             self._timed(layer, lambda: self.open(needs.check))
         held = [key for key in keys if key in self._resident]
         misses = [key for key in keys if key not in self._resident]
-        expert_bytes, layer_bytes = self.budget.expert_bytes, self._layer_bytes[layer]
+        expert_bytes, layer_bytes = self.capacity.expert_bytes, self._layer_bytes[layer]
         if len(keys) * expert_bytes <= layer_bytes:
             asked = self._ask(needs, misses, keys)
             self._speculate(needs)
@@ -264,9 +264,9 @@ class ExpertCache:
         self, layer: int, misses: list[ExpertKey], pinned: Sequence[ExpertKey]
     ) -> list[ExpertKey]:
         """Evict until `misses` fit beside what is under way; never what is pinned."""
-        scope = None if self.budget.pooled else layer
+        scope = None if self.capacity.pooled else layer
         num_coming = len(self._under_way) + len(misses)
-        wanted_bytes = self._resident.held_bytes(scope) + num_coming * self.budget.expert_bytes
+        wanted_bytes = self._resident.held_bytes(scope) + num_coming * self.capacity.expert_bytes
         excess_bytes = wanted_bytes - self._layer_bytes[layer]
         if excess_bytes <= 0:
             return []

@@ -35,7 +35,7 @@ class NodeStats:
             self,
             *(labelled(counters, layer=layer) for layer, counters in layers),
             cache,
-            cache.budget,
+            cache.capacity,
             cache.chooser,
             self.compute,
             *(labelled(distance, layers_ahead=number) for number, distance in distances),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compute_node.cache.budget import Budget
+from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.engine.engine import Engine, SequenceState
@@ -133,8 +133,10 @@ def engine(
             description = client.describe()
             expert_bytes = description.lease_bytes["exact"]
             chooser = PolicyChooser("decayed", 16, spec.moe_layers, spec.num_experts, lambda: None)
-            budget = Budget(slots * expert_bytes, expert_bytes, spec.moe_layers, spec.top_k, pooled)
-            cache = ExpertCache(client, budget, chooser)
+            capacity = Capacity(
+                slots * expert_bytes, expert_bytes, spec.moe_layers, spec.top_k, pooled
+            )
+            cache = ExpertCache(client, capacity, chooser)
             model_dir = description.model_dir
             loaded = load_model(model_dir, spec, cache, prober or Prober())
             cache.open()
@@ -149,8 +151,10 @@ def run(engine: Engine) -> tuple[list[torch.Tensor], list[int]]:
     logits = [engine.prefill(sequence)]
     for layer, counters in engine.cache.counters.items():
         needed = counters.misses + counters.hits - before[layer]
-        budget = engine.cache.budget
-        assert needed * budget.expert_bytes > budget.layer_bytes(layer), "several waves are needed"
+        capacity = engine.cache.capacity
+        assert needed * capacity.expert_bytes > capacity.layer_bytes(layer), (
+            "several waves are needed"
+        )
     sequence.token_ids.append(int(logits[-1].argmax()))
     for _ in range(STEPS - 1):
         logits += engine.decode([sequence])

@@ -21,7 +21,7 @@ from scheduler.policy.lfru import Lfru
 from scheduler.simulate.ranking import RankingPolicy, Ranks
 from scheduler.simulate.replay import RankedCache, Setting, ranked, replay
 from scheduler.simulate.trace import AccessTrace
-from tests.fakes import FakeLender, make_budget
+from tests.fakes import FakeLender, make_capacity
 from tests.scheduler.replays import recorded
 
 HALF_LIFE_TOKENS = 16.0
@@ -36,9 +36,9 @@ class LiveCache:
     ) -> None:
         self._layers = tuple(range(1, 2 * trace.num_layers, 2))
         slots = setting.slots * trace.num_layers
-        budget = make_budget(slots, self._layers, trace.top_k, setting.scope == "pool")
+        capacity = make_capacity(slots, self._layers, trace.top_k, setting.scope == "pool")
         chooser = PolicyChooser(policy, HALF_LIFE_TOKENS, self._layers, trace.num_experts, advice)
-        self._cache = ExpertCache(FakeLender(slots), budget, chooser)
+        self._cache = ExpertCache(FakeLender(slots), capacity, chooser)
         self._cache.open()
 
     def step(self, event: DecodeAccess) -> np.ndarray:

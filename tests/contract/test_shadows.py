@@ -1,4 +1,4 @@
-"""Shadows and the node agree: on its budget, on what its own policies hit, and on what following
+"""Shadows and the node agree: on its capacity, on what its own policies hit, and on what following
 the advice comes to.
 
 Planted faults seen red: the remainder of the slots given to the last layers; shadows of scores that
@@ -24,7 +24,7 @@ from scheduler.policy.lru import Lru
 from scheduler.shadow.advisor import Advisor
 from scheduler.simulate.ranking import RankingPolicy, Ranks
 from scheduler.simulate.replay import RankedCache, Setting, ranked, replay, slots_of
-from tests.fakes import FakeLender, make_budget
+from tests.fakes import FakeLender, make_capacity
 from tests.scheduler.replays import recorded
 
 TRACE = recorded()
@@ -64,10 +64,10 @@ class Node:
     """The cache that runs live, telling its evidence to an advisor and following its advice."""
 
     def __init__(self, slots: int, scope: str, policy: str, advisor: Advisor) -> None:
-        budget = make_budget(slots, LAYERS, TRACE.top_k, scope == "pool")
+        capacity = make_capacity(slots, LAYERS, TRACE.top_k, scope == "pool")
         self._advice: Advice | None = None
         chooser = PolicyChooser(policy, 16.0, LAYERS, TRACE.num_experts, lambda: self._advice)
-        self._cache = ExpertCache(FakeLender(slots), budget, chooser)
+        self._cache = ExpertCache(FakeLender(slots), capacity, chooser)
         self._cache.open()
         self._evidence = {"slots": slots, "scope": scope, "node": "live"}
         self._advisor = advisor

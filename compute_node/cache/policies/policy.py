@@ -1,4 +1,4 @@
-"""What an eviction policy is. Mechanism (budget, pins, the eviction loop) is in expert_cache.py."""
+"""What an eviction policy is. Mechanism (capacity, pins, the loop) is in expert_cache.py."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from compute_node.cache.budget import Budget
+from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.engine.engine import Engine, SequenceState
@@ -35,7 +35,7 @@ from tests.bench.peers.cpu import CpuMoment
 from tests.bench.scale.advice import Told
 from tests.bench.scale.fresh import FreshExperts
 from tests.bench.scale.segments import Segment, rows
-from tests.fakes import FakeLender
+from tests.fakes import FakeLender, make_capacity
 
 HALF_LIFE_TOKENS = 16.0  # as compute_node's default, and the scheduler's shadow of it
 CHUNK_TOKENS = 256
@@ -106,7 +106,7 @@ class Node:
         self._loaded: LoadedModel = load_model(
             store_dir,
             self.spec,
-            ExpertCache(FakeLender(), self._budget(slots), self._chooser("lru")),
+            ExpertCache(FakeLender(), self._capacity(slots), self._chooser("lru")),
             Prober(times=True),
         )
         routers = {
@@ -130,7 +130,7 @@ class Node:
         """
         advice: list[Advice] = []
         chooser = self._chooser(policy, lambda: advice[-1] if advice else None)
-        budget = self._budget(slots)
+        capacity = self._capacity(slots)
 
         def hear(step: int) -> None:
             if told is not None:
@@ -140,8 +140,8 @@ class Node:
             f"unix:{run_dir}/store.sock", "bench", slots, run_dir / "sessions", 30
         )
         try:
-            client.keys = warmed(segment, budget, chooser, hear)
-            cache = ExpertCache(client, budget, chooser)
+            client.keys = warmed(segment, capacity, chooser, hear)
+            cache = ExpertCache(client, capacity, chooser)
             cache.open()
             self._hang(cache)
             before = CpuMoment.now([store_pid])
@@ -159,13 +159,13 @@ class Node:
                 layer, self._loaded.kernels[layer], self._manifest, self._dir
             )
         lender = FakeLender(bytes_per_expert=self._manifest.slot_bytes)
-        cache = ExpertCache(lender, self._budget(self.spec.num_experts_total), self._chooser())
+        cache = ExpertCache(lender, self._capacity(self.spec.num_experts_total), self._chooser())
         return self._decode(segment, cache, lambda step: None, num_steps).digests
 
-    def _budget(self, slots: int) -> Budget:
+    def _capacity(self, slots: int) -> Capacity:
         expert_bytes = self._manifest.slot_bytes
         capacity_bytes = slots * expert_bytes
-        return Budget(
+        return Capacity(
             capacity_bytes, expert_bytes, self.spec.moe_layers, self.spec.top_k, pooled=True
         )
 
@@ -210,22 +210,23 @@ class Node:
 
 
 def warmed(
-    segment: Segment, budget: Budget, chooser: PolicyChooser, hear: Callable[[int], None]
+    segment: Segment, capacity: Capacity, chooser: PolicyChooser, hear: Callable[[int], None]
 ) -> list[ExpertKey]:
     """What a node would hold after the warm-up, and its policies' books in `chooser`: the cache
     itself goes through it, over a store that lends nothing.
     """
-    cache = ExpertCache(FakeLender(budget.slots), budget, chooser)
+    as_many = make_capacity(capacity.slots, capacity.moe_layers, capacity.top_k, capacity.pooled)
+    cache = ExpertCache(FakeLender(capacity.slots), as_many, chooser)
     cache.open()
     for step, ids, _ in rows(segment):
         if step == segment.warmup_steps:
             break
         hear(step)
-        for layer, experts in zip(budget.moe_layers, ids.tolist(), strict=True):
+        for layer, experts in zip(capacity.moe_layers, ids.tolist(), strict=True):
             for _wave in cache.step(layer, sorted(experts))[1]:
                 pass
     num_experts = segment.trace.num_experts
-    keys = [ExpertKey(layer, e) for layer in budget.moe_layers for e in range(num_experts)]
+    keys = [ExpertKey(layer, e) for layer in capacity.moe_layers for e in range(num_experts)]
     return [key for key in keys if key in cache]
 
 

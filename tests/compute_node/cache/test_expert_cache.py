@@ -1,4 +1,4 @@
-"""Budget, pins, waves, lost sessions.
+"""Capacity, pins, waves, lost sessions.
 
 Planted faults seen red: reading a resident expert again in prefill, keeping leases of a broken
 session, leases under way forgotten or not counted, hits of the step not pinned, a session ended
@@ -18,15 +18,15 @@ from compute_node.cache.policy_chooser import PolicyChooser
 from proto import errors
 from proto.expert import ExpertKey
 from proto.redis_schema import Advice
-from tests.fakes import FakeLender, make_budget
+from tests.fakes import FakeLender, make_capacity
 
 LAYERS = (1, 3)
 
 
 def make_cache(slots: int = 8, pooled: bool = False) -> tuple[ExpertCache, FakeLender]:
-    budget = make_budget(slots, LAYERS, 2, pooled)
+    capacity = make_capacity(slots, LAYERS, 2, pooled)
     lender = FakeLender(slots)
-    cache = ExpertCache(lender, budget, PolicyChooser("lru", 16.0, LAYERS, 16, lambda: None))
+    cache = ExpertCache(lender, capacity, PolicyChooser("lru", 16.0, LAYERS, 16, lambda: None))
     cache.open()
     return cache, lender
 
@@ -72,8 +72,8 @@ def test_what_the_step_needs_is_never_evicted_however_low_it_scores() -> None:
     scores = np.ones((2, 16), dtype=np.float32)
     scores[:, 0] = 0.0
     advice = Advice("scored", 1, 0, 1.0, scores)
-    budget, lender = make_budget(8, LAYERS, 2, pooled=False), FakeLender(8)
-    cache = ExpertCache(lender, budget, PolicyChooser("auto", 16.0, LAYERS, 16, lambda: advice))
+    capacity, lender = make_capacity(8, LAYERS, 2, pooled=False), FakeLender(8)
+    cache = ExpertCache(lender, capacity, PolicyChooser("auto", 16.0, LAYERS, 16, lambda: advice))
     cache.open()
     step(cache, 1, 0, 1, 2, 3)
     assert step(cache, 1, 0, 4) == [[0], [4]]
@@ -94,13 +94,13 @@ def test_layers_keep_to_their_share_and_a_pool_does_not() -> None:
 @pytest.mark.parametrize(("pooled", "smallest"), [(False, 4), (True, 2)])
 def test_too_small_a_budget_names_the_smallest_that_works(pooled: bool, smallest: int) -> None:
     with pytest.raises(errors.MemoryExceeded, match=f"at least {smallest} slots"):
-        make_budget(smallest - 1, LAYERS, 2, pooled)
-    make_budget(smallest, LAYERS, 2, pooled)
+        make_capacity(smallest - 1, LAYERS, 2, pooled)
+    make_capacity(smallest, LAYERS, 2, pooled)
 
 
 def test_uneven_slots_go_to_the_first_layers() -> None:
-    budget = make_budget(9, LAYERS, 2, pooled=False)
-    assert [budget.layer_bytes(layer) for layer in LAYERS] == [500, 400]
+    capacity = make_capacity(9, LAYERS, 2, pooled=False)
+    assert [capacity.layer_bytes(layer) for layer in LAYERS] == [500, 400]
 
 
 def test_broken_session_is_opened_again_and_the_step_completes() -> None:
@@ -221,7 +221,7 @@ def test_check_is_asked_before_every_layer() -> None:
         cache.step(1, [0], check)
 
 
-def test_warm_start_keeps_to_the_budget() -> None:
+def test_warm_start_keeps_to_the_capacity() -> None:
     cache, lender = make_cache()
     lender.in_memory = {ExpertKey(layer, expert) for layer in LAYERS for expert in range(16)}
     cache.open()

@@ -21,7 +21,7 @@ from compute_node.moe.route import EXACT, Route
 from compute_node.moe.step import Batch, Part, Phase, Step
 from compute_node.moe.sums import Sum
 from compute_node.predict.layer_timer import LayerTimer
-from tests.fakes import FakeLender, make_budget
+from tests.fakes import FakeLender, make_capacity
 
 LAYERS, NUM_EXPERTS = (1, 3), 16
 
@@ -68,7 +68,7 @@ def test_what_the_policy_says_is_computed() -> None:
 
 def test_residents_are_those_of_the_layer() -> None:
     chooser = PolicyChooser("lru", 16.0, LAYERS, NUM_EXPERTS, lambda: None)
-    cache = ExpertCache(FakeLender(), make_budget(8, LAYERS, 2, pooled=True), chooser)
+    cache = ExpertCache(FakeLender(), make_capacity(8, LAYERS, 2, pooled=True), chooser)
     cache.open()
     for layer, expert in ((1, 4), (3, 5)):
         list(cache.step(layer, [expert])[1])

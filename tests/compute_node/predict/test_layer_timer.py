@@ -11,7 +11,7 @@ import pytest
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.predict.layer_timer import LayerTimer
-from tests.fakes import FakeLender, make_budget
+from tests.fakes import FakeLender, make_capacity
 
 LAYERS = (1, 3, 5)
 
@@ -20,9 +20,9 @@ class Watch:
     """A timer whose clock and waiting a test sets."""
 
     def __init__(self) -> None:
-        budget = make_budget(8, LAYERS, 2, pooled=True)
+        capacity = make_capacity(8, LAYERS, 2, pooled=True)
         chooser = PolicyChooser("lru", 16.0, LAYERS, 16, lambda: None)
-        self.cache = ExpertCache(FakeLender(), budget, chooser, read_s=0.5)
+        self.cache = ExpertCache(FakeLender(), capacity, chooser, read_s=0.5)
         self.now_s = 0.0
         self.told: list[tuple[int, float]] = []
         self.timer = LayerTimer(

@@ -21,7 +21,7 @@ from compute_node.store.memory import Borrowed
 from proto.expert import ExpertKey
 from proto.redis_schema import Advice
 from tests.compute_node.traces import load
-from tests.fakes import EXPERT_BYTES, FakeLender, make_budget
+from tests.fakes import EXPERT_BYTES, FakeLender, make_capacity
 
 # tests/traces/tiny-moe-decode.npz: 360 steps of 8 layers, 4 of 32 experts
 GOLDEN_MISSES = {
@@ -58,8 +58,8 @@ def misses(policy: str, slots_per_layer: int, pooled: bool) -> int:
     topk_ids, num_experts = load()
     layers = tuple(range(topk_ids.shape[1]))
     chooser = PolicyChooser(policy, 16.0, layers, num_experts, lambda: None)
-    budget = make_budget(slots_per_layer * len(layers), layers, topk_ids.shape[2], pooled)
-    cache = ExpertCache(FakeLender(budget.slots), budget, chooser)
+    capacity = make_capacity(slots_per_layer * len(layers), layers, topk_ids.shape[2], pooled)
+    cache = ExpertCache(FakeLender(capacity.slots), capacity, chooser)
     cache.open()
     for step in topk_ids:
         for layer in layers:

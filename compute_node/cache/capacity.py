@@ -1,4 +1,4 @@
-"""How much of the experts a node may hold."""
+"""How much of the experts a node may hold at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from proto.stats import fact
 
 
 @dataclass(frozen=True)
-class Budget:
+class Capacity:
     """Bytes that resident experts may take: a share of each layer, or one pool of all layers.
 
     expert_bytes: of one exact record; shares are multiples of it
@@ -22,7 +22,7 @@ class Budget:
     pooled: bool
 
     def __post_init__(self) -> None:
-        """Raises MemoryExceeded naming the smallest budget that works."""
+        """Raises MemoryExceeded naming the smallest that works."""
         smallest = self.top_k if self.pooled else self.top_k * len(self.moe_layers)
         if self.slots < smallest:
             scope = "one pool" if self.pooled else f"{len(self.moe_layers)} layers"
