@@ -1,23 +1,22 @@
-"""A counter is defined once, beside where it is counted: by the annotation of an attribute, or on a
+"""A counter is defined once, beside where it is counted: as the start of an attribute, or on a
 property.
 
-    demand_reads: Annotated[int, counter("flashmoe_store_reads", "Records read")] = 0
+    demand_reads: int = counter("flashmoe_store_reads", "Records read", reason="demand")
 
     @property
     @gauge("flashmoe_node_prefetch_depth", "Layers ahead that pay now", key="prefetch_depth")
     def depth(self) -> int: ...
 
 The Stats call, the metrics page and `flashmoe status` derive from it. Counting stays arithmetic on
-a plain attribute; only `snapshot` looks at annotations, once a class.
+a plain attribute.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from proto import errors
 from proto import stats_pb2 as pb
@@ -28,35 +27,59 @@ Getter = TypeVar("Getter", bound=Callable[[Any], object])
 Value = bool | int | float | str | list[str] | None
 
 
+_NO_START: Any = object()
+_TABLE, _MARK = "__shown__", "__shown_as__"  # of a class; of the function behind a property
+
+
 @dataclass(frozen=True)
-class Shown:
-    """How an attribute is shown. key: its name in a snapshot; empty: the attribute's own."""
+class Shown(Any):  # type: ignore[misc]  # so that `hits: int = counter(...)` has a type
+    """How an attribute is shown, also a field of a dataclass.
+
+    key:   its name in a snapshot; empty: the attribute's own
+    start: its value in the class
+    """
 
     kind: pb.Metric.Kind.ValueType
     page_name: str
-    help: str
+    text: str
     key: str
+    start: Any
     labels: Mapping[str, str]
+
+    def __new__(cls, *_: object) -> Shown:
+        return object.__new__(cls)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Leave the start in the class: counting costs what it does without a definition."""
+        if _TABLE not in vars(owner):
+            setattr(owner, _TABLE, {})
+        getattr(owner, _TABLE)[name] = self
+        if self.start is _NO_START:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, self.start)
 
     def __call__(self, getter: Getter) -> Getter:
         """Under `@property`: what it returns is shown."""
-        getter.shown = self  # type: ignore[attr-defined]
+        setattr(getter, _MARK, self)
         return getter
 
 
-def counter(page_name: str, text: str, *, key: str = "", **labels: str) -> Shown:
+def counter(page_name: str, text: str, *, key: str = "", start: Any = 0, **labels: str) -> Shown:
     """A number that only grows. page_name: its Prometheus family, without `_total`"""
-    return Shown(pb.Metric.COUNTER, page_name, text, key, labels)
+    return Shown(pb.Metric.COUNTER, page_name, text, key, start, labels)
 
 
-def gauge(page_name: str, text: str, *, key: str = "", **labels: str) -> Shown:
+def gauge(
+    page_name: str, text: str, *, key: str = "", start: Any = _NO_START, **labels: str
+) -> Shown:
     """A number as it is now; None is left out of the metrics page."""
-    return Shown(pb.Metric.GAUGE, page_name, text, key, labels)
+    return Shown(pb.Metric.GAUGE, page_name, text, key, start, labels)
 
 
-def fact(text: str, *, key: str = "", **labels: str) -> Shown:
+def fact(text: str, *, key: str = "", start: Any = _NO_START, **labels: str) -> Shown:
     """Text, texts or a number that the metrics page does not have."""
-    return Shown(pb.Metric.FACT, "", text, key, labels)
+    return Shown(pb.Metric.FACT, "", text, key, start, labels)
 
 
 @dataclass(frozen=True)
@@ -89,7 +112,7 @@ def _metrics(given: Labelled) -> Iterator[pb.Metric]:
         metric = pb.Metric(
             key=shown.key or name,
             page_name=shown.page_name,
-            help=shown.help,
+            help=shown.text,
             kind=shown.kind,
             labels={**given.labels, **shown.labels},
         )
@@ -100,13 +123,13 @@ def _metrics(given: Labelled) -> Iterator[pb.Metric]:
 @cache
 def declared(kind: type) -> tuple[tuple[str, Shown], ...]:
     """Attributes and properties of a class that are shown, by name."""
-    hints = get_type_hints(kind, include_extras=True)
-    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
-    for name, member in inspect.getmembers_static(kind, lambda m: isinstance(m, property)):
-        marks[name] = (getattr(member.fget, "shown", None),)
-    return tuple(
-        (name, mark) for name, found in marks.items() for mark in found if isinstance(mark, Shown)
-    )
+    found: dict[str, Shown] = {}
+    for base in reversed(kind.__mro__):
+        found |= vars(base).get(_TABLE, {})
+        for name, member in vars(base).items():
+            if isinstance(member, property) and hasattr(member.fget, _MARK):
+                found[name] = getattr(member.fget, _MARK)
+    return tuple(found.items())
 
 
 def _set_value(metric: pb.Metric, value: object) -> None:

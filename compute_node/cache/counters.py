@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 from proto.stats import counter
 
@@ -18,12 +17,8 @@ class LayerCounters:
     uncovered_s: what reading the misses that nobody guessed takes beyond the layer's own compute
     """
 
-    hits: Annotated[int, counter(_ACCESSES, _BY_OUTCOME, outcome="hit")] = 0
-    misses: Annotated[int, counter(_ACCESSES, _BY_OUTCOME, outcome="miss")] = 0
-    bytes_read: Annotated[
-        int, counter("flashmoe_node_read_bytes", "Bytes its misses read from disk")
-    ] = 0
-    stall_s: Annotated[
-        float, counter("flashmoe_node_stall_seconds", "Compute waited for experts")
-    ] = 0.0
+    hits: int = counter(_ACCESSES, _BY_OUTCOME, outcome="hit")
+    misses: int = counter(_ACCESSES, _BY_OUTCOME, outcome="miss")
+    bytes_read: int = counter("flashmoe_node_read_bytes", "Bytes its misses read from disk")
+    stall_s: float = counter("flashmoe_node_stall_seconds", "Compute waited for experts", start=0.0)
     uncovered_s: float = 0.0

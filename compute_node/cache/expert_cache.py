@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 from compute_node.cache.asked import Asked, Needs, Waiter, never
 from compute_node.cache.capacity import Capacity
@@ -43,7 +43,7 @@ class ExpertCache:
     capacity: Capacity
     chooser: PolicyChooser
     counters: dict[int, LayerCounters] = field(default_factory=dict)
-    read_s: Annotated[float, fact("seconds that a read takes", key="expert_read_s")] = 0.0
+    read_s: float = fact("seconds that a read takes", key="expert_read_s", start=0.0)
     read_s_per_byte: float = 0.0
     stall_s: float = 0.0
     _resident: Residents = field(init=False)

@@ -5,7 +5,6 @@ fallback.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Annotated
 
 from compute_node.cache.policies.decayed import Decayed
 from compute_node.cache.policies.lfru import Lfru
@@ -29,11 +28,9 @@ class PolicyChooser:
     local:      the policies that a node ranks by itself, by name
     """
 
-    name: Annotated[str, fact("the policy in charge", key="policy")]
-    num_advised: Annotated[int, counter(_EVICTIONS, _BY, key="advice_used", by="advice")] = 0
-    num_fallbacks: Annotated[
-        int, counter(_EVICTIONS, _BY, key="advice_fallbacks", by="fallback")
-    ] = 0
+    name: str = fact("the policy in charge", key="policy")
+    num_advised: int = counter(_EVICTIONS, _BY, key="advice_used", by="advice")
+    num_fallbacks: int = counter(_EVICTIONS, _BY, key="advice_fallbacks", by="fallback")
 
     def __init__(
         self,

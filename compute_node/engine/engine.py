@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,9 +75,9 @@ class Engine:
     evidence: called after every pass; None: nobody learns
     """
 
-    peak_cache_bytes: Annotated[
-        int, fact("KV and other state of a sequence, at most", key="cache_bytes")
-    ] = 0
+    peak_cache_bytes: int = fact(
+        "KV and other state of a sequence, at most", key="cache_bytes", start=0
+    )
 
     def __init__(
         self,

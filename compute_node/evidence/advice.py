@@ -8,7 +8,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Annotated
 
 import redis
 
@@ -27,7 +26,7 @@ class AdviceFeed:
     obstacle: why the last look failed; empty when it did not
     """
 
-    num_rejected: Annotated[int, fact("advice not decoded", key="advice_rejected")] = 0
+    num_rejected: int = fact("advice not decoded", key="advice_rejected", start=0)
 
     def __init__(
         self,

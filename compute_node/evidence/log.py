@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Any
 
 import redis
 
@@ -30,7 +30,7 @@ class AccessLog:
     obstacle: why the last event did not arrive; empty when it did
     """
 
-    num_sent: Annotated[int, counter(_PAGE, _HELP, key="evidence_sent", outcome="sent")] = 0
+    num_sent: int = counter(_PAGE, _HELP, key="evidence_sent", outcome="sent")
 
     def __init__(self, client: redis.Redis, fingerprint: str) -> None:
         self._redis = client

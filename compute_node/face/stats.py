@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 from compute_node.engine.engine import Engine
 from compute_node.engine.jobs import ComputeThread
@@ -26,7 +25,7 @@ class NodeStats:
     store: StoreClient
     access_log: AccessLog | None
     advice: AdviceFeed | None
-    requests: Annotated[int, fact("since the start")] = 0
+    requests: int = fact("since the start", start=0)
 
     def snapshot(self) -> pb.Snapshot:
         cache, loaded = self.engine.cache, self.engine.loaded

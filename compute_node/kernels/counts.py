@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 from compute_node.kernels.prober import Prober
 from proto.stats import gauge
@@ -13,21 +12,13 @@ from proto.stats import gauge
 class KernelCounts:
     """Of what one side computes, as a label says."""
 
-    matrix_shapes: Annotated[
-        int,
-        gauge(
-            "flashmoe_node_matrix_shapes",
-            "Shapes of matrices by what multiplies one token with them",
-        ),
-    ]
-    norms: Annotated[int, gauge("flashmoe_node_norms", "Norms by what computes one token's")]
-    experts_modules: Annotated[
-        int,
-        gauge(
-            "flashmoe_node_experts_modules",
-            "Experts modules by what computes one token's gate",
-        ),
-    ]
+    matrix_shapes: int = gauge(
+        "flashmoe_node_matrix_shapes", "Shapes of matrices by what multiplies one token with them"
+    )
+    norms: int = gauge("flashmoe_node_norms", "Norms by what computes one token's")
+    experts_modules: int = gauge(
+        "flashmoe_node_experts_modules", "Experts modules by what computes one token's gate"
+    )
 
     @classmethod
     def of(cls, prober: Prober, native: bool) -> KernelCounts:

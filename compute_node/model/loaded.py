@@ -8,7 +8,7 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import xxhash
@@ -57,7 +57,7 @@ class LoadedModel:
     prober: Prober
     kernels: dict[int, ExpertKernels]
     experts_modules: dict[int, Any]
-    dense_bytes: Annotated[int, fact("weights outside of experts")]
+    dense_bytes: int = fact("weights outside of experts")
 
     @property
     def hidden_size(self) -> int:

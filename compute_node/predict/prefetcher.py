@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -37,12 +37,8 @@ class Distance:
     """
 
     precisions: list[float]
-    sent: Annotated[
-        int, counter(_GUESSES, _NOT_RESIDENT, key="prefetches_sent", outcome="sent")
-    ] = 0
-    right: Annotated[
-        int, counter(_GUESSES, _NOT_RESIDENT, key="prefetches_right", outcome="right")
-    ] = 0
+    sent: int = counter(_GUESSES, _NOT_RESIDENT, key="prefetches_sent", outcome="sent")
+    right: int = counter(_GUESSES, _NOT_RESIDENT, key="prefetches_right", outcome="right")
 
     @classmethod
     def fresh(cls, top_k: int) -> Distance:
@@ -96,14 +92,11 @@ class Prefetcher:
     max_guesses: int
     max_depth: int
     distances: list[Distance] = field(default_factory=list)
-    num_unguessed: Annotated[
-        int,
-        counter(
-            "flashmoe_node_unguessed_misses",
-            "Misses of decode steps that nobody had guessed",
-            key="unguessed_misses",
-        ),
-    ] = 0
+    num_unguessed: int = counter(
+        "flashmoe_node_unguessed_misses",
+        "Misses of decode steps that nobody had guessed",
+        key="unguessed_misses",
+    )
     _open: dict[ExpertKey, tuple[int, int]] = field(default_factory=dict)  # distance, rank
     _disproved: list[ExpertKey] = field(default_factory=list)  # the store has not heard
     _needs: dict[int, LayerNeed] = field(default_factory=dict)

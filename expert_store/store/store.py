@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Annotated
 
 from expert_store.io.device import Device
 from expert_store.manifest.manifest import Manifest
@@ -52,7 +51,7 @@ class ExpertStore:
     read_depth: int
     max_queued: int
     piece_bytes: int
-    direct_io: Annotated[bool, gauge("flashmoe_store_direct_io", "1: reads bypass the page cache")]
+    direct_io: bool
     device: Device[PieceRead]
     counters: Counters = field(default_factory=Counters)
     quarantined: Quarantine = field(default_factory=Quarantine)
@@ -68,6 +67,11 @@ class ExpertStore:
             self.counters,
             self._give_memory,
         )
+
+    @property
+    @gauge("flashmoe_store_direct_io", "1: reads bypass the page cache", key="direct_io")
+    def is_direct(self) -> bool:
+        return self.direct_io
 
     def snapshot(self) -> stats_pb.Snapshot:
         """What it counts and holds now."""

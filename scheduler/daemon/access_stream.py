@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 from redis import exceptions
 from redis.asyncio import Redis
@@ -33,25 +33,19 @@ class AccessStream:
     obstacle: why nothing can be read now; empty when it can
     """
 
-    connected: Annotated[
-        bool,
-        gauge(
-            "flashmoe_scheduler_redis_connected",
-            "1 while evidence can be read",
-            key="redis_connected",
-        ),
-    ] = False
+    connected: bool = gauge(
+        "flashmoe_scheduler_redis_connected",
+        "1 while evidence can be read",
+        key="redis_connected",
+        start=False,
+    )
     entries_rejected = 0  # shown with those that nobody could follow
-    entries_lost: Annotated[
-        int, counter("flashmoe_scheduler_events_lost", "events lost", key="events_lost")
-    ] = 0
-    entries_claimed: Annotated[
-        int, counter("flashmoe_scheduler_events_claimed", "events claimed", key="events_claimed")
-    ] = 0
-    groups_created: Annotated[
-        int, counter("flashmoe_scheduler_groups_created", "groups created")
-    ] = 0
-    read_failures: Annotated[int, counter("flashmoe_scheduler_read_failures", "read failures")] = 0
+    entries_lost: int = counter("flashmoe_scheduler_events_lost", "events lost", key="events_lost")
+    entries_claimed: int = counter(
+        "flashmoe_scheduler_events_claimed", "events claimed", key="events_claimed"
+    )
+    groups_created: int = counter("flashmoe_scheduler_groups_created", "groups created")
+    read_failures: int = counter("flashmoe_scheduler_read_failures", "read failures")
 
     def __init__(
         self,

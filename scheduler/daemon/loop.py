@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated
 
 from proto import errors, stats
 from proto import stats_pb2 as pb
@@ -29,17 +28,17 @@ class SchedulerLoop:
     evidence_lag_s: by the wall clock; None before any evidence
     """
 
-    shadow_steps_skipped: Annotated[
-        int, counter("flashmoe_scheduler_shadow_steps_skipped", "shadow steps skipped")
-    ] = 0
-    evidence_lag_s: Annotated[
-        float | None,
-        gauge("flashmoe_scheduler_evidence_lag_s", "from a node's writing to our publication"),
-    ] = None
-    step_ms: Annotated[
-        float,
-        gauge("flashmoe_scheduler_step_ms", "one event from decode to publication, decayed mean"),
-    ] = 0.0
+    shadow_steps_skipped: int = counter(
+        "flashmoe_scheduler_shadow_steps_skipped", "shadow steps skipped"
+    )
+    evidence_lag_s: float | None = gauge(
+        "flashmoe_scheduler_evidence_lag_s", "from a node's writing to our publication", start=None
+    )
+    step_ms: float = gauge(
+        "flashmoe_scheduler_step_ms",
+        "one event from decode to publication, decayed mean",
+        start=0.0,
+    )
 
     def __init__(
         self,

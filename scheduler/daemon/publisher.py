@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Annotated
 
 from redis import exceptions
 from redis.asyncio import Redis
@@ -24,16 +23,11 @@ class Publisher:
     obstacle: why the last advice did not go out; empty when it did
     """
 
-    version: Annotated[
-        int,
-        gauge(
-            "flashmoe_scheduler_advice_version", "version of the last advice", key="advice_version"
-        ),
-    ]
-    advice_published: Annotated[
-        int, counter("flashmoe_scheduler_advice_published", "advice published")
-    ] = 0
-    advice_failed: Annotated[int, counter("flashmoe_scheduler_advice_failed", "advice failed")] = 0
+    version: int = gauge(
+        "flashmoe_scheduler_advice_version", "version of the last advice", key="advice_version"
+    )
+    advice_published: int = counter("flashmoe_scheduler_advice_published", "advice published")
+    advice_failed: int = counter("flashmoe_scheduler_advice_failed", "advice failed")
 
     def __init__(
         self,

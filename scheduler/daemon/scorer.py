@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import numpy as np
 
@@ -46,12 +45,10 @@ class Scorer:
     lessons_skipped: events that only moved the state, because there were too many
     """
 
-    events_seen: Annotated[int, counter("flashmoe_scheduler_events_seen", "events seen")] = 0
-    steps_missed: Annotated[int, counter("flashmoe_scheduler_steps_missed", "steps missed")] = 0
-    lessons_skipped: Annotated[
-        int, counter("flashmoe_scheduler_lessons_skipped", "lessons skipped")
-    ] = 0
-    nodes_dropped: Annotated[int, counter("flashmoe_scheduler_nodes_dropped", "nodes dropped")] = 0
+    events_seen: int = counter("flashmoe_scheduler_events_seen", "events seen")
+    steps_missed: int = counter("flashmoe_scheduler_steps_missed", "steps missed")
+    lessons_skipped: int = counter("flashmoe_scheduler_lessons_skipped", "lessons skipped")
+    nodes_dropped: int = counter("flashmoe_scheduler_nodes_dropped", "nodes dropped")
 
     def __init__(
         self, config: SchedulerConfig, forecaster: Forecaster | None = None, seed: int = 0

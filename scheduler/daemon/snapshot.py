@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import grpc
 import numpy as np
@@ -120,17 +120,13 @@ def _sync_directory(path: Path) -> None:
 class SnapshotFile:
     """Keeps a model's state at one path, or nowhere when there is none."""
 
-    saved: Annotated[int, counter("flashmoe_scheduler_snapshots", "snapshots", key="snapshots")] = 0
-    failed: Annotated[
-        int,
-        counter("flashmoe_scheduler_snapshots_failed", "snapshots failed", key="snapshots_failed"),
-    ] = 0
-    damaged: Annotated[
-        int,
-        counter(
-            "flashmoe_scheduler_snapshots_damaged", "snapshots damaged", key="snapshots_damaged"
-        ),
-    ] = 0
+    saved: int = counter("flashmoe_scheduler_snapshots", "snapshots", key="snapshots")
+    failed: int = counter(
+        "flashmoe_scheduler_snapshots_failed", "snapshots failed", key="snapshots_failed"
+    )
+    damaged: int = counter(
+        "flashmoe_scheduler_snapshots_damaged", "snapshots damaged", key="snapshots_damaged"
+    )
 
     def __init__(self, path: Path | None, fingerprint: str, interval_s: float) -> None:
         self._path = path

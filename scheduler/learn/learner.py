@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,17 +59,14 @@ class Contribution:
 class ReuseModel:
     """P(an expert is used within the horizon). `learn` and `restore` change it, the others ask."""
 
-    labels_learned: Annotated[
-        int, counter("flashmoe_scheduler_labels_learned", "labels learned")
-    ] = 0
-    drifts: Annotated[int, counter("flashmoe_scheduler_drifts", "drifts")] = 0
-    log_loss: Annotated[
-        float, gauge("flashmoe_scheduler_log_loss", "progressive validation, decayed")
-    ] = 0.0
-    baseline_log_loss: Annotated[
-        float,
-        gauge("flashmoe_scheduler_baseline_log_loss", "of always predicting the mean, decayed"),
-    ] = 0.0
+    labels_learned: int = counter("flashmoe_scheduler_labels_learned", "labels learned")
+    drifts: int = counter("flashmoe_scheduler_drifts", "drifts")
+    log_loss: float = gauge(
+        "flashmoe_scheduler_log_loss", "progressive validation, decayed", start=0.0
+    )
+    baseline_log_loss: float = gauge(
+        "flashmoe_scheduler_baseline_log_loss", "of always predicting the mean, decayed", start=0.0
+    )
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)

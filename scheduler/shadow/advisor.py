@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +38,9 @@ class Advisor:
     restarts: a node's budget changed, and its shadows began anew
     """
 
-    restarts: Annotated[
-        int, counter("flashmoe_scheduler_shadow_restarts", "shadow restarts", key="shadow_restarts")
-    ] = 0
+    restarts: int = counter(
+        "flashmoe_scheduler_shadow_restarts", "shadow restarts", key="shadow_restarts"
+    )
 
     def __init__(
         self,

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,29 +64,23 @@ class Score:
     windowed_regret: what MIN hit more over the last ones
     """
 
-    hit_ratio: Annotated[
-        float,
-        gauge(
-            "flashmoe_scheduler_shadow_hit_ratio",
-            "what the policy would have hit under the node's budget, since that changed",
-        ),
-    ]
-    windowed_hit_ratio: Annotated[
-        float, gauge("flashmoe_scheduler_shadow_windowed_hit_ratio", "the same, decayed")
-    ]
-    windowed_regret: Annotated[
-        float,
-        gauge("flashmoe_scheduler_shadow_windowed_regret", "what MIN would have hit more, decayed"),
-    ]
+    hit_ratio: float = gauge(
+        "flashmoe_scheduler_shadow_hit_ratio",
+        "what the policy would have hit under the node's budget, since that changed",
+    )
+    windowed_hit_ratio: float = gauge(
+        "flashmoe_scheduler_shadow_windowed_hit_ratio", "the same, decayed"
+    )
+    windowed_regret: float = gauge(
+        "flashmoe_scheduler_shadow_windowed_regret", "what MIN would have hit more, decayed"
+    )
 
 
 @dataclass(frozen=True)
 class InCharge:
     """Its labels say which policy."""
 
-    is_in_charge: Annotated[
-        int, gauge("flashmoe_scheduler_in_charge", "1 for the policy in charge")
-    ] = 1
+    is_in_charge: int = gauge("flashmoe_scheduler_in_charge", "1 for the policy in charge", start=1)
 
 
 @dataclass(frozen=True)
@@ -99,16 +92,14 @@ class Report:
     """
 
     node: str
-    slots: Annotated[int, fact("of its budget")]
-    scope: Annotated[str, fact("of its budget: layer or pool")]
-    steps: Annotated[int, fact("followed under that budget")]
-    in_charge: Annotated[str, fact("the policy that the node is advised to follow")]
     reason: Reason
-    switches: Annotated[
-        int, counter("flashmoe_scheduler_switches", "changes of the policy in charge")
-    ]
     policies: Mapping[str, Score]
     actual: Score
+    slots: int = fact("of its budget")
+    scope: str = fact("of its budget: layer or pool")
+    steps: int = fact("followed under that budget")
+    in_charge: str = fact("the policy that the node is advised to follow")
+    switches: int = counter("flashmoe_scheduler_switches", "changes of the policy in charge")
 
     @property
     @fact("why that policy is in charge")

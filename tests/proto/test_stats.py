@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import grpc
 import pytest
@@ -30,22 +30,26 @@ from proto.stats import Stats, counter, fact, gauge, labelled
 class Pond:
     """Shown by its fields. frogs: a counter that nobody else has heard of"""
 
-    frogs: Annotated[int, counter("flashmoe_pond_frogs", "Frogs", colour="green")] = 0
-    depth_m: Annotated[float, gauge("flashmoe_pond_depth_m", "Depth")] = 0.0
-    name: Annotated[str, fact("what it is called")] = ""
-    fish: Annotated[list[str], fact("by name")] = field(default_factory=list)
+    frogs: int = counter("flashmoe_pond_frogs", "Frogs", colour="green")
+    depth_m: float = gauge("flashmoe_pond_depth_m", "Depth", start=0.0)
+    name: str = fact("what it is called", start="")
     unseen: int = 3
 
 
 class Lake:
     """Shown by what it declares, though it is no dataclass."""
 
-    boats: Annotated[int, counter("flashmoe_lake_boats", "Boats", key="boats_seen")] = 0
+    boats: int = counter("flashmoe_lake_boats", "Boats", key="boats_seen")
 
     @property
     @gauge("flashmoe_lake_is_frozen", "1: it is")
     def is_frozen(self) -> bool:
         return True
+
+    @property
+    @fact("by name")
+    def fish(self) -> list[str]:
+        return ["carp", "pike"]
 
     @property
     @gauge("flashmoe_lake_age_s", "Since the last visit")
@@ -60,14 +64,14 @@ def found(*sources: object) -> Stats:
 def test_fields_and_properties_keep_name_type_and_value() -> None:
     lake = Lake()
     lake.boats += 2
-    shown = found(Pond(5, 1.5, "north", ["carp", "pike"]), lake)
+    shown = found(Pond(5, 1.5, "north"), lake)
     assert shown.document() == {
         "frogs{colour=green}": 5,
         "depth_m": 1.5,
         "name": "north",
-        "fish": ["carp", "pike"],
         "boats_seen": 2,
         "is_frozen": True,
+        "fish": ["carp", "pike"],
         "age_s": None,
     }
     assert shown.is_frozen is True and isinstance(shown.depth_m, float)
@@ -78,6 +82,13 @@ def test_of_several_alike_each_is_shown_and_the_sum() -> None:
     assert shown.frogs == 7
     assert {layer: pond.frogs for layer, pond in shown.by("layer").items()} == {"3": 2, "1": 5}
     assert shown.of(layer="1", colour="green").document()["frogs"] == 5
+
+
+def test_what_has_no_start_must_be_given() -> None:
+    """Red when a gauge that nobody set is shown as 0."""
+    with pytest.raises(TypeError, match="free"):
+        SlotCounts(filling=1, leased=2, reclaimable=3)  # type: ignore[call-arg]
+    assert SlotCounts(1, 2, 3, 4) == SlotCounts(1, 2, 3, 4) != SlotCounts(0, 2, 3, 4)
 
 
 def test_what_is_not_shown_is_named() -> None:
@@ -120,8 +131,8 @@ async def test_status_says_that_a_daemon_is_older(run_dir: Path) -> None:
 
 @dataclass
 class Sessions:
-    open: Annotated[int, gauge("flashmoe_store_sessions", "Sessions", key="sessions")] = 0
-    orphaned_sessions: Annotated[int, gauge("flashmoe_store_sessions", "Sessions")] = 0
+    open: int = gauge("flashmoe_store_sessions", "Sessions", key="sessions", start=0)
+    orphaned_sessions: int = gauge("flashmoe_store_sessions", "Sessions", start=0)
 
 
 NOBODY: dict[str, dict[str, Any]] = {
