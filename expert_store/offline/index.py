@@ -18,7 +18,8 @@ from expert_store.offline.checkpoint.architecture import Architecture, read_arch
 from expert_store.offline.checkpoint.files import Checkpoint, CheckpointTensor, read_chunks
 from expert_store.offline.checkpoint.parameters import ExpertParameter, Part
 from expert_store.offline.checkpoint.progress import Journal, Report, Warn, silent, unheard
-from expert_store.offline.formats.encoders import ExactEncoder, check_plain, describe_variant
+from expert_store.offline.formats.encoder import describe_variant
+from expert_store.offline.formats.exact import ExactEncoder, check_plain
 from expert_store.offline.text_files import check_text
 from proto import errors
 from proto.checkpoint.trained_context import trained_context_tokens

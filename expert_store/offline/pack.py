@@ -22,7 +22,7 @@ from expert_store.offline.checkpoint.architecture import read_architecture, rema
 from expert_store.offline.checkpoint.files import Checkpoint, read_header
 from expert_store.offline.checkpoint.progress import Journal, Report, Warn, silent, unheard
 from expert_store.offline.companions import DENSE_NAME, copy_side_files, write_dense
-from expert_store.offline.formats.encoders import make_encoder
+from expert_store.offline.formats.table import FORMATS
 from expert_store.offline.formats.weight_source import WeightSource
 from expert_store.offline.index import make_spec, measure
 from expert_store.offline.pack_target import check_target, publish
@@ -66,7 +66,7 @@ def pack(
         source = WeightSource(checkpoint, stack)
         formats = {EXACT_VARIANT: weight_format} | {name: name for name in variants}
         encoders = {
-            variant: make_encoder(name, architecture, source, report)
+            variant: FORMATS[name](architecture, source, report)
             for variant, name in formats.items()
         }
         writer = RecordWriter(architecture, encoders, source)

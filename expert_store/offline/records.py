@@ -14,7 +14,7 @@ from expert_store.manifest.durable import write_all
 from expert_store.manifest.extents import ExpertRecord, Extent
 from expert_store.offline.checkpoint.architecture import Architecture
 from expert_store.offline.checkpoint.progress import Journal, Report
-from expert_store.offline.formats.encoders import Encoder, describe_variant
+from expert_store.offline.formats.encoder import Encoder, describe_variant
 from expert_store.offline.formats.weight_source import WeightSource
 from proto.expert import RecordKey, TensorLayout, Variant
 from proto.shm import TENSOR_ALIGN_BYTES, align_up

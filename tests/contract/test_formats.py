@@ -20,8 +20,8 @@ from compute_node.kernels.int4 import Int4Matrix
 from compute_node.kernels.int8 import Int8Matrix
 from compute_node.store.memory import TORCH_DTYPES
 from expert_store.manifest.manifest import Manifest
-from expert_store.offline.formats import quantise
-from expert_store.offline.formats.encoders import LosslessEncoder
+from expert_store.offline.formats import int4
+from expert_store.offline.formats.lossless import LosslessEncoder
 from expert_store.offline.pack import pack
 from expert_store.offline.records import RECORDS_NAME
 from proto import errors
@@ -195,9 +195,9 @@ def test_codes_laid_for_another_cpu_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = make("mixtral", tmp_path / "checkpoint", torch.bfloat16)
-    here = quantise.int4_layout()
+    here = int4.layout_here()
     other = "blocks32" if here == "blocks64" else "blocks64"
-    monkeypatch.setattr(quantise, "int4_layout", lambda: other)
+    monkeypatch.setattr(int4, "layout_here", lambda: other)
     pack(root, tmp_path / "store", weight_format="int4")
     with (
         pytest.raises(errors.CheckpointUnsupported, match=r"pack the checkpoint on this machine"),

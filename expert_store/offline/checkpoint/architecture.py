@@ -50,6 +50,10 @@ class Architecture:
     def keys(self) -> list[ExpertKey]:
         return [ExpertKey(layer, e) for layer in self.layers for e in range(self.num_experts)]
 
+    @property
+    def matrices(self) -> list[ExpertParameter]:
+        return [p for layer in self.layers.values() for p in layer if p.is_matrix]
+
 
 def load_config(root: Path) -> Any:
     """The checkpoint's config. Raises CheckpointUnsupported naming what is in the way.

@@ -58,6 +58,12 @@ class ExpertParameter:
         """Not a bias."""
         return len(self.shape) == 2
 
+    @property
+    def outputs_and_inputs(self) -> tuple[int, int]:
+        """Of a matrix, whatever way round the module has it."""
+        first, second = self.shape
+        return (second, first) if self.is_transposed else (first, second)
+
 
 class ParameterSources:
     """Which checkpoint tensors make up which parameter, by transformers' conversion table."""

@@ -1,5 +1,4 @@
-"""bf16 matrices in twelve bits a number, as proto/weight_format.py lays them out. Offline, imports
-torch.
+"""bf16 matrices in twelve bits a number, as proto/weight_format.py lays them out. Imports torch.
 
 Trained weights of a row have few exponents: fifteen neighbouring ones are named in four bits, and
 what lies farther off, one in ten thousand, in a list.
@@ -7,18 +6,75 @@ what lies farther off, one in ten thousand, in a list.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from proto.weight_format import TILE_COLUMNS, TILE_ROWS
+from expert_store.offline.checkpoint.architecture import Architecture
+from expert_store.offline.checkpoint.parameters import ExpertParameter
+from expert_store.offline.checkpoint.progress import Report
+from expert_store.offline.formats.matrix import MatrixEncoder
+from expert_store.offline.formats.weight_source import WeightSource
+from proto import errors
+from proto.expert import TensorLayout
+from proto.weight_format import TILE_COLUMNS, TILE_ROWS, WeightFormat, lossless_tensors
 
 _NUM_EXPONENTS = 256
 _NUM_CODES = 15  # beside 0, which says that the exponent is 0
 _PLACE_BITS = 24
 _PIECE_NUMBERS = 1 << 18
+
+
+class LosslessEncoder(MatrixEncoder):
+    """bf16 in twelve bits a number. Goes through all experts twice: a record has room for as many
+    outliers as the matrix of its kind with most of them.
+    """
+
+    weight_format = WeightFormat("lossless")
+
+    def __init__(self, architecture: Architecture, source: WeightSource, report: Report) -> None:
+        self._room: dict[ExpertParameter, int] = {}
+        matrices = architecture.matrices
+        _check_bf16(matrices)
+        sizes_bytes = [2 * prod(p.shape) * architecture.num_experts for p in matrices]
+        for number, parameter in enumerate(matrices, 1):
+            counts = [
+                count_outliers(source.matrix(parameter, expert))
+                for expert in range(architecture.num_experts)
+            ]
+            self._room[parameter] = max(1, *counts)
+            report(sum(sizes_bytes[:number]), sum(sizes_bytes))
+        self._check_gain(matrices)
+
+    def _check_gain(self, matrices: Sequence[ExpertParameter]) -> None:
+        plain_bytes = sum(2 * prod(parameter.shape) for parameter in matrices)
+        packed_bytes = sum(t.length_bytes for p in matrices for t in self._layout(p))
+        if packed_bytes >= plain_bytes:
+            raise errors.CheckpointUnsupported(
+                f"lossless would take {packed_bytes / plain_bytes:.3f} of the experts' bytes: pack "
+                "them with --format exact"
+            )
+
+    def _layout(self, parameter: ExpertParameter) -> tuple[TensorLayout, ...]:
+        described = lossless_tensors(*parameter.outputs_and_inputs, self._room[parameter])
+        return tuple(
+            TensorLayout(parameter.name + suffix, dtype, shape)
+            for suffix, dtype, shape in described
+        )
+
+    def _tensors(self, parameter: ExpertParameter, matrix: Tensor) -> Iterable[Tensor]:
+        return encode(matrix, self._room[parameter])
+
+
+def _check_bf16(matrices: list[ExpertParameter]) -> None:
+    if any(p.encoding != "plain" or p.dtype != "BF16" for p in matrices):
+        raise errors.CheckpointUnsupported(
+            "lossless is for bf16 experts, this checkpoint has them otherwise: pack it with "
+            "--format bf16 or exact"
+        )
 
 
 def count_outliers(matrix: Tensor) -> int:

@@ -32,7 +32,7 @@ from expert_store.offline.checkpoint.architecture import (
 from expert_store.offline.checkpoint.files import CheckpointTensor, read_chunks
 from expert_store.offline.checkpoint.parameters import ExpertParameter
 from expert_store.offline.checkpoint.progress import Journal, Report, silent
-from expert_store.offline.formats.encoders import Int4Encoder
+from expert_store.offline.formats.int4 import Int4Encoder
 from expert_store.offline.formats.weight_source import WeightSource
 from expert_store.offline.index import make_spec, measure
 from expert_store.offline.records import RECORDS_NAME, RecordWriter

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from compute_node.kernels import expert_kernels
-from expert_store.offline.formats import quantise
+from expert_store.offline.formats import int4, int8
 from proto import errors
 from proto.expert import ModelSpec, TensorLayout, Variant
 from proto.weight_format import BLOCK_ROWS, NAMES, SCALE, SCALE_ZERO, WeightFormat, low_bit_tensors
@@ -25,9 +25,9 @@ DTYPES = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 def make(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     weight = torch.randn(shape) * 0.05
     if kind == "int8":
-        codes, scale = quantise.int8(weight, dtype)
+        codes, scale = int8.quantise(weight, dtype)
         return {"w": codes, "w" + SCALE: scale}
-    codes, scale_zero = quantise.int4(weight, 32, quantise.int4_layout(), dtype)
+    codes, scale_zero = int4.quantise(weight, 32, int4.layout_here(), dtype)
     return {"w": codes, "w" + SCALE_ZERO: scale_zero}
 
 
@@ -52,9 +52,9 @@ def test_few_and_many_tokens_agree(
 def test_codes_lie_as_torch_lays_them() -> None:
     """Every code at its own place: the kernel reads what torch's own packing makes."""
     codes = torch.randint(0, 16, (192, 64), dtype=torch.uint8)
-    rows = BLOCK_ROWS[quantise.int4_layout()]
+    rows = BLOCK_ROWS[int4.layout_here()]
     theirs = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
-    assert torch.equal(quantise.pack_codes(codes, rows), theirs)
+    assert torch.equal(int4.pack_codes(codes, rows), theirs)
     scale_zero = torch.tensor([1.0, 0.0]).expand(2, 192, 2).contiguous()
     found = dequantised({"w": theirs, "w" + SCALE_ZERO: scale_zero}, "w", (192, 64))
     assert torch.equal(found, codes.float() - 8)
@@ -92,7 +92,7 @@ def module(request: pytest.FixtureRequest) -> torch.nn.Module:
 def test_records_of_other_shapes_are_refused(kind: str, module: torch.nn.Module) -> None:
     """They would be read beyond their end: torch's kernels do not look."""
     group = 32 if kind == "int4" else 0
-    found = WeightFormat(kind, group, quantise.int4_layout() if group else "", lossy=True)
+    found = WeightFormat(kind, group, int4.layout_here() if group else "", lossy=True)
     spec = spec_of(found, module)
     expert_kernels.check(spec.variant("exact"), {1: module})
     for number, tensor in enumerate(spec.layouts[1]):

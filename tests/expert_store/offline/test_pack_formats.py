@@ -17,7 +17,8 @@ from expert_store.manifest.document import signed
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest
 from expert_store.offline import card
 from expert_store.offline import records as records_module
-from expert_store.offline.formats import quantise
+from expert_store.offline.formats.int4 import layout_here
+from expert_store.offline.formats.table import FORMATS
 from expert_store.offline.pack import JOURNAL_NAME, pack
 from expert_store.offline.records import RECORDS_NAME
 from expert_store.offline.verify import verify
@@ -45,10 +46,14 @@ def test_the_format_is_written_and_crosses_the_wire(int4: Path) -> None:
     spec = Manifest.load(int4).spec
     found = spec.weight_format
     assert (found.name, found.group, found.lossy) == ("int4", 32, True)
-    assert found.layout == quantise.int4_layout()
+    assert found.layout == layout_here()
     assert str(found) == "int4 (group 32, lossy)"
     assert ModelSpec.from_pb(spec.to_pb()) == spec
     assert verify(int4) == []
+
+
+def test_every_format_has_an_encoder() -> None:
+    assert tuple(FORMATS) == NAMES
 
 
 def test_formats_are_different_models(checkpoint: Path, int4: Path, tmp_path: Path) -> None:

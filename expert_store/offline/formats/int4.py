@@ -1,13 +1,18 @@
-"""Weights as few bits: codes, and the scales that give them back."""
+"""Four bits a weight, with a scale and a zero for each group of inputs. Imports torch."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from expert_store.offline.checkpoint.architecture import Architecture
+from expert_store.offline.checkpoint.parameters import TORCH_DTYPES, ExpertParameter
+from expert_store.offline.formats.low_bit import LowBitEncoder, rounded
 from proto import errors
-from proto.weight_format import BLOCK_ROWS, INT4_OUTPUTS, INT8_INPUTS
+from proto.weight_format import BLOCK_ROWS, INT4_GROUPS, INT4_OUTPUTS, WeightFormat
 
 # A group's range is where the search for its scale starts: all of it, and most of it, outliers
 # clipped. Measured (tests/bench/LOG.md): more starts or rounds gain less than a hundredth.
@@ -17,7 +22,21 @@ _ROWS_AT_ONCE = 256
 _LAYOUTS = {"AVX512": "blocks64", "AVX2": "blocks32"}
 
 
-def int4_layout() -> str:
+class Int4Encoder(LowBitEncoder):
+    """A scale and a zero for each group of inputs."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        inputs = {p.outputs_and_inputs[1] for p in architecture.matrices}
+        fitting = [g for g in INT4_GROUPS if all(count % g == 0 for count in inputs)]
+        group = fitting[0] if fitting else INT4_GROUPS[-1]
+        self.weight_format = WeightFormat("int4", group, layout_here(), lossy=True)
+
+    def _tensors(self, parameter: ExpertParameter, matrix: Tensor) -> Iterable[Tensor]:
+        group, layout = self.weight_format.group, self.weight_format.layout
+        return quantise(matrix, group, layout, TORCH_DTYPES[parameter.dtype])
+
+
+def layout_here() -> str:
     """What torch's int4 kernel reads on this CPU. Raises CheckpointUnsupported when it has none."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in _LAYOUTS:
@@ -27,21 +46,7 @@ def int4_layout() -> str:
     return _LAYOUTS[capability]
 
 
-def int8(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A scale a row.
-
-    weight: [N, K]
-
-    Returns codes [N, K padded to 16s] int8 and scales [N] of `dtype`.
-    """
-    num_inputs = weight.shape[1]
-    padded = functional.pad(weight.float(), (0, -num_inputs % INT8_INPUTS))
-    scale = _rounded(padded.abs().amax(dim=1) / 127, dtype)
-    codes = (padded / scale[:, None]).round_().clamp_(-127, 127)
-    return codes.to(torch.int8), scale.to(dtype)
-
-
-def int4(weight: Tensor, group: int, layout: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantise(weight: Tensor, group: int, layout: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A scale and a zero for each `group` inputs of a row, chosen for the least squared error.
 
     weight: [N, K]
@@ -101,7 +106,7 @@ def _refine(
     """
     mean = values.mean(dim=1, keepdim=True)
     centred = values - mean
-    scale = _rounded(scale, torch.float32)
+    scale = rounded(scale, torch.float32)
     zero = middle + scale / 2
     for _ in range(_ROUNDS):
         codes = _codes(values, scale, zero)
@@ -110,15 +115,9 @@ def _refine(
         slope = torch.linalg.vecdot(offset, centred)[:, None] / spread
         scale = torch.where(slope > 0, slope, scale)  # a group of one value has no slope
         zero = mean - scale * codes.mean(dim=1, keepdim=True)
-    return _rounded(scale, dtype), zero.to(dtype).float()
+    return rounded(scale, dtype), zero.to(dtype).float()
 
 
 def _codes(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """[G, group] float32, whole numbers from -8 to 7."""
     return ((values - zero) / scale).round_().clamp_(-8, 7)
-
-
-def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """As it is once stored, and never zero."""
-    stored = scale.to(dtype)
-    return stored.where(stored > 0, torch.finfo(dtype).tiny).float()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from expert_store.offline.formats import quantise
+from expert_store.offline.formats import int4, int8
 from proto.weight_format import SCALE, SCALE_ZERO
 from tests.matrices import dequantised
 
@@ -17,13 +17,13 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def back_from_int4(weight: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
-    codes, scale_zero = quantise.int4(weight, group, quantise.int4_layout(), dtype)
+    codes, scale_zero = int4.quantise(weight, group, int4.layout_here(), dtype)
     tensors = {"w": codes, "w" + SCALE_ZERO: scale_zero}
     return dequantised(tensors, "w", (weight.shape[0], weight.shape[1])).float()
 
 
 def back_from_int8(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    codes, scale = quantise.int8(weight, dtype)
+    codes, scale = int8.quantise(weight, dtype)
     tensors = {"w": codes, "w" + SCALE: scale}
     return dequantised(tensors, "w", (weight.shape[0], weight.shape[1])).float()
 
@@ -80,9 +80,9 @@ def test_groups_of_one_value_come_back(value: float, dtype: torch.dtype) -> None
 def test_padding_is_nothing() -> None:
     """Padded outputs and inputs do not touch the real ones."""
     weight = torch.randn(96, 48)
-    codes, scale_zero = quantise.int4(weight, 32, quantise.int4_layout(), torch.float32)
+    codes, scale_zero = int4.quantise(weight, 32, int4.layout_here(), torch.float32)
     assert (codes.shape, scale_zero.shape) == ((128, 32), (2, 128, 2))
     whole = dequantised({"w": codes, "w" + SCALE_ZERO: scale_zero}, "w", (128, 64))
     assert whole[96:].abs().max() == 0
     assert torch.equal(whole[:96, :32], back_from_int4(weight[:, :32], 32, torch.float32))
-    assert quantise.int8(weight[:, :40], torch.float32)[0].shape == (96, 48)
+    assert int8.quantise(weight[:, :40], torch.float32)[0].shape == (96, 48)
