@@ -130,7 +130,7 @@ def _prove(prober: Prober, num_tokens: int, weight: Tensor, bias: Tensor | None)
     if not _can_take(weight):
         return Verdict(0)
     if weight.numel() <= _made_up_limit():  # a real one may be mostly zeros, which prove nothing
-        weight = gemv.pair_columns(_made_up(weight.shape))
+        weight = _made_up(weight.shape)
     elif binding.isa() == binding.PORTABLE:
         return Verdict(0)
     step = _find_step(prober, num_tokens, weight, bias)
@@ -197,10 +197,12 @@ def _made_up_limit() -> int:
 
 
 def _made_up(shape: torch.Size) -> Tensor:
-    """[N, K]; its rows repeat themselves where it is larger than the pool."""
+    """[N, K] with paired columns; its rows repeat themselves where there are many."""
+    if binding.isa() == binding.PORTABLE:  # tried out while idle: nobody waits, so no pool is kept
+        return gemv.made_up(shape, torch.Generator().manual_seed(0))
     num_rows = min(shape[0], _POOL_NUMBERS // shape[1])
     rows = _pool()[: num_rows * shape[1]].view(num_rows, shape[1])
-    return rows.repeat(-(-shape[0] // num_rows), 1)[: shape[0]]
+    return gemv.pair_columns(rows.repeat(-(-shape[0] // num_rows), 1)[: shape[0]])
 
 
 @cache

@@ -3,7 +3,8 @@
 Planted faults seen red: a norm's four sums added in another order, norms compared after rounding
 alone, its inputs' dtype or strides not looked at, the sum over experts rounded once, gate weights
 left out, a gate not tried out, an activation tabulated of neighbouring numbers alone, a table of
-its own for each layer, lossless arrays taken for plain ones.
+its own for each layer, lossless arrays taken for plain ones, a module's numbers
+left out of what verdicts are kept by, a norm's form found with the weight that it has.
 """
 
 from __future__ import annotations
@@ -80,6 +81,21 @@ def test_norms_keep_their_bits(kind: type[nn.Module], width: int) -> None:
         found = model(x)
         assert found.dtype == expected.dtype and torch.equal(found, expected)
     assert prober.num_modules["norm", True] == 1
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_norm_is_known_whatever_its_weight(kind: type[nn.Module]) -> None:
+    """Red when the form is found with weights of 1, which every form treats alike: the verdict
+    counts for another layer's norm, too.
+    """
+    model, prober = nn.Sequential(norm(kind, 96), norm(kind, 96)), Prober()
+    model[0].weight.data.fill_(1.0)  # type: ignore[operator, union-attr]
+    x = tokens(1, 1, 96)
+    before = [module(x) for module in model]
+    one_token_norm.adopt(model, prober)
+    assert [module.forward._form for module in model] == [NORMS[kind]] * 2
+    assert prober.norm.num_proofs == 1
+    assert all(torch.equal(m(x), b) for m, b in zip(model, before, strict=True))
 
 
 def test_one_token_does_not_reach_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +228,22 @@ def test_other_gates_are_left_to_torch(kind: type[Gated], caplog: pytest.LogCapt
     facts = [(r.entry, r.kernel) for r in caplog.records if r.message == "kernel chosen"]  # type: ignore[attr-defined]
     assert facts == [("gate", "torch")]
     assert prober.num_modules["gate", False] == 1
+
+
+class Limited(Gated):
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        return super()._apply_gate(gate_up.clamp(max=self.limit))
+
+
+def test_gates_that_differ_in_a_number_share_no_verdict() -> None:
+    prober = Prober()
+    assert table_of(Limited(float("inf")), weights()[0], prober) is not None
+    assert table_of(Limited(7.0), weights()[0], prober) is None
+    assert prober.gate.num_proofs == 2
 
 
 def test_an_activation_that_depends_on_the_place_is_left_to_torch() -> None:

@@ -1,7 +1,7 @@
 """Verdicts on kernels outlive the process, and count for the machine that they were proved on.
 
 Planted faults seen red: the machine not compared, the digest not compared, keys read back as lists,
-a file that is damaged raised, a folder that cannot be written raised.
+a file that is damaged raised, a folder that cannot be written raised, a ratio passed over.
 """
 
 from __future__ import annotations
