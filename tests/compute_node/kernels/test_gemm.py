@@ -6,8 +6,8 @@ trusted; more tokens than there is room for, strides of weights or tokens ignore
 place mixed up, another token's gate weight, tokens of another expert or in another order; of a
 lossless matrix, the first tile of each panel alone; the last expert of a wave left out, one scratch
 for two threads; of more tokens than go through at once, the first ones again; rows added up in the
-order of places, the last tokens left out; idle work that gives no way, whose verdict nobody hears of, products
-tried out at once.
+order of places, the last tokens left out; idle work that does not stop for a request,
+a verdict of it that the bound matrix never learns, products tried out while a prompt waits.
 """
 
 from __future__ import annotations
