@@ -47,7 +47,7 @@ def encode(
             "source_root": source_root,
             "spec": _spec_document(spec),
             "sizing": vars(sizing),
-            "files": [[f.path, f.size_bytes, f.mtime_ns, f.header_digest] for f in files],
+            "files": [file.row() for file in files],
             "experts": [_record_row(record) for record in records.values()],
         }
     )

@@ -20,6 +20,10 @@ class SourceFile:
     mtime_ns: int
     header_digest: str
 
+    def row(self) -> list[str | int]:
+        """As documents have it."""
+        return [self.path, self.size_bytes, self.mtime_ns, self.header_digest]
+
 
 def resolve_name(files: Sequence[SourceFile], name: str) -> SourceFile:
     """The source file of that name. Raises ManifestInvalid."""

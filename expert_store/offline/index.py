@@ -14,13 +14,13 @@ from expert_store.manifest.extents import ExpertRecord, Extent, slot_bytes_neede
 from expert_store.manifest.manifest import IN_PLACE, MANIFEST_NAME, Manifest
 from expert_store.manifest.sizing import Sizing
 from expert_store.manifest.sources import SourceFile, resolve_inside
-from expert_store.offline.checkpoint.architecture import Architecture, read_architecture, remarks
+from expert_store.offline.checkpoint.architecture import Architecture, remarks
 from expert_store.offline.checkpoint.files import Checkpoint, CheckpointTensor, read_chunks
+from expert_store.offline.checkpoint.opened import open_checkpoint
 from expert_store.offline.checkpoint.parameters import ExpertParameter, Part
 from expert_store.offline.checkpoint.progress import Journal, Report, Warn, silent, unheard
 from expert_store.offline.formats.encoder import describe_variant
 from expert_store.offline.formats.exact import ExactEncoder, check_plain
-from expert_store.offline.text_files import check_text
 from proto import errors
 from proto.checkpoint.trained_context import trained_context_tokens
 from proto.expert import (
@@ -108,9 +108,7 @@ def index(root: Path, store_dir: Path, report: Report = silent, warn: Warn = unh
     """
     root, store_dir = root.resolve(), Path(os.path.realpath(store_dir))
     _check_not_packed(store_dir)
-    checkpoint = Checkpoint.open(root, warn)
-    architecture = read_architecture(root, checkpoint.tensors)
-    check_text(root, architecture.model, warn)
+    checkpoint, architecture = open_checkpoint(root, warn)
     check_plain(architecture, f"run `flashmoe pack {root} --out STORE --format bf16` (or int4)")
     for file in checkpoint.files:
         resolve_inside(root, file.path)  # the daemon would refuse it, after all the reading
@@ -236,10 +234,7 @@ def _record(key: ExpertKey, architecture: Architecture, hasher: _Hasher) -> Expe
 
 
 def _open_journal(path: Path, checkpoint: Checkpoint, stack: ExitStack) -> Journal:
-    task = {
-        "files": [[f.path, f.size_bytes, f.mtime_ns, f.header_digest] for f in checkpoint.files]
-    }
-    journal = Journal(path, task)
+    journal = Journal(path, {"files": [file.row() for file in checkpoint.files]})
     stack.callback(journal.close)
     return journal
 
@@ -260,11 +255,7 @@ class _Hasher:
         self._done_bytes = 0
         self._unflushed_bytes = 0
         self._total_bytes = sum(t.length_bytes for t in checkpoint.tensors.values())
-        self._descriptors: list[int] = []
-        for number in range(len(checkpoint.files)):
-            descriptor = os.open(checkpoint.path(number), os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            self._descriptors.append(descriptor)
+        self._descriptors = checkpoint.descriptors(stack)
 
     def expert(self, key: ExpertKey, extents: Sequence[Extent]) -> int:
         return self._hash(str(key), [(e.file, e.offset_bytes, e.length_bytes) for e in extents])

@@ -18,8 +18,9 @@ import xxhash
 from expert_store.manifest.manifest import Manifest
 from expert_store.manifest.sources import SourceFile
 from expert_store.offline.card import Card
-from expert_store.offline.checkpoint.architecture import read_architecture, remarks
+from expert_store.offline.checkpoint.architecture import remarks
 from expert_store.offline.checkpoint.files import Checkpoint, read_header
+from expert_store.offline.checkpoint.opened import open_checkpoint
 from expert_store.offline.checkpoint.progress import Journal, Report, Warn, silent, unheard
 from expert_store.offline.companions import DENSE_NAME, copy_side_files, write_dense
 from expert_store.offline.formats.table import FORMATS
@@ -27,7 +28,6 @@ from expert_store.offline.formats.weight_source import WeightSource
 from expert_store.offline.index import make_spec, measure
 from expert_store.offline.pack_target import check_target, publish
 from expert_store.offline.records import RECORDS_NAME, RecordWriter
-from expert_store.offline.text_files import check_text
 from proto import errors
 from proto.expert import EXACT_VARIANT
 from proto.weight_format import EXACT
@@ -58,9 +58,7 @@ def pack(
     """
     root = root.resolve()
     store_dir = check_target(root, store_dir, overwrite)
-    checkpoint = Checkpoint.open(root, warn)
-    architecture = read_architecture(root, checkpoint.tensors)
-    check_text(root, architecture.model, warn)
+    checkpoint, architecture = open_checkpoint(root, warn)
     partial = store_dir.with_name(store_dir.name + ".partial")
     with ExitStack() as stack, _disk_full_explained(partial):
         source = WeightSource(checkpoint, stack)
@@ -86,7 +84,7 @@ def _write_store(
 ) -> Manifest:
     architecture, variants = writer.architecture, writer.variants
     task: dict[str, object] = {
-        "files": [[f.path, f.size_bytes, f.mtime_ns, f.header_digest] for f in checkpoint.files],
+        "files": [file.row() for file in checkpoint.files],
         "weight_format": str(variants[EXACT_VARIANT].weight_format),
     }
     if len(variants) > 1:

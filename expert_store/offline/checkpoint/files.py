@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -46,8 +47,13 @@ class Checkpoint:
     def weight_bytes(self) -> int:
         return sum(tensor.length_bytes for tensor in self.tensors.values())
 
-    def path(self, file: int) -> Path:
-        return self.root / self.files[file].path
+    def descriptors(self, stack: ExitStack) -> list[int]:
+        """Its files, open for reading for the life of `stack`. Raises OSError."""
+        found = []
+        for file in self.files:
+            found.append(os.open(self.root / file.path, os.O_RDONLY))
+            stack.callback(os.close, found[-1])
+        return found
 
     @classmethod
     def open(cls, root: Path, warn: Warn = unheard) -> Checkpoint:

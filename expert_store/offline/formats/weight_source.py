@@ -4,7 +4,6 @@ stays in the page cache.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
@@ -21,11 +20,7 @@ class WeightSource:
     """Open files of a checkpoint, for the life of `stack`."""
 
     def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
-        self._descriptors: list[int] = []
-        for number in range(len(checkpoint.files)):
-            descriptor = os.open(checkpoint.path(number), os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            self._descriptors.append(descriptor)
+        self._descriptors = checkpoint.descriptors(stack)
 
     def chunks(self, parts: Sequence[Part]) -> Iterator[bytes]:
         """The parts' bytes one after another. Raises ManifestInvalid for a file that ends early."""

@@ -1,4 +1,4 @@
-"""What will become of text with a checkpoint, said before its weights are read. Offline."""
+"""Whether text will work with a checkpoint, found out before its weights are read. Offline."""
 
 from __future__ import annotations
 
