@@ -134,7 +134,7 @@ def _generations(store_dir: Path, run_dir: Path) -> list[int]:
         memoryview(mapping) as view,
     ):
         layout, _ = shm.read_header(view, len(mapping))
-        return [shm.read_generation(view, slot) for slot in range(layout.num_slots)]
+        return [shm.read_generation(view, layout, slot, 0) for slot in range(layout.num_slots)]
 
 
 def test_killed_node_gives_back_while_the_other_generates(tiny_store: Path, run_dir: Path) -> None:
