@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from compute_node.kernels import gemm, gemv
 from compute_node.kernels.matrix import Described, MatrixSpec
-from compute_node.kernels.prober import Prober, Verdict
+from compute_node.kernels.prober import Prober
+from compute_node.kernels.verdicts import Verdict
 from compute_node.native import binding
 from proto.expert import TensorLayout
 from proto.weight_format import WeightFormat

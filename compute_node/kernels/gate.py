@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compute_node.kernels.prober import Prober, Verdict, facts_of
+from compute_node.kernels.prober import Prober, facts_of
+from compute_node.kernels.verdicts import Verdict
 from compute_node.native import binding
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class Gates:
     """Of one model: layers with one activation share a table, or they would push each other out of
     the CPU's cache.
 
-    model: identifies what modules were configured by, beside what is told apart here
+    model: identifies the configuration that modules were made by
     """
 
     def __init__(self, prober: Prober, model: str) -> None:

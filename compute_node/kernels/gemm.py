@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from compute_node.kernels import gemv
-from compute_node.kernels.prober import Key, Prober, Verdict
+from compute_node.kernels.prober import Prober
+from compute_node.kernels.verdicts import Key, Verdict
 from compute_node.native import binding
 
 _TILE_COLUMNS = 32

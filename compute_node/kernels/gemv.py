@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node.kernels.prober import Prober, Verdict
+from compute_node.kernels.prober import Prober
+from compute_node.kernels.verdicts import Verdict
 from compute_node.native import binding
 
 _TILE_COLUMNS = 32
@@ -22,7 +23,7 @@ _NUM_DRAWS = 4
 _TRIED_OUTPUTS = 1024  # of a kernel whose order of additions is torch's, all agree
 MADE_UP_LIMIT = 1 << 24  # numbers; a larger matrix is tried out as it is, a few times
 _PAIRED_ROWS = 256
-_TOLD_APART_OUTPUTS = 1 << 16  # one in 10,000 differs in another order of additions
+_COMPARED_OUTPUTS = 1 << 16  # one in 10,000 differs in another order of additions
 # Sums of this size lose bits to flushing whenever they pass zero: another order of additions, and
 # nearly every output differs.
 _NEAR_UNDERFLOW = 2.0**-121
@@ -132,7 +133,7 @@ def _gives_same_bits(weight: Tensor, bias: Tensor | None) -> bool:
         weight = made_up(weight.shape, generator)
         num_draws = min(_NUM_DRAWS, -(-_TRIED_OUTPUTS // weight.shape[0]))
     elif binding.isa() == binding.PORTABLE:  # nothing is flushed that would tell orders apart
-        num_draws = -(-_TOLD_APART_OUTPUTS // weight.shape[0])
+        num_draws = -(-_COMPARED_OUTPUTS // weight.shape[0])
     for _ in range(num_draws):
         for inputs, scale in probes(weight, generator):
             scaled = None if bias is None else bias * scale

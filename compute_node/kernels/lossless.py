@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from compute_node.kernels import gemm, gemv, scratch
 from compute_node.kernels.matrix import Described, MatrixSpec
-from compute_node.kernels.prober import Prober, Verdict
+from compute_node.kernels.prober import Prober
+from compute_node.kernels.verdicts import Verdict
 from compute_node.native import binding
 from proto.expert import TensorLayout
 from proto.weight_format import (
@@ -147,8 +148,9 @@ class NativeLossless:
     def _prove_step(self, tensors: Mapping[str, Tensor], num_tokens: int) -> Verdict:
         """Where gemm has torch's bits, and has them of the packed matrix, too."""
         weight, bias = self._unpack(tensors), self._spec.bias(tensors)
-        # torch would need it unpacked, so there is no product too large to try
-        step = gemm.verdict_of(self._prober, num_tokens, weight, bias, max_work=inf).way
+        # torch would have to unpack it first: so no product is too large to try, and where the
+        # matrix itself takes no longer than torch's, this takes less.
+        step = gemm.verdict_of(self._prober, num_tokens, weight, bias, max_work=inf).chosen
         if not step:
             return Verdict(0)
         inputs = _drawn(num_tokens, self._spec.shape[1])

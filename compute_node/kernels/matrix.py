@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compute_node.kernels.prober import Prober, Verdict
+from compute_node.kernels.prober import Prober
+from compute_node.kernels.verdicts import Verdict
 from proto.expert import TensorLayout
 from proto.weight_format import WeightFormat
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compute_node.kernels.prober import Key, Prober, Verdict, facts_of
+from compute_node.kernels.prober import Prober, facts_of
+from compute_node.kernels.verdicts import Key, Verdict
 from compute_node.native import binding
 
 logger = logging.getLogger(__name__)

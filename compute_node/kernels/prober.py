@@ -1,54 +1,24 @@
-"""What is known of the compiled kernels on this machine: for which shapes, tokens and threads they
-give torch's bits, and whether they are faster. Verdicts outlive the process in a file, so that a
-restart does not try again.
-"""
+"""Compares native entries with torch on this machine, and knows how that came out."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-import transformers
-import xxhash
-
+from compute_node.kernels import verdict_file
+from compute_node.kernels.verdicts import MAX_RATIO, Key, Verdict, Verdicts
 from compute_node.native import binding
 
 logger = logging.getLogger(__name__)
 
-MAX_RATIO = 1.05  # a kernel that takes longer than this many times torch's time is not used
-
-_VERSION = 2
-_CPUINFO = Path("/proc/cpuinfo")
-_CPU_FACTS = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features")
-# Each makes torch or its libraries add in another order.
-_SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR")
-_TIMED_S, _MAX_PAIRS = 1e-3, 8
-
-Key = tuple[Any, ...]
-
-
-class Verdict(NamedTuple):
-    """way:   how the kernel gets torch's bits; 0: it has others
-    ratio: the kernel's time divided by torch's; 0: they were not timed
-    """
-
-    way: int
-    ratio: float = 0.0
-
-    @property
-    def chosen(self) -> int:
-        """`way`, unless the kernel is slower; 0: torch computes."""
-        return self.way if self.ratio <= MAX_RATIO else 0
+_TIMED_S = (1e-3, 5e-3)  # a kernel that seems slower is timed longer before that is believed
+_MAX_PAIRS = 8
 
 
 @dataclass(frozen=True)
@@ -65,38 +35,6 @@ class _Interrupted(Exception):
 
 def _never() -> bool:
     return False
-
-
-class Verdicts:
-    """Of one entry. A key says what the bits depend on: shape, dtype, bias, tokens, threads."""
-
-    def __init__(self, entry: str) -> None:
-        self.entry = entry
-        self.known: dict[Key, Verdict] = {}
-        self.num_proofs = 0
-
-    def ask(self, key: Key, compare: Callable[[], Verdict]) -> Verdict:
-        """What is known of `key`; for the first of it, what `compare` finds by trying the kernel
-        beside torch.
-        """
-        verdict = self.known.get(key)
-        if verdict is None:
-            verdict = self.known[key] = compare()
-            self.num_proofs += 1
-            self._log(key, verdict)
-        return verdict
-
-    def count(self, native: bool) -> int:
-        """Keys asked for or read from a file that the kernel computes, or that torch does."""
-        return [verdict.chosen > 0 for verdict in self.known.copy().values()].count(native)
-
-    def _log(self, key: Key, verdict: Verdict) -> None:
-        if verdict.chosen and self.entry != "gemv":
-            return
-        facts = {"entry": self.entry, "key": str(key), "ratio": round(verdict.ratio, 2)}
-        kernel = "native" if verdict.chosen else "torch"
-        threads = torch.get_num_threads()
-        logger.info("kernel chosen", extra={**facts, "kernel": kernel, "threads": threads})
 
 
 class Prober:
@@ -162,13 +100,16 @@ class Prober:
         """
         if not self.times:
             return 0.0
-        ours: list[float] = []
-        theirs: list[float] = []
-        end_s = time.perf_counter() + _TIMED_S
-        while len(ours) < 2 or (len(ours) < _MAX_PAIRS and time.perf_counter() < end_s):
-            ours.append(_time_s(kernel))
-            theirs.append(_time_s(by_torch))
-        return min(ours) / min(theirs)
+        shortest = [float("inf"), float("inf")]
+        for limit_s in _TIMED_S:
+            end_s, pairs = time.perf_counter() + limit_s, 0
+            while pairs < 2 or (pairs < _MAX_PAIRS and time.perf_counter() < end_s):
+                times = _time_s(kernel), _time_s(by_torch)
+                shortest = [min(pair) for pair in zip(shortest, times, strict=True)]
+                pairs += 1
+            if shortest[0] <= MAX_RATIO * shortest[1]:
+                break
+        return shortest[0] / shortest[1]
 
     def load(self, path: Path) -> None:
         """Take over what an earlier process proved on this machine, with this torch and library.
@@ -178,68 +119,26 @@ class Prober:
         if not binding.build_id():
             return
         try:
-            found = self._read(path.read_bytes())
+            found = verdict_file.read(path, self.times)
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
-            logger.warning(
-                "kernel verdicts are proved again", extra={"path": str(path), "reason": str(error)}
-            )
+            facts = {"path": str(path), "reason": str(error)}
+            logger.warning("kernel verdicts are proved again", extra=facts)
             return
         for entry, known in found.items():
             self.entries[entry].known.update(known)
 
     def save(self, path: Path) -> None:
-        """Write all verdicts, whole or not at all. A folder that cannot be written is said, no
-        more.
-        """
+        """Write all verdicts. A folder that cannot be written is said, no more."""
         if not binding.build_id():
             return
-        body = json.dumps(
-            {
-                entry: [[_to_json(key), *verdict] for key, verdict in verdicts.known.copy().items()]
-                for entry, verdicts in self.entries.items()
-            }
-        )
-        document = {"machine": self._machine(), "digest": _digest(body), "verdicts": body}
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        known = {entry: verdicts.known.copy() for entry, verdicts in self.entries.items()}
         try:
-            beside.write_text(json.dumps(document))
-            beside.replace(path)
+            verdict_file.write(path, known, self.times)
         except OSError as error:
-            logger.warning(
-                "kernel verdicts are not kept", extra={"path": str(path), "reason": str(error)}
-            )
-
-    def _read(self, content: bytes) -> dict[str, dict[Key, Verdict]]:
-        """By entry. Raises ValueError for a file of another machine, and for a damaged one."""
-        try:
-            document = json.loads(content)
-            if document["machine"] != self._machine():
-                raise ValueError("they are of another CPU, torch or compiled library")
-            body = document["verdicts"]
-            if document["digest"] != _digest(body):
-                raise ValueError("the file is damaged")
-            rows = json.loads(body)
-            return {
-                entry: {_from_json(key): Verdict(way, ratio) for key, way, ratio in rows[entry]}
-                for entry in self.entries
-            }
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"the file is damaged: {error}") from error
-
-    def _machine(self) -> dict[str, str]:
-        """Whatever else a verdict depends on."""
-        return {
-            "version": str(_VERSION),
-            "cpu": _cpu(),
-            "torch": f"{torch.__version__} {torch.version.git_version}",
-            "transformers": transformers.__version__,
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "library": binding.build_id(),
-            "timed": str(self.times),
-            **{name: os.environ.get(name, "") for name in _SETTINGS},
-        }
+            facts = {"path": str(path), "reason": str(error)}
+            logger.warning("kernel verdicts are not kept", extra=facts)
 
 
 def facts_of(module: Any) -> str:
@@ -259,27 +158,3 @@ def _time_s(call: Callable[[], object]) -> float:
     start_s = time.perf_counter()
     call()
     return time.perf_counter() - start_s
-
-
-def _digest(body: str) -> str:
-    return xxhash.xxh3_64_hexdigest(body.encode())
-
-
-def _to_json(part: Any) -> Any:
-    if isinstance(part, tuple):
-        return [_to_json(inner) for inner in part]
-    return {"dtype": str(part).removeprefix("torch.")} if isinstance(part, torch.dtype) else part
-
-
-def _from_json(part: Any) -> Any:
-    if isinstance(part, list):
-        return tuple(_from_json(inner) for inner in part)
-    return getattr(torch, part["dtype"]) if isinstance(part, dict) else part
-
-
-@cache
-def _cpu() -> str:
-    lines = _CPUINFO.read_text().partition("\n\n")[0].splitlines()
-    pairs = [line.partition(":") for line in lines]
-    facts = {name.strip(): value.strip() for name, _, value in pairs}
-    return "; ".join(f"{name}: {facts[name]}" for name in _CPU_FACTS if name in facts)

@@ -210,6 +210,7 @@ def test_experts_keep_their_bits(
     stored = [packed_expert(tensors) for tensors in experts] if is_lossless else experts
     kernels = bound(module, stored[0], kind="lossless" if is_lossless else "exact")
     rows = [kernels.feed_forward(tensors, hidden) for tensors in stored]
+    kernels.one_token(stored, hidden, gates)  # compares them
     monkeypatch.setattr(TorchExperts, "feed_forward", None)
     found = kernels.one_token(stored, hidden, gates)
     expected = weighted(rows, gates)
@@ -218,6 +219,15 @@ def test_experts_keep_their_bits(
     for row in expected[:, None].unbind():
         total += row
     assert one_token_norm.same_bits(kernels.add_up(found), total)
+
+
+def test_experts_with_other_bits_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, hidden = bound(Gated(), weights()[0]), tokens(1, D)
+    right = NativeExperts._all_in_one
+    monkeypatch.setattr(NativeExperts, "_all_in_one", lambda *args: right(*args) * 2)
+    found = kernels.one_token(weights(), hidden, [1.0] * E)
+    rows = [kernels.feed_forward(tensors, hidden) for tensors in weights()]
+    assert one_token_norm.same_bits(found, torch.cat(rows))
 
 
 @pytest.mark.parametrize("kind", [Interleaved, Clamped])

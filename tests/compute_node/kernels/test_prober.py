@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from compute_node.kernels.prober import Prober, Verdict
+from compute_node.kernels.prober import Prober
+from compute_node.kernels.verdicts import Verdict
 from compute_node.native import binding
 
 KEY = ((64, 32), torch.bfloat16, True, False, 2)
