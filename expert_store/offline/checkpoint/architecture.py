@@ -18,7 +18,7 @@ from expert_store.offline.checkpoint import foreign
 from expert_store.offline.checkpoint.dry_run import DryRun, dry_run, explained
 from expert_store.offline.checkpoint.files import CheckpointTensor
 from expert_store.offline.checkpoint.parameters import (
-    TORCH_DTYPES,
+    EXPERT_DTYPES,
     ExpertParameter,
     ParameterSources,
 )
@@ -180,7 +180,7 @@ def read_architecture(root: Path, tensors: Mapping[str, CheckpointTensor]) -> Ar
 
 def weights_dtype(tensors: Iterable[CheckpointTensor]) -> torch.dtype:
     """Of the first floating-point tensor: what transformers takes where the config says nothing."""
-    found = (TORCH_DTYPES[t.dtype] for t in tensors if t.dtype in TORCH_DTYPES)
+    found = (EXPERT_DTYPES[t.dtype] for t in tensors if t.dtype in EXPERT_DTYPES)
     return next(found, torch.float32)
 
 

@@ -25,8 +25,8 @@ from transformers.core_model_loading import (
 from expert_store.offline.checkpoint.files import CheckpointTensor
 from proto import errors
 
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+EXPERT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {dtype: name for name, dtype in EXPERT_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)

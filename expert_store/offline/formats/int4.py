@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from expert_store.offline.checkpoint.architecture import Architecture
-from expert_store.offline.checkpoint.parameters import TORCH_DTYPES, ExpertParameter
+from expert_store.offline.checkpoint.parameters import EXPERT_DTYPES, ExpertParameter
 from expert_store.offline.formats.low_bit import LowBitEncoder, rounded
 from proto import errors
 from proto.weight_format import BLOCK_ROWS, INT4_GROUPS, INT4_OUTPUTS, WeightFormat
@@ -33,7 +33,7 @@ class Int4Encoder(LowBitEncoder):
 
     def _tensors(self, parameter: ExpertParameter, matrix: Tensor) -> Iterable[Tensor]:
         group, layout = self.weight_format.group, self.weight_format.layout
-        return quantise(matrix, group, layout, TORCH_DTYPES[parameter.dtype])
+        return quantise(matrix, group, layout, EXPERT_DTYPES[parameter.dtype])
 
 
 def layout_here() -> str:

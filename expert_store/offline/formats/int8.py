@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from expert_store.offline.checkpoint.parameters import TORCH_DTYPES, ExpertParameter
+from expert_store.offline.checkpoint.parameters import EXPERT_DTYPES, ExpertParameter
 from expert_store.offline.formats.low_bit import LowBitEncoder, rounded
 from proto.weight_format import INT8_INPUTS, WeightFormat
 
@@ -19,7 +19,7 @@ class Int8Encoder(LowBitEncoder):
     weight_format = WeightFormat("int8", lossy=True)
 
     def _tensors(self, parameter: ExpertParameter, matrix: Tensor) -> Iterable[Tensor]:
-        return quantise(matrix, TORCH_DTYPES[parameter.dtype])
+        return quantise(matrix, EXPERT_DTYPES[parameter.dtype])
 
 
 def quantise(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

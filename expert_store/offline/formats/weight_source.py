@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expert_store.offline.checkpoint.files import Checkpoint, read_chunks
-from expert_store.offline.checkpoint.parameters import TORCH_DTYPES, ExpertParameter, Part
+from expert_store.offline.checkpoint.parameters import EXPERT_DTYPES, ExpertParameter, Part
 from expert_store.offline.formats import mxfp4
 from proto import errors
 
@@ -43,7 +43,7 @@ class WeightSource:
         if parameter.encoding == "mxfp4":
             blocks, scales = (self._bytes([part]) for part in parts)
             return mxfp4.dequantise(blocks, scales, parameter.shape[0])
-        plain = self._bytes(parts).view(TORCH_DTYPES[parameter.dtype]).view(parameter.shape)
+        plain = self._bytes(parts).view(EXPERT_DTYPES[parameter.dtype]).view(parameter.shape)
         return plain.T if parameter.is_transposed else plain
 
     def _bytes(self, parts: Sequence[Part]) -> Tensor:
