@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from expert_store.store.fill import Fill, Priority
 from proto.stats import counter, gauge
 
 _READS, _READ = "flashmoe_store_reads", "Records read"
@@ -38,6 +39,18 @@ class Counters:
     busy_s: float = counter(
         "flashmoe_store_busy_seconds", "Time with at least one read at the device", start=0.0
     )
+
+    def count_read(self, fill: Fill) -> None:
+        """One record that is whole now."""
+        match fill.priority:
+            case Priority.DEMAND:
+                self.demand_reads += 1
+            case Priority.PREFETCH:
+                self.prefetch_reads += 1
+            case Priority.REFILL:
+                self.refill_reads += 1
+        self.bytes_read += fill.record.payload_bytes
+        self.read_s += (fill.arrived_ns - fill.start_ns) / 1e9
 
 
 @dataclass(frozen=True)

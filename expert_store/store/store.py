@@ -37,8 +37,7 @@ class ExpertStore:
     """One model's records in one segment.
 
     lock: the one that the session table holds, too
-    read_depth: pieces that the device reads at once, at most
-    max_queued: records that may wait for it
+    read_depth: pieces that the device reads at once; max_queued: records that may wait for it
     piece_bytes: the longest read
     direct_io: whether reads bypass the page cache
     """
@@ -61,11 +60,7 @@ class ExpertStore:
         self.num_spare = layout.num_slots - self.sessions.max_leased_bytes // layout.slot_bytes
         self._num_parts = self.manifest.size_classes.num_parts
         self._reads = ReadQueue(
-            self.device,
-            self.lock,
-            self.read_depth,
-            self.counters,
-            self._give_memory,
+            self.device, self.lock, self.read_depth, self.counters, self._give_memory
         )
 
     @property
@@ -267,7 +262,7 @@ class ExpertStore:
         fill.is_withdrawn = False  # too late: nothing of it is given up any more
         self.slots.seal(part, fill.record.key)
         part.is_speculative = fill.priority is Priority.PREFETCH
-        self._count(fill)
+        self.counters.count_read(fill)
         deliveries = []
         for number, (session, deliver) in enumerate(fill.waiters):
             self.counters.shared_hits += number > 0
@@ -303,14 +298,3 @@ class ExpertStore:
         part.is_speculative = False
         start_bytes = part.number * self.segment.layout.part_bytes(part.num_parts)
         return leases.granted(self.manifest.records[key], part, start_bytes, read)
-
-    def _count(self, fill: Fill) -> None:
-        match fill.priority:
-            case Priority.DEMAND:
-                self.counters.demand_reads += 1
-            case Priority.PREFETCH:
-                self.counters.prefetch_reads += 1
-            case Priority.REFILL:
-                self.counters.refill_reads += 1
-        self.counters.bytes_read += fill.record.payload_bytes
-        self.counters.read_s += (fill.arrived_ns - fill.start_ns) / 1e9
