@@ -51,6 +51,10 @@ class RecordKey:
     expert: ExpertKey
     variant: str = EXACT_VARIANT
 
+    def __hash__(self) -> int:
+        """Of the numbers: a store looks a record up ten times for a lease."""
+        return hash((self.expert.layer, self.expert.expert, self.variant))
+
     def __str__(self) -> str:
         return (
             str(self.expert) if self.variant == EXACT_VARIANT else f"{self.expert}/{self.variant}"

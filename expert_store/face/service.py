@@ -214,7 +214,7 @@ class _SessionStream:
     async def _send_record(self, exchange_id: int, key: RecordKey, part: Part) -> None:
         record = self._store.manifest.records[key]
         digest = xxhash.xxh3_64()
-        with self._store.segment.part(part.slot.number, part.number, part.num_parts) as view:
+        with self._store.segment.view(*part.place) as view:
             for number, extent in enumerate(record.extents):
                 end = extent.place_bytes + extent.length_bytes
                 for offset in range(extent.place_bytes, end, rpc.CHUNK_BYTES):

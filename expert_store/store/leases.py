@@ -20,11 +20,9 @@ def hand_over(deliveries: list[Delivery]) -> None:
         deliver([lease])
 
 
-def granted(record: ExpertRecord, part: Part, start_bytes: int, read: Fill | None) -> pb.Lease:
-    """A lease of a record in a part of a slot.
-
-    start_bytes: of the part in its slot
-    read: the fill whose cost this session bears; None: the record was in memory
+def granted(record: ExpertRecord, part: Part, read: Fill | None) -> pb.Lease:
+    """A lease of a record. read: the fill whose cost this session bears; None: the record was in
+    memory.
     """
     lease = pb.Lease(
         key=record.key.to_pb(),
@@ -32,7 +30,7 @@ def granted(record: ExpertRecord, part: Part, start_bytes: int, read: Fill | Non
         generation=part.generation,
         tensor_offsets=record.tensor_offsets,
         part=part.number,
-        start_bytes=start_bytes,
+        start_bytes=part.start_bytes,
     )
     if read is not None:
         lease.bytes_read = record.payload_bytes

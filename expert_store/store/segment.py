@@ -34,12 +34,9 @@ class Segment:
         self.huge_bytes = huge_bytes
         self._view = memoryview(mapping)
 
-    def part(self, slot: int, part: int, num_parts: int) -> memoryview:
-        """The bytes of one of the parts that a slot is divided into. The caller gives the view back
-        with `with`.
-        """
-        length_bytes = self.layout.part_bytes(num_parts)
-        start = self.layout.slot_offset_bytes(slot) + part * length_bytes
+    def view(self, slot: int, start_bytes: int, length_bytes: int) -> memoryview:
+        """Bytes of a slot. The caller gives the view back with `with`."""
+        start = self.layout.slot_offset_bytes(slot) + start_bytes
         return self._view[start : start + length_bytes]
 
     def bump_generation(self, slot: int, part: int) -> int:

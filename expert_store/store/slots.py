@@ -30,6 +30,10 @@ class Slot:
     idle_since: int = 0
 
     @property
+    def is_used(self) -> bool:
+        return self.num_leased > 0 or self.num_filling > 0
+
+    @property
     def state(self) -> str:
         """Of the part that binds it most."""
         if self.num_leased:
@@ -43,27 +47,36 @@ class Slot:
 class Part:
     """What one record lies in: the unit that is filled, sealed and lent.
 
+    start_bytes: where it begins in the slot
     released: when it became reclaimable, in the pool's own time
     is_speculative: it was filled because a session may want it, and no session has asked for it yet
     """
 
     slot: Slot
+    size_class: SizeClass
     number: int
+    start_bytes: int
     generation: int = 0
     key: RecordKey | None = None
     released: int = 0
     is_speculative: bool = False
 
     @property
-    def num_parts(self) -> int:
-        """Of its slot."""
-        return len(self.slot.parts)
+    def place(self) -> tuple[int, int, int]:
+        """Its slot's number, and where in the slot it begins and how long it is."""
+        return self.slot.number, self.start_bytes, self.size_class.part_bytes
 
 
 @dataclass
 class SizeClass:
-    """The parts of slots that are divided alike. reclaimable: oldest release first"""
+    """The parts of slots that are divided alike.
 
+    num_parts: that each of these slots is divided into
+    reclaimable: oldest release first
+    """
+
+    num_parts: int
+    part_bytes: int
     free: dict[Part, None] = field(default_factory=dict)
     reclaimable: OrderedDict[Part, None] = field(default_factory=OrderedDict)
 
@@ -89,7 +102,7 @@ class SlotPool:
 
     def lease(self, part: Part) -> None:
         if part not in self._leases:
-            del self._class_of(part).reclaimable[part]
+            del part.size_class.reclaimable[part]
             self._idle.pop(part.slot, None)
             part.slot.num_leased += 1
         self._leases[part] += 1
@@ -110,19 +123,19 @@ class SlotPool:
         Returns the part, and the speculative records that had to go for it unasked. None while
         leases and fills stand in every slot.
         """
-        size_class = self._classes.setdefault(num_parts, SizeClass())
+        size_class = self._classes.get(num_parts) or self._add_class(num_parts)
         unused: list[RecordKey] = []
         if size_class.free:
             part, _ = size_class.free.popitem()
         elif self._free:
-            part = self._divide(self._free.pop(), num_parts)
+            part = self._divide(self._free.pop(), size_class)
         else:
             oldest, idle = next(iter(size_class.reclaimable), None), next(iter(self._idle), None)
             if oldest is not None and (idle is None or oldest.released <= idle.idle_since):
                 part, unused = oldest, self._forget(oldest)
             elif idle is not None:
                 unused = self._clear(idle)
-                part = self._divide(idle, num_parts)
+                part = self._divide(idle, size_class)
             else:
                 return None
         part.generation = self._segment.bump_generation(part.slot.number, part.number)
@@ -142,8 +155,8 @@ class SlotPool:
         """A filling part that will not be sealed."""
         slot = part.slot
         slot.num_filling -= 1
-        self._class_of(part).free[part] = None
-        if slot.state != "reclaimable":
+        part.size_class.free[part] = None
+        if slot.is_used:
             return
         if any(one.key for one in slot.parts):
             self._make_idle(slot, next(self._time))
@@ -179,24 +192,29 @@ class SlotPool:
         counts = Counter(slot.state for slot in self._slots)
         return {state: counts[state] for state in ("free", "filling", "leased", "reclaimable")}
 
-    def _class_of(self, part: Part) -> SizeClass:
-        return self._classes[part.num_parts]
-
     def _make_reclaimable(self, part: Part) -> None:
         part.released = next(self._time)
-        self._class_of(part).reclaimable[part] = None
-        if part.slot.state == "reclaimable":
+        part.size_class.reclaimable[part] = None
+        if not part.slot.is_used:
             self._make_idle(part.slot, part.released)
 
     def _make_idle(self, slot: Slot, now: int) -> None:
         slot.idle_since = now
         self._idle[slot] = None
 
-    def _divide(self, slot: Slot, num_parts: int) -> Part:
+    def _add_class(self, num_parts: int) -> SizeClass:
+        part_bytes = self._segment.layout.part_bytes(num_parts)
+        self._classes[num_parts] = SizeClass(num_parts, part_bytes)
+        return self._classes[num_parts]
+
+    def _divide(self, slot: Slot, size_class: SizeClass) -> Part:
         """The first part of a free slot, whose others are free parts from now on."""
-        slot.parts = [Part(slot, number) for number in range(num_parts)]
+        slot.parts = [
+            Part(slot, size_class, number, number * size_class.part_bytes)
+            for number in range(size_class.num_parts)
+        ]
         first, *others = slot.parts
-        self._classes[num_parts].free.update(dict.fromkeys(reversed(others)))
+        size_class.free.update(dict.fromkeys(reversed(others)))
         return first
 
     def _clear(self, slot: Slot) -> list[RecordKey]:
@@ -204,7 +222,7 @@ class SlotPool:
         unused: list[RecordKey] = []
         for part in slot.parts:
             if part.key is None:
-                del self._class_of(part).free[part]
+                del part.size_class.free[part]
             else:
                 unused += self._forget(part)
                 # Nothing may still be read here: the next division has its generations elsewhere.
@@ -219,6 +237,6 @@ class SlotPool:
         """
         key, part.key = part.key, None
         assert key is not None
-        del self._class_of(part).reclaimable[part]
+        del part.size_class.reclaimable[part]
         del self._by_key[key]
         return [key] if part.is_speculative else []

@@ -235,7 +235,7 @@ class ExpertStore:
         fill.part, unused = taken
         for key in unused:
             self.counters.prefetch_bytes_wasted += self.manifest.records[key].payload_bytes
-        fill.view = self.segment.part(fill.part.slot.number, fill.part.number, num_parts)
+        fill.view = self.segment.view(*fill.part.place)
         fill.assembly = Assembly(fill.record, fill.view, self.piece_bytes)
         fill.start_ns = time.perf_counter_ns()
         return True
@@ -296,5 +296,4 @@ class ExpertStore:
             return None
         self.counters.prefetches_used += part.is_speculative
         part.is_speculative = False
-        start_bytes = part.number * self.segment.layout.part_bytes(part.num_parts)
-        return leases.granted(self.manifest.records[key], part, start_bytes, read)
+        return leases.granted(self.manifest.records[key], part, read)

@@ -32,7 +32,7 @@ def test_a_segment_is_there_for_the_block_and_then_gone(tmp_path: Path) -> None:
         assert header(path) == (created.layout, created.epoch)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert path.stat().st_blocks * 512 >= created.layout.segment_bytes, "allocated in full"
-        with created.part(2, 0, 1) as view:
+        with created.view(2, 0, 2 * PAGE) as view:
             view[:] = b"x" * (2 * PAGE)
         assert path.read_bytes()[created.layout.slot_offset_bytes(2) :] == b"x" * (2 * PAGE)
     assert not path.exists()

@@ -204,7 +204,7 @@ class AnySequence(RuleBasedStateMachine):
             self.check_nothing_fits(num_parts)
             return
         part, _ = taken
-        assert part.num_parts == num_parts
+        assert len(part.slot.parts) == num_parts
         assert all(not place(part) & lent for _, _, lent, _ in self.leases), (
             "lent bytes are refilled"
         )
@@ -278,8 +278,9 @@ def sized_key(number: int) -> RecordKey:
 
 def place(part: Part) -> Place:
     """The pages of the segment that a part takes."""
-    pages = FakeSegment().layout.part_bytes(part.num_parts) // shm.PAGE_BYTES
-    start = part.slot.number * SLOT_PAGES + part.number * pages
+    slot, start_bytes, length_bytes = part.place
+    start = slot * SLOT_PAGES + start_bytes // shm.PAGE_BYTES
+    pages = length_bytes // shm.PAGE_BYTES
     return frozenset(range(start, start + pages))
 
 
