@@ -34,10 +34,16 @@ class Said:
 
 
 class MadNode:
-    """Makes messages from a seed. Knows what it holds, so that most of them are sound."""
+    """Makes messages from a seed. Knows what it holds, so that most of them are sound.
 
-    def __init__(self, seed: int) -> None:
+    keys: of records that can be lent
+    lease_bytes: what each counts against its quota, by variant
+    """
+
+    def __init__(self, seed: int, keys: Sequence[RecordKey], lease_bytes: dict[str, int]) -> None:
         self._random = random.Random(seed)
+        self._keys = keys
+        self._lease_bytes = lease_bytes
         self._held: list[RecordKey] = []
 
     def messages(self) -> Iterator[Said]:
@@ -56,12 +62,18 @@ class MadNode:
     def _sound(self, number: int) -> Said:
         gone = self._random.sample(self._held, self._random.randint(0, len(self._held)))
         self._held = [key for key in self._held if key not in gone]
-        free = [key for key in KEYS[:-1] if key not in self._held]
-        came = self._random.sample(free, self._random.randint(0, QUOTA_SLOTS - len(self._held)))
+        left_bytes = QUOTA_SLOTS * self._lease_bytes["exact"] - self._bytes(self._held)
+        free = [key for key in self._keys if key not in self._held]
+        came = self._random.sample(free, self._random.randint(0, min(QUOTA_SLOTS, len(free))))
+        while self._bytes(came) > left_bytes:
+            came.pop()
         self._held += came
         guesses = self._random.choices(KEYS, k=self._random.randint(0, 3))
         withdrawn = self._any_keys(2)
         return Said(_exchange(number, gone, came, guesses, withdrawn), len(came))
+
+    def _bytes(self, keys: Iterable[RecordKey]) -> int:
+        return sum(self._lease_bytes[key.variant] for key in keys)
 
     def _any_keys(self, most: int) -> list[RecordKey]:
         known = self._random.choices(KEYS, k=self._random.randint(0, most))
@@ -95,12 +107,15 @@ def _exchange(number: int, *keys: Sequence[RecordKey]) -> bytes:
     ).SerializeToString()
 
 
-def fuzz(wire: Wire, num_messages: int, seed: int) -> Counter[str]:
+def fuzz(
+    wire: Wire, num_messages: int, seed: int, keys: Sequence[RecordKey] = KEYS[:-1]
+) -> Counter[str]:
     """How sessions ended, by kind of error; half over the local socket, half over the stream.
 
     Fails when one ends otherwise than by a typed error.
     """
-    node, ends = MadNode(seed), Counter[str]()
+    node = MadNode(seed, keys, dict(wire.describe().lease_bytes))
+    ends = Counter[str]()
     counted = itertools.count()
     for way in itertools.cycle((_local, _stream)):
         messages = (said for said in node.messages() if next(counted) < num_messages)

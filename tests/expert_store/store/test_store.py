@@ -3,10 +3,10 @@
 Planted faults seen red: a read for every waiter, no quarantine, what is withdrawn and wanted again
 not revived, another session's guess withdrawn, a prefetch somebody waits for not moved up, priority
 ignored, a refill into spare slots, no read depth, a reader that dies, waiters not told at stop, a
-slot not given back by a failed read, a piece taken for whole that came in part, a device that is
-idle while a piece is hashed, a stop that does not wait, guesses asked for before their message's
-demands, a guess given up that is lent, a demand that waits for a slot for ever, every error taken
-for damage.
+slot not given back by a failed read, a quota that a refused read still counts against, a piece
+taken for whole that came in part, a device that is idle while a piece is hashed, a stop that does
+not wait, guesses asked for before their message's demands, a guess given up that is lent, a demand
+that waits for a slot for ever, every error taken for damage.
 """
 
 from __future__ import annotations
@@ -152,6 +152,8 @@ def a_store(
             yield store
             until(lambda: store.is_idle)
             for session in list(sessions._open):
+                counted = sum(sessions.lease_bytes[key.variant] for key in session.leases)
+                assert session.held_bytes == counted
                 sessions.close(session)
             assert counts_add_up(slots, num_slots), slots.counts()
 
