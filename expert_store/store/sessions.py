@@ -144,8 +144,8 @@ class SessionTable:
         session.leases[key] = part
         return True
 
-    def disappoint(self, session: Session, key: RecordKey) -> None:
-        """An awaited record that will not come."""
+    def drop_awaited(self, session: Session, key: RecordKey) -> None:
+        """An awaited record will not come: the quota has its bytes again."""
         session.awaited.discard(key)
         session.held_bytes -= self.lease_bytes[key.variant]
 

@@ -212,7 +212,7 @@ class ExpertStore:
             self.counters.shared_hits += 1
             return self._lend(session, key, part)
         if key in self.quarantined:
-            self.sessions.disappoint(session, key)
+            self.sessions.drop_awaited(session, key)
             return leases.refused(key, self.quarantined.error(key))
         fill = self._reads.fills.get(key)
         if fill is None:
@@ -285,7 +285,7 @@ class ExpertStore:
         if isinstance(fill.error, errors.ExpertDamaged):
             self.quarantined.add(key, fill.error)
         for session, _ in fill.waiters:
-            self.sessions.disappoint(session, key)
+            self.sessions.drop_awaited(session, key)
         return [(deliver, leases.refused(key, fill.error)) for _, deliver in fill.waiters]
 
     def _lend(
