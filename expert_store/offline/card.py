@@ -19,22 +19,19 @@ _MEASURE = (
     "Not measured yet. `flashmoe eval STORE --text FILE --against EXACT_STORE --card` scores\n"
     "held-out text with this store and with an exact one, and writes the figures here."
 )
-_CONTENTS = {
-    "lossless": "Each matrix of an expert is kept as bfloat16 in twelve bits a number, none lost.",
-    "bf16": "Each matrix of an expert is kept in bfloat16.",
-    "int8": "Each matrix of an expert is kept as 8-bit codes with one scale for each output.",
-    "int4": "Each matrix of an expert is kept as 4-bit codes with a scale and a zero for each "
-    "{group}\ninputs of an output, chosen for the least squared error.",
-}
 
 
 @dataclass(frozen=True)
 class Card:
-    """name: of the checkpoint's folder. Sizes are of all experts together, before and after."""
+    """name: of the checkpoint's folder. Sizes are of all experts together, before and after.
+
+    contents: how matrices are kept, as the format's encoder says it
+    """
 
     name: str
     model_type: str
     weight_format: WeightFormat
+    contents: str
     source_bytes: int
     packed_bytes: int
 
@@ -56,7 +53,7 @@ A FlashMoE store of the {self.model_type} checkpoint `{self.name}`, made by
 `flashmoe pack {self.name} --format {found.name}`. What the checkpoint says of itself, its licence
 included, is in `{SOURCE_CARD_NAME}` if it came with a card.
 
-{_CONTENTS[found.name].format(group=found.group)}
+{self.contents}
 Biases, routers, attention, embeddings and everything else outside the experts are the checkpoint's
 own. {effect}
 

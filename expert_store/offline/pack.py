@@ -116,6 +116,7 @@ def _card(writer: RecordWriter, checkpoint: Checkpoint, manifest: Manifest) -> C
         name=checkpoint.root.name,
         model_type=manifest.spec.model_type,
         weight_format=weight_format,
+        contents=writer.encoders[EXACT_VARIANT].contents,
         source_bytes=checkpoint.weight_bytes - dense_bytes,
         packed_bytes=manifest.expert_bytes_total,
     )

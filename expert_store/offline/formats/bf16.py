@@ -17,6 +17,8 @@ from proto.weight_format import WeightFormat
 class Bf16Encoder(MatrixEncoder):
     """The module's own shape, in bf16."""
 
+    contents = "Each matrix of an expert is kept in bfloat16."
+
     def __init__(self, architecture: Architecture) -> None:
         same = all(p.encoding == "mxfp4" or p.dtype == "BF16" for p in architecture.matrices)
         self.weight_format = WeightFormat("bf16", lossy=not same)

@@ -13,9 +13,10 @@ from proto.weight_format import WeightFormat
 
 
 class Encoder(Protocol):
-    """One weight format's way to write an expert."""
+    """One weight format's way to write an expert. contents: how matrices are kept, for a card"""
 
     weight_format: WeightFormat
+    contents: str
 
     def layout(self, parameter: ExpertParameter) -> tuple[TensorLayout, ...]:
         """The tensors that a record holds of `parameter`."""

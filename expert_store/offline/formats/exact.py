@@ -16,6 +16,7 @@ class ExactEncoder:
     """The checkpoint's own bytes, streamed."""
 
     weight_format = EXACT
+    contents = "Each matrix of an expert is kept as the checkpoint has it."
 
     def layout(self, parameter: ExpertParameter) -> tuple[TensorLayout, ...]:
         return (TensorLayout(parameter.name, parameter.dtype, parameter.shape),)

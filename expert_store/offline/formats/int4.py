@@ -30,6 +30,10 @@ class Int4Encoder(LowBitEncoder):
         fitting = [g for g in INT4_GROUPS if all(count % g == 0 for count in inputs)]
         group = fitting[0] if fitting else INT4_GROUPS[-1]
         self.weight_format = WeightFormat("int4", group, layout_here(), lossy=True)
+        self.contents = (
+            "Each matrix of an expert is kept as 4-bit codes with a scale and a zero for each "
+            f"{group}\ninputs of an output, chosen for the least squared error."
+        )
 
     def _tensors(self, parameter: ExpertParameter, matrix: Tensor) -> Iterable[Tensor]:
         group, layout = self.weight_format.group, self.weight_format.layout

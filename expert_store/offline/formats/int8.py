@@ -17,6 +17,7 @@ class Int8Encoder(LowBitEncoder):
     """A scale for each output."""
 
     weight_format = WeightFormat("int8", lossy=True)
+    contents = "Each matrix of an expert is kept as 8-bit codes with one scale for each output."
 
     def _tensors(self, parameter: ExpertParameter, matrix: Tensor) -> Iterable[Tensor]:
         return quantise(matrix, EXPERT_DTYPES[parameter.dtype])

@@ -34,6 +34,7 @@ class LosslessEncoder(MatrixEncoder):
     """
 
     weight_format = WeightFormat("lossless")
+    contents = "Each matrix of an expert is kept as bfloat16 in twelve bits a number, none lost."
 
     def __init__(self, architecture: Architecture, source: WeightSource, report: Report) -> None:
         self._room: dict[ExpertParameter, int] = {}
