@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from compute_node.kernels.expert_kernels import MATRICES, ExpertKernels, bind
+from compute_node.kernels.formats.int4 import Int4Matrix
+from compute_node.kernels.formats.int8 import Int8Matrix
+from compute_node.kernels.formats.low_bit import LowBitMatrix
+from compute_node.kernels.formats.matrix import MatrixSpec
 from compute_node.kernels.gate import Gates
-from compute_node.kernels.int4 import Int4Matrix
-from compute_node.kernels.int8 import Int8Matrix
-from compute_node.kernels.low_bit import LowBitMatrix
-from compute_node.kernels.matrix import MatrixSpec
 from compute_node.kernels.prober import Prober
 from compute_node.store.memory import TORCH_DTYPES
 from proto.expert import TensorLayout

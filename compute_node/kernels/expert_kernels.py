@@ -10,12 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compute_node.kernels.as_is import AsIsMatrix
+from compute_node.kernels.formats.as_is import AsIsMatrix
+from compute_node.kernels.formats.int4 import Int4Matrix
+from compute_node.kernels.formats.int8 import Int8Matrix
+from compute_node.kernels.formats.lossless import LosslessMatrix
+from compute_node.kernels.formats.matrix import MatrixFormat, MatrixSpec
 from compute_node.kernels.gate import Gates
-from compute_node.kernels.int4 import Int4Matrix
-from compute_node.kernels.int8 import Int8Matrix
-from compute_node.kernels.lossless import LosslessMatrix
-from compute_node.kernels.matrix import MatrixFormat, MatrixSpec
 from compute_node.kernels.native_experts import NativeExperts
 from compute_node.kernels.prober import Prober
 from compute_node.kernels.prompt import Prompt

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compute_node.kernels import gemv, prompt_entry
-from compute_node.kernels.matrix import Matrix, NativeMatrix
+from compute_node.kernels.formats.matrix import Matrix, NativeMatrix
 from compute_node.kernels.prober import Prober
 from compute_node.kernels.prompt import Prompt
 from compute_node.kernels.torch_experts import Tensors, TorchExperts, weighted

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compute_node.kernels.matrix import Matrix
+from compute_node.kernels.formats.matrix import Matrix
 from compute_node.kernels.prompt import Prompt
 
 Tensors = Mapping[str, Tensor]

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node.kernels import gemv, lossless
-from compute_node.kernels.int4 import Int4Matrix
-from compute_node.kernels.int8 import Int8Matrix
-from compute_node.kernels.lossless import NativeLossless
-from compute_node.kernels.low_bit import LowBitMatrix
-from compute_node.kernels.matrix import MatrixSpec
+from compute_node.kernels import gemv
+from compute_node.kernels.formats import lossless
+from compute_node.kernels.formats.int4 import Int4Matrix
+from compute_node.kernels.formats.int8 import Int8Matrix
+from compute_node.kernels.formats.lossless import NativeLossless
+from compute_node.kernels.formats.low_bit import LowBitMatrix
+from compute_node.kernels.formats.matrix import MatrixSpec
 from compute_node.kernels.prober import Prober
 from compute_node.native import binding
 from expert_store.offline.formats import lossless as encoder

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from compute_node.engine.engine import Engine, SequenceState
-from compute_node.kernels.int4 import Int4Matrix
-from compute_node.kernels.int8 import Int8Matrix
+from compute_node.kernels.formats.int4 import Int4Matrix
+from compute_node.kernels.formats.int8 import Int8Matrix
 from compute_node.store.memory import TORCH_DTYPES
 from expert_store.manifest.manifest import Manifest
 from expert_store.offline.formats import int4

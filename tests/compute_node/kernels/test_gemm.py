@@ -26,8 +26,8 @@ from compute_node.kernels.prober import Prober
 from compute_node.kernels.prompt import Prompt, combine
 from compute_node.kernels.torch_experts import TorchExperts
 from compute_node.native import binding
+from tests.compute_node.kernels.formats.test_lossless import packed, packed_expert
 from tests.compute_node.kernels.test_gemv import inputs, matrices, needs_kernel, same_bits
-from tests.compute_node.kernels.test_lossless import packed, packed_expert
 from tests.matrices import bound, matrix
 
 pytestmark = pytest.mark.usefixtures("threads")

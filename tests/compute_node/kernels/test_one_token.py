@@ -32,7 +32,7 @@ from compute_node.kernels.one_token_norm import Form, OneTokenNorm
 from compute_node.kernels.prober import Prober
 from compute_node.kernels.torch_experts import TorchExperts, weighted
 from compute_node.native import binding
-from tests.compute_node.kernels.test_lossless import packed_expert
+from tests.compute_node.kernels.formats.test_lossless import packed_expert
 from tests.matrices import bound
 
 needs_kernel = pytest.mark.skipif(

@@ -21,7 +21,7 @@ from compute_node.kernels import gemv
 from compute_node.kernels.prompt import Prompt
 from compute_node.kernels.prompt_entry import Share, compute
 from compute_node.native import binding
-from tests.compute_node.kernels.test_lossless import packed
+from tests.compute_node.kernels.formats.test_lossless import packed
 
 ROUNDING = 2.0**-8  # of a bf16 number, half of its last bit
 SHAPES = [(17, 96), (16, 64), (300, 1056)]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from compute_node.kernels import scratch
-from compute_node.kernels.low_bit import LowBitMatrix
-from compute_node.kernels.matrix import Described, MatrixSpec
+from compute_node.kernels.formats.low_bit import LowBitMatrix
+from compute_node.kernels.formats.matrix import Described, MatrixSpec
 from proto import errors
 from proto.expert import TensorLayout
 from proto.weight_format import BLOCK_ROWS, INT4_OUTPUTS, SCALE_ZERO, WeightFormat

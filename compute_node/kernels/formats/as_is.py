@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compute_node.kernels import gemm, gemv
-from compute_node.kernels.matrix import Described, MatrixSpec
+from compute_node.kernels.formats.matrix import Described, MatrixSpec
 from compute_node.kernels.prober import Prober
 from compute_node.kernels.verdicts import Verdict
 from compute_node.native import binding

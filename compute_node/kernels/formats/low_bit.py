@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node.kernels.matrix import Described, MatrixSpec
+from compute_node.kernels.formats.matrix import Described, MatrixSpec
 from compute_node.kernels.prober import Prober
 from compute_node.store.memory import TORCH_DTYPES
 from proto.expert import TensorLayout

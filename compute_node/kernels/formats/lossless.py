@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compute_node.kernels import gemm, gemv, scratch
-from compute_node.kernels.matrix import Described, MatrixSpec
+from compute_node.kernels.formats.matrix import Described, MatrixSpec
 from compute_node.kernels.prober import Prober
 from compute_node.kernels.verdicts import Verdict
 from compute_node.native import binding

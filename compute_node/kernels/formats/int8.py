@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compute_node.kernels import scratch
-from compute_node.kernels.low_bit import LowBitMatrix
+from compute_node.kernels.formats.low_bit import LowBitMatrix
 from proto.weight_format import SCALE
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node.kernels import expert_kernels, gemm, gemv, lossless
+from compute_node.kernels import expert_kernels, gemm, gemv
+from compute_node.kernels.formats import lossless
 from compute_node.native import binding
 from expert_store.offline.formats import lossless as encoder
 from proto import errors
