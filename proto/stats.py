@@ -94,19 +94,40 @@ def labelled(source: object, **labels: object) -> Labelled:
     return Labelled(source, {name: str(value) for name, value in labels.items()})
 
 
+@dataclass(frozen=True)
+class Absent:
+    """Stands for an object of `kind` where there is none: readers find what it starts from, the
+    metrics page has nothing of it.
+    """
+
+    kind: type
+
+
 def snapshot(*sources: object) -> pb.Snapshot:
     """What the sources show now, in their order. None shows nothing."""
     return pb.Snapshot(
-        version=VERSION,
-        metrics=[
-            metric
-            for given in sources
-            for metric in _metrics(given if isinstance(given, Labelled) else labelled(given))
-        ],
+        version=VERSION, metrics=[metric for given in sources for metric in _metrics(given)]
     )
 
 
-def _metrics(given: Labelled) -> Iterator[pb.Metric]:
+def _metrics(given: object) -> Iterator[pb.Metric]:
+    match given:
+        case Absent():
+            return _metrics_of_none(given.kind)
+        case Labelled():
+            return _metrics_of(given)
+        case _:
+            return _metrics_of(labelled(given))
+
+
+def _metrics_of_none(kind: type) -> Iterator[pb.Metric]:
+    for name, shown in declared(kind):
+        metric = pb.Metric(key=shown.key or name, help=shown.text, labels=shown.labels)
+        _set_value(metric, None if shown.start is _NO_START else shown.start)
+        yield metric
+
+
+def _metrics_of(given: Labelled) -> Iterator[pb.Metric]:
     source: Any = given.source
     for name, shown in declared(type(source)):  # type: ignore[arg-type]  # a class is hashable
         metric = pb.Metric(

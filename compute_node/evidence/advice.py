@@ -59,7 +59,7 @@ class AdviceFeed:
         return latest if latest is not None and latest.is_fresh(self._now_ns()) else None
 
     @property
-    @fact("of the latest advice", key="advice_version")
+    @fact("of the latest advice", key="advice_version", start=0)
     def version(self) -> int:
         return self._latest.version if self._latest else 0
 

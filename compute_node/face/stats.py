@@ -13,7 +13,7 @@ from compute_node.kernels.counts import KernelCounts
 from compute_node.store.borrow import StoreClient
 from proto import stats
 from proto import stats_pb2 as pb
-from proto.stats import fact, gauge, labelled
+from proto.stats import Absent, fact, gauge, labelled
 
 
 @dataclass
@@ -41,8 +41,8 @@ class NodeStats:
             loaded.prefetcher,
             labelled(KernelCounts.of(loaded.prober, native=True), kernel="native"),
             labelled(KernelCounts.of(loaded.prober, native=False), kernel="torch"),
-            self.access_log,
-            self.advice,
+            self.access_log or Absent(AccessLog),
+            self.advice or Absent(AdviceFeed),
             self.store,
             self.engine,
             loaded,

@@ -23,7 +23,7 @@ from expert_store.store.counters import Counters, SlotCounts
 from expert_store.store.quarantine import Quarantine
 from proto import errors, rpc, stats
 from proto import stats_pb2 as pb
-from proto.stats import Stats, counter, fact, gauge, labelled
+from proto.stats import Absent, Stats, counter, fact, gauge, labelled
 
 
 @dataclass
@@ -82,6 +82,14 @@ def test_of_several_alike_each_is_shown_and_the_sum() -> None:
     assert shown.frogs == 7
     assert {layer: pond.frogs for layer, pond in shown.by("layer").items()} == {"3": 2, "1": 5}
     assert shown.of(layer="1", colour="green").document()["frogs"] == 5
+
+
+def test_what_is_absent_shows_where_it_starts_from() -> None:
+    """Red where a node without Redis has no `evidence_sent`, or a page with it."""
+    shown = stats.snapshot(Absent(Pond), Absent(Lake))
+    assert not [metric.page_name for metric in shown.metrics if metric.page_name]
+    found = Stats.from_pb(shown)
+    assert (found.frogs, found.depth_m, found.boats_seen, found.age_s) == (0, 0.0, 0, None)
 
 
 def test_what_has_no_start_must_be_given() -> None:

@@ -182,6 +182,13 @@ def test_forward_is_one_moe_layer(
     assert torch.equal(torch.frombuffer(answer, dtype=torch.bfloat16).view(5, 256), expected)
 
 
+def test_without_redis_evidence_and_advice_show_nothing(client: NodeClient) -> None:
+    """Zeros, as ever. Red where a node without them has no such counters."""
+    shown = client.stats()
+    assert (shown.evidence_sent, shown.evidence_dropped, shown.advice_version) == (0, 0, 0)
+    assert shown.advice_age_s is None
+
+
 def test_scores_are_those_of_decode(client: NodeClient, eager: torch.nn.Module) -> None:
     """The last bit, one token at a time: a prompt computed at once rounds otherwise."""
     token_ids, cache = [11, 500, 23, 8000, 23, 500, 77, *range(100, 1700, 40)], None
