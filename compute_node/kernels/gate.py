@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compute_node.kernels.prober import Prober, facts_of
-from compute_node.kernels.verdicts import Verdict
+from compute_node.kernels.verdicts import Verdict, same_bits
 from compute_node.native import binding
 
 logger = logging.getLogger(__name__)
@@ -54,14 +54,10 @@ class Gates:
         if not verdict.way:
             return None
         table = _tabulate(module.act_fn)
-        known = next((known for known in self._tables if _same(known, table)), None)
+        known = next((known for known in self._tables if same_bits(known, table)), None)
         if known is None:
             self._tables.append(table)
         return table if known is None else known
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from compute_node.kernels import gemv
 from compute_node.kernels.prober import Prober
-from compute_node.kernels.verdicts import Key, Verdict
+from compute_node.kernels.verdicts import Key, Verdict, same_bits
 from compute_node.native import binding
 
 _TILE_COLUMNS = 32
@@ -153,9 +153,7 @@ def _find_step(prober: Prober, num_tokens: int, weight: Tensor, bias: Tensor | N
         expected.append((inputs, scaled, functional.linear(inputs, weight, scaled)))
     for step in steps:
         if all(
-            torch.equal(
-                multiply(inputs, weight, scaled, step).view(torch.int16), found.view(torch.int16)
-            )
+            same_bits(multiply(inputs, weight, scaled, step), found)
             for inputs, scaled, found in expected
         ):
             return step

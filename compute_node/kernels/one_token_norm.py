@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compute_node.kernels.prober import Prober, facts_of
-from compute_node.kernels.verdicts import Key, Verdict
+from compute_node.kernels.verdicts import Key, Verdict, same_bits
 from compute_node.native import binding
 
 logger = logging.getLogger(__name__)
@@ -140,15 +140,6 @@ def _norm(inputs: Tensor, weight: Tensor, epsilon: float, form: int, dtype: torc
         outputs.data_ptr(),
     )
     return outputs
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Also of zeros' signs."""
-    return (
-        a.dtype == b.dtype == torch.bfloat16
-        and a.shape == b.shape
-        and torch.equal(a.contiguous().view(torch.int16), b.contiguous().view(torch.int16))
-    )
 
 
 def _looks_like_a_norm(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -59,3 +60,12 @@ class Verdicts:
         kernel = "native" if verdict.chosen else "torch"
         threads = torch.get_num_threads()
         logger.info("kernel chosen", extra={**facts, "kernel": kernel, "threads": threads})
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Of bf16 tensors; also of zeros' signs."""
+    return (
+        a.dtype == b.dtype == torch.bfloat16
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(torch.int16), b.contiguous().view(torch.int16))
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compute_node.kernels import gemm, gemv
-from compute_node.kernels.formats.matrix import Described, MatrixSpec
+from compute_node.kernels.formats.matrix import Described, MatrixSpec, Steps
 from compute_node.kernels.prober import Prober
 from compute_node.kernels.verdicts import Verdict
 from compute_node.native import binding
@@ -55,7 +55,7 @@ class NativeAsIs:
     def __init__(self, spec: MatrixSpec, prober: Prober) -> None:
         self._spec, self._prober = spec, prober
         self._of_one: dict[int, Verdict] = {}  # by threads
-        self._steps: dict[tuple[int, int], int] = {}  # by tokens and threads
+        self._steps = Steps(spec, prober)
 
     def arrays(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         return [tensors[self._spec.name]]
@@ -72,17 +72,8 @@ class NativeAsIs:
         return gemv.multiply(weights, inputs, self._spec.biases(experts))
 
     def step_of(self, tensors: Mapping[str, Tensor], num_tokens: int) -> int:
-        key = (num_tokens, torch.get_num_threads())
-        if key not in self._steps:
-            self._steps[key] = self._ask_step(
-                tensors, num_tokens, partial(self._steps.pop, key, None)
-            )
-        return self._steps[key]
+        return self._steps.of(tensors, num_tokens, partial(self._ask, tensors, num_tokens))
 
-    def _ask_step(
-        self, tensors: Mapping[str, Tensor], num_tokens: int, ask_again: Callable[[], object]
-    ) -> int:
+    def _ask(self, tensors: Mapping[str, Tensor], num_tokens: int) -> Verdict:
         weight, bias = tensors[self._spec.name], self._spec.bias(tensors)
-        if gemm.is_put_off(self._prober, num_tokens, self._spec.shape, bias, ask_again):
-            return 0
-        return gemm.verdict_of(self._prober, num_tokens, weight, bias).chosen
+        return gemm.verdict_of(self._prober, num_tokens, weight, bias)

@@ -4,7 +4,7 @@ themselves: by native kernels as they lie, or unpacked for torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from math import inf, prod
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from compute_node.kernels import gemm, gemv, scratch
-from compute_node.kernels.formats.matrix import Described, MatrixSpec
+from compute_node.kernels.formats.matrix import Described, MatrixSpec, Steps
 from compute_node.kernels.prober import Prober
-from compute_node.kernels.verdicts import Verdict
+from compute_node.kernels.verdicts import Verdict, same_bits
 from compute_node.native import binding
 from proto.expert import TensorLayout
 from proto.weight_format import (
@@ -72,7 +72,7 @@ class NativeLossless:
         self._spec, self._prober = spec, prober
         self._parts = [spec.name + part for part in _PARTS]
         self._of_one: dict[int, Verdict] = {}  # by threads
-        self._steps: dict[tuple[int, int], int] = {}  # by tokens and threads
+        self._steps = Steps(spec, prober)
 
     def arrays(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         return [tensors[part] for part in self._parts]
@@ -111,22 +111,11 @@ class NativeLossless:
         return gemm.multiply_arrays(inputs, arrays, True, num_outputs, bias, step)
 
     def step_of(self, tensors: Mapping[str, Tensor], num_tokens: int) -> int:
-        key = (num_tokens, torch.get_num_threads())
-        if key not in self._steps:
-            self._steps[key] = self._ask_step(
-                tensors, num_tokens, partial(self._steps.pop, key, None)
-            )
-        return self._steps[key]
+        return self._steps.of(tensors, num_tokens, partial(self._ask, tensors, num_tokens))
 
-    def _ask_step(
-        self, tensors: Mapping[str, Tensor], num_tokens: int, ask_again: Callable[[], object]
-    ) -> int:
-        shape, bias = self._spec.shape, self._spec.bias(tensors)
-        if gemm.is_put_off(self._prober, num_tokens, shape, bias, ask_again):
-            return 0
-        key = (num_tokens, shape, self._spec.has_bias, torch.get_num_threads())
-        prove = partial(self._prove_step, tensors, num_tokens)
-        return self._prober.lossless_gemm.ask(key, prove).chosen
+    def _ask(self, tensors: Mapping[str, Tensor], num_tokens: int) -> Verdict:
+        key = (num_tokens, self._spec.shape, self._spec.has_bias, torch.get_num_threads())
+        return self._prober.lossless_gemm.ask(key, partial(self._prove_step, tensors, num_tokens))
 
     @torch.no_grad()
     def _prove_one_token(self, tensors: Mapping[str, Tensor]) -> Verdict:
@@ -136,7 +125,7 @@ class NativeLossless:
             return Verdict(0)
         inputs = _drawn(1, self._spec.shape[1])
         expected = gemv.multiply([weight], inputs, [] if bias is None else [bias])
-        if not _same_bits(self.multiply([tensors], inputs), expected):
+        if not same_bits(self.multiply([tensors], inputs), expected):
             return Verdict(0)
         ratio = self._prober.ratio(
             lambda: self.multiply([tensors], inputs),
@@ -156,7 +145,7 @@ class NativeLossless:
         inputs = _drawn(num_tokens, self._spec.shape[1])
         expected = gemm.multiply(inputs, weight, bias, step)
         found = self.multiply_tokens(tensors, inputs, bias, step)
-        return Verdict(step if _same_bits(found, expected) else 0)
+        return Verdict(step if same_bits(found, expected) else 0)
 
     def _unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return unpack(tensors, self._spec.name, self._spec.shape)
@@ -165,10 +154,6 @@ class NativeLossless:
 def _drawn(num_tokens: int, num_inputs: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn((num_tokens, num_inputs), generator=generator).bfloat16()
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
 def unpack(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:

@@ -4,13 +4,15 @@ weight format's class does with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from compute_node.kernels import gemm
 from compute_node.kernels.prober import Prober
 from compute_node.kernels.verdicts import Verdict
 from proto.expert import TensorLayout
@@ -73,6 +75,27 @@ class NativeMatrix(Protocol):
         these tensors.
         """
         ...
+
+
+class Steps:
+    """Of one matrix's products of several tokens: what `NativeMatrix.step_of` returns, asked of the
+    prober once for a number of tokens and threads, or once more when the node was idle.
+    """
+
+    def __init__(self, spec: MatrixSpec, prober: Prober) -> None:
+        self._spec, self._prober = spec, prober
+        self._known: dict[tuple[int, int], int] = {}  # by tokens and threads
+
+    def of(self, tensors: Mapping[str, Tensor], num_tokens: int, ask: Callable[[], Verdict]) -> int:
+        """ask: for the verdict, where it need not wait until the node is idle"""
+        key = (num_tokens, torch.get_num_threads())
+        if key not in self._known:
+            bias, ask_again = self._spec.bias(tensors), partial(self._known.pop, key, None)
+            is_put_off = gemm.is_put_off(
+                self._prober, num_tokens, self._spec.shape, bias, ask_again
+            )
+            self._known[key] = 0 if is_put_off else ask().chosen
+        return self._known[key]
 
 
 class Matrix(Protocol):

@@ -31,6 +31,7 @@ from compute_node.kernels.native_experts import NativeExperts
 from compute_node.kernels.one_token_norm import Form, OneTokenNorm
 from compute_node.kernels.prober import Prober
 from compute_node.kernels.torch_experts import TorchExperts, weighted
+from compute_node.kernels.verdicts import same_bits
 from compute_node.native import binding
 from tests.compute_node.kernels.formats.test_lossless import packed_expert
 from tests.matrices import bound
@@ -214,11 +215,11 @@ def test_experts_keep_their_bits(
     monkeypatch.setattr(TorchExperts, "feed_forward", None)
     found = kernels.one_token(stored, hidden, gates)
     expected = weighted(rows, gates)
-    assert one_token_norm.same_bits(found, expected)
+    assert same_bits(found, expected)
     total = torch.zeros(1, D, dtype=torch.bfloat16)
     for row in expected[:, None].unbind():
         total += row
-    assert one_token_norm.same_bits(kernels.add_up(found), total)
+    assert same_bits(kernels.add_up(found), total)
 
 
 def test_experts_with_other_bits_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +228,7 @@ def test_experts_with_other_bits_are_left_to_torch(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(NativeExperts, "_all_in_one", lambda *args: right(*args) * 2)
     found = kernels.one_token(weights(), hidden, [1.0] * E)
     rows = [kernels.feed_forward(tensors, hidden) for tensors in weights()]
-    assert one_token_norm.same_bits(found, torch.cat(rows))
+    assert same_bits(found, torch.cat(rows))
 
 
 @pytest.mark.parametrize("kind", [Interleaved, Clamped])
@@ -287,4 +288,4 @@ def test_matrices_multiply_as_before() -> None:
     assert gemv.verdict_of(Prober(), weight).way
     x = tokens(1, 1, 64)
     expected = torch.nn.functional.linear(x, weight)
-    assert one_token_norm.same_bits(gemv.multiply_one(weight, x, None), expected)
+    assert same_bits(gemv.multiply_one(weight, x, None), expected)
