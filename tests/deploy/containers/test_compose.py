@@ -485,9 +485,10 @@ class LocalContainers:
             return inside.sub(lambda found: mounts[found[0]], text)
 
         if config := mounts.get("/etc/flashmoe.toml"):
-            text = Path(config).read_text()
-            mounts["/etc/flashmoe.toml"] = str(self._scratch / f"{name}.toml")
-            (self._scratch / f"{name}.toml").write_text(rewrite(text))
+            own = self._scratch / f"{name}.toml"
+            mounts["/etc/flashmoe.toml"] = str(own)
+            if not own.exists():  # a daemon that starts reads it while its health is asked for
+                own.write_text(rewrite(Path(config).read_text()))
         return [rewrite(word) for word in words]
 
 
