@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from compute_node.cache.asked import Asked, Needs, Waiter, never
 from compute_node.cache.capacity import Capacity
@@ -24,8 +23,6 @@ from proto.stats import fact, gauge
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _WARM_BATCH = 1024
 _SMOOTHING = 0.1
 
@@ -37,6 +34,7 @@ class ExpertCache:
     read_s: seconds that reading one expert takes, of the latest that were read alone (running mean)
     read_s_per_byte: the same, a byte
     stall_s: waiting for experts, all layers
+    on_wait: hears of each wait: layer, seconds, what came at its end
     """
 
     lender: Lender
@@ -46,6 +44,7 @@ class ExpertCache:
     read_s: float = fact("seconds that a read takes", key="expert_read_s", start=0.0)
     read_s_per_byte: float = 0.0
     stall_s: float = 0.0
+    on_wait: Callable[[int, float, Sequence[Borrowed]], None] = lambda layer, waited_s, came: None
     _resident: Residents = field(init=False)
     _under_way: set[ExpertKey] = field(default_factory=set)
     _asked: list[Asked] = field(default_factory=list)  # not all of it has come
@@ -246,14 +245,18 @@ class ExpertCache:
         self.read_s += share * (borrowed.read_s - self.read_s)
         self.read_s_per_byte = self.read_s / borrowed.bytes_read
 
-    def _timed(self, layer: int, wait: Callable[[], T]) -> T:
-        start_s = time.perf_counter()
+    def _timed(
+        self, layer: int, wait: Callable[[], list[Borrowed] | None]
+    ) -> list[Borrowed] | None:
+        start_s, came = time.perf_counter(), None
         try:
-            return wait()
+            came = wait()
         finally:
             waited_s = time.perf_counter() - start_s
             self.counters[layer].stall_s += waited_s
             self.stall_s += waited_s
+            self.on_wait(layer, waited_s, came or ())
+        return came
 
     def _speculate(self, needs: Needs) -> None:
         wanted = [key for key in needs.guess() if key not in self._resident]

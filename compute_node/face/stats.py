@@ -30,6 +30,7 @@ class NodeStats:
     def snapshot(self) -> pb.Snapshot:
         cache, loaded = self.engine.cache, self.engine.loaded
         layers, distances = cache.counters.items(), enumerate(loaded.prefetcher.distances, start=1)
+        foresight, stalls = loaded.prefetcher.foresight, [*loaded.timer.stalls.by_layer.items()]
         return stats.snapshot(
             self,
             *(labelled(counters, layer=layer) for layer, counters in layers),
@@ -39,6 +40,12 @@ class NodeStats:
             self.compute,
             *(labelled(distance, layers_ahead=number) for number, distance in distances),
             loaded.prefetcher,
+            foresight.misses,
+            *(
+                labelled(worth, predictor=predictor, layers_ahead=number)
+                for predictor, number, worth in foresight.worths()
+            ),
+            *(labelled(causes, layer=layer) for layer, causes in stalls),
             labelled(KernelCounts.of(loaded.prober, native=True), kernel="native"),
             labelled(KernelCounts.of(loaded.prober, native=False), kernel="torch"),
             self.access_log or Absent(AccessLog),

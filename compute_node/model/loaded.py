@@ -54,6 +54,7 @@ class LoadedModel:
     spec: ModelSpec
     routers: RouterWatch
     prefetcher: Prefetcher
+    timer: LayerTimer
     prober: Prober
     kernels: dict[int, ExpertKernels]
     experts_modules: dict[int, Any]
@@ -122,6 +123,7 @@ def load_model(
         spec=spec,
         routers=routers,
         prefetcher=prefetcher,
+        timer=timer,
         prober=prober,
         kernels=kernels,
         experts_modules={layer: module for layer, (_, module) in modules.items()},

@@ -11,6 +11,7 @@ from compute_node.cache.expert_cache import ExpertCache
 from compute_node.moe.step import Step
 from compute_node.moe.sums import Sum
 from compute_node.predict.layer_timer import LayerTimer
+from compute_node.predict.predictor import Seen
 from compute_node.predict.prefetcher import Prefetcher
 from compute_node.store.memory import Borrowed
 from proto.expert import ExpertKey
@@ -48,14 +49,14 @@ class LocalBackend:
         if not step.batch.is_decode:
             self._timer.leave()
             return self._cache.step(layer, experts, step.check)
-        unguessed = prefetcher.settle(layer, [ExpertKey(layer, expert) for expert in experts])
-        self._timer.enter(layer, unguessed)
+        settled = prefetcher.settle(layer, [ExpertKey(layer, expert) for expert in experts])
+        self._timer.enter(layer, settled)
         return self._cache.step(
             layer,
             experts,
             step.check,
             prefetcher.take_disproved,
-            lambda: prefetcher.guess(layer, hidden),
+            lambda: prefetcher.guess(Seen(layer, hidden)),
         )
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
+from compute_node.predict.predictor import Guess, Seen
+
 
 @dataclass(frozen=True)
 class NextRouter:
@@ -49,12 +51,15 @@ class NextRouters:
     """A `Predictor`. routers: by MoE layer, those that can be asked; may grow."""
 
     routers: dict[int, NextRouter] = field(default_factory=dict)
+    name: str = "next_router"
 
     def knows(self, layer: int) -> bool:
         return layer in self.routers
 
-    def predict(self, layer: int, hidden: Tensor, top_k: int) -> list[tuple[int, int]]:
-        rows = self.routers[layer].choose(hidden, top_k)
+    def predict(self, seen: Seen, layer: int, top_k: int) -> list[Guess]:
+        rows = self.routers[layer].choose(seen.hidden, top_k)
         return [
-            (rank, expert) for rank, row in enumerate(zip(*rows, strict=True)) for expert in row
+            Guess(rank, expert)
+            for rank, row in enumerate(zip(*rows, strict=True))
+            for expert in row
         ]

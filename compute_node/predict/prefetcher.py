@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import Tensor
-
-from compute_node.predict.predictor import Predictor
+from compute_node.predict.foresight import Foresight, Settled
+from compute_node.predict.predictor import Predictor, Seen
 from proto.expert import ExpertKey
 from proto.stats import counter, gauge
 
@@ -80,6 +79,7 @@ class Prefetcher:
     max_guesses: that may be under way at once
     max_depth: layers ahead, at most
 
+    foresight: what is guessed now, by this prefetcher and by others
     num_unguessed: misses that no guess was open about
     """
 
@@ -91,6 +91,7 @@ class Prefetcher:
     piece_s: Callable[[], float]
     max_guesses: int
     max_depth: int
+    foresight: Foresight = field(default_factory=Foresight)
     distances: list[Distance] = field(default_factory=list)
     num_unguessed: int = counter(
         "flashmoe_node_unguessed_misses",
@@ -118,21 +119,20 @@ class Prefetcher:
                 return number
         return self.max_depth
 
-    def settle(self, layer: int, used: Sequence[ExpertKey]) -> int:
-        """The router of `layer` has spoken: closes the guesses about it. Returns the number of
-        misses that no guess was open about. Comes before the cache hears of the step.
+    def settle(self, layer: int, used: Sequence[ExpertKey]) -> Settled:
+        """The router of `layer` has spoken: closes the guesses about it. Comes before the cache
+        hears of the step.
         """
         misses = [key for key in used if key not in self.resident]
         need = self._needs[layer]
         need.misses += _SMOOTHING * (len(misses) - need.misses)
-        unguessed = sum(key not in self._open for key in misses)
-        self.num_unguessed += unguessed
         for key in [key for key in self._open if key.layer == layer]:
             number, rank = self._open.pop(key)
             self.distances[number].settle(rank, key in used)
-            if key not in used:
-                self._disproved.append(key)
-        return unguessed
+        settled = self.foresight.settle(layer, used, misses)
+        self._disproved += settled.disproved
+        self.num_unguessed += settled.num_unforeseen
+        return settled
 
     def take_disproved(self) -> list[ExpertKey]:
         """Wrong guesses that the store still means to read; the caller withdraws them."""
@@ -146,36 +146,37 @@ class Prefetcher:
         need.compute_s += change_s
         self._compute_s += change_s
 
-    def guess(self, layer: int, hidden: Tensor) -> list[ExpertKey]:
-        """What to read for the layers after `layer`, nearest first. hidden: [1, D]."""
+    def guess(self, seen: Seen) -> list[ExpertKey]:
+        """What to read for the layers after it, nearest first."""
         start_s = time.perf_counter()
         self._num_steps += 1
         found = list[ExpertKey]()
-        asked = self._worth_asking(layer)
+        asked = self._worth_asking(seen.layer)
         if not asked:
             return found
         is_probe = self._num_steps % _PROBE_STEPS == 0
         depth = min(self.depth + is_probe, self.max_depth)
         for number, following in asked:
-            if number >= depth or len(self._open) >= self.max_guesses:
+            if number >= depth or len(self.foresight) >= self.max_guesses:
                 break
-            found += self._guesses(following, number, hidden, is_probe)
+            found += self._guesses(following, number, seen, is_probe)
         if found:
             self._cost_s += _SMOOTHING * (time.perf_counter() - start_s - self._cost_s)
         return found
 
-    def _guesses(self, layer: int, number: int, hidden: Tensor, is_probe: bool) -> list[ExpertKey]:
-        fresh = []
-        for rank, expert in self.predictor.predict(layer, hidden, self.top_k):
+    def _guesses(self, layer: int, number: int, seen: Seen, is_probe: bool) -> list[ExpertKey]:
+        fresh = list[ExpertKey]()
+        for rank, expert in self.predictor.predict(seen, layer, self.top_k):
             key = ExpertKey(layer, expert)
-            if len(self._open) == self.max_guesses:
+            if len(self.foresight) >= self.max_guesses:
                 break
             if key in self.resident or key in self._open:
                 continue
             if is_probe or self._pays(number, rank):
                 self._open[key] = number, rank
-                fresh.append(key)
-        self.distances[number].sent += len(fresh)
+                self.distances[number].sent += 1
+                if self.foresight.guessed(key, self.predictor.name, number + 1):
+                    fresh.append(key)
         return fresh
 
     def _lead_s(self, number: int) -> float:

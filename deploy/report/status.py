@@ -101,7 +101,7 @@ def _store_facts(stats: Stats) -> Facts:
 def _node_facts(stats: Stats) -> Facts:
     """Without Redis nothing is known of advice and evidence."""
     total = stats.hits + stats.misses
-    distances = stats.by("layers_ahead").values()
+    found = [d.get("prefetch_precision") for d in stats.by("layers_ahead").values()]
     return {
         **_pick(stats, ("weights", "policy")),
         "hit_ratio": round(stats.hits / total, 4) if total else None,
@@ -113,16 +113,33 @@ def _node_facts(stats: Stats) -> Facts:
         "evidence_dropped": stats.evidence_dropped,
         "learning": _learning(stats),
         **_pick(stats, ("store_reconnects", "prefetch_depth")),
-        "prefetch_precision": [round(d.prefetch_precision, 3) for d in distances],
+        "prefetch_precision": [round(one, 3) for one in found if one is not None],
         "prefetch_recall": _recall(stats),
+        "foresight": _foresight(stats),
+        "stall_s": {cause: round(s.stall_cause_s, 3) for cause, s in stats.by("cause").items()},
     }
 
 
 def _recall(stats: Stats) -> float | None:
     """Share of decode's misses that had been guessed."""
-    right = stats.get("prefetches_right", 0)
-    missed = right + stats.unguessed_misses
-    return round(right / missed, 3) if missed else None
+    missed = stats.decode_misses
+    return round(stats.foreseen_misses / missed, 3) if missed else None
+
+
+def _foresight(stats: Stats) -> list[Facts]:
+    """A line for each predictor and distance. recall: share of decode's misses that it was the
+    first to guess; precision: share of its guesses that were misses
+    """
+    return [
+        {
+            "predictor": predictor,
+            "layers_ahead": int(number),
+            "recall": _rounded(worth.foresight_recall, 3),
+            "precision": _rounded(worth.foresight_precision, 3),
+        }
+        for predictor, of_one in stats.by("predictor").items()
+        for number, worth in of_one.by("layers_ahead").items()
+    ]
 
 
 _COUNTED_BY_SCHEDULER = (

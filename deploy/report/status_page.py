@@ -82,6 +82,7 @@ def _node_rows(facts: Facts) -> dict[str, str]:
         "evidence": f"{count(facts['evidence_sent'], 'step')} sent to the scheduler, "
         f"{facts['evidence_dropped']:,} dropped",
         "guesses": _guesses(facts),
+        "waited": _stalls(facts["stall_s"]),
         "store": "never lost" if not reopened else f"lost and opened again {times(reopened)}",
     }
 
@@ -102,7 +103,42 @@ def _guesses(facts: Facts) -> str:
         return "none are sent: they do not pay now"
     right = [f"{precision:.0%}" for precision in facts["prefetch_precision"][:depth]]
     text = f"{', '.join(right)} right, by layers ahead" if right else f"up to {depth} layers ahead"
-    return text if recall is None else f"{text}; {recall:.0%} of what was missing was guessed"
+    if recall is None:
+        return text
+    return f"{text}; {recall:.0%} of what was missing was guessed{_by_predictor(facts)}"
+
+
+_PREDICTORS = {
+    "next_router": "by the next routers",
+    "map": "by the trained map",
+    "run_ahead": "by running ahead",
+    "next_token": "by the next token",
+}
+
+
+def _by_predictor(facts: Facts) -> str:
+    """` (by the next routers 31%, by running ahead 45%)`: who was the first."""
+    shares: dict[str, float] = {}
+    for worth in facts["foresight"]:
+        shares[worth["predictor"]] = shares.get(worth["predictor"], 0.0) + (worth["recall"] or 0.0)
+    parts = [f"{_PREDICTORS.get(name, name)} {share:.0%}" for name, share in shares.items()]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+_CAUSES = {
+    "not_foreseen": "for experts that nobody had guessed",
+    "too_late": "for guessed ones that were not read yet",
+    "disk_busy": "while the disk read something else",
+    "message": "for the store's answer",
+    "no_decode": "in prompts",
+}
+
+
+def _stalls(stall_s: Mapping[str, float]) -> str:
+    """What compute waited for experts, by cause, the most first."""
+    causes = sorted(stall_s.items(), key=lambda one: -one[1])
+    parts = [f"{waited_s:,.1f} s {_CAUSES.get(name, name)}" for name, waited_s in causes]
+    return ", ".join(parts) or "not yet"
 
 
 def _scheduler_rows(facts: Facts) -> dict[str, str]:

@@ -23,6 +23,7 @@ OF_THIS_RUN = (
     "layer",
     "layers_ahead",
     "node",
+    "predictor",
 )  # labels whose values are the model's or the stack's
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
+from compute_node.predict.foresight import Settled
 from compute_node.predict.layer_timer import LayerTimer
 from tests.fakes import FakeLender, make_capacity
 
@@ -33,7 +34,7 @@ class Watch:
         """stall_s: waited since the layer before."""
         self.now_s = now_s
         self.cache.stall_s += stall_s
-        self.timer.enter(layer, unguessed)
+        self.timer.enter(layer, Settled(set(), [], unguessed))
 
     @property
     def uncovered_s(self) -> dict[int, float]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from compute_node.predict.next_router import NextRouter, NextRouters
+from compute_node.predict.predictor import Seen
 from compute_node.predict.prefetcher import Prefetcher
 from proto.expert import ExpertKey
 
@@ -45,7 +46,7 @@ class Node:
                 self.prefetcher.computed(layer, LAYER_S)
 
     def guess(self, layer: int, expert: int = 4) -> list[str]:
-        return [str(key) for key in self.prefetcher.guess(layer, HIDDEN[expert : expert + 1])]
+        return [str(key) for key in self.prefetcher.guess(Seen(layer, HIDDEN[expert : expert + 1]))]
 
     def settle(self, layer: int, *experts: int) -> list[str]:
         used = [ExpertKey(layer, expert) for expert in experts]
@@ -63,7 +64,7 @@ def test_the_next_layers_are_guessed_nearest_first_by_score() -> None:
 def test_several_sequences_are_guessed_by_rank() -> None:
     """What both want is guessed once. Red when the first row alone is asked about."""
     node = Node(max_depth=1)
-    keys = node.prefetcher.guess(1, HIDDEN[[4, 3, 7]])
+    keys = node.prefetcher.guess(Seen(1, HIDDEN[[4, 3, 7]]))
     assert [key.expert for key in keys] == [4, 3, 7, 2, 6]
 
 
@@ -83,6 +84,17 @@ def test_wrong_guesses_are_withdrawn_when_the_router_has_spoken() -> None:
     assert (first.sent, first.right, second.sent, second.right) == (2, 1, 2, 2)
     assert first.precision == 0.5
     assert node.prefetcher.num_unguessed == 3, "expert 0 of layer 3 once, and both the second time"
+
+
+def test_what_another_predictor_named_is_not_asked_for_again() -> None:
+    """Nor withdrawn while it may be right; what it named wrongly is withdrawn, too."""
+    node = Node()
+    foresight = node.prefetcher.foresight
+    for expert in (4, 6):
+        foresight.guessed(ExpertKey(3, expert), "run_ahead", 2)
+    assert node.guess(1) == ["L03E003", "L05E004", "L05E003"]
+    assert node.settle(3, 4, 3) == ["L03E006"]
+    assert node.prefetcher.num_unguessed == 0
 
 
 def test_guesses_under_way_are_bounded() -> None:

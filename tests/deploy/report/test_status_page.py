@@ -56,6 +56,8 @@ NODE: dict[str, Any] = {
     "prefetch_depth": 3,
     "prefetch_precision": [],
     "prefetch_recall": None,
+    "foresight": [],
+    "stall_s": {},
 }
 SCORE = {"hit_ratio": 0.9, "windowed_hit_ratio": 0.95, "windowed_regret": 0.0123}
 SCHEDULER: dict[str, Any] = {
@@ -85,13 +87,25 @@ SCHEDULER: dict[str, Any] = {
         }
     },
 }
+
+
+def worth(predictor: str, layers_ahead: int, recall: float | None) -> dict[str, Any]:
+    """A line of the node's foresight."""
+    return {"predictor": predictor, "layers_ahead": layers_ahead} | {
+        "recall": recall,
+        "precision": None,
+    }
+
+
 BUSY = {
     "expert_store": STORE
     | {"bytes_read": 1 << 30, "device_bytes_per_s": 1 << 21}
     | {"demand_reads": 1, "quarantined": ["L07E113"]},
     "compute_node": NODE
     | {"hit_ratio": 0.9591, "advice_age_s": 1.74, "store_reconnects": 1}
-    | {"prefetch_precision": [0.5, 0.25, 0.0], "prefetch_recall": 0.61},
+    | {"prefetch_precision": [0.5, 0.25, 0.0], "prefetch_recall": 0.61}
+    | {"foresight": [worth("next_router", 1, 0.125), worth("next_router", 2, 0.125)]}
+    | {"stall_s": {"too_late": 0.5, "not_foreseen": 20.25}},
     "scheduler": SCHEDULER
     | {"redis_connected": True, "labels_learned": 1800, "log_loss": 0.2412, "events_lost": 3},
     "memory": {"ceiling_bytes": 1 << 30, "peak_bytes": 1 << 29, "current_bytes": 1 << 28}
@@ -122,6 +136,10 @@ def test_what_a_page_says() -> None:
     assert node["hit ratio"] == "95.9% of the experts used were in memory"
     assert node["guesses"].startswith(
         "50%, 25%, 0% right, by layers ahead; 61% of what was missing"
+    )
+    assert node["guesses"].endswith("was guessed (by the next routers 25%)")
+    assert node["waited"] == (
+        "20.2 s for experts that nobody had guessed, 0.5 s for guessed ones that were not read yet"
     )
     assert node["store"] == "lost and opened again once"
     policies = busy["policies of node0"]
