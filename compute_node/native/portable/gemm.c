@@ -12,8 +12,6 @@ enum {
   VECTORS = ROWS / LANES
 };
 
-typedef float vector __attribute__((vector_size(LANES * 4)));
-
 struct gemm_job {
   const void *const *weight;     /* one array [rows, columns], or PARTS of them */
   int64_t lossless;              /* the latter */
@@ -52,7 +50,7 @@ INLINE void widen_panel(struct source *source, int64_t lossless, int64_t begin, 
   for (int64_t column = 0; column < width; column += COLUMNS) {
     uint16_t tile[ROWS][COLUMNS];
     if (lossless)
-      unpack_tile(&source->unpacking, (begin + column) / COLUMNS, tile[0], COLUMNS);
+      unpack_rows(&source->unpacking, (begin + column) / COLUMNS, tile[0], COLUMNS);
     else
       for (int64_t row = 0; row < ROWS; row++)
         memcpy(tile[row],
@@ -64,8 +62,6 @@ INLINE void widen_panel(struct source *source, int64_t lossless, int64_t begin, 
   }
 }
 
-FUSED_BEGIN
-
 INLINE void multiply_tokens(float (*panel)[ROWS], int64_t width,
                             float (*inputs)[MULTIPLIED_COLUMNS], const int tokens,
                             float (*present)[ROWS]) {
@@ -76,12 +72,11 @@ INLINE void multiply_tokens(float (*panel)[ROWS], int64_t width,
       vector numbers[VECTORS];
       memcpy(numbers, panel[column], sizeof numbers);
       for (int t = 0; t < tokens; t++)
-        for (int v = 0; v < VECTORS; v++) sums[t][v] += numbers[v] * inputs[t][column];
+        for (int v = 0; v < VECTORS; v++) 
+          sums[t][v] = add_product(sums[t][v], numbers[v], splat(inputs[t][column]));
     }
   memcpy(present, sums, (size_t)tokens * sizeof sums[0]);
 }
-
-FUSED_END
 
 INLINE void multiply_some(const struct gemm_job *job, float (*panel)[ROWS], int64_t begin,
                           int64_t width, int64_t token, const int tokens, struct gemm_sums *sums) {

@@ -4,8 +4,9 @@
 #include "lossless.h"
 
 enum {
-  CHUNK_NUMBERS = 64 << 10, /* what a thread takes at a time */
-  PANEL_COLUMNS = 512       /* unpacked at once: a multiple of SUMS */
+  CHUNK_NUMBERS = 64 << 10,                  /* what a thread takes at a time */
+  SUM_GROUPS = SUMS * ROWS / GROUP,          /* whose columns have sums of their own */
+  REST_GROUPS = REST_SUMS * ROWS / GROUP,    /* the same beyond a multiple of SUMS columns */
 };
 
 struct lossless_job {
@@ -20,26 +21,73 @@ struct lossless_job {
   int unpacking;
 };
 
+/* Sums of 16 rows and four columns. Those of even columns: of even rows, then of odd ones. */
+struct group_sums {
+  vector even[EACH][2], odd[EACH][2];
+};
+
+/* input: of the group's columns */
+INLINE void add_group(struct group_sums *sums, const struct unpacked *group, const uint16_t *input) {
+  vector_bits x = load_two_pairs_twice(input);
+  for (int i = 0; i < EACH; i++) {
+    vector_bits even = (vector_bits)group->even[i], odd = (vector_bits)group->odd[i];
+    sums->even[i][0] = add_product(sums->even[i][0], firsts(even), firsts(x));
+    sums->even[i][1] = add_product(sums->even[i][1], seconds(even), firsts(x));
+    sums->odd[i][0] = add_product(sums->odd[i][0], firsts(odd), seconds(x));
+    sums->odd[i][1] = add_product(sums->odd[i][1], seconds(odd), seconds(x));
+  }
+}
+
+/* Adds each of the second half's sums to one of the first half's, until those of four columns are left. */
+INLINE void halve_groups(struct group_sums *groups, int count) {
+  for (int half = count / 2; half > 0; half /= 2)
+    for (int group = 0; group < half; group++)
+      for (int i = 0; i < EACH; i++)
+        for (int rows = 0; rows < 2; rows++) {
+          groups[group].even[i][rows] += groups[half + group].even[i][rows];
+          groups[group].odd[i][rows] += groups[half + group].odd[i][rows];
+        }
+}
+
+/* 16 rows' sums of four columns added up in halves. */
+INLINE void add_up_group(const struct group_sums *sums, float totals[ROWS]) {
+  for (int i = 0; i < EACH; i++)
+    for (int rows = 0; rows < 2; rows++) {
+      float even[LANES], odd[LANES];
+      memcpy(even, &sums->even[i][rows], sizeof even);
+      memcpy(odd, &sums->odd[i][rows], sizeof odd);
+      for (int lane = 0; lane < LANES; lane += lane % 4 ? 3 : 1)
+        totals[i * LANES + lane / 4 * 4 + lane % 4 * 2 + rows] =
+            (even[lane] + even[lane + 2]) + (odd[lane] + odd[lane + 2]);
+    }
+}
+
 INLINE void multiply_packed(const struct lossless_job *job, int64_t number,
                             const struct matrix *matrix, int64_t block) {
   const uint16_t *input = job->inputs + number * job->input_stride;
   struct unpacking unpacking = unpacking_of(matrix, block, job->num_tiles);
-  int64_t left = job->rows - block * ROWS, count = left < ROWS ? left : ROWS;
-  struct dot dots[ROWS];
-  uint16_t panel[ROWS * PANEL_COLUMNS];
-  memset(dots, 0, sizeof dots);
-  for (int64_t begin = 0; begin < job->columns; begin += PANEL_COLUMNS) {
-    int64_t width = job->columns - begin < PANEL_COLUMNS ? job->columns - begin : PANEL_COLUMNS;
-    for (int64_t column = 0; column < width; column += COLUMNS)
-      unpack_tile(&unpacking, (begin + column) / COLUMNS, panel + column, PANEL_COLUMNS);
-    for (int64_t row = 0; row < count; row++)
-      add_columns(dots + row, panel + row * PANEL_COLUMNS, input + begin, width);
+  struct group_sums sums[SUM_GROUPS] = {0}, rest[REST_GROUPS] = {0};
+  const int64_t tiles_each = SUMS / COLUMNS, whole = job->num_tiles / tiles_each * tiles_each;
+  for (int64_t tile = 0; tile < job->num_tiles; tile++) {
+    struct unpacked groups[NUM_GROUPS];
+    unpack_tile(&unpacking, tile, groups);
+    for (int i = 0; i < NUM_GROUPS; i++) {
+      struct group_sums *own = tile < whole ? sums + tile % tiles_each * NUM_GROUPS + i
+                                            : rest + i % REST_GROUPS;
+      add_group(own, groups + i, input + tile * COLUMNS + i * 4);
+    }
   }
-  for (int64_t row = 0; row < count; row++) {
-    int64_t at = block * ROWS + row;
-    job->outputs[number * job->rows + at] =
-        output_of(dots + row, job->columns, job->biases ? job->biases[number] + at : 0);
+  float totals[ROWS], of_rest[ROWS];
+  halve_groups(sums, SUM_GROUPS);
+  add_up_group(sums, totals);
+  if (whole < job->num_tiles) {
+    halve_groups(rest, REST_GROUPS);
+    add_up_group(rest, of_rest);
+    for (int row = 0; row < ROWS; row++) totals[row] += of_rest[row];
   }
+  int64_t row = block * ROWS, left = job->rows - row;
+  finish(totals, job->biases ? job->biases[number] + row : 0,
+         job->outputs + number * job->rows + row, left < ROWS ? left : ROWS);
 }
 
 INLINE void unpack_block(const struct lossless_job *job, const struct matrix *matrix,
@@ -50,11 +98,11 @@ INLINE void unpack_block(const struct lossless_job *job, const struct matrix *ma
   for (int64_t tile = 0; tile < job->num_tiles; tile++) {
     int64_t column = tile * COLUMNS, left = job->columns - column;
     if (count == ROWS && left >= COLUMNS) {
-      unpack_tile(&unpacking, tile, outputs + column, job->columns);
+      unpack_rows(&unpacking, tile, outputs + column, job->columns);
       continue;
     }
     uint16_t whole[TILE];
-    unpack_tile(&unpacking, tile, whole, COLUMNS);
+    unpack_rows(&unpacking, tile, whole, COLUMNS);
     for (int64_t r = 0; r < count; r++)
       memcpy(outputs + r * job->columns + column, whole + r * COLUMNS,
              (size_t)(left < COLUMNS ? left : COLUMNS) * 2);

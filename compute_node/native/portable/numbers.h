@@ -9,17 +9,6 @@
 
 #define INLINE __attribute__((always_inline)) static inline
 
-/* Between these, `sum + a * b` is one fused multiply-add where the CPU has one. Products of two bf16
- * numbers are exact in float32, so this makes a difference for speed, and for bits near underflow
- * only, where torch's products are fused too. */
-#if defined(__clang__)
-#define FUSED_BEGIN _Pragma("clang fp contract(fast)")
-#define FUSED_END _Pragma("clang fp contract(off)")
-#else
-#define FUSED_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize(\"fp-contract=fast\")")
-#define FUSED_END _Pragma("GCC pop_options")
-#endif
-
 enum {
   ROWS = 16,                  /* of a tile of a lossless matrix, and of a block of any */
   COLUMNS = 32,               /* of a tile */
