@@ -26,6 +26,7 @@ from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.config import ComputeNodeConfig
+from compute_node.engine.ahead import new_run_ahead
 from compute_node.engine.engine import Engine
 from compute_node.engine.jobs import ComputeThread
 from compute_node.evidence import learning
@@ -87,6 +88,9 @@ async def run(config: ComputeNodeConfig) -> None:
             evidence = Evidence(
                 access_log, spec, config.node, slots, config.scope, lambda: chooser.name
             )
+        cache.room.num_spare = description.num_spare
+        setting = config.run_ahead if config.transport == "shared_memory" else "off"
+        run_ahead = new_run_ahead(loaded, cache, setting)
         engine = Engine(
             loaded,
             cache,
@@ -94,6 +98,7 @@ async def run(config: ComputeNodeConfig) -> None:
             config.max_context_tokens,
             config.prefill_chunk_tokens,
             evidence,
+            run_ahead,
         )
         stats = NodeStats(engine, compute, store, access_log, advice)
         service = ComputeNodeService(engine, compute, stats)

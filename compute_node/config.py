@@ -18,6 +18,9 @@ from proto.process import daemon
 from proto.redis_schema import PolicySetting
 from proto.rpc import Listen, TlsFiles
 
+RunAheadSetting = Literal["auto", "always", "off"]
+"""auto: where waits are long enough; always: at every layer, for tests."""
+
 
 class ComputeNodeConfig(BaseModel):
     """Frozen and strict: an unknown key stops the daemon and is named."""
@@ -40,6 +43,7 @@ class ComputeNodeConfig(BaseModel):
     max_context_tokens: PositiveInt = 2048
     prefill_chunk_tokens: PositiveInt = 512
     prefetch_depth: Annotated[int, Field(ge=0, le=8)] = 3
+    run_ahead: RunAheadSetting = "auto"
     max_queued_requests: PositiveInt = 16
     deadline_s: PositiveFloat = 30.0
     threads: Annotated[int, Field(ge=0)] = 0

@@ -52,7 +52,7 @@ class FakeLender:
         check: Callable[[], None] = lambda: None,
         prefetches: Sequence[ExpertKey] = (),
         withdrawals: Sequence[ExpertKey] = (),
-    ) -> Iterator[list[Borrowed]]:
+    ) -> FakeArrivals:
         if self.break_next or not self._open:
             self.break_next = False
             self.abort()
@@ -82,7 +82,7 @@ class FakeLender:
 
     def _come(
         self, arrivals: list[Borrowed], damaged: list[ExpertKey], check: Callable[[], None]
-    ) -> Iterator[list[Borrowed]]:
+    ) -> FakeArrivals:
         """What is in memory first, then one after another; damage last."""
         in_memory = [arrival for arrival in arrivals if arrival.bytes_read == 0]
         parts = [in_memory] if in_memory else []
@@ -121,6 +121,9 @@ class FakeArrivals:
 
     def __iter__(self) -> Iterator[list[Borrowed]]:
         return self
+
+    def is_ready(self) -> bool:
+        return True
 
     def __next__(self) -> list[Borrowed]:
         if not self._parts and not self._damaged:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from compute_node.store.memory import Borrowed
+from compute_node.cache.lender import Arrivals
 from proto.expert import ExpertKey
+
+Meanwhile = Callable[[Callable[[], bool]], None]
+"""Called when a step is about to wait, with a function that says whether it need not any more."""
 
 
 def never() -> None:
     """The check of a step that nobody gives up."""
+
+
+def sleep(arrived: Callable[[], bool]) -> None:
+    """Leaves the time of a wait unused."""
 
 
 @dataclass(eq=False)
@@ -28,7 +35,7 @@ class Asked:
     """Misses that were asked for, and the iterator that they come from."""
 
     misses: list[ExpertKey]
-    arrivals: Iterator[list[Borrowed]]
+    arrivals: Arrivals
     waiter: Waiter
 
 
@@ -41,3 +48,4 @@ class Needs:
     check: Callable[[], None]
     disproved: Callable[[], Sequence[ExpertKey]]
     guess: Callable[[], Sequence[ExpertKey]]
+    meanwhile: Meanwhile

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from compute_node.cache.asked import Asked, Needs, Waiter, never
+from compute_node.cache.asked import Asked, Meanwhile, Needs, Waiter, never, sleep
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.counters import LayerCounters
-from compute_node.cache.lender import Lender
+from compute_node.cache.lender import Arrivals, Lender
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.cache.residents import Residents
+from compute_node.cache.room import Room
 from compute_node.store.memory import Borrowed
 from compute_node.store.session import SessionLost
 from proto import errors
@@ -45,15 +46,15 @@ class ExpertCache:
     read_s_per_byte: float = 0.0
     stall_s: float = 0.0
     on_wait: Callable[[int, float, Sequence[Borrowed]], None] = lambda layer, waited_s, came: None
+    room: Room = field(init=False)
     _resident: Residents = field(init=False)
-    _under_way: set[ExpertKey] = field(default_factory=set)
     _asked: list[Asked] = field(default_factory=list)  # not all of it has come
 
     def __post_init__(self) -> None:
         layers = self.capacity.moe_layers
         self.counters = {layer: LayerCounters() for layer in layers}
         self._resident = Residents(layers)
-        self._layer_bytes = {layer: self.capacity.layer_bytes(layer) for layer in layers}
+        self.room = Room(self.capacity, self._resident, self.chooser)
 
     def __len__(self) -> int:
         return len(self._resident)
@@ -73,6 +74,7 @@ class ExpertCache:
         check: Callable[[], None] = never,
         disproved: Callable[[], Sequence[ExpertKey]] = tuple,
         guess: Callable[[], Sequence[ExpertKey]] = tuple,
+        meanwhile: Meanwhile = sleep,
     ) -> tuple[set[int], Iterator[list[Borrowed]]]:
         """One step of `layer` needs these distinct experts.
 
@@ -80,6 +82,7 @@ class ExpertCache:
         disproved: takes the guesses that need not be read any more; called for each message
         guess:     what later layers may need; called once the misses are on their way, again if
                    the session breaks after that
+        meanwhile: uses the time of each wait
 
         Returns which of them are hits, and waves that together hold each expert once; a wave is
         valid until the next is asked for.
@@ -92,14 +95,42 @@ class ExpertCache:
         self.let_go_if_lost()
         self._collect(check)
         used = [ExpertKey(layer, expert) for expert in experts]
+        self.room.reach(layer, used)
         self.chooser.on_step(layer, used)
         self._resident.on_step(layer)
         hits = [key for key in used if key in self._resident]
         counters = self.counters[layer]
         counters.hits += len(hits)
         counters.misses += len(used) - len(hits)
-        needs = Needs(layer, used, check, disproved, guess)
+        needs = Needs(layer, used, check, disproved, guess, meanwhile)
         return {key.expert for key in hits}, self._waves(needs, hits)
+
+    def held(self, key: ExpertKey) -> Borrowed:
+        """A resident expert, valid until something is asked of the cache."""
+        return self._resident[key]
+
+    def read_ahead(
+        self,
+        layer: int,
+        keys: Sequence[ExpertKey],
+        wrong: Sequence[ExpertKey],
+        num_guesses: int,
+    ) -> Sequence[ExpertKey]:
+        """Have the store read guesses about `layer`, the likeliest first, as far as there is room
+        for them; they take it from what the policy values least.
+
+        wrong:       guesses that are withdrawn
+        num_guesses: that are not settled, these included
+
+        Returns those that were asked for. Raises SessionLost.
+        """
+        going, num_left_out = self.room.for_guesses(layer, num_guesses) if keys else ([], 0)
+        keys = keys[: max(0, len(keys) - num_left_out)]
+        for key in going:
+            self._resident.evict(key)
+        if keys or wrong or going:
+            self.lender.borrow(going, [], never, prefetches=keys, withdrawals=wrong)
+        return keys
 
     def open(self, check: Callable[[], None] = never) -> None:
         """Open a session with the store; start warm from what it has in memory, no byte is read.
@@ -109,7 +140,7 @@ class ExpertCache:
         self._forget()
         self.lender.open(check)
         expert_bytes, left_bytes = self.capacity.expert_bytes, self.capacity.capacity_bytes
-        room_bytes = dict(self._layer_bytes)
+        room_bytes = dict(self.room.layer_bytes)
         chosen: list[ExpertKey] = []
         for key in sorted(self.lender.resident()):
             if min(room_bytes[key.layer], left_bytes) >= expert_bytes:
@@ -152,13 +183,13 @@ class ExpertCache:
             self._timed(layer, lambda: self.open(needs.check))
         held = [key for key in keys if key in self._resident]
         misses = [key for key in keys if key not in self._resident]
-        expert_bytes, layer_bytes = self.capacity.expert_bytes, self._layer_bytes[layer]
+        expert_bytes, layer_bytes = self.capacity.expert_bytes, self.room.layer_bytes[layer]
         if len(keys) * expert_bytes <= layer_bytes:
             asked = self._ask(needs, misses, keys)
             self._speculate(needs)
             if held:
                 yield held
-            yield from self._arrive(layer, asked, needs.check)
+            yield from self._arrive(layer, asked, needs.check, needs.meanwhile)
             return
         if held:
             yield held
@@ -193,25 +224,36 @@ class ExpertCache:
                 self._let_go()
                 raise errors.StaleLease(f"{borrowed.key} was refilled while it was used: retry")
 
-    def _ask(self, needs: Needs, misses: list[ExpertKey], pinned: Sequence[ExpertKey]) -> Asked:
-        """One message: what goes, what is wanted, and which guesses were wrong."""
+    def _ask(
+        self, needs: Needs, misses: list[ExpertKey], pinned: Sequence[ExpertKey]
+    ) -> Asked | None:
+        """One message: what goes, what is wanted, and which guesses were wrong. None: nothing is
+        wanted.
+        """
         disproved, waiter = needs.disproved(), Waiter(needs.check)
         if not misses and not disproved:
-            return Asked([], iter(()), waiter)
+            return None
         going = self._make_room(needs.layer, misses, pinned)
-        self._under_way.update(misses)
+        self.room.under_way.update(misses)
         arrivals = self.lender.borrow(going, misses, waiter, withdrawals=disproved)
+        if not misses:
+            return None
         asked = Asked(misses, arrivals, waiter)
-        if misses:
-            self._asked.append(asked)
+        self._asked.append(asked)
         return asked
 
     def _arrive(
-        self, layer: int, asked: Asked, check: Callable[[], None]
+        self,
+        layer: int,
+        asked: Asked | None,
+        check: Callable[[], None],
+        meanwhile: Meanwhile = sleep,
     ) -> Iterator[list[ExpertKey]]:
+        if asked is None:
+            return
         asked.waiter.check = check
         try:
-            while arrivals := self._timed(layer, lambda: next(asked.arrivals, None)):
+            while arrivals := self._timed(layer, lambda: _next(asked.arrivals, meanwhile)):
                 self._insert(arrivals)
                 self.counters[layer].bytes_read += sum(a.bytes_read for a in arrivals)
                 if len(asked.misses) == 1 and arrivals[0].bytes_read:
@@ -224,7 +266,7 @@ class ExpertCache:
 
     def _settle(self, asked: Asked) -> None:
         """Nothing of it is on its way any more."""
-        self._under_way.difference_update(asked.misses)
+        self.room.under_way.difference_update(asked.misses)
         self._asked = [other for other in self._asked if other is not asked]
 
     def _collect(self, check: Callable[[], None]) -> None:
@@ -266,21 +308,14 @@ class ExpertCache:
     def _make_room(
         self, layer: int, misses: list[ExpertKey], pinned: Sequence[ExpertKey]
     ) -> list[ExpertKey]:
-        """Evict until `misses` fit beside what is under way; never what is pinned."""
-        scope = None if self.capacity.pooled else layer
-        num_coming = len(self._under_way) + len(misses)
-        wanted_bytes = self._resident.held_bytes(scope) + num_coming * self.capacity.expert_bytes
-        excess_bytes = wanted_bytes - self._layer_bytes[layer]
-        if excess_bytes <= 0:
-            return []
-        going = self._resident.victims(self.chooser.choose(), excess_bytes, pinned, scope)
+        going = self.room.for_misses(layer, misses, pinned)
         for key in going:
             self._resident.evict(key)
         return going
 
     def _insert(self, arrivals: list[Borrowed]) -> None:
         for borrowed in arrivals:
-            self._under_way.discard(borrowed.key)
+            self.room.under_way.discard(borrowed.key)
             self._resident.insert(borrowed)
 
     def _let_go(self) -> None:
@@ -289,6 +324,12 @@ class ExpertCache:
         self.lender.abort()
 
     def _forget(self) -> None:
-        self._under_way.clear()
+        self.room.under_way.clear()
         self._asked.clear()
         self._resident.clear()
+
+
+def _next(arrivals: Arrivals, meanwhile: Meanwhile) -> list[Borrowed] | None:
+    if not arrivals.is_ready():
+        meanwhile(arrivals.is_ready)
+    return next(arrivals, None)

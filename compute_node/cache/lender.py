@@ -9,6 +9,18 @@ from compute_node.store.memory import Borrowed
 from proto.expert import ExpertKey
 
 
+class Arrivals(Protocol):
+    """What was asked for, in parts as it comes; see `StoreClient.borrow`."""
+
+    def __iter__(self) -> Iterator[list[Borrowed]]: ...
+
+    def __next__(self) -> list[Borrowed]: ...
+
+    def is_ready(self) -> bool:
+        """Whether the next part, the end or an error comes without a wait."""
+        ...
+
+
 class Lender(Protocol):
     """See compute_node/store/borrow.py for what each method promises and raises."""
 
@@ -24,7 +36,7 @@ class Lender(Protocol):
         check: Callable[[], None] = ...,
         prefetches: Sequence[ExpertKey] = ...,
         withdrawals: Sequence[ExpertKey] = ...,
-    ) -> Iterator[list[Borrowed]]: ...
+    ) -> Arrivals: ...
 
     def exchange(
         self,

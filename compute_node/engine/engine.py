@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from compute_node.evidence.accesses import recorded
 from compute_node.evidence.step import Evidence
 from compute_node.model.finite import fault_of, is_usable
 from compute_node.model.loaded import LoadedModel
-from compute_node.moe.step import Batch, Part, Phase, Step
+from compute_node.moe.step import Batch, Part, Phase, RunsAhead, Step
+from compute_node.run_ahead.run_ahead import RunAhead
+from compute_node.run_ahead.second_pass import Draw
 from proto import errors
 from proto.access import RecordedStep
 from proto.checkpoint.sequence_state import state_bytes
@@ -72,7 +75,8 @@ class SequenceState:
 class Engine:
     """Runs sequences through a model. One thread.
 
-    evidence: called after every pass; None: nobody learns
+    evidence:  called after every pass; None: nobody learns
+    run_ahead: uses the waits of decode steps; None: the thread sleeps
     """
 
     peak_cache_bytes: int = fact(
@@ -87,9 +91,11 @@ class Engine:
         max_context_tokens: int,
         prefill_chunk_tokens: int,
         evidence: Evidence | None = None,
+        run_ahead: RunAhead | None = None,
     ) -> None:
         self.loaded = loaded
         self.cache = cache
+        self.run_ahead = run_ahead
         self._chunk_tokens = prefill_chunk_tokens
         self._evidence = evidence
         self._eos_ids = _eos_ids(loaded.model, model_dir)
@@ -104,6 +110,13 @@ class Engine:
         `check` raises.
         """
         self.limits.check(request)
+        try:
+            yield from self._generate(request, check)
+        finally:
+            if self.run_ahead is not None:
+                self.run_ahead.drop()
+
+    def _generate(self, request: Request, check: Callable[[], None]) -> Iterator[Event]:
         self._num_sequences += 1
         sequence = SequenceState(f"s{self._num_sequences}", list(request.token_ids))
         keeps_scores = request.recording is not None and request.recording.router_scores
@@ -120,7 +133,12 @@ class Engine:
                 break
             with Measure(self.cache, decode, 1):
                 logits, step = self.forward(
-                    sequence, sequence.token_ids[-1:], Phase.DECODE, check, keeps_scores
+                    sequence,
+                    sequence.token_ids[-1:],
+                    Phase.DECODE,
+                    check,
+                    keeps_scores,
+                    lambda: writer.forecast(sequence.token_ids),
                 )
             if request.recording:
                 yield recorded(self.loaded.spec, step)
@@ -184,15 +202,19 @@ class Engine:
         phase: Phase,
         check: Callable[[], None] = never,
         keeps_scores: bool = False,
+        new_draw: Callable[[], Draw] | None = None,
     ) -> tuple[Tensor, Step]:
-        """Compute the sequence's next tokens. Returns the logits of the last, [1, V], and the step
-        that it was.
+        """Compute the sequence's next tokens. new_draw: makes what draws the tokens after them, to
+        run ahead of them too.
+
+        Returns the logits of the last, [1, V], and the step that it was.
         """
         num_computed = sequence.num_computed + len(chunk)
         part = Part(sequence.name, phase, len(chunk), num_computed)
-        step = Step(Batch(part), check, keeps_scores)
-        with step.running():
-            output = self._pass(chunk, sequence.cache)
+        with self._ahead_of(sequence, chunk, phase, new_draw) as run_ahead:
+            step = Step(Batch(part), check, keeps_scores, run_ahead)
+            with step.running():
+                output = self.loaded.forward(torch.tensor([chunk]), sequence.cache)
         sequence.cache = output.past_key_values
         sequence.num_computed = num_computed
         if len(chunk) > 1 or sequence.num_computed % _WEIGHED_TOKENS == 0:
@@ -204,11 +226,20 @@ class Engine:
             self._evidence.append(step)
         return logits, step
 
-    def _pass(self, chunk: list[int], cache: Any) -> Any:
-        """transformers' output. cache: of the tokens before the chunk, or None"""
-        return self.loaded.model(
-            torch.tensor([chunk]), past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+    def _ahead_of(
+        self,
+        sequence: SequenceState,
+        chunk: list[int],
+        phase: Phase,
+        new_draw: Callable[[], Draw] | None,
+    ) -> AbstractContextManager[RunsAhead | None]:
+        """A decode step may be run ahead of, while it waits."""
+        if self.run_ahead is None:
+            return nullcontext()
+        if phase is not Phase.DECODE:
+            self.run_ahead.drop()
+            return nullcontext()
+        return self.run_ahead.during(chunk[0], sequence.cache, new_draw)
 
     def _compute_again(self, sequence: SequenceState, check: Callable[[], None]) -> None:
         """All positions up to the latest, in chunks, from nothing; the sequence is given up."""
@@ -217,7 +248,8 @@ class Engine:
             end = min(start + self._chunk_tokens, sequence.num_computed)
             part = Part(sequence.name, Phase.PREFILL, end - start, end)
             with Step(Batch(part), check).running():
-                cache = self._pass(sequence.token_ids[start:end], cache).past_key_values
+                token_ids = torch.tensor([sequence.token_ids[start:end]])
+                cache = self.loaded.forward(token_ids, cache).past_key_values
 
 
 def _eos_ids(model: Any, model_dir: Path) -> frozenset[int]:

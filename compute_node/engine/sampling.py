@@ -30,6 +30,13 @@ class Sampler:
         else:
             self._generator.manual_seed(options.seed)
 
+    def copy(self) -> Sampler:
+        """Draws what this one will draw from the same logits."""
+        copy = object.__new__(Sampler)
+        copy.__dict__.update(self.__dict__)
+        copy._generator = self._generator.clone_state()
+        return copy
+
     def draw(self, token_ids: list[int], logits: Tensor) -> int:
         """token_ids: so far, prompt included. logits: [1, V], of the last position.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,19 @@ class Writer:
         elif self._left == 0:
             self.finish_reason = "length"
         return Token(token_id, text)
+
+    def forecast(self, token_ids: list[int]) -> Callable[[Tensor], int]:
+        """Draws what `next` would draw, without a trace: each call one token further.
+
+        token_ids: so far, prompt included
+        """
+        sampler, ids = self._sampler.copy(), list(token_ids)
+
+        def draw(logits: Tensor) -> int:
+            ids.append(sampler.draw(ids, logits))
+            return ids[-1]
+
+        return draw
 
     def flush(self) -> str:
         """What was held back and is no stop string."""

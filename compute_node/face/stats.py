@@ -10,6 +10,7 @@ from compute_node.evidence import learning
 from compute_node.evidence.advice import AdviceFeed
 from compute_node.evidence.log import AccessLog
 from compute_node.kernels.counts import KernelCounts
+from compute_node.run_ahead.run_ahead import RunAhead
 from compute_node.store.borrow import StoreClient
 from proto import stats
 from proto import stats_pb2 as pb
@@ -41,6 +42,7 @@ class NodeStats:
             *(labelled(distance, layers_ahead=number) for number, distance in distances),
             loaded.prefetcher,
             foresight.misses,
+            self.engine.run_ahead or Absent(RunAhead),
             *(
                 labelled(worth, predictor=predictor, layers_ahead=number)
                 for predictor, number, worth in foresight.worths()

@@ -60,6 +60,12 @@ class LoadedModel:
     experts_modules: dict[int, Any]
     dense_bytes: int = fact("weights outside of experts")
 
+    def forward(self, token_ids: Tensor, state: Any) -> Any:
+        """transformers' output, with logits of the last position. token_ids: [1, T]; state: of the
+        tokens before, or None
+        """
+        return self.model(token_ids, past_key_values=state, use_cache=True, logits_to_keep=1)
+
     @property
     def hidden_size(self) -> int:
         return int(self.model.config.get_text_config().hidden_size)

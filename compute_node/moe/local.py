@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from compute_node.cache.asked import Meanwhile, sleep
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.moe.step import Step
 from compute_node.moe.sums import Sum
@@ -32,7 +33,10 @@ class LocalBackend:
     def run(
         self, step: Step, hidden: Tensor, experts: Sequence[int], sums: Sequence[Sum]
     ) -> set[int]:
-        hits, waves = self._borrow(step, experts, hidden)
+        meanwhile = self._meanwhile(step, sums)
+        hits, waves = self._borrow(step, experts, hidden, meanwhile)
+        if step.run_ahead is not None and step.run_ahead.always:
+            meanwhile(lambda: False)
         for wave in waves:
             if len(sums) == 1:
                 sums[0].add(wave)
@@ -42,22 +46,43 @@ class LocalBackend:
         return hits
 
     def _borrow(
-        self, step: Step, experts: Sequence[int], hidden: Tensor
+        self, step: Step, experts: Sequence[int], hidden: Tensor, meanwhile: Meanwhile
     ) -> tuple[set[int], Iterator[list[Borrowed]]]:
         """In decode, guesses about this layer are settled, and the next layers' are made."""
         layer, prefetcher = self._layer, self._prefetcher
         if not step.batch.is_decode:
             self._timer.leave()
             return self._cache.step(layer, experts, step.check)
-        settled = prefetcher.settle(layer, [ExpertKey(layer, expert) for expert in experts])
+        used = [ExpertKey(layer, expert) for expert in experts]
+        settled = prefetcher.settle(layer, used)
         self._timer.enter(layer, settled)
+        if step.run_ahead is not None:
+            step.run_ahead.reached(layer, used)
         return self._cache.step(
             layer,
             experts,
             step.check,
             prefetcher.take_disproved,
-            lambda: prefetcher.guess(Seen(layer, hidden)),
+            lambda: () if self._waits(step, used) else prefetcher.guess(Seen(layer, hidden)),
+            meanwhile,
         )
+
+    def _waits(self, step: Step, used: Sequence[ExpertKey]) -> bool:
+        """Whether run-ahead will have time, whose guesses are better."""
+        return step.run_ahead is not None and any(key not in self._cache for key in used)
+
+    def _meanwhile(self, step: Step, sums: Sequence[Sum]) -> Meanwhile:
+        """What to do while experts are awaited."""
+        run_ahead = step.run_ahead
+        if run_ahead is None or len(sums) > 1:
+            return sleep
+
+        def meanwhile(arrived: Callable[[], bool]) -> None:
+            so_far = sums[0].so_far()
+            if so_far is not None:
+                run_ahead.run(self._layer, so_far, arrived)
+
+        return meanwhile
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 from torch import Tensor
+
+from compute_node.kernels.expert_kernels import ExpertKernels
+from compute_node.moe.route import Route
+from proto.expert import ExpertKey
 
 
 class Phase(Enum):
@@ -53,17 +58,57 @@ class LayerAccess:
     hits: set[int]
 
 
+class RunsAhead(Protocol):
+    """Uses the time in which a step waits for experts.
+
+    always: at every layer, whether or not anything is awaited
+    """
+
+    always: bool
+
+    def reached(self, layer: int, used: Collection[ExpertKey]) -> None:
+        """The step's router of `layer` chose these. Comes before the cache hears of them."""
+        ...
+
+    def run(self, layer: int, so_far: Tensor, arrived: Callable[[], bool]) -> None:
+        """The step waits for experts of `layer`. Returns when `arrived` says so, or when nothing is
+        left to do. Raises nothing.
+
+        so_far: [1, D], an estimate of the layer's output from the experts that are there
+        """
+        ...
+
+
+class Emulates(Protocol):
+    """Stands for the experts of a second forward, whose output is only a guess."""
+
+    def experts(self, layer: int, kernels: ExpertKernels, hidden: Tensor, route: Route) -> Tensor:
+        """An estimate of the layer's output, [T, D]. hidden: [T, D]"""
+        ...
+
+
 class Step:
     """One forward pass. Everything that has to do with it is handed on here.
 
-    check:    called between layers and while experts are waited for; raises to give the step up
-    accesses: by model layer number, filled as the pass goes on
-    scores:   [T, E] by model layer number, what routers returned for all experts; None: not kept
+    check:     called between layers and while experts are waited for; raises to give the step up
+    accesses:  by model layer number, filled as the pass goes on
+    scores:    [T, E] by model layer number, what routers returned for all experts; None: not kept
+    run_ahead: uses its waits; None: the thread sleeps
+    emulation: stands for the experts of a second pass; None: it is a true one
     """
 
-    def __init__(self, batch: Batch, check: Callable[[], None], keeps_scores: bool = False) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        check: Callable[[], None],
+        keeps_scores: bool = False,
+        run_ahead: RunsAhead | None = None,
+        emulation: Emulates | None = None,
+    ) -> None:
         self.batch = batch
         self.check = check
+        self.run_ahead = run_ahead
+        self.emulation = emulation
         self.accesses: dict[int, LayerAccess] = {}
         self.scores: dict[int, Tensor] | None = {} if keeps_scores else None
 

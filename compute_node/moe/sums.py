@@ -29,6 +29,9 @@ class Sum(Protocol):
     def result(self) -> Tensor:
         """[T, D], once all were added."""
 
+    def so_far(self) -> Tensor | None:
+        """[1, D], an estimate of the result from what was added; None: there is none."""
+
 
 def sum_of(
     kernels: ExpertKernels, num_experts: int, hidden: Tensor, route: Route, ids: list[list[int]]
@@ -72,6 +75,14 @@ class OneTokenSum:
             rows = rows[order]
         return self._kernels.add_up(rows)
 
+    def so_far(self) -> Tensor:
+        """Weights of what was added stand for those of all."""
+        if not self._added:
+            return torch.zeros_like(self._hidden)
+        added = sum(self.experts[expert] for expert in self._added)
+        total = sum(self.experts.values())
+        return torch.cat(self._parts).sum(dim=0, keepdim=True) * (total / added if added else 1.0)
+
 
 class ManyTokensSum:
     """A prompt, and a token that names an expert twice (eager multiplies both choices at once,
@@ -91,3 +102,6 @@ class ManyTokensSum:
 
     def result(self) -> Tensor:
         return self._prompt.total()
+
+    def so_far(self) -> None:
+        return None

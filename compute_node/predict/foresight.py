@@ -101,6 +101,10 @@ class Foresight:
         """Experts that are guessed now."""
         return len(self._open)
 
+    def about(self, layer: int) -> list[ExpertKey]:
+        """Experts of `layer` that are guessed now."""
+        return [key for key in self._open if key.layer == layer]
+
     def worths(self) -> Iterator[tuple[str, int, Worth]]:
         """Predictor, layers ahead, and what its guesses there were worth."""
         worths = [*self._worths.items()]  # at once: the compute thread may add one

@@ -111,7 +111,7 @@ class StoreClient:
         check: Callable[[], None] = lambda: None,
         prefetches: Sequence[ExpertKey] = (),
         withdrawals: Sequence[ExpertKey] = (),
-    ) -> Iterator[list[Borrowed]]:
+    ) -> _Arrivals:
         """Give experts back, ask for others, say which may be wanted next and which guesses were
         wrong: said at once, in one message. The iterator blocks for what was asked for, as it
         comes.
@@ -267,6 +267,10 @@ class _Arrivals:
             raise StopIteration
         self._client.lent()
         return borrowed
+
+    def is_ready(self) -> bool:
+        """Whether the next part, the end or an error comes without a wait."""
+        return not self._num_left or self._session.has_answer(self._exchange_id)
 
     def _next_part(self) -> list[Borrowed]:
         """Empty when all has come. Raises ExpertDamaged once, after all that came."""

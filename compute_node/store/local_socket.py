@@ -4,6 +4,7 @@ message boundaries.
 
 from __future__ import annotations
 
+import select
 import socket
 
 from proto import errors
@@ -23,6 +24,8 @@ class LocalSocket:
         self._buffer = bytearray(LOCAL_MESSAGE_BYTES)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(poll_s)
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
         try:
             self._socket.connect(path)
             self._socket.send(session_id.encode())
@@ -65,6 +68,10 @@ class LocalSocket:
                 raise HungUp(str(problem))
             raise problem
         return reply
+
+    def has_message(self) -> bool:
+        """Whether `receive` would return or raise at once."""
+        return bool(self._poll.poll(0))
 
     def close(self) -> None:
         self._socket.close()

@@ -152,6 +152,16 @@ class StoreSession:
                 self._answers[exchanged.exchange_id].append(exchanged)
         return kept.popleft()
 
+    def has_answer(self, exchange_id: int) -> bool:
+        """Whether `answer` has something to look at: an answer, to this exchange or another, or the
+        stream's end.
+        """
+        if self._answers[exchange_id] or self.broken:
+            return True
+        if self._local_socket is not None:
+            return self._local_socket.has_message()
+        return not self._replies.empty()
+
     def forget(self, exchange_id: int) -> None:
         """It is answered in full."""
         del self._answers[exchange_id]

@@ -82,6 +82,7 @@ def _node_rows(facts: Facts) -> dict[str, str]:
         "evidence": f"{count(facts['evidence_sent'], 'step')} sent to the scheduler, "
         f"{facts['evidence_dropped']:,} dropped",
         "guesses": _guesses(facts),
+        "run-ahead": _run_ahead(facts),
         "waited": _stalls(facts["stall_s"]),
         "store": "never lost" if not reopened else f"lost and opened again {times(reopened)}",
     }
@@ -123,6 +124,13 @@ def _by_predictor(facts: Facts) -> str:
         shares[worth["predictor"]] = shares.get(worth["predictor"], 0.0) + (worth["recall"] or 0.0)
     parts = [f"{_PREDICTORS.get(name, name)} {share:.0%}" for name, share in shares.items()]
     return f" ({', '.join(parts)})" if parts else ""
+
+
+def _run_ahead(facts: Facts) -> str:
+    if facts["run_ahead"] != "on":
+        return str(facts["run_ahead"])
+    used_s, starts = facts["run_ahead_s"], facts["run_ahead_starts"]
+    return f"on; it used {used_s:,.1f} s of waits, starting {times(starts)}"
 
 
 _CAUSES = {

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compute_node.engine.engine import SequenceState
+from compute_node.run_ahead.run_ahead import ON
 from expert_store.offline.index import index
 from expert_store.offline.pack import pack
 from proto import errors
@@ -31,9 +32,9 @@ REFUSED = {"inkling2_text": r"Interleave.*save_original_format=False"}
 
 
 def check_exact(root: Path, store_dir: Path, dtype: torch.dtype, scratch: Path) -> None:
-    """Few slots: a layer's experts fit with two to spare."""
+    """Few slots: a layer's experts fit with two to spare. Every layer is run ahead of."""
     expected, tokens = decode_eagerly(eager_model(root, dtype), STEPS)
-    with engine(store_dir, scratch, spare=2) as node:
+    with engine(store_dir, scratch, spare=2, run_ahead="always") as node:
         sequence = SequenceState("s", prompt())
         logits = [node.prefill(sequence)]
         sequence.token_ids.append(int(logits[-1].argmax()))
@@ -43,6 +44,10 @@ def check_exact(root: Path, store_dir: Path, dtype: torch.dtype, scratch: Path) 
     for step, (ours, theirs) in enumerate(zip(logits, expected, strict=True)):
         assert torch.equal(ours, theirs), f"step {step} differs"
     assert sequence.token_ids == tokens
+    ahead = node.run_ahead
+    assert ahead is not None and ahead.status == ON
+    assert ahead.num_starts >= STEPS
+    assert ahead.num_layers > 0 or len(ahead.moe_layers) == 1
 
 
 def test_the_list_is_computed() -> None:

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
+from compute_node.config import RunAheadSetting
+from compute_node.engine.ahead import new_run_ahead
 from compute_node.engine.engine import Engine, SequenceState
 from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import load_model
@@ -121,6 +123,7 @@ def engine(
     spare: int = 4,
     pooled: bool = False,
     prober: Prober | None = None,
+    run_ahead: RunAheadSetting = "auto",
 ) -> Iterator[Engine]:
     """A node's engine with `spare` slots above top_k a layer, on a store of its own. Its kernels
     are used wherever they give torch's bits, however fast they are.
@@ -139,8 +142,10 @@ def engine(
             cache = ExpertCache(client, capacity, chooser)
             model_dir = description.model_dir
             loaded = load_model(model_dir, spec, cache, prober or Prober())
+            cache.room.num_spare = 2
             cache.open()
-            yield Engine(loaded, cache, model_dir, 256, 256)
+            ahead = new_run_ahead(loaded, cache, run_ahead)
+            yield Engine(loaded, cache, model_dir, 256, 256, run_ahead=ahead)
         finally:
             client.close()
 

@@ -57,6 +57,9 @@ NODE: dict[str, Any] = {
     "prefetch_precision": [],
     "prefetch_recall": None,
     "foresight": [],
+    "run_ahead": "on",
+    "run_ahead_s": 1.25,
+    "run_ahead_starts": 3,
     "stall_s": {},
 }
 SCORE = {"hit_ratio": 0.9, "windowed_hit_ratio": 0.95, "windowed_regret": 0.0123}
@@ -138,6 +141,7 @@ def test_what_a_page_says() -> None:
         "50%, 25%, 0% right, by layers ahead; 61% of what was missing"
     )
     assert node["guesses"].endswith("was guessed (by the next routers 25%)")
+    assert node["run-ahead"] == "on; it used 1.2 s of waits, starting 3 times"
     assert node["waited"] == (
         "20.2 s for experts that nobody had guessed, 0.5 s for guessed ones that were not read yet"
     )
