@@ -15,6 +15,8 @@ from proto import errors
 from proto import expert_store_pb2 as pb
 
 Deliver = Callable[[list[pb.Lease]], None]
+Turn = tuple[int, int]
+NOW: Turn = (0, 0)
 
 
 class Priority(IntEnum):
@@ -29,6 +31,7 @@ class Priority(IntEnum):
 class Fill:
     """Single flight: a session that wants the record meanwhile waits for this one.
 
+    turn:    among fills of one priority, what sorts first goes first
     waiters: sessions that acquired it, each with what delivers its lease
     wishers: sessions that prefetched it
     part, view, assembly: from its first read on
@@ -36,6 +39,7 @@ class Fill:
 
     record: ExpertRecord
     priority: Priority
+    turn: Turn = NOW
     waiters: list[tuple[Session, Deliver]] = field(default_factory=list)
     wishers: set[Session] = field(default_factory=set)
     part: Part | None = None

@@ -1,4 +1,6 @@
-"""Which records are read, and in which order: demand before prefetch, piece by piece."""
+"""Which records are read, and in which order: demand before prefetch, the nearest layer's first,
+piece by piece.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from dataclasses import dataclass, field
 from expert_store.io.device import Device
 from expert_store.manifest.extents import ExpertRecord
 from expert_store.store.counters import Counters
-from expert_store.store.fill import Fill, PieceRead, Priority
+from expert_store.store.fill import NOW, Fill, PieceRead, Priority, Turn
 from proto.expert import RecordKey
 
 
@@ -31,7 +33,7 @@ class ReadQueue:
     counters: Counters
     give_memory: Callable[[Fill], bool]
     fills: dict[RecordKey, Fill] = field(default_factory=dict)
-    _heap: list[tuple[Priority, int, Fill]] = field(default_factory=list)
+    _heap: list[tuple[Priority, Turn, int, Fill]] = field(default_factory=list)
     _order: itertools.count[int] = field(default_factory=itertools.count)
     _num_at_device: int = 0
     _busy_since_ns: int = 0
@@ -40,18 +42,18 @@ class ReadQueue:
     def __post_init__(self) -> None:
         self._left = threading.Condition(self.lock)  # the device has nothing left to do
 
-    def start(self, record: ExpertRecord, priority: Priority) -> Fill:
-        fill = self.fills[record.key] = Fill(record, priority)
+    def start(self, record: ExpertRecord, priority: Priority, turn: Turn = NOW) -> Fill:
+        fill = self.fills[record.key] = Fill(record, priority, turn)
         self._add(fill)
         return fill
 
-    def want(self, fill: Fill, priority: Priority) -> None:
+    def want(self, fill: Fill, priority: Priority, turn: Turn = NOW) -> None:
         """A session wants a fill that is under way: it becomes as urgent as that, also when it was
         withdrawn.
         """
-        if fill.is_withdrawn or priority < fill.priority:
+        if fill.is_withdrawn or (priority, turn) < (fill.priority, fill.turn):
             fill.is_withdrawn = False
-            fill.priority = min(priority, fill.priority)
+            fill.priority, fill.turn = min((priority, turn), (fill.priority, fill.turn))
             self._add(fill)
 
     def issue(self) -> None:
@@ -107,21 +109,23 @@ class ReadQueue:
 
     def _add(self, fill: Fill) -> None:
         """Also after its priority changed: what it had before no longer counts."""
-        heapq.heappush(self._heap, (fill.priority, next(self._order), fill))
+        heapq.heappush(self._heap, (fill.priority, fill.turn, next(self._order), fill))
 
     def _first(self) -> Fill | None:
         """Whose piece is read next."""
         while self._heap:
-            priority, _, fill = self._heap[0]
-            if priority is fill.priority and not fill.is_issued:
+            priority, turn, _, fill = self._heap[0]
+            if (priority, turn) == (fill.priority, fill.turn) and not fill.is_issued:
                 return fill
             heapq.heappop(self._heap)
         return None
 
     def _first_with_memory(self) -> Fill | None:
         begun = [
-            (priority, number, fill)
-            for priority, number, fill in self._heap
-            if priority is fill.priority and fill.part and not fill.is_issued
+            entry
+            for entry in self._heap
+            if entry[:2] == (entry[3].priority, entry[3].turn)
+            and entry[3].part
+            and not entry[3].is_issued
         ]
-        return min(begun)[2] if begun else None
+        return min(begun)[3] if begun else None

@@ -42,6 +42,21 @@ class Session:
     awaited: set[RecordKey] = field(default_factory=set)
     held_bytes: int = 0
     ended: bool = False
+    _layer: int = -1  # the latest that it acquired of
+    _pass: int = 0  # number of times that it went back to an earlier layer
+
+    def acquires(self, keys: Iterable[RecordKey]) -> None:
+        """It is at the layer of these."""
+        for key in keys:
+            self._pass += key.expert.layer < self._layer
+            self._layer = key.expert.layer
+
+    def turn_of(self, key: RecordKey) -> tuple[int, int]:
+        """When it may want a record: what sorts first is wanted sooner. A layer that is behind it
+        comes again in its next pass.
+        """
+        layer = key.expert.layer
+        return self._pass + (layer <= self._layer), layer
 
 
 class SessionTable:

@@ -84,6 +84,7 @@ class ExpertStore:
         with self.lock:
             self._check(keys)
             self.sessions.reserve(session, keys)
+            session.acquires(keys)
             found = [self._find_or_read(session, key, deliver) for key in keys]
             self._reads.issue()
             refused = self._refuse_starved()
@@ -93,10 +94,8 @@ class ExpertStore:
         leases.hand_over(refused)
 
     def prefetch(self, session: Session, keys: Sequence[RecordKey]) -> None:
-        """Read, when nobody waits, what is not in memory. A prefetch that finds no room is dropped
-        and counted.
-
-        Raises UnknownExpert.
+        """Read, when nobody waits, what is not in memory, the nearest layer first. What finds no
+        room is dropped and counted. Raises UnknownExpert.
         """
         with self.lock:
             for key in keys:
@@ -106,11 +105,12 @@ class ExpertStore:
                 fill = self._reads.fills.get(key)
                 if fill is not None:
                     fill.wishers.add(session)
-                    self._reads.want(fill, Priority.PREFETCH)
+                    self._reads.want(fill, Priority.PREFETCH, session.turn_of(key))
                 elif len(self._reads.fills) >= self.max_queued:
                     self.counters.prefetches_dropped += 1
                 else:
-                    self._reads.start(record, Priority.PREFETCH).wishers.add(session)
+                    fill = self._reads.start(record, Priority.PREFETCH, session.turn_of(key))
+                    fill.wishers.add(session)
             self._reads.issue()
 
     def withdraw(self, session: Session, keys: Sequence[RecordKey]) -> None:

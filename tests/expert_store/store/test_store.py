@@ -2,11 +2,12 @@
 
 Planted faults seen red: a read for every waiter, no quarantine, what is withdrawn and wanted again
 not revived, another session's guess withdrawn, a prefetch somebody waits for not moved up, priority
-ignored, a refill into spare slots, no read depth, a reader that dies, waiters not told at stop, a
-slot not given back by a failed read, a quota that a refused read still counts against, a piece
-taken for whole that came in part, a device that is idle while a piece is hashed, a stop that does
-not wait, guesses asked for before their message's demands, a guess given up that is lent, a demand
-that waits for a slot for ever, every error taken for damage.
+ignored, guesses read in the order of their messages, a refill into spare slots, no read depth, a
+reader that dies, waiters not told at stop, a slot not given back by a failed read, a quota that a
+refused read still counts against, a piece taken for whole that came in part, a device that is idle
+while a piece is hashed, a stop that does not wait, guesses asked for before their message's
+demands, a guess given up that is lent, a demand that waits for a slot for ever, every error taken
+for damage.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from tests.expert_store.raw_session import DEADLINE_S, counts_add_up, until
 from tests.expert_store.stores import (
     FILE_NAME,
     KEYS,
+    LAYERS,
     PAYLOAD_BYTES,
     SMALL,
     SMALL_BYTES,
@@ -446,6 +448,25 @@ def test_a_prefetch_somebody_asks_for_is_moved_up(store_dir: Path, disk: Disk) -
         until(lambda: store.is_idle)
         assert disk.order == [KEYS[n] for n in (0, 3, 1, 2)]
         assert store.counters.demand_reads == 1
+
+
+def test_the_nearest_layer_is_read_ahead_first(store_dir: Path, disk: Disk) -> None:
+    """Whatever the order in which guesses were asked for: layers that the session is past come in
+    its next pass.
+    """
+    with a_store(store_dir, disk, read_depth=1, num_slots=12) as store:
+        borrower = Borrower(store)
+        first, second = [[key for key in KEYS if key.expert.layer == n] for n in LAYERS[:2]]
+        borrower.get(first[0])
+        disk.gate.clear()
+        borrower.ask(first[1])
+        until(lambda: len(disk.order) == 2)
+        store.prefetch(borrower.session, [first[2]])
+        store.prefetch(borrower.session, [second[3]])
+        store.prefetch(borrower.session, [second[1]])
+        disk.gate.set()
+        until(lambda: store.is_idle)
+        assert disk.order[2:] == [second[3], second[1], first[2]]
 
 
 def test_what_is_withdrawn_is_not_read(store_dir: Path, disk: Disk) -> None:
