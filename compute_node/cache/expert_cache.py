@@ -80,8 +80,8 @@ class ExpertCache:
 
         check:     called now and while the step waits; raises to give the step up
         disproved: takes the guesses that need not be read any more; called for each message
-        guess:     what later layers may need; called once the misses are on their way, again if
-                   the session breaks after that
+        guess:     what later layers may need; called once the misses are on their way, after
+                   what is resident was computed with, and again if the session breaks after that
         meanwhile: uses the time of each wait
 
         Returns which of them are hits, and waves that together hold each expert once; a wave is
@@ -189,6 +189,7 @@ class ExpertCache:
             self._speculate(needs)
             if held:
                 yield held
+                self._speculate(needs)
             yield from self._arrive(layer, asked, needs.check, needs.meanwhile)
             return
         if held:
@@ -303,7 +304,8 @@ class ExpertCache:
     def _speculate(self, needs: Needs) -> None:
         wanted = [key for key in needs.guess() if key not in self._resident]
         if wanted:
-            self.lender.borrow([], [], needs.check, prefetches=wanted)
+            withdrawals = needs.disproved()
+            self.lender.borrow([], [], needs.check, prefetches=wanted, withdrawals=withdrawals)
 
     def _make_room(
         self, layer: int, misses: list[ExpertKey], pinned: Sequence[ExpertKey]

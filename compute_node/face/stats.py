@@ -41,6 +41,7 @@ class NodeStats:
             self.compute,
             *(labelled(distance, layers_ahead=number) for number, distance in distances),
             loaded.prefetcher,
+            loaded.routers,
             foresight.misses,
             self.engine.run_ahead or Absent(RunAhead),
             *(

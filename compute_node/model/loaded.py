@@ -198,7 +198,7 @@ def _prefetcher(
     piece_share = min(1.0, lookahead.piece_bytes / expert_bytes)
     return Prefetcher(
         layers=spec.moe_layers,
-        predictor=routers.next_routers,
+        predictors=[routers.next_routers],
         top_k=spec.top_k,
         resident=cache,
         read_s=lambda: cache.read_s,

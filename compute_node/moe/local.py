@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compute_node.cache.asked import Meanwhile, sleep
 from compute_node.cache.expert_cache import ExpertCache
+from compute_node.moe.looks import Looks
 from compute_node.moe.step import Step
 from compute_node.moe.sums import Sum
 from compute_node.predict.layer_timer import LayerTimer
@@ -34,7 +35,7 @@ class LocalBackend:
         self, step: Step, hidden: Tensor, experts: Sequence[int], sums: Sequence[Sum]
     ) -> set[int]:
         meanwhile = self._meanwhile(step, sums)
-        hits, waves = self._borrow(step, experts, hidden, meanwhile)
+        hits, waves = self._borrow(step, experts, hidden, sums, meanwhile)
         if step.run_ahead is not None and step.run_ahead.always:
             meanwhile(lambda: False)
         for wave in waves:
@@ -46,7 +47,12 @@ class LocalBackend:
         return hits
 
     def _borrow(
-        self, step: Step, experts: Sequence[int], hidden: Tensor, meanwhile: Meanwhile
+        self,
+        step: Step,
+        experts: Sequence[int],
+        hidden: Tensor,
+        sums: Sequence[Sum],
+        meanwhile: Meanwhile,
     ) -> tuple[set[int], Iterator[list[Borrowed]]]:
         """In decode, guesses about this layer are settled, and the next layers' are made."""
         layer, prefetcher = self._layer, self._prefetcher
@@ -58,12 +64,14 @@ class LocalBackend:
         self._timer.enter(layer, settled)
         if step.run_ahead is not None:
             step.run_ahead.reached(layer, used)
+        seen = Seen(layer, hidden, step.streams.get(layer))
+        looks = Looks(prefetcher, seen, sums, waits=0 < settled.num_misses < len(experts))
         return self._cache.step(
             layer,
             experts,
             step.check,
             prefetcher.take_disproved,
-            lambda: () if self._waits(step, used) else prefetcher.guess(Seen(layer, hidden)),
+            tuple if self._waits(step, used) else looks.next,
             meanwhile,
         )
 

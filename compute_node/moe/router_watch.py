@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from compute_node.moe.step import current_step
+from compute_node.moe.stream_watch import StreamWatch
 from compute_node.predict.next_router import NextRouter, NextRouters
+from proto.stats import fact
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +38,16 @@ class RouterWatch:
     the first forward pass.
     """
 
+    layers_without_stream: list[str] = fact(
+        "layers whose router is asked about what another layer's experts get: the residual stream "
+        "was not recognised"
+    )
+    layers_without_router: list[str] = fact("layers whose router cannot be asked ahead")
+
     def __init__(self) -> None:
         self.next_routers = NextRouters()
+        self.layers_without_stream = []
+        self.layers_without_router = []
 
     def watch(self, model: nn.Module, layer: int, experts_path: str) -> None:
         """Look in the first forward pass at what runs beside the experts at `experts_path`."""
@@ -45,6 +55,8 @@ class RouterWatch:
         block = model.get_submodule(experts_path.rpartition(".")[0])
         num_experts = int(experts.num_experts)  # type: ignore[arg-type]
         candidates = list[_Scored]()
+        stream = StreamWatch(layer)
+        stream.watch(model, experts_path)
         hooks = list[Any]()
 
         def saw(module: nn.Module, _: Any, output: Any) -> None:
@@ -54,8 +66,9 @@ class RouterWatch:
 
         def arrived(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, topk_ids, _ = (*args, *kwargs.values())
-            is_settled = self._recognise(layer, candidates, hidden, topk_ids)
+            is_settled = self._recognise(layer, candidates, stream, hidden, topk_ids)
             candidates.clear()
+            stream.forget()
             for hook in hooks if is_settled else ():
                 hook.remove()
 
@@ -67,7 +80,12 @@ class RouterWatch:
         hooks.append(experts.register_forward_pre_hook(arrived, with_kwargs=True))
 
     def _recognise(
-        self, layer: int, candidates: Sequence[_Scored], hidden: Tensor, topk_ids: Tensor
+        self,
+        layer: int,
+        candidates: Sequence[_Scored],
+        stream: StreamWatch,
+        hidden: Tensor,
+        topk_ids: Tensor,
     ) -> bool:
         """Whether that is settled: yes, or no after enough choices.
 
@@ -77,15 +95,23 @@ class RouterWatch:
         for candidate in found:
             router = NextRouter.of(candidate.module, hidden.shape[1], candidate.scores.shape[1])
             if router and _names_the_chosen(router.scores(hidden), topk_ids):
-                self.next_routers.routers[layer] = router
+                self._add(layer, replace(router, norm=stream.settle(hidden)))
                 self._keep(layer, candidate)
                 return True
         if topk_ids.numel() < _ENOUGH_CHOICES:
             return False
+        stream.settle(hidden)
+        self.layers_without_router.append(str(layer))
         logger.info("router not recognised, its choices are not guessed", extra={"layer": layer})
         if found:
             self._keep(layer, found[0])
         return True
+
+    def _add(self, layer: int, router: NextRouter) -> None:
+        self.next_routers.routers[layer] = router
+        if router.norm is None:
+            self.layers_without_stream.append(str(layer))
+            logger.info("residual stream not recognised", extra={"layer": layer})
 
     def _keep(self, layer: int, found: _Scored) -> None:
         num_experts = found.scores.shape[1]

@@ -95,6 +95,8 @@ class Step:
     scores:    [T, E] by model layer number, what routers returned for all experts; None: not kept
     run_ahead: uses its waits; None: the thread sleeps
     emulation: stands for the experts of a second pass; None: it is a true one
+    streams:   [T, D] by model layer number, the residual stream before the experts' block, where it
+               is recognised; in decode
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Step:
         self.emulation = emulation
         self.accesses: dict[int, LayerAccess] = {}
         self.scores: dict[int, Tensor] | None = {} if keeps_scores else None
+        self.streams: dict[int, Tensor] = {}
 
     @contextmanager
     def running(self) -> Iterator[None]:

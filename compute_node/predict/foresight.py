@@ -50,10 +50,9 @@ class Worth:
         "Share of guesses that were misses",
         key="foresight_precision",
     )
-    def precision(self) -> float | None:
-        """None before the first guess counts."""
+    def precision(self) -> float:
         guesses = self.right + self.wrong
-        return self.right / guesses if guesses else None
+        return self.right / guesses if guesses else 0.0
 
     @property
     @gauge(
@@ -61,9 +60,9 @@ class Worth:
         "Share of decode's misses that it was the first to guess",
         key="foresight_recall",
     )
-    def recall(self) -> float | None:
+    def recall(self) -> float:
         """The recalls of all predictors and distances add up to the share that was foreseen."""
-        return self.first / self.misses.num_misses if self.misses.num_misses else None
+        return self.first / self.misses.num_misses if self.misses.num_misses else 0.0
 
     def settle(self, was_right: bool, was_first: bool) -> None:
         self.right += was_right
@@ -83,6 +82,10 @@ class Settled:
     foreseen: set[ExpertKey]
     disproved: list[ExpertKey]
     num_unforeseen: int
+
+    @property
+    def num_misses(self) -> int:
+        return len(self.foreseen) + self.num_unforeseen
 
 
 @dataclass
@@ -125,12 +128,18 @@ class Foresight:
         self._open.setdefault(key, {}).setdefault(predictor, distance)
         return is_first
 
-    def retract(self, key: ExpertKey) -> None:
-        """It was seen to be wrong before its layer is reached: it counts as wrong. Nothing happens
-        when no guess is open about it.
+    def retract(self, key: ExpertKey, predictor: str | None = None) -> bool:
+        """A guess was seen to be wrong before its layer is reached: it counts as wrong. Returns
+        whether no guess about the expert is open any more, and one was.
+
+        predictor: whose; None: everybody's
         """
-        for predictor, distance in self._open.pop(key, {}).items():
-            self.worth(predictor, distance).settle(was_right=False, was_first=False)
+        named = self._open.get(key, {})
+        for name in list(named) if predictor is None else named.keys() & {predictor}:
+            self.worth(name, named.pop(name)).settle(was_right=False, was_first=False)
+        if named:
+            return False
+        return self._open.pop(key, None) is not None
 
     def settle(
         self, layer: int, used: Collection[ExpertKey], misses: Collection[ExpertKey]

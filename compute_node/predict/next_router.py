@@ -1,27 +1,30 @@
-"""Predicts from the next layers' routers, asked about this layer's hidden states: a residual stream
-changes slowly.
+"""Predicts with the next layers' routers, asked about this layer's residual stream and what its
+resident experts add to it: the stream changes slowly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node.predict.predictor import Guess, Seen
+from compute_node.predict.predictor import Guess, Seen, graded
 
 
 @dataclass(frozen=True)
 class NextRouter:
     """Of one MoE layer. weight: [E, D]; bias: [E]; correction: [E], added after a sigmoid where the
-    model chooses that way.
+    model chooses that way. norm: what makes the router's input of the residual stream, [T, D] to
+    [T, D]; None: not recognised.
     """
 
     weight: Tensor
     bias: Tensor | None
     correction: Tensor | None
+    norm: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def of(cls, router: Any, num_inputs: int, num_experts: int) -> NextRouter | None:
@@ -40,10 +43,11 @@ class NextRouter:
         scores = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         return scores if self.correction is None else scores.sigmoid() + self.correction
 
-    def choose(self, hidden: Tensor, top_k: int) -> list[list[int]]:
-        """Experts of each token by falling score. hidden: [T, D]."""
-        chosen: list[list[int]] = self.scores(hidden).topk(top_k).indices.tolist()
-        return chosen
+    def foresee(self, seen: Seen) -> Tensor:
+        """Scores of what an earlier layer saw, [T, E]."""
+        if self.norm is None or seen.stream is None or seen.output is None:
+            return self.scores(seen.hidden)
+        return self.scores(self.norm(seen.stream + seen.output))
 
 
 @dataclass
@@ -53,13 +57,8 @@ class NextRouters:
     routers: dict[int, NextRouter] = field(default_factory=dict)
     name: str = "next_router"
 
-    def knows(self, layer: int) -> bool:
+    def knows(self, seen: Seen, layer: int) -> bool:
         return layer in self.routers
 
     def predict(self, seen: Seen, layer: int, top_k: int) -> list[Guess]:
-        rows = self.routers[layer].choose(seen.hidden, top_k)
-        return [
-            Guess(rank, expert)
-            for rank, row in enumerate(zip(*rows, strict=True))
-            for expert in row
-        ]
+        return graded(self.routers[layer].foresee(seen), top_k)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -25,9 +26,11 @@ class Seen:
 
 
 class Guess(NamedTuple):
-    """rank: how sure it is, 0 the surest; what a rank is worth at a distance is measured."""
+    """grade: how sure it is, 0 the surest, less than `NUM_GRADES`; what a grade of a predictor is
+    worth at a distance is measured.
+    """
 
-    rank: int
+    grade: int
     expert: int
 
 
@@ -40,13 +43,43 @@ class Predictor(Protocol):
     @property
     def name(self) -> str: ...
 
-    def knows(self, layer: int) -> bool:
-        """Whether it can name experts of `layer`; may become true while a model runs."""
+    def knows(self, seen: Seen, layer: int) -> bool:
+        """Whether it can name experts of `layer`, which comes after `seen.layer`; may become true
+        while a model runs.
+        """
 
     def predict(self, seen: Seen, layer: int, top_k: int) -> list[Guess]:
-        """What these tokens will want of `layer`, which comes after `seen.layer`; the surest first.
+        """What these tokens may want of `layer`; the surest first, no expert twice.
 
         top_k: the number of experts a token uses
 
-        Called only for a layer that it knows.
+        Called only for what it knows.
         """
+
+
+# Of a score's distance from the boundary between what is chosen and what is not, over the spread of
+# the candidates' scores: the least of each grade, and the least that is named at all.
+_LEAST = (0.45, 0.3, 0.2, 0.15, 0.1, 0.05, 0.0, -0.05, -0.1)
+NUM_GRADES = len(_LEAST)
+_BEYOND = 4  # candidates past the chosen
+
+
+def graded(scores: Tensor, top_k: int) -> list[Guess]:
+    """What is chosen by these scores, and what nearly is; each expert once, with its best grade.
+
+    scores: [T, E], higher: sooner chosen
+    """
+    best, experts = scores.topk(min(top_k + _BEYOND, scores.shape[1]))
+    found: dict[int, int] = {}
+    for values, row in zip(best.tolist(), experts.tolist(), strict=True):
+        boundary = sum(values[top_k - 1 : top_k + 1]) / len(values[top_k - 1 : top_k + 1])
+        spread = values[0] - values[-1] or 1.0
+        grade = 0
+        for value, expert in zip(values, row, strict=True):
+            while grade < NUM_GRADES and (value - boundary) / spread < _LEAST[grade]:
+                grade += 1
+            if grade == NUM_GRADES:
+                break
+            found[expert] = min(grade, found.get(expert, NUM_GRADES))
+    guesses = [Guess(grade, expert) for expert, grade in found.items()]
+    return sorted(guesses, key=itemgetter(0))

@@ -115,6 +115,7 @@ def _node_facts(stats: Stats) -> Facts:
         **_pick(stats, ("store_reconnects", "prefetch_depth")),
         "prefetch_precision": [round(one, 3) for one in found if one is not None],
         "prefetch_recall": _recall(stats),
+        **_pick(stats, ("layers_without_stream", "layers_without_router")),
         "foresight": _foresight(stats),
         **_pick(stats, ("run_ahead", "run_ahead_s", "run_ahead_starts")),
         "stall_s": {cause: round(s.stall_cause_s, 3) for cause, s in stats.by("cause").items()},

@@ -81,7 +81,7 @@ def _node_rows(facts: Facts) -> dict[str, str]:
         "advice": _advice(facts),
         "evidence": f"{count(facts['evidence_sent'], 'step')} sent to the scheduler, "
         f"{facts['evidence_dropped']:,} dropped",
-        "guesses": _guesses(facts),
+        "guesses": _guesses(facts) + _unknown_layers(facts),
         "run-ahead": _run_ahead(facts),
         "waited": _stalls(facts["stall_s"]),
         "store": "never lost" if not reopened else f"lost and opened again {times(reopened)}",
@@ -107,6 +107,16 @@ def _guesses(facts: Facts) -> str:
     if recall is None:
         return text
     return f"{text}; {recall:.0%} of what was missing was guessed{_by_predictor(facts)}"
+
+
+def _unknown_layers(facts: Facts) -> str:
+    """What was not recognised in this model."""
+    text = ""
+    if layers := facts["layers_without_stream"]:
+        text += f"; less surely of layers {', '.join(layers)}: no residual stream was recognised"
+    if layers := facts["layers_without_router"]:
+        text += f"; none of layers {', '.join(layers)}: their routers cannot be asked early"
+    return text
 
 
 _PREDICTORS = {

@@ -15,6 +15,7 @@ import pytest
 from compute_node.cache.asked import never
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
+from compute_node.store.memory import Borrowed
 from proto import errors
 from proto.expert import ExpertKey
 from proto.redis_schema import Advice
@@ -188,18 +189,22 @@ def test_what_was_given_up_is_waited_for_by_the_next_request() -> None:
 def test_guesses_are_sent_after_the_misses_and_only_of_what_is_not_there() -> None:
     cache, lender = make_cache()
     step(cache, 1, 0, 1)
-    asked: list[int] = []
+    asked: list[tuple[int, int]] = []
+    waves: list[list[Borrowed]] = []
+    disproved = [[ExpertKey(1, 9)], [], [ExpertKey(3, 8)]]
 
     def guess() -> list[ExpertKey]:
-        asked.append(len(lender.exchanges))
-        return [ExpertKey(1, 0), ExpertKey(3, 7)]
+        asked.append((len(lender.exchanges), len(waves)))
+        return [ExpertKey(1, 0), ExpertKey(3, 6 + len(asked))]
 
-    list(cache.step(1, [1, 2], disproved=lambda: [ExpertKey(1, 9)], guess=guess)[1])
-    assert asked == [2], "once, when the misses were asked for"
-    assert lender.prefetched == [ExpertKey(3, 7)]
-    assert lender.withdrawn == [ExpertKey(1, 9)]
+    for wave in cache.step(1, [1, 2], disproved=lambda: disproved.pop(0), guess=guess)[1]:
+        waves.append(wave)
+    assert asked == [(2, 0), (2, 1)], "when misses were asked for, and after what was resident"
+    assert lender.prefetched == [ExpertKey(3, 7), ExpertKey(3, 8)]
+    assert lender.withdrawn == [ExpertKey(1, 9), ExpertKey(3, 8)]
+    lender.withdrawn.clear()
     list(cache.step(1, [1, 2], disproved=lambda: [ExpertKey(1, 8)])[1])
-    assert lender.withdrawn[1:] == [ExpertKey(1, 8)], "also when nothing is missing"
+    assert lender.withdrawn == [ExpertKey(1, 8)], "also when nothing is missing"
 
 
 def test_refilled_slot_discards_the_output() -> None:

@@ -56,6 +56,8 @@ NODE: dict[str, Any] = {
     "prefetch_depth": 3,
     "prefetch_precision": [],
     "prefetch_recall": None,
+    "layers_without_stream": [],
+    "layers_without_router": [],
     "foresight": [],
     "run_ahead": "on",
     "run_ahead_s": 1.25,
@@ -142,6 +144,12 @@ def test_what_a_page_says() -> None:
     )
     assert node["guesses"].endswith("was guessed (by the next routers 25%)")
     assert node["run-ahead"] == "on; it used 1.2 s of waits, starting 3 times"
+    unknown = {"layers_without_stream": ["1", "3"], "layers_without_router": ["0"]}
+    blind = status_rows(BUSY | {"compute_node": BUSY["compute_node"] | unknown}, {})["compute node"]
+    assert blind["guesses"].endswith(
+        "; less surely of layers 1, 3: no residual stream was recognised; none of layers 0: their "
+        "routers cannot be asked early"
+    )
     assert node["waited"] == (
         "20.2 s for experts that nobody had guessed, 0.5 s for guessed ones that were not read yet"
     )
