@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
+from compute_node.cache.policies.heard import Heard
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.config import ComputeNodeConfig
 from compute_node.engine.ahead import new_run_ahead
@@ -41,7 +42,7 @@ from compute_node.model.loaded import LoadedModel, Lookahead, load_model
 from compute_node.native import binding
 from compute_node.store.borrow import StoreClient
 from compute_node.store.session import StoreDescription
-from proto import rpc
+from proto import correction, rpc
 from proto.compute_node_pb2_grpc import add_ComputeNodeServicer_to_server
 from proto.expert import EXACT_VARIANT, ModelSpec
 from proto.process import daemon
@@ -152,11 +153,22 @@ def new_cache(
         spec.moe_layers,
         spec.num_experts,
         advice.fresh if advice else lambda: None,
+        heard_since_advice(config, spec) if advice else None,
     )
     capacity_bytes = min(config.slots, spec.num_experts_total) * expert_bytes
     is_pooled = config.scope == "pool"
     capacity = Capacity(capacity_bytes, expert_bytes, spec.moe_layers, spec.top_k, is_pooled)
     return ExpertCache(store, capacity, chooser)
+
+
+def heard_since_advice(config: ComputeNodeConfig, spec: ModelSpec) -> Heard | None:
+    """What corrects advice, if anything was calibrated. Raises ForecasterInvalid,
+    FileNotFoundError.
+    """
+    if config.forecaster_path is None:
+        return None
+    shape = (len(spec.moe_layers), spec.num_experts)
+    return Heard(correction.load(config.forecaster_path, spec.fingerprint, shape), spec.top_k)
 
 
 def load(

@@ -40,6 +40,7 @@ class ComputeNodeConfig(BaseModel):
     half_life_tokens: PositiveFloat = 16.0
     redis_url: str | None = None
     advice_poll_s: PositiveFloat = 0.02
+    forecaster_path: Path | None = None
     max_context_tokens: PositiveInt = 2048
     prefill_chunk_tokens: PositiveInt = 512
     prefetch_depth: Annotated[int, Field(ge=0, le=8)] = 3

@@ -6,6 +6,7 @@ It crosses the wire as a status plus its class name in trailing metadata.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import grpc
@@ -66,6 +67,16 @@ class ManifestInvalid(FlashMoEError):
 
 class SourceChanged(ManifestInvalid):
     """A file changed after it was indexed."""
+
+
+class ForecasterInvalid(FlashMoEError):
+    """A forecaster file is damaged, of another format, or of another model."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+    @classmethod
+    def of(cls, path: Path, what: str) -> ForecasterInvalid:
+        return cls(f"{path} {what}: run `flashmoe calibrate` again, or remove it")
 
 
 class SegmentInvalid(FlashMoEError):

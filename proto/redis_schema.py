@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from proto import errors
 
-VERSION = 3
+VERSION = 4
 LAYER, POOL = "layer", "pool"  # scopes: slots divided by layer, or shared by all layers
 
 # Eviction policies: who decides, by name. A node ranks by its own books, or by scores it is sent.
@@ -48,8 +48,12 @@ def access_stream_maxlen(entry_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Advice:
-    """What one node should keep. scores: [L, E] float32 in [0, 1], or None when a local policy
-    is in charge.
+    """What one node should keep.
+
+    scores:        [L, E] float32 in [0, 1], or None when a local policy is in charge
+    unused_scores: [L, E] likewise, of an expert that its layer's next step does not use; None when
+                   the policy does not say
+    as_of_ns:      `time_ns` of the newest step that the scores know
     """
 
     policy: str
@@ -57,6 +61,8 @@ class Advice:
     time_ns: int
     lifetime_s: float
     scores: NDArray[np.float32] | None = field(default=None)
+    unused_scores: NDArray[np.float32] | None = field(default=None)
+    as_of_ns: int = 0
 
     def is_fresh(self, now_ns: int) -> bool:
         return now_ns - self.time_ns <= self.lifetime_s * 1e9
@@ -64,34 +70,37 @@ class Advice:
     def encode(self) -> bytes:
         policy = self.policy.encode()
         shape = self.scores.shape if self.scores is not None else (0, 0)
+        tables = [table for table in (self.scores, self.unused_scores) if table is not None]
+        times_ns = (self.time_ns, self.as_of_ns)
         head = _ADVICE.pack(
-            VERSION, len(policy), *shape, self.version, self.time_ns, self.lifetime_s
+            VERSION, len(policy), len(tables), *shape, self.version, *times_ns, self.lifetime_s
         )
-        body = self.scores.astype("<f4").tobytes() if self.scores is not None else b""
-        return head + policy + body
+        return head + policy + b"".join(table.astype("<f4").tobytes() for table in tables)
 
     @classmethod
     def decode(cls, data: bytes) -> Advice:
         """Raises MessageInvalid for another version, a wrong size, or scores outside [0, 1]."""
         if len(data) < _ADVICE.size:
             raise errors.MessageInvalid(f"advice has {len(data)} bytes, no room for its header")
-        version, name_bytes, layers, experts, number, time_ns, life = _ADVICE.unpack_from(data)
+        version, name_bytes, tables, layers, experts, number, time_ns, as_of_ns, life = (
+            _ADVICE.unpack_from(data)
+        )
         if version != VERSION:
             raise errors.MessageInvalid(f"advice has version {version}, we speak {VERSION}")
-        if len(data) != _ADVICE.size + name_bytes + layers * experts * 4:
+        if tables > 2 or len(data) != _ADVICE.size + name_bytes + tables * layers * experts * 4:
             raise errors.MessageInvalid("advice has the wrong size")
         if not 0 <= life < 1e9:
             raise errors.MessageInvalid("advice has an impossible lifetime")
         body = _ADVICE.size + name_bytes
-        scores = None
-        if layers * experts:
-            scores = np.frombuffer(data, "<f4", offset=body).reshape(layers, experts)
-            if not bool(np.all((scores >= 0) & (scores <= 1))):  # also refuses NaN
-                raise errors.MessageInvalid("advice has scores outside [0, 1]")
-        return cls(_utf8(data[_ADVICE.size : body], "policy"), number, time_ns, life, scores)
+        sent = np.frombuffer(data, "<f4", offset=body).reshape(tables, layers, experts)
+        if not bool(np.all((sent >= 0) & (sent <= 1))):  # also refuses NaN
+            raise errors.MessageInvalid("advice has scores outside [0, 1]")
+        scores, unused_scores = [*sent, None, None][:2]
+        policy = _utf8(data[_ADVICE.size : body], "policy")
+        return cls(policy, number, time_ns, life, scores, unused_scores, as_of_ns)
 
 
-_ADVICE = struct.Struct("<IIIIQQd")
+_ADVICE = struct.Struct("<IIIIIQQQd")
 
 
 def _utf8(data: bytes, name: str) -> str:

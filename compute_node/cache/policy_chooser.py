@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from compute_node.cache.policies.decayed import Decayed
+from compute_node.cache.policies.heard import Heard
 from compute_node.cache.policies.lfru import Lfru
 from compute_node.cache.policies.lfu import Lfu
 from compute_node.cache.policies.lru import Lru
@@ -25,6 +26,7 @@ class PolicyChooser:
     configured: a local policy's name; auto, advice decides; or the name of a policy that scores,
                 and advice of that name is followed
     advice:     the latest fresh advice, or None
+    heard:      corrects advice by what was used since; None, nothing was learned for it
     local:      the policies that a node ranks by itself, by name
     """
 
@@ -39,7 +41,9 @@ class PolicyChooser:
         moe_layers: Sequence[int],
         num_experts: int,
         advice: Callable[[], Advice | None],
+        heard: Heard | None = None,
     ) -> None:
+        self._heard = heard
         self.local: dict[str, EvictionPolicy] = {
             "lru": Lru(),
             "lfu": Lfu(),
@@ -50,17 +54,22 @@ class PolicyChooser:
         self._rows = {layer: row for row, layer in enumerate(moe_layers)}
         self._shape = (len(moe_layers), num_experts)
         self._advice = advice
-        self.name = configured if configured in self.local else FALLBACK_POLICY
+        self._follows_advice = configured not in self.local
+        self.name = FALLBACK_POLICY if self._follows_advice else configured
         self._followed: Advice | None = None  # what `_scored` was made of
         self._scored: Scored | None = None
 
     def on_step(self, layer: int, used: Collection[ExpertKey]) -> None:
         for policy in self.local.values():
             policy.on_step(layer, used)
+        if self._heard is not None and self._follows_advice:
+            self._heard.on_step(self._rows[layer], used)
+        if self._scored is not None:
+            self._scored.on_step(layer, used)
 
     def choose(self) -> EvictionPolicy:
         """The policy for this eviction; counts whether advice or the fallback decided."""
-        if self._configured in self.local:
+        if not self._follows_advice:
             return self.local[self._configured]
         advice = self._advice()
         policy = self._advised(advice) if advice is not None else None
@@ -80,5 +89,6 @@ class PolicyChooser:
         if advice.scores.shape != self._shape:
             return None
         if advice is not self._followed:
-            self._followed, self._scored = advice, Scored(advice.scores, self._rows)
+            self._followed = advice
+            self._scored = Scored(advice, advice.scores, self._rows, self._heard)
         return self._scored

@@ -49,7 +49,8 @@ def compose(
     }
     _check_overrides(settings, tables)
     if forecaster := settings.forecaster(store_dir):
-        tables["scheduler"]["forecaster_path"] = str(forecaster.resolve())
+        for name in ("compute_node", "scheduler"):
+            tables[name]["forecaster_path"] = str(forecaster.resolve())
     if settings.source:
         tables["expert_store"]["source_root"] = str(settings.source.resolve())
     for name, table in tables.items():

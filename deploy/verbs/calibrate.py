@@ -77,7 +77,7 @@ def calibrate(
             known = record_trace("calibration", prompts, sampling, choice)
         check_trace(known, manifest)
         torch.set_num_threads(processors.usable())
-        settings = CalibrationSettings(lag_steps=1, max_updates=max_updates, seed=seed)
+        settings = CalibrationSettings(max_updates=max_updates, seed=seed)
         train(known, settings, say, manifest.spec.fingerprint).save(partial)
     user = f"flashmoe serve --forecaster {out}" if out else "flashmoe serve"
     console.out.print(

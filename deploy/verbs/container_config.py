@@ -152,7 +152,8 @@ def container_tables(
     }
     tables["scheduler"] |= {"redis_url": redis_url}
     if settings.model is not None and (settings.model / FORECASTER_NAME).exists():
-        tables["scheduler"]["forecaster_path"] = str(STORE_DIR / FORECASTER_NAME)
+        for name in ("compute_node", "scheduler"):
+            tables[name]["forecaster_path"] = str(STORE_DIR / FORECASTER_NAME)
     return tables
 
 

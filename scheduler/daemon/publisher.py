@@ -67,6 +67,8 @@ class Publisher:
             time_ns=self._time_ns(),
             lifetime_s=self._lifetime_s,
             scores=verdict.scores,
+            unused_scores=verdict.unused_scores,
+            as_of_ns=verdict.as_of_ns,
         )
         key = redis_schema.advice_key(self._fingerprint, node)
         try:

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scheduler.lab.calibration_settings import CalibrationSettings
+from scheduler.lab.correction_net import move_average, train_correction
 from scheduler.lab.forecaster_net import Net, export
-from scheduler.lab.lessons import Lessons, Report
+from scheduler.lab.lessons import Lessons, Report, Window
 from scheduler.learn.forecaster import Forecaster
 from scheduler.simulate.trace import AccessTrace, TraceInvalid
 
@@ -44,8 +45,12 @@ def calibrate(
         )
     with tempfile.TemporaryDirectory(prefix="flashmoe-calibrate-") as scratch, _leaving_a_core():
         lessons = Lessons(trace, settings, Path(scratch), report)
-        net = _train(lessons, settings, report)
-    return export(net, lessons, settings, fingerprint)
+        random = np.random.default_rng(settings.seed)
+        parts = _split(trace, settings.held_out_ratio, random)
+        net = _train(lessons, parts, settings, random, report)
+        scores = _unused_scores(net, lessons)
+        correction = train_correction(scores, trace, parts, settings, report)
+    return export(net, correction, lessons, settings, fingerprint)
 
 
 @contextmanager
@@ -59,11 +64,16 @@ def _leaving_a_core() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(lessons: Lessons, how: CalibrationSettings, report: Report) -> Net:
+def _train(
+    lessons: Lessons,
+    parts: tuple[NDArray[np.intp], NDArray[np.intp]],
+    how: CalibrationSettings,
+    random: np.random.Generator,
+    report: Report,
+) -> Net:
     """Until the held-out loss has not improved for a while; returns the best average."""
     torch.manual_seed(how.seed)
-    random = np.random.default_rng(how.seed)
-    learned, held_out = _split(lessons.trace, how.held_out_ratio, random)
+    learned, held_out = parts
     net = Net(lessons.trace.shape, len(lessons.names), how)
     average = copy.deepcopy(net).eval()
     optimizer = torch.optim.AdamW(
@@ -72,12 +82,12 @@ def _train(lessons: Lessons, how: CalibrationSettings, report: Report) -> Net:
     best, best_loss, since_best = copy.deepcopy(average), float("inf"), 0
     for update in range(1, how.max_updates + 1):
         _set_learning_rate(optimizer, how, update)
-        loss = _loss(net, *_draw(lessons, learned, how, random))
+        loss = _loss(net, _draw(lessons, learned, how, random))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        _move_average(average, net, update, how.average_updates)
+        move_average(average, net, update, how.average_updates)
         if update % how.evaluate_every:
             continue
         held_out_loss = _evaluate(average, lessons, held_out)
@@ -113,7 +123,7 @@ def _draw(
     generations: NDArray[np.intp],
     how: CalibrationSettings,
     random: np.random.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Window:
     """Windows from generations drawn at random, all as long as the shortest allows."""
     offsets = lessons.trace.seq_offsets
     drawn = random.choice(generations, how.batch)
@@ -126,8 +136,15 @@ def _draw(
     return lessons.window(starts, num_steps)
 
 
-def _loss(net: Net, used: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.binary_cross_entropy_with_logits(net(used, features), labels)
+def _loss(net: Net, window: Window) -> Tensor:
+    """Mean over what is asked: for after the next step, only of what that does not use."""
+    logits = net(window.choices, window.features)
+    asked = torch.ones_like(logits)
+    asked[..., logits.shape[2] // 2 :] = window.unused
+    loss = nn.functional.binary_cross_entropy_with_logits(
+        logits, window.labels, asked, reduction="sum"
+    )
+    return loss / asked.sum()
 
 
 def _evaluate(net: Net, lessons: Lessons, generations: NDArray[np.intp]) -> float:
@@ -136,13 +153,22 @@ def _evaluate(net: Net, lessons: Lessons, generations: NDArray[np.intp]) -> floa
     with torch.no_grad():
         for one in generations:
             length = int(offsets[one + 1] - offsets[one])
-            losses.append(float(_loss(net, *lessons.window([int(offsets[one])], length))))
+            losses.append(float(_loss(net, lessons.window([int(offsets[one])], length))))
             lengths.append(length)
     return float(np.average(losses, weights=lengths))
 
 
-def _move_average(average: Net, net: Net, update: int, average_updates: int) -> None:
-    share = max(1 / average_updates, 1 / (1 + update / 10))
+def _unused_scores(net: Net, lessons: Lessons) -> NDArray[np.float16]:
+    """[T, L, E], after each step: the mean over horizons of P(used after the next step), given that
+    the next step does not use it.
+    """
+    trace = lessons.trace
+    scores = np.empty((trace.num_steps, *trace.shape), np.float16)
     with torch.no_grad():
-        for kept, new in zip(average.parameters(), net.parameters(), strict=True):
-            kept.lerp_(new, min(1.0, share))
+        for start, end in zip(trace.seq_offsets[:-1], trace.seq_offsets[1:], strict=True):
+            window = lessons.window([int(start)], int(end - start))
+            logits = net(window.choices, window.features)
+            means = torch.sigmoid(logits[..., logits.shape[2] // 2 :]).mean(2)
+            by_step = means.view(trace.num_layers, -1, trace.num_experts).transpose(0, 1)
+            scores[start:end] = by_step.numpy()
+    return scores

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 class CalibrationSettings:
     """How a forecaster is trained.
 
-    lag_steps:         1: its answers will be used one step late, as live
     max_updates:       of the weights, each on `batch` windows of `window_steps`
     patience:          evaluations without a better held-out loss before it stops
     held_out_ratio:    of the generations, to stop by
     average_updates:   about this many last updates make up the weights kept
+    correction_width, correction_updates: of what corrects the answers in a node
     """
 
-    lag_steps: int = 0
     horizons_steps: tuple[int, ...] = (2, 8, 24)
     half_lives_tokens: tuple[float, ...] = (2.0, 8.0, 16.0, 64.0)
     width: int = 256
@@ -31,4 +30,6 @@ class CalibrationSettings:
     patience: int = 4
     held_out_ratio: float = 0.08
     average_updates: int = 200
+    correction_width: int = 32
+    correction_updates: int = 600
     seed: int = 0

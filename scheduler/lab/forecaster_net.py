@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from proto.correction import Correction
 from scheduler.lab.calibration_settings import CalibrationSettings
 from scheduler.lab.lessons import Lessons
 from scheduler.learn.forecaster import Forecaster, ForecasterSpec
@@ -22,36 +23,40 @@ class Net(nn.Module):
     def __init__(self, shape: tuple[int, int], num_features: int, how: CalibrationSettings) -> None:
         super().__init__()
         layers, experts = shape
-        self.shape = (layers, experts, len(how.horizons_steps))
-        num_horizons = len(how.horizons_steps)
+        outputs = 2 * len(how.horizons_steps)
+        self.shape = (layers, experts, outputs)
         self.embed = nn.Linear(layers * experts, how.width)
         self.gru = nn.GRU(how.width, how.width, batch_first=True)
-        self.context = nn.Linear(how.width, layers * experts * num_horizons)
+        self.context = nn.Linear(how.width, layers * experts * outputs)
         nn.init.zeros_(self.context.weight)
         nn.init.zeros_(self.context.bias)
-        self.linear = nn.Parameter(torch.zeros(layers, num_features, num_horizons))
-        joined = num_features + num_horizons
+        self.linear = nn.Parameter(torch.zeros(layers, num_features, outputs))
+        joined = num_features + outputs
         self.head_input = nn.Parameter(torch.randn(layers, joined, how.hidden) / joined**0.5)
         self.head_bias = nn.Parameter(torch.zeros(layers, 1, how.hidden))
-        self.head_output = nn.Parameter(torch.zeros(layers, how.hidden, num_horizons))
+        self.head_output = nn.Parameter(torch.zeros(layers, how.hidden, outputs))
         self.dropout = nn.Dropout(how.dropout)
 
     def forward(self, used: Tensor, features: Tensor) -> Tensor:
-        """Logits [L, B * T * E, H] from choices [B, T, L * E], features [L, B * T * E, N]."""
-        layers, experts, num_horizons = self.shape
+        """Logits [L, R, 2 * H] of a window's choices and features."""
+        layers, experts, outputs = self.shape
         state, _ = self.gru(torch.relu(self.embed(self.dropout(used))))
-        context = self.context(self.dropout(state)).view(-1, layers, experts, num_horizons)
-        context = context.transpose(0, 1).reshape(layers, -1, num_horizons)
+        context = self.context(self.dropout(state)).view(-1, layers, experts, outputs)
+        context = context.transpose(0, 1).reshape(layers, -1, outputs)
         logits = torch.baddbmm(context, features, self.linear)
-        of_features, of_logits = torch.split(
-            self.head_input, [features.shape[2], num_horizons], dim=1
-        )
+        of_features, of_logits = torch.split(self.head_input, [features.shape[2], outputs], dim=1)
         hidden = torch.baddbmm(self.head_bias, features, of_features)
         hidden = torch.relu(torch.baddbmm(hidden, logits, of_logits))
         return torch.baddbmm(logits, hidden, self.head_output)
 
 
-def export(net: Net, lessons: Lessons, how: CalibrationSettings, fingerprint: str) -> Forecaster:
+def export(
+    net: Net,
+    correction: Correction,
+    lessons: Lessons,
+    how: CalibrationSettings,
+    fingerprint: str,
+) -> Forecaster:
     """Weights for unscaled features, in the layout that numpy multiplies with."""
     trace = lessons.trace
     spec = ForecasterSpec(
@@ -61,9 +66,9 @@ def export(net: Net, lessons: Lessons, how: CalibrationSettings, fingerprint: st
         horizons_steps=how.horizons_steps,
         half_lives_tokens=how.half_lives_tokens,
         feature_names=lessons.names,
-        lag_steps=how.lag_steps,
         width=how.width,
         hidden=how.hidden,
+        correction_width=how.correction_width,
         trained_steps=trace.num_steps,
     )
     weights = {name: tensor.detach().numpy() for name, tensor in net.named_parameters()}
@@ -77,6 +82,7 @@ def export(net: Net, lessons: Lessons, how: CalibrationSettings, fingerprint: st
         "context.weight": weights["context.weight"].T,
         **_unscaled(weights, lessons.mean, lessons.std),
         "head.output": weights["head_output"],
+        **correction.tensors(),
     }
     contiguous = {name: np.ascontiguousarray(value) for name, value in exported.items()}
     return Forecaster(spec, contiguous, _remembered(trace, how.seed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ Report = Callable[[str], None]
 LEFT_OUT = ("log_gap_mean", "log_gap_std", "age_over_gap", "gate_weight", "log_follows")
 
 
+@dataclass(frozen=True)
+class Window:
+    """Steps of B generations, T of each. R is B * T * E.
+
+    choices:  [B, T, L * E]
+    features: [L, R, N], scaled
+    labels:   [L, R, 2 * H], used within each horizon, and within each after the next step ...
+    unused:   [L, R, 1], ... which is asked of what the next step does not use
+    """
+
+    choices: Tensor
+    features: Tensor
+    labels: Tensor
+    unused: Tensor
+
+
 class Lessons:
     """Features, choices and labels of every step of a trace, the features on disk.
 
@@ -38,23 +55,25 @@ class Lessons:
         self.names = tuple(name for name in every if name not in LEFT_OUT)
         self._columns = [every.index(name) for name in self.names]
         self.used = trace.used()
-        self.distance = _distances(self.used, settings.lag_steps)
+        self.distance = distances(self.used)
         self.features = self._describe(scratch, report)
         sample = self.features[:: max(1, trace.num_steps // 2000)].astype(np.float32)
         self.mean = sample.mean(axis=(0, 1, 2))
         self.std = np.maximum(sample.std(axis=(0, 1, 2)), 1e-3)
 
-    def window(self, starts: list[int], num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Choices [B, T, L * E], scaled features [L, B * T * E, N], labels [L, B * T * E, H]."""
+    def window(self, starts: list[int], num_steps: int) -> Window:
+        """Of so many steps from each of these."""
         spans = [slice(start, start + num_steps) for start in starts]
         used = np.stack([self.used[span] for span in spans])
         rows = _by_layer(np.stack([self.features[span] for span in spans]))
         away = _by_layer(np.stack([self.distance[span] for span in spans])[..., None])
-        labels = away <= np.array(self.settings.horizons_steps)
-        return (
+        horizons = np.array(self.settings.horizons_steps)
+        labels = np.concatenate([away <= horizons, away <= 1 + horizons], axis=2)
+        return Window(
             torch.from_numpy(used.reshape(*used.shape[:2], -1).astype(np.float32)),
             torch.from_numpy((rows.astype(np.float32) - self.mean) / self.std),
             torch.from_numpy(labels.astype(np.float32)),
+            torch.from_numpy((away > 1).astype(np.float32)),
         )
 
     def _describe(self, scratch: Path, report: Report) -> NDArray[np.float16]:
@@ -105,13 +124,11 @@ def _by_layer(rows: NDArray[Any]) -> NDArray[Any]:
     return rows.transpose(2, 0, 1, 3, 4).reshape(rows.shape[2], -1, rows.shape[4])
 
 
-def _distances(used: NDArray[np.bool_], lag_steps: int) -> NDArray[np.uint8]:
-    """[T, L, E], steps until the next use after each step and its lag, 255 for later or never."""
+def distances(used: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """[T, L, E], steps until the next use after each step, 255 for later or never."""
     distance = np.full(used.shape, 255, np.uint8)
     ahead = np.full(used.shape[1:], 255, np.uint8)
     for step in range(len(used) - 1, -1, -1):
         distance[step] = ahead
         ahead = np.where(used[step], 1, np.minimum(ahead, 254) + 1).astype(np.uint8)
-    if lag_steps:
-        distance[:-lag_steps] = distance[lag_steps:]
     return distance

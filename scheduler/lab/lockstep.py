@@ -9,7 +9,7 @@ import numpy as np
 
 from proto.access import DecodeAccess
 from scheduler.policy.hedged import Hedged
-from scheduler.simulate.ranking import RankingPolicy, Ranks
+from scheduler.simulate.ranking import AdvisingPolicy, RankingPolicy, Ranks
 from scheduler.simulate.replay import Outcome, RankedCache, ReplayCache, Setting, slots_of
 
 Make = Callable[[Setting], ReplayCache]
@@ -22,6 +22,8 @@ class Shared:
         self._policy = policy
         self._newest: DecodeAccess | None = None
         self._ranks = policy.ranks()
+        self._newest_heard: DecodeAccess | None = None
+        self._heard = self._ranks
 
     def observe(self, event: DecodeAccess) -> None:
         """One more decode step; the same event again changes nothing."""
@@ -32,6 +34,18 @@ class Shared:
 
     def ranks(self) -> Ranks:
         return self._ranks
+
+    def unused_ranks(self) -> Ranks:
+        policy = self._policy
+        return policy.unused_ranks() if isinstance(policy, AdvisingPolicy) else self._ranks
+
+    def heard_ranks(self, event: DecodeAccess) -> Ranks:
+        """Of the ranks before this event, though a cache before has observed it."""
+        if event is not self._newest_heard:
+            policy, self._newest_heard, self._heard = self._policy, event, self._ranks
+            if isinstance(policy, AdvisingPolicy):
+                self._heard = policy.heard_ranks(event)
+        return self._heard
 
 
 def caches_of(settings: Sequence[Setting], make: Make) -> list[ReplayCache]:

@@ -48,18 +48,12 @@ class Background:
         return cast(Lesson, self._learned[learn])
 
 
-@dataclass(frozen=True)
-class Calibrate:
-    """Trains a forecaster whose answers will be `lag_steps` late."""
+def train_forecaster(trace: AccessTrace) -> Forecaster:
+    """Calibrate; minutes."""
+    from scheduler.lab.calibration import calibrate  # imports torch
+    from scheduler.lab.calibration_settings import CalibrationSettings
 
-    lag_steps: int
-    report: Callable[[str], None] = field(default=lambda line: None, compare=False)
-
-    def __call__(self, trace: AccessTrace) -> Forecaster:
-        from scheduler.lab.calibration import calibrate  # imports torch
-        from scheduler.lab.calibration_settings import CalibrationSettings
-
-        return calibrate(trace, CalibrationSettings(lag_steps=self.lag_steps), self.report)
+    return calibrate(trace, CalibrationSettings())
 
 
 Maker = Callable[[Setting, Background], ReplayCache]
@@ -81,7 +75,7 @@ def river(setting: Setting) -> River:
 
 def learned(setting: Setting, background: Background) -> RankingPolicy:
     """What the training trace taught; River from nothing without one."""
-    forecaster = background.learned(Calibrate(setting.lag_steps))
+    forecaster = background.learned(train_forecaster)
     if forecaster is None:
         return river(setting)
     settings, shape = RiverSettings(), setting.trace.shape

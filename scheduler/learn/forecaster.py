@@ -1,5 +1,6 @@
 """A forecaster trained ahead (scheduler.lab.calibration), run in numpy: which experts will be used
-within some horizons, from the experts that all layers chose and from every expert's own features.
+within some horizons, from the experts that all layers chose and from every expert's own features;
+the same of experts that the next step does not use; and what corrects that in a node.
 """
 
 from __future__ import annotations
@@ -11,25 +12,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from proto import errors
+from proto import correction
+from proto.correction import Correction
+from proto.errors import ForecasterInvalid
 from scheduler.learn.recall import StepMemory
 
-FORMAT = "flashmoe-forecaster-1"
+FORMAT = "flashmoe-forecaster-2"
 MAX_SEQUENCES = 16  # whose recurrent state is kept
 
 Array = NDArray[np.float32]
-
-
-class ForecasterInvalid(errors.FlashMoEError):
-    """A forecaster file is damaged, of another format, or of another model."""
-
-    status = grpc.StatusCode.FAILED_PRECONDITION
 
 
 @dataclass(frozen=True)
@@ -37,9 +33,10 @@ class ForecasterSpec:
     """What a forecaster was made for and how. H horizons, N features.
 
     fingerprint:       of the store it was calibrated for; empty, of a trace alone
-    horizons_steps:    [H]; output h is P(used within that many steps)
+    horizons_steps:    [H]; output h is P(used within that many steps), output H + h P(used within
+                       that many steps after the next, given that the next does not use it)
     half_lives_tokens: of the features it reads
-    lag_steps:         1 when its answers are for advice that is one step late, else 0
+    correction_width:  of what corrects its answers in a node
     """
 
     fingerprint: str
@@ -48,9 +45,9 @@ class ForecasterSpec:
     horizons_steps: tuple[int, ...]
     half_lives_tokens: tuple[float, ...]
     feature_names: tuple[str, ...]
-    lag_steps: int
     width: int
     hidden: int
+    correction_width: int
     trained_steps: int
 
     @property
@@ -66,14 +63,16 @@ class ForecasterSpec:
     ) -> None:
         """Raises ForecasterInvalid when it was made for another store or other features."""
         if self.fingerprint != fingerprint or self.shape != shape:
-            raise _invalid(path, "was calibrated for another model or an earlier index")
+            raise ForecasterInvalid.of(path, "was calibrated for another model or an earlier index")
         if self.half_lives_tokens != half_lives_tokens:
-            raise _invalid(path, f"reads half_lives_tokens {list(self.half_lives_tokens)}")
+            raise ForecasterInvalid.of(
+                path, f"reads half_lives_tokens {list(self.half_lives_tokens)}"
+            )
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight, all float32. W the width, M the hidden units of each layer's head."""
         layers, experts = self.shape
-        features, horizons, width = len(self.feature_names), len(self.horizons_steps), self.width
+        features, outputs, width = len(self.feature_names), 2 * len(self.horizons_steps), self.width
         return {
             "embed.weight": (layers * experts, width),
             "embed.bias": (width,),
@@ -81,12 +80,13 @@ class ForecasterSpec:
             "gru.input_bias": (3 * width,),
             "gru.state": (width, 3 * width),
             "gru.state_bias": (3 * width,),
-            "context.weight": (width, layers * experts * horizons),
-            "context.bias": (layers * experts * horizons,),
-            "linear.weight": (layers, features, horizons),
-            "head.input": (layers, features + horizons, self.hidden),
+            "context.weight": (width, layers * experts * outputs),
+            "context.bias": (layers * experts * outputs,),
+            "linear.weight": (layers, features, outputs),
+            "head.input": (layers, features + outputs, self.hidden),
             "head.bias": (layers, 1, self.hidden),
-            "head.output": (layers, self.hidden, horizons),
+            "head.output": (layers, self.hidden, outputs),
+            **correction.shapes(layers, experts, self.correction_width),
         }
 
 
@@ -100,6 +100,10 @@ class Forecaster:
     spec: ForecasterSpec
     weights: Mapping[str, Array]
     remembered: NDArray[np.uint16]
+
+    def correction(self) -> Correction:
+        """What a node corrects its answers by."""
+        return Correction.of(self.weights)
 
     def memory(self) -> StepMemory:
         """A memory that holds the remembered steps; to be shared and only asked."""
@@ -123,12 +127,13 @@ class Forecaster:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise _invalid(path, f"is damaged ({error})") from error
+            raise ForecasterInvalid.of(path, f"is damaged ({error})") from error
         if metadata.get("format") != FORMAT:
-            raise _invalid(path, f"has the format {metadata.get('format')}, not {FORMAT}")
+            has = metadata.get("format")
+            raise ForecasterInvalid.of(path, f"has the format {has}, not {FORMAT}")
         spec = _spec(path, metadata["spec"])
         remembered = tensors.pop("remembered", None)
-        _check_weights(path, spec, tensors)
+        correction.check(path, tensors, spec.tensor_shapes())
         _check_remembered(path, spec, remembered)
         return cls(spec, tensors, remembered)
 
@@ -153,7 +158,8 @@ class Forecast:
             self._states.popitem(last=False)
 
     def scores(self, features: NDArray[Any]) -> Array:
-        """[L, E] in [0, 1], the mean over horizons of P(used within it), after the last step.
+        """[2, L, E] in [0, 1], after the last step: the mean over horizons of P(used within it),
+        and the same after the next step for what that does not use.
 
         features: [N, L, E], in the order of the spec's feature names
         """
@@ -164,7 +170,8 @@ class Forecast:
         hidden = np.concatenate([rows, logits], axis=2) @ weights["head.input"]
         hidden = np.maximum(hidden + weights["head.bias"], 0)
         logits = logits + hidden @ weights["head.output"]
-        return np.asarray(_sigmoid(logits).mean(axis=2))
+        means = _sigmoid(logits).reshape(*self._spec.shape, 2, -1).mean(axis=3)
+        return np.ascontiguousarray(means.transpose(2, 0, 1))
 
     def _embed(self, chosen: NDArray[np.intp]) -> Array:
         rows = self._weights["embed.weight"][(self._first + chosen).ravel()]
@@ -190,17 +197,7 @@ def _spec(path: Path, text: str) -> ForecasterSpec:
         tuples = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
         return ForecasterSpec(**{**fields, **tuples})
     except (ValueError, TypeError, AttributeError) as error:
-        raise _invalid(path, f"describes itself wrongly ({error})") from error
-
-
-def _check_weights(path: Path, spec: ForecasterSpec, tensors: Mapping[str, Array]) -> None:
-    want = spec.tensor_shapes()
-    if set(tensors) != set(want):
-        raise _invalid(path, f"has other tensors than {', '.join(sorted(want))}")
-    for name, shape in want.items():
-        tensor = tensors[name]
-        if tensor.shape != shape or tensor.dtype != np.float32 or not np.isfinite(tensor).all():
-            raise _invalid(path, f"has a {name} that is not {shape} finite float32")
+        raise ForecasterInvalid.of(path, f"describes itself wrongly ({error})") from error
 
 
 def _check_remembered(path: Path, spec: ForecasterSpec, remembered: Any) -> None:
@@ -211,8 +208,4 @@ def _check_remembered(path: Path, spec: ForecasterSpec, remembered: Any) -> None
         or remembered.dtype != np.uint16
         or (remembered >= spec.num_experts).any()
     ):
-        raise _invalid(path, "remembers steps of another model")
-
-
-def _invalid(path: Path, what: str) -> ForecasterInvalid:
-    return ForecasterInvalid(f"{path} {what}: run `flashmoe calibrate` again, or remove it")
+        raise ForecasterInvalid.of(path, "remembers steps of another model")

@@ -22,10 +22,17 @@ MakeMembers = Callable[[str], Mapping[str, RankingPolicy]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to tell a node. scores: [L, E], or None when it needs none for that policy."""
+    """What to tell a node.
+
+    scores:        [L, E], or None when it needs none for that policy
+    unused_scores: [L, E], of what a layer's next step does not use; None when that is not known
+    as_of_ns:      `time_ns` of the newest step that is known
+    """
 
     policy: str
-    scores: NDArray[np.float32] | None
+    scores: NDArray[np.float32] | None = None
+    unused_scores: NDArray[np.float32] | None = None
+    as_of_ns: int = 0
 
 
 class Advisor:
@@ -85,8 +92,10 @@ class Advisor:
         """Before any evidence of a step, the node's own fallback."""
         shadows = self._nodes.get(node)
         if shadows is None:
-            return Verdict(FALLBACK_POLICY, None)
-        return Verdict(shadows.in_charge, shadows.scores())
+            return Verdict(FALLBACK_POLICY)
+        return Verdict(
+            shadows.in_charge, shadows.scores(), shadows.unused_scores(), shadows.as_of_ns
+        )
 
     def reports(self) -> tuple[Report, ...]:
         """Of every node that sent a step."""

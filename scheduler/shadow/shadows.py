@@ -16,7 +16,7 @@ from proto.redis_schema import POOL
 from proto.stats import Labelled, counter, fact, gauge, labelled
 from scheduler.policy.hedged import PINNED, Hedge, Reason, hit_ratio
 from scheduler.shadow.optimum import Optimum
-from scheduler.simulate.ranking import RankingPolicy
+from scheduler.simulate.ranking import AdvisingPolicy, RankingPolicy
 from scheduler.simulate.replay import RankedCache
 from scheduler.simulate.slots import LayerSlots, PoolSlots, Slots
 
@@ -137,6 +137,8 @@ class Shadows:
     members: by name, simplest first; their state begins with these shadows
     advised: names of those whose ranks come to the node from here, one step late
     pinned:  who is in charge whatever the shadows say, or None
+
+    as_of_ns: `time_ns` of the newest step
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class Shadows:
         self._tallies = {name: Tally(half_life_steps) for name in (*members, "min")}
         self._actual = Tally(half_life_steps)
         self._num_steps = 0
+        self.as_of_ns = 0
 
     @property
     def in_charge(self) -> str:
@@ -169,6 +172,7 @@ class Shadows:
     def step(self, event: DecodeAccess) -> None:
         """One more decode step under this capacity."""
         self._num_steps += 1
+        self.as_of_ns = event.time_ns
         ratios = {name: hit_ratio(member.step(event)) for name, member in self._members.items()}
         self._hedge.observe(ratios)
         ratios["min"] = hit_ratio(self._optimum.step(event.topk_ids))
@@ -181,6 +185,15 @@ class Shadows:
         if self.in_charge not in self._advised:
             return None
         return self._members[self.in_charge].ranks.astype(np.float32)
+
+    def unused_scores(self) -> NDArray[np.float32] | None:
+        """[L, E] likewise, of what a layer's next step does not use; None when not known."""
+        if self.in_charge not in self._advised:
+            return None
+        policy = self._members[self.in_charge].policy
+        if not isinstance(policy, AdvisingPolicy):
+            return None
+        return policy.unused_ranks().astype(np.float32)
 
     def report(self, node: str) -> Report:
         hedge = self._hedge

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,21 @@ class RankingPolicy(Protocol):
 
     def ranks(self) -> Ranks:
         """[L, E] of its own, never changed later: lower goes first, ties by layer and expert."""
+        ...
+
+
+@runtime_checkable
+class AdvisingPolicy(RankingPolicy, Protocol):
+    """One whose ranks reach a node late, where they are corrected by what was used since."""
+
+    def unused_ranks(self) -> Ranks:
+        """[L, E], as `ranks`, of an expert that its layer's next step does not use."""
+        ...
+
+    def heard_ranks(self, event: DecodeAccess) -> Ranks:
+        """[L, E], what a node makes of the latest ranks after each layer's turn in the next step,
+        which is not observed yet.
+        """
         ...
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from proto import errors
 from proto.access import DecodeAccess
 from proto.redis_schema import LAYER, POOL
-from scheduler.simulate.ranking import RankingPolicy
+from scheduler.simulate.ranking import AdvisingPolicy, RankingPolicy, Ranks
 from scheduler.simulate.slots import Hits, Slots, check_slots, make_slots
 from scheduler.simulate.trace import AccessTrace, TraceInvalid
 
@@ -26,7 +26,8 @@ class Setting:
     slots:        a layer; in a pool, this times the number of layers
     warmup_steps: the first ones, which are replayed and not counted
     lag_steps:    how old advice is when it decides: 0, evictions of a step know all of that step;
-                  1, as live, advice is of the step before. Local policies have no lag.
+                  1, as live, advice is of the step before, and the node corrects it by what the
+                  step has used so far, where that was learned. Local policies have no lag.
     """
 
     trace: AccessTrace
@@ -90,10 +91,16 @@ class RankedCache:
 
     def step(self, event: DecodeAccess) -> Hits:
         self.before = self.ranks
+        heard = self._heard(event) if self.lag_steps else None
         self.policy.observe(event)
         self.ranks = self.policy.ranks()
-        self.after = self.before if self.lag_steps else self.ranks
+        self.after = self.ranks if heard is None else heard
         return self._slots.step(event.topk_ids, self.before, self.after)
+
+    def _heard(self, event: DecodeAccess) -> Ranks:
+        """Of layers whose turn in this step has come, by ranks of the step before."""
+        policy = self.policy
+        return policy.heard_ranks(event) if isinstance(policy, AdvisingPolicy) else self.before
 
 
 @dataclass(frozen=True)

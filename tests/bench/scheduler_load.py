@@ -67,7 +67,7 @@ def main(folder: Path) -> None:
 def _calibrate(trace: AccessTrace) -> Forecaster:
     """As large as a real one, and as slow; it learns next to nothing."""
     spans = np.linspace(0, trace.num_steps, 8).astype(np.int64)
-    settings = CalibrationSettings(lag_steps=1, max_updates=1)
+    settings = CalibrationSettings(max_updates=1)
     return calibrate(replace(trace, seq_offsets=spans), settings, fingerprint=FINGERPRINT)
 
 

@@ -1,19 +1,24 @@
 """The live cache and replay count the same misses on the same events.
 
 Planted faults seen red: age off by one in the node's LFRU, ties by expert alone in the node's pool,
-ranks of the present step where advice lags, a decay by another half-life in replay.
+ranks of the present step where advice lags, a decay by another half-life in replay; what layers
+have said not begun anew with a step, a layer heard before the advice corrected, scores of unused
+experts taken for layers that are still to come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 
 import numpy as np
 import pytest
 
 from compute_node.cache.expert_cache import ExpertCache
+from compute_node.cache.policies.heard import Heard
 from compute_node.cache.policy_chooser import PolicyChooser
 from proto.access import DecodeAccess
+from proto.correction import Correction, corrected, shapes
 from proto.redis_schema import Advice
 from scheduler.lab.policies import POLICIES, Background
 from scheduler.policy.decayed import Decayed
@@ -32,12 +37,19 @@ class LiveCache:
     """A node's cache, a step at a time. Its model layers are 1, 3, 5, ..."""
 
     def __init__(
-        self, trace: AccessTrace, setting: Setting, policy: str, advice: Callable[[], Advice | None]
+        self,
+        trace: AccessTrace,
+        setting: Setting,
+        policy: str,
+        advice: Callable[[], Advice | None],
+        heard: Heard | None = None,
     ) -> None:
         self._layers = tuple(range(1, 2 * trace.num_layers, 2))
         slots = setting.slots * trace.num_layers
         capacity = make_capacity(slots, self._layers, trace.top_k, setting.scope == "pool")
-        chooser = PolicyChooser(policy, HALF_LIFE_TOKENS, self._layers, trace.num_experts, advice)
+        chooser = PolicyChooser(
+            policy, HALF_LIFE_TOKENS, self._layers, trace.num_experts, advice, heard
+        )
         self._cache = ExpertCache(FakeLender(slots), capacity, chooser)
         self._cache.open()
 
@@ -80,6 +92,53 @@ class Whimsical:
 
     def ranks(self) -> Ranks:
         return self._ranks
+
+
+class Corrected(Whimsical):
+    """Scores of two kinds, and a correction that turns them upside down."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__(shape)
+        layers, experts = shape
+        weights = np.random.default_rng(1).standard_normal
+        sizes = shapes(layers, experts, width=6)
+        self.correction = Correction.of(
+            {name: 0.3 * weights(size).astype(np.float32) for name, size in sizes.items()}
+        )
+
+    def ranks(self) -> Ranks:
+        return super().ranks() / self._ranks.size
+
+    def unused_ranks(self) -> Ranks:
+        return self.ranks()[::-1, ::-1]
+
+    def heard_ranks(self, event: DecodeAccess) -> Ranks:
+        odds = self.correction.odds(event.topk_ids)
+        ranks: Ranks = corrected(self.unused_ranks(), odds.astype(np.float64))
+        return ranks
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("slots", [6, 12])
+def test_advice_is_corrected_live_as_in_replay(slots: int, scope: str) -> None:
+    """Advice of the step before is there when a step begins; each layer then corrects its own."""
+    trace = recorded()
+    setting = Setting(trace, slots, scope, warmup_steps=0, lag_steps=1)
+    replayed = ranked(setting, Corrected(trace.shape), advised=True)
+    policy, clock = Corrected(trace.shape), count(1)
+    published: list[Advice] = []
+
+    def publish() -> None:
+        tables = (policy.ranks().astype(np.float32), policy.unused_ranks().astype(np.float32))
+        published.append(Advice("scored", 1, 0, 1.0, *tables, as_of_ns=next(clock)))
+
+    publish()
+    heard = Heard(policy.correction, trace.top_k, lambda: next(clock))
+    live = LiveCache(trace, setting, "auto", lambda: published[-1], heard)
+    for event in trace.events():
+        np.testing.assert_array_equal(replayed.step(event), live.step(event))
+        policy.observe(event)
+        publish()
 
 
 def advised_misses(policy: RankingPolicy, setting: Setting) -> int:

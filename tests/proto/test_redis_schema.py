@@ -25,8 +25,10 @@ def advices(draw: st.DrawFn) -> Advice:
     shape = draw(st.none() | st.tuples(st.integers(1, 4), st.integers(1, 9)))
     random = np.random.default_rng(draw(seeds))
     scores = None if shape is None else random.random(shape).astype(np.float32)
+    knows_unused = scores is not None and draw(st.booleans())
+    unused = random.random(shape).astype(np.float32) if knows_unused else None
     lifetime_s = draw(st.floats(0, 1e9, exclude_max=True))
-    return Advice(draw(names), draw(u63), draw(u63), lifetime_s, scores)
+    return Advice(draw(names), draw(u63), draw(u63), lifetime_s, scores, unused, draw(u63))
 
 
 @settings(deadline=None)
@@ -59,7 +61,8 @@ def check_advice(data: bytes) -> None:
     except errors.MessageInvalid:
         return
     assert 0 <= found.lifetime_s < 1e9
-    assert found.scores is None or bool(((found.scores >= 0) & (found.scores <= 1)).all())
+    for table in (found.scores, found.unused_scores):
+        assert table is None or bool(((table >= 0) & (table <= 1)).all())
 
 
 @pytest.mark.parametrize("lifetime_s", [float("nan"), float("inf"), -1.0, 1e9])
@@ -73,6 +76,9 @@ def test_impossible_scores_are_refused(score: float) -> None:
     scores = np.full((2, 3), score, np.float32)
     with pytest.raises(errors.MessageInvalid, match="scores"):
         Advice.decode(Advice("learned", 1, 1, 1.0, scores).encode())
+    sound = np.zeros((2, 3), np.float32)
+    with pytest.raises(errors.MessageInvalid, match="scores"):
+        Advice.decode(Advice("learned", 1, 1, 1.0, sound, scores).encode())
 
 
 def test_advice_is_fresh_for_its_lifetime() -> None:

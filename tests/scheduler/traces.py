@@ -39,6 +39,7 @@ def decode_step(
     sequence: str = "s",
     slots: int = 4,
     scope: str = "layer",
+    time_ns: int = 1,
 ) -> DecodeAccess:
     topk_ids = np.asarray(ids, np.uint16)
     return DecodeAccess(
@@ -49,7 +50,7 @@ def decode_step(
         slots=slots,
         scope=scope,
         policy="lru",
-        time_ns=1,
+        time_ns=time_ns,
         topk_ids=topk_ids,
         topk_weights=np.full(topk_ids.shape, weights, np.float16),
         hits=np.zeros(topk_ids.shape, np.bool_),

@@ -52,7 +52,7 @@ def calibrated_store(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory)
     store_dir = tmp_path_factory.mktemp("calibrated") / "tiny-moe"
     shutil.copytree(tiny_store, store_dir)
     trace = replace(recorded(), seq_offsets=np.arange(0, 361, 60), seq_names=())
-    settings = CalibrationSettings(lag_steps=1, width=16, window_steps=32, max_updates=10)
+    settings = CalibrationSettings(width=16, window_steps=32, max_updates=10)
     fingerprint = Manifest.load(store_dir).spec.fingerprint
     calibrate(trace, settings, fingerprint=fingerprint).save(store_dir / FORECASTER_NAME)
     return store_dir

@@ -83,7 +83,7 @@ def trained(train: AccessTrace, manifest: Manifest, store_dir: Path) -> Forecast
     if path.exists():
         return Forecaster.load(path)
     began_s = time.perf_counter()
-    settings = CalibrationSettings(lag_steps=1)
+    settings = CalibrationSettings()
     forecaster = calibrate(train, settings, fingerprint=manifest.spec.fingerprint)
     forecaster.save(path)
     print(f"calibrated in {time.perf_counter() - began_s:.0f} s", file=sys.stderr)

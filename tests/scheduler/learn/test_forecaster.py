@@ -18,13 +18,15 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from proto.errors import ForecasterInvalid
 from scheduler.lab.calibration import calibrate
 from scheduler.lab.calibration_settings import CalibrationSettings
+from scheduler.lab.correction_net import CorrectionNet
 from scheduler.lab.forecaster_net import Net, export
 from scheduler.lab.lessons import Lessons
 from scheduler.lab.policies import POLICIES, Background
 from scheduler.learn.followers import Followers
-from scheduler.learn.forecaster import Forecast, Forecaster, ForecasterInvalid
+from scheduler.learn.forecaster import Forecast, Forecaster
 from scheduler.policy.learned import Learned
 from scheduler.policy.lru import Lru
 from scheduler.policy.river import RiverSettings
@@ -33,7 +35,14 @@ from scheduler.simulate.replay import Setting, ranked, replay
 from scheduler.simulate.trace import AccessTrace, TraceInvalid
 
 SMALL = CalibrationSettings(
-    width=24, hidden=4, max_updates=120, evaluate_every=40, window_steps=24, batch=4
+    width=24,
+    hidden=4,
+    max_updates=120,
+    evaluate_every=40,
+    window_steps=24,
+    batch=4,
+    correction_width=8,
+    correction_updates=100,
 )
 
 
@@ -70,13 +79,15 @@ def test_numpy_says_what_torch_says(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape))
-    forecast = Forecast(export(net, lessons, SMALL, "f00d"))
+    correction = CorrectionNet(trace.shape, SMALL.correction_width).export()
+    forecast = Forecast(export(net, correction, lessons, SMALL, "f00d"))
     for generation in range(2):
         start, end = (int(edge) for edge in trace.seq_offsets[generation : generation + 2])
-        used, features, _ = lessons.window([start], end - start)
+        window = lessons.window([start], end - start)
         with torch.no_grad():
-            logits = net(used, features).view(trace.num_layers, end - start, trace.num_experts, -1)
-        want = torch.sigmoid(logits).mean(-1).transpose(0, 1).numpy()  # [T, L, E]
+            logits = net(window.choices, window.features)
+        by_step = logits.view(trace.num_layers, end - start, trace.num_experts, 2, -1)
+        want = torch.sigmoid(by_step).mean(-1).permute(1, 3, 0, 2).numpy()  # [T, 2, L, E]
         for step in range(start, end):
             forecast.advance(str(generation), trace.topk_ids[step].astype(np.intp))
             rows = lessons.features[step].transpose(2, 0, 1)

@@ -12,14 +12,41 @@ import numpy as np
 import pytest
 
 from proto import errors
+from proto.access import DecodeAccess
 from scheduler.policy.decayed import Decayed
 from scheduler.policy.lru import Lru
 from scheduler.shadow.advisor import Advisor
-from scheduler.simulate.ranking import RankingPolicy
+from scheduler.simulate.ranking import RankingPolicy, Ranks
 from tests.scheduler.traces import decode_step, prefill
 
 SHAPE = (2, 8)
 NAMES = ("decayed", "lru", "river")
+
+
+class Advising(Lru):
+    """Says what it thinks of unused experts, too."""
+
+    def unused_ranks(self) -> Ranks:
+        return self.ranks() / 2
+
+    def heard_ranks(self, event: DecodeAccess) -> Ranks:
+        return self.unused_ranks()
+
+
+def test_a_verdict_says_what_it_knows_and_as_of_when() -> None:
+    """A policy that knows only ranks says no more; the time is that of the newest step. Red when
+    either table is sent for the other, or the time is that of the first step.
+    """
+    for policy, divisor in ((Advising, 2), (Lru, None)):
+        advisor = Advisor(("river",), lambda _, make=policy: {"river": make(SHAPE)}, 64, "river")
+        for step in range(3):
+            advisor.observe(decode_step([[0, 1], [2, 3]], step=step, time_ns=10 + step, slots=4))
+        verdict = advisor.advise("node-a")
+        assert verdict.as_of_ns == 12 and verdict.scores is not None
+        if divisor is None:
+            assert verdict.unused_scores is None
+        else:
+            np.testing.assert_array_equal(verdict.unused_scores, verdict.scores / divisor)
 
 
 def make(node: str) -> Mapping[str, RankingPolicy]:

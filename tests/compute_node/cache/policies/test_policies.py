@@ -148,7 +148,8 @@ def test_decayed_halves_in_a_half_life() -> None:
 
 def test_scored_evicts_the_lowest_score() -> None:
     scores = np.array([[0.9, 0.1, 0.5, 0.2]], dtype=np.float32)
-    assert victims(Scored(scores, {0: 0}), KEYS, 2) == [KEYS[1], KEYS[3]]
+    policy = Scored(advice("scored", scores), scores, {0: 0})
+    assert victims(policy, KEYS, 2) == [KEYS[1], KEYS[3]]
 
 
 def advice(policy: str, scores: np.ndarray | None) -> Advice:
