@@ -64,8 +64,9 @@ class LocalBackend:
         self._timer.enter(layer, settled)
         if step.run_ahead is not None:
             step.run_ahead.reached(layer, used)
-        seen = Seen(layer, hidden, step.streams.get(layer))
-        looks = Looks(prefetcher, seen, sums, waits=0 < settled.num_misses < len(experts))
+        has_hits = settled.num_misses < len(experts)
+        seen = Seen(layer, hidden, step.streams.get(layer) if has_hits else None)
+        looks = Looks(prefetcher, seen, sums, waits=has_hits and settled.num_misses > 0)
         return self._cache.step(
             layer,
             experts,

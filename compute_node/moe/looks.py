@@ -37,6 +37,6 @@ class Looks:
         outputs = [one.so_far() for one in self.sums]
         known = [output for output in outputs if output is not None]
         if len(known) < len(outputs):
-            return self.prefetcher.guess(self.seen) if self.waits else []
+            return self.prefetcher.guess(replace(self.seen, stream=None))
         output = known[0] if len(known) == 1 else torch.cat(known)
         return self.prefetcher.guess(replace(self.seen, output=output))

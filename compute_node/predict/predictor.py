@@ -24,6 +24,11 @@ class Seen:
     stream: Tensor | None = None
     output: Tensor | None = None
 
+    @property
+    def is_early(self) -> bool:
+        """Whether more will be seen of this layer: its output is all that is missing."""
+        return self.stream is not None and self.output is None
+
 
 class Guess(NamedTuple):
     """grade: how sure it is, 0 the surest, less than `NUM_GRADES`; what a grade of a predictor is

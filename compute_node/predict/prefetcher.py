@@ -178,6 +178,8 @@ class Prefetcher:
         self._num_steps += 1
         found = list[ExpertKey]()
         asked = self._worth_asking(seen.layer)
+        if seen.is_early:  # a surer look comes in time for what is further ahead
+            asked = [(number, following) for number, following in asked if number == 0]
         if not asked:
             return found
         depth = min(self.depth + (self._num_steps % _PROBE_STEPS == 0), self.max_depth)
@@ -194,15 +196,15 @@ class Prefetcher:
         predictor = next((one for one in self.predictors if one.knows(seen, layer)), None)
         if predictor is None:
             return []
+        name, has_output = predictor.name, seen.output is not None
         kinds = {
-            ExpertKey(layer, expert): Kind(predictor.name, seen.output is not None, grade)
+            key: Kind(name, has_output, grade)
             for grade, expert in predictor.predict(seen, layer, self.top_k)
+            if (key := ExpertKey(layer, expert)) not in self.resident
         }
         self._retract({key for key in self._sent if key.layer == layer} - kinds.keys())
         fresh = list[ExpertKey]()
         for key, kind in kinds.items():
-            if key in self.resident:
-                continue
             self._named.setdefault(key, set()).add((number, kind))
             pays = self._pays(number, self.distances[number].of(kind))
             if pays and self._send(key, number, kind.predictor):

@@ -104,6 +104,15 @@ def test_a_later_look_withdraws_what_it_does_not_name() -> None:
     assert (worth.right, worth.wrong) == (1, 3)
 
 
+def test_an_early_look_is_for_the_next_layer_only() -> None:
+    """Red when it looks as far as the one that follows it."""
+    node = Node()
+    early = Seen(1, HIDDEN[4:5], stream=HIDDEN[4:5])
+    assert {key.layer for key in node.prefetcher.guess(early)} == {3}
+    late = replace(early, output=HIDDEN[4:5])
+    assert {key.layer for key in node.prefetcher.guess(late)} == {5}
+
+
 def test_the_first_predictor_that_knows_a_layer_is_asked() -> None:
     node = Node(max_depth=1)
     surer = Named("map", {3: [Guess(0, 1)]})
