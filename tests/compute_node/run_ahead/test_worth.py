@@ -1,6 +1,6 @@
 """Run-ahead rests where waits are too short for it or the processor is taken, and tries again.
 
-Planted fault seen red: no probe.
+Planted faults seen red: no probe, waits not looked at.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ def spend(worth: Worth, clocks: Clocks, times: int = 100) -> None:
         assert abs(spent.seconds - 0.01) < 1e-9
 
 
-def due(worth: Worth, tokens: int = 128) -> int:
-    return sum(worth.is_due() for _ in range(tokens))
+def due(worth: Worth, tokens: int = 128, wait_s: float = 0.01) -> int:
+    """How many of these tokens, each of which waits that long."""
+    start_s = worth._waited_s
+    return sum(worth.is_due(start_s + number * wait_s) for number in range(1, tokens + 1))
 
 
 def test_a_processor_of_its_own() -> None:
@@ -58,3 +60,10 @@ def test_waits_too_short_to_see_anything() -> None:
     for _ in range(10):
         worth.ended(foresaw=True)
     assert due(worth) == 128
+
+
+def test_no_waits() -> None:
+    worth = Worth()
+    assert due(worth, wait_s=0.0001) < 128
+    assert due(worth, wait_s=0.0001) == 2, "probes"
+    assert due(worth) > 100
