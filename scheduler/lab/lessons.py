@@ -62,7 +62,7 @@ class Lessons:
         self.std = np.maximum(sample.std(axis=(0, 1, 2)), 1e-3)
 
     def window(self, starts: list[int], num_steps: int) -> Window:
-        """Of so many steps from each of these."""
+        """`num_steps` steps from each of these."""
         spans = [slice(start, start + num_steps) for start in starts]
         used = np.stack([self.used[span] for span in spans])
         rows = _by_layer(np.stack([self.features[span] for span in spans]))
