@@ -11,7 +11,7 @@ from typing import Literal
 import xxhash
 
 _FOLDER = Path(__file__).parent
-_VERSION = 0xD43F18B4E17288  # native/version.h has the same
+_VERSION = 0x26CB50A9B7C0BC13  # native/version.h has the same
 
 NOT_COMPILED = "it was not compiled when FlashMoE was installed"
 OUTDATED = "it was compiled from older sources (install FlashMoE again)"

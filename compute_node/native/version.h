@@ -1,3 +1,3 @@
 /* Of the sources beside this file: tests/compute_node/native/test_binding.py says what it has to be,
  * and compute_node/native/binding.py, which has the same number, takes no library of another. */
-#define KERNELS_VERSION 0xd43f18b4e17288
+#define KERNELS_VERSION 0x26cb50a9b7c0bc13

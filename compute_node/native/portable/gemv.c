@@ -14,7 +14,7 @@ enum {
   ROWS_AT_ONCE = LANES == 16 ? 4 : 1,     /* whose sums fit the registers */
   REST_ROWS = LANES / (REST_SUMS / 2),    /* whose rest sums of first numbers fill a register */
   LINE_BYTES = 64,
-  STEPS_AHEAD = 16,                       /* of SUMS columns, prefetched */
+  STEPS_AHEAD = 8,                        /* of SUMS columns, prefetched */
   CHUNK_BYTES = 128 << 10                 /* what a thread takes at a time */
 };
 

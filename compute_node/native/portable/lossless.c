@@ -51,15 +51,15 @@ INLINE void halve_groups(struct group_sums *groups, int count) {
 
 /* 16 rows' sums of four columns added up in halves. */
 INLINE void add_up_group(const struct group_sums *sums, float totals[ROWS]) {
-  for (int i = 0; i < EACH; i++)
-    for (int rows = 0; rows < 2; rows++) {
-      float even[LANES], odd[LANES];
-      memcpy(even, &sums->even[i][rows], sizeof even);
-      memcpy(odd, &sums->odd[i][rows], sizeof odd);
-      for (int lane = 0; lane < LANES; lane += lane % 4 ? 3 : 1)
-        totals[i * LANES + lane / 4 * 4 + lane % 4 * 2 + rows] =
-            (even[lane] + even[lane + 2]) + (odd[lane] + odd[lane + 2]);
+  for (int i = 0; i < EACH; i++) {
+    vector even_rows = fold(2, sums->even[i][0], sums->odd[i][0]);
+    vector odd_rows = fold(2, sums->even[i][1], sums->odd[i][1]);
+    vector made = fold(LANES / 2, even_rows, odd_rows);
+    for (int lane = 0; lane < LANES / 2; lane++) {
+      totals[i * LANES + 2 * lane] = made[lane];
+      totals[i * LANES + 2 * lane + 1] = made[LANES / 2 + lane];
     }
+  }
 }
 
 INLINE void multiply_packed(const struct lossless_job *job, int64_t number,

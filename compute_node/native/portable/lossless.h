@@ -13,7 +13,7 @@ enum {
   GROUP = 64,
   NUM_GROUPS = TILE / GROUP,
   EACH = GROUP / (4 * LANES), /* registers of a group's numbers of even columns, and of odd ones */
-  AHEAD_LINES = 64,           /* prefetched in each array */
+  AHEAD_LINES = 32,           /* prefetched in each array */
   PARTS = 5 /* arrays that make up a matrix, in the order of struct matrix */
 };
 
@@ -46,6 +46,22 @@ INLINE struct matrix matrix_of(const void *const *parts) {
   return (struct matrix){parts[0], parts[1], parts[2], parts[3], parts[4]};
 }
 
+/* The row's base beside each number of a group. */
+INLINE void bases_of(const uint8_t *rows, vector_bytes bases[EACH]) {
+#if LANES == 16
+  __m128i all = _mm_loadu_si128((const __m128i *)rows);
+  __m512i fours = _mm512_inserti64x4(
+      _mm512_castsi256_si512(_mm256_set_m128i(_mm_srli_si128(all, 4), all)),
+      _mm256_set_m128i(_mm_srli_si128(all, 12), _mm_srli_si128(all, 8)), 1);
+  bases[0] = (vector_bytes)_mm512_shuffle_epi8(
+      fours, _mm512_set4_epi32(0x03030202, 0x01010000, 0x03030202, 0x01010000));
+#else
+  uint8_t numbers[GROUP];
+  for (int i = 0; i < GROUP; i++) numbers[i] = rows[i / 16 * 4 + i % 8 / 2];
+  memcpy(bases, numbers, sizeof numbers);
+#endif
+}
+
 INLINE struct unpacking unpacking_of(const struct matrix *matrix, int64_t block, int64_t num_tiles) {
   struct unpacking unpacking = {
       .signs = matrix->signs + block * num_tiles * TILE,
@@ -53,9 +69,7 @@ INLINE struct unpacking unpacking_of(const struct matrix *matrix, int64_t block,
       .next = matrix->outliers + (block ? matrix->ends[block - 1] : 0),
       .end = matrix->outliers + matrix->ends[block],
   };
-  uint8_t bases[GROUP];
-  for (int i = 0; i < GROUP; i++) bases[i] = matrix->bases[block * ROWS + i / 16 * 4 + i % 8 / 2];
-  memcpy(unpacking.bases, bases, sizeof bases);
+  bases_of(matrix->bases + block * ROWS, unpacking.bases);
   return unpacking;
 }
 
