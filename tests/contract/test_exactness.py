@@ -247,7 +247,8 @@ def test_native_kernels_are_exact(
     by_amx = "amx_bf16" in cpu or ("avx512_bf16" in cpu and binding.isa() == binding.PORTABLE)
     assert prober.gemv.count(native=True) >= 4 or by_amx, "experts, attention, output"
     if weight_format == "lossless":
-        assert [v.way for v in prober.lossless_gemv.known.values()] == [1, 1] or by_amx
+        ways = [verdict.way for verdict in prober.lossless_gemv.known.values()]
+        assert (len(ways) >= 2 and set(ways) == {1}) or by_amx, "whatever number of threads asks"
     if setting == "auto" and binding.isa() == binding.PORTABLE:
         assert not tried, "the first prompt waits for no comparison"
     assert prober.gemm.count(native=True) >= 4 or by_amx, "experts of the prompt"
