@@ -64,7 +64,7 @@ class Predictor(Protocol):
 
 # Of a score's distance from the boundary between what is chosen and what is not, over the spread of
 # the candidates' scores: the least of each grade, and the least that is named at all.
-_LEAST = (0.45, 0.3, 0.2, 0.15, 0.1, 0.05, 0.0, -0.05, -0.1)
+_LEAST = (0.45, 0.3, 0.2, 0.15, 0.1, 0.075, 0.05, 0.025, 0.0, -0.025, -0.05, -0.1)
 NUM_GRADES = len(_LEAST)
 _BEYOND = 4  # candidates past the chosen
 

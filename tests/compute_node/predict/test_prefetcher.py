@@ -246,8 +246,8 @@ def test_the_residual_stream_and_what_was_added_to_it_are_asked_about_where_both
 def test_grades_are_by_the_distance_from_the_boundary() -> None:
     """What is as good as chosen is named, too; what is far from it is not."""
     scores = torch.tensor([[10.0, 5.2, 5.0, 4.9, 4.5, 0.0, 0.0, 0.0]])
-    assert graded(scores, 2) == [Guess(0, 0), Guess(6, 1), Guess(7, 2), Guess(7, 3), Guess(8, 4)]
-    assert graded(scores[:, :2], 2) == [Guess(0, 0), Guess(6, 1)]
+    assert graded(scores, 2) == [Guess(0, 0), Guess(8, 1), Guess(9, 2), Guess(9, 3), Guess(11, 4)]
+    assert graded(scores[:, :2], 2) == [Guess(0, 0), Guess(8, 1)]
     both = torch.cat([scores, scores.flip(1)])
     assert [guess.expert for guess in graded(both, 2)] == [0, 7, 1, 6, 2, 3, 4, 5]
 
