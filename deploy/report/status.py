@@ -78,6 +78,8 @@ _COUNTED_BY_STORE = (
     "prefetches_used",
     "prefetches_withdrawn",
     "prefetch_bytes_wasted",
+    "prefetch_bytes_read",
+    "prefetch_bytes_used",
 )
 _HELD_BY_STORE = (
     "slots_leased",
@@ -94,6 +96,7 @@ def _store_facts(stats: Stats) -> Facts:
     return {
         **_pick(stats, _COUNTED_BY_STORE),
         "device_bytes_per_s": round(stats.bytes_read / stats.busy_s) if stats.busy_s else None,
+        "disk_busy_share": round(stats.busy_share, 4),
         **_pick(stats, _HELD_BY_STORE),
     }
 

@@ -44,6 +44,11 @@ def _health(facts: Facts, absence: str) -> str:
     return f"away: {absence}" if health == "away" else _HEALTH.get(health, health)
 
 
+def _used_share(used_bytes: int, read_bytes: int) -> str:
+    """Empty while nothing was read ahead."""
+    return f"; {used_bytes / read_bytes:.0%} of its bytes used" if read_bytes else ""
+
+
 def _store_rows(facts: Facts) -> dict[str, str]:
     rate = facts["device_bytes_per_s"]
     damaged = facts["quarantined"]
@@ -56,7 +61,9 @@ def _store_rows(facts: Facts) -> dict[str, str]:
         + f"; {count(facts['demand_reads'], 'expert')} on demand, "
         f"{facts['prefetch_reads']:,} ahead",
         "read ahead": f"{facts['prefetches_used']:,} used, {facts['prefetches_withdrawn']:,} "
-        f"withdrawn, {console.size(facts['prefetch_bytes_wasted'])} read for nothing",
+        f"withdrawn, {console.size(facts['prefetch_bytes_wasted'])} read for nothing"
+        + _used_share(facts["prefetch_bytes_used"], facts["prefetch_bytes_read"]),
+        "disk": f"busy {facts['disk_busy_share']:.1%} of the time since the store started",
         "from memory": f"{count(facts['shared_hits'], 'expert')} lent without a read",
         "slots": f"{facts['slots_leased']:,} lent, {facts['slots_filling']:,} being filled, "
         f"{facts['slots_reclaimable']:,} kept and not lent, {facts['slots_free']:,} free",

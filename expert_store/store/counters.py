@@ -33,6 +33,12 @@ class Counters:
     prefetch_bytes_wasted: int = counter(
         "flashmoe_store_prefetch_wasted_bytes", "Read for prefetches that nobody asked for"
     )
+    prefetch_bytes_read: int = counter(
+        "flashmoe_store_prefetch_read_bytes", "Asked of the device before a session waited for them"
+    )
+    prefetch_bytes_used: int = counter(
+        "flashmoe_store_prefetch_used_bytes", "Of those, of records that a session acquired"
+    )
     read_s: float = counter(
         "flashmoe_store_read_seconds", "Device and verification time", start=0.0
     )

@@ -35,6 +35,7 @@ class Fill:
     waiters: sessions that acquired it, each with what delivers its lease
     wishers: sessions that prefetched it
     part, view, assembly: from its first read on
+    ahead_bytes: asked of the device while it was a prefetch
     """
 
     record: ExpertRecord
@@ -46,6 +47,7 @@ class Fill:
     view: memoryview | None = None
     assembly: Assembly | None = None
     num_issued: int = 0
+    ahead_bytes: int = 0
     num_in_flight: int = 0
     is_withdrawn: bool = False
     error: errors.FlashMoEError | None = None
@@ -76,6 +78,8 @@ class Fill:
         piece = self.assembly.pieces[self.num_issued]
         self.num_issued += 1
         self.num_in_flight += 1
+        if self.priority is Priority.PREFETCH:
+            self.ahead_bytes += piece.needed_bytes
         return PieceRead(
             piece.file,
             piece.offset_bytes,

@@ -16,6 +16,7 @@ from expert_store.manifest.extents import ExpertRecord
 from expert_store.store.counters import Counters
 from expert_store.store.fill import NOW, Fill, PieceRead, Priority, Turn
 from proto.expert import RecordKey
+from proto.stats import gauge
 
 
 @dataclass
@@ -37,6 +38,7 @@ class ReadQueue:
     _order: itertools.count[int] = field(default_factory=itertools.count)
     _num_at_device: int = 0
     _busy_since_ns: int = 0
+    _start_ns: int = field(default_factory=time.perf_counter_ns)
     _is_stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -70,7 +72,9 @@ class ReadQueue:
                 fill = self._first_with_memory()
             if fill is None:
                 break
+            ahead_bytes = fill.ahead_bytes
             reads.append(fill.next_read())
+            self.counters.prefetch_bytes_read += fill.ahead_bytes - ahead_bytes
             if self._num_at_device == 0:
                 self._busy_since_ns = time.perf_counter_ns()
             self._num_at_device += 1
@@ -84,6 +88,15 @@ class ReadQueue:
         if self._num_at_device == 0:
             self.counters.busy_s += (fill.arrived_ns - self._busy_since_ns) / 1e9
             self._left.notify_all()
+
+    @property
+    @gauge("flashmoe_store_busy_share", "Share of the time since start with a read at the device")
+    def busy_share(self) -> float:
+        """In [0, 1]; the reads at the device now count too."""
+        with self.lock:
+            now_ns = time.perf_counter_ns()
+            busy_ns = now_ns - self._busy_since_ns if self._num_at_device else 0
+            return (self.counters.busy_s * 1e9 + busy_ns) / (now_ns - self._start_ns)
 
     def close(self, fill: Fill) -> None:
         """The fill is not under way any more: whole, failed or withdrawn."""

@@ -49,6 +49,7 @@ class Part:
 
     start_bytes: where it begins in the slot
     released: when it became reclaimable, in the pool's own time
+    ahead_bytes: read before a session waited for the record; 0 once one acquired it
     is_speculative: it was filled because a session may want it, and no session has asked for it yet
     """
 
@@ -59,6 +60,7 @@ class Part:
     generation: int = 0
     key: RecordKey | None = None
     released: int = 0
+    ahead_bytes: int = 0
     is_speculative: bool = False
 
     @property

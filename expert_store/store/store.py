@@ -70,8 +70,8 @@ class ExpertStore:
 
     def snapshot(self) -> stats_pb.Snapshot:
         """What it counts and holds now."""
-        slots = SlotCounts(**self.slots.counts())
-        return stats.snapshot(self.counters, slots, self.sessions, self.quarantined, self)
+        held = SlotCounts(**self.slots.counts()), self.sessions, self.quarantined
+        return stats.snapshot(self.counters, *held, self._reads, self)
 
     def acquire(self, session: Session, keys: Sequence[RecordKey], deliver: Deliver) -> None:
         """Lend every key. `deliver` gets the leases of what is in memory before this returns, the
@@ -207,15 +207,13 @@ class ExpertStore:
             raise errors.QueueFull(f"{num_waiting} reads are waiting already: retry later")
 
     def _find_or_read(self, session: Session, key: RecordKey, deliver: Deliver) -> pb.Lease | None:
-        part = self.slots.find(key)
-        if part is not None:
+        if (part := self.slots.find(key)) is not None:
             self.counters.shared_hits += 1
             return self._lend(session, key, part)
         if key in self.quarantined:
             self.sessions.drop_awaited(session, key)
             return leases.refused(key, self.quarantined.error(key))
-        fill = self._reads.fills.get(key)
-        if fill is None:
+        if (fill := self._reads.fills.get(key)) is None:
             fill = self._reads.start(self.manifest.records[key], Priority.DEMAND)
         fill.waiters.append((session, deliver))
         self._reads.want(fill, Priority.DEMAND)
@@ -261,7 +259,8 @@ class ExpertStore:
         assert part is not None
         fill.is_withdrawn = False  # too late: nothing of it is given up any more
         self.slots.seal(part, fill.record.key)
-        part.is_speculative = fill.priority is Priority.PREFETCH
+        is_guess = fill.priority is Priority.PREFETCH
+        part.is_speculative, part.ahead_bytes = is_guess, fill.ahead_bytes
         self.counters.count_read(fill)
         deliveries = []
         for number, (session, deliver) in enumerate(fill.waiters):
@@ -295,5 +294,6 @@ class ExpertStore:
         if not self.sessions.lease(session, key, part):
             return None
         self.counters.prefetches_used += part.is_speculative
-        part.is_speculative = False
+        self.counters.prefetch_bytes_used += part.ahead_bytes
+        part.is_speculative, part.ahead_bytes = False, 0
         return leases.granted(self.manifest.records[key], part, read)

@@ -106,7 +106,7 @@ class TestRefusesToStart:
 
 def test_metrics_name_every_counter() -> None:
     """By name and label; the same counts reach `flashmoe status` by their keys."""
-    counters = Counters(5, 6, 4, 7, 8, 9, 12, 13, 14, 1.5, 2.5)
+    counters = Counters(5, 6, 4, 7, 8, 9, 12, 13, 14, 20, 15, 1.5, 2.5)
     shown = stats.snapshot(counters, SlotCounts(1, 2, 3, 4))
     registry = CollectorRegistry()
     registry.register(SnapshotCollector(lambda: shown))
@@ -122,6 +122,8 @@ def test_metrics_name_every_counter() -> None:
     assert value("flashmoe_store_prefetches_withdrawn_total") == 12
     assert value("flashmoe_store_prefetches_used_total") == 13
     assert value("flashmoe_store_prefetch_wasted_bytes_total") == 14
+    assert value("flashmoe_store_prefetch_read_bytes_total") == 20
+    assert value("flashmoe_store_prefetch_used_bytes_total") == 15
     counts = {"free": 1, "filling": 2, "leased": 3, "reclaimable": 4}
     assert {s: value("flashmoe_store_slots", {"state": s}) for s in counts} == counts
 

@@ -27,6 +27,9 @@ STORE: dict[str, Any] = {
     "prefetches_used": 0,
     "prefetches_withdrawn": 0,
     "prefetch_bytes_wasted": 0,
+    "prefetch_bytes_read": 0,
+    "prefetch_bytes_used": 0,
+    "disk_busy_share": 0.0,
     "device_bytes_per_s": None,
     "slots_leased": 0,
     "slots_free": 260,
@@ -105,6 +108,7 @@ def worth(predictor: str, layers_ahead: int, recall: float | None) -> dict[str, 
 BUSY = {
     "expert_store": STORE
     | {"bytes_read": 1 << 30, "device_bytes_per_s": 1 << 21}
+    | {"prefetch_bytes_read": 1 << 22, "prefetch_bytes_used": 3 << 20, "disk_busy_share": 0.625}
     | {"demand_reads": 1, "quarantined": ["L07E113"]},
     "compute_node": NODE
     | {"hit_ratio": 0.9591, "advice_age_s": 1.74, "store_reconnects": 1}
@@ -130,6 +134,10 @@ def test_a_page_has_words_only(found: dict[str, Any]) -> None:
 def test_what_a_page_says() -> None:
     busy = status_rows(BUSY, {})
     assert busy["expert store"]["read"] == "1.0 GiB at 2.0 MiB/s; 1 expert on demand, 0 ahead"
+    assert busy["expert store"]["read ahead"].endswith(
+        "0 bytes read for nothing; 75% of its bytes used"
+    )
+    assert busy["expert store"]["disk"] == "busy 62.5% of the time since the store started"
     assert busy["expert store"]["damaged"] == "L07E113: `flashmoe verify` names the files"
     assert busy["scheduler"]["evidence"] == "0 steps seen, 3 lost"
     assert busy["scheduler"]["learning"] == "off: Redis takes no advice"

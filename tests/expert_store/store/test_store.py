@@ -39,6 +39,7 @@ from expert_store.store.verified_read import add_piece, open_files
 from proto import errors, shm
 from proto import expert_store_pb2 as pb
 from proto.expert import ExpertKey, RecordKey
+from proto.stats import Stats
 from tests.expert_store.raw_session import DEADLINE_S, counts_add_up, until
 from tests.expert_store.stores import (
     FILE_NAME,
@@ -480,6 +481,63 @@ def test_what_is_withdrawn_is_not_read(store_dir: Path, disk: Disk) -> None:
         until(lambda: store.is_idle)
         assert disk.order == [KEYS[0], KEYS[3]]
         assert store.counters.prefetches_withdrawn == 2
+
+
+def test_bytes_read_ahead_are_used_once_a_session_acquires_their_record(
+    store_dir: Path, disk: Disk
+) -> None:
+    """A demand for a record half read ahead uses that half; what is withdrawn was not used; and
+    nothing is used twice.
+
+    Planted faults seen red: a demand's pieces counted as read ahead; a second lease counted again;
+    a withdrawn record's bytes counted as used.
+    """
+    with a_store(store_dir, disk, read_depth=1, num_slots=9, piece_bytes=4096) as store:
+        borrower, other, counters = Borrower(store), Borrower(store, 1), store.counters
+        disk.gate.clear()
+        store.prefetch(borrower.session, [KEYS[0]])
+        until(lambda: bool(disk.order))
+        borrower.ask(KEYS[0])
+        disk.gate.set()
+        borrower.wait(KEYS[0])
+        half_bytes = counters.prefetch_bytes_read
+        assert 0 < half_bytes <= 4096 < PAYLOAD_BYTES
+        assert counters.prefetch_bytes_used == half_bytes
+        other.get(KEYS[0])
+        assert counters.prefetch_bytes_used == half_bytes
+
+        store.prefetch(borrower.session, [KEYS[1]])
+        until(lambda: store.is_idle)
+        assert counters.prefetch_bytes_read >= half_bytes + PAYLOAD_BYTES
+        assert counters.prefetch_bytes_used == half_bytes
+        borrower.get(KEYS[1])
+        assert counters.prefetch_bytes_used == counters.prefetch_bytes_read
+
+        used_bytes = counters.prefetch_bytes_used
+        disk.gate.clear()
+        store.prefetch(borrower.session, [KEYS[2]])
+        store.withdraw(borrower.session, [KEYS[2]])
+        disk.gate.set()
+        until(lambda: store.is_idle)
+        borrower.get(KEYS[2])
+        assert counters.prefetch_bytes_used == used_bytes < counters.prefetch_bytes_read
+
+
+def test_the_busy_share_counts_the_read_at_the_device(store_dir: Path, disk: Disk) -> None:
+    """A read that never ends would leave an idle disk otherwise.
+
+    Planted fault seen red: only reads that ended counted.
+    """
+    with a_store(store_dir, disk, read_depth=1) as store:
+        assert Stats.from_pb(store.snapshot()).busy_share == 0
+        disk.gate.clear()
+        Borrower(store).ask(KEYS[0])
+        until(lambda: bool(disk.order))
+        assert store.counters.busy_s == 0
+        assert 0 < Stats.from_pb(store.snapshot()).busy_share < 1
+        disk.gate.set()
+        until(lambda: store.is_idle)
+        assert 0 < Stats.from_pb(store.snapshot()).busy_share < 1
 
 
 def test_what_is_withdrawn_half_read_is_read_no_further(store_dir: Path, disk: Disk) -> None:
