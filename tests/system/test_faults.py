@@ -58,11 +58,21 @@ def generate_disturbed(stack: ServedStack, victim: str) -> list[int]:
         return generation.result.token_ids
 
 
+@pytest.fixture(params=["always", "off"])
+def run_ahead(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
+    """Options of a stack whose node runs ahead at every layer, or not at all; by default it does
+    where waits are long, which those of the shipped model are not.
+    """
+    settings = tmp_path / "flashmoe.toml"
+    settings.write_text(f'[compute_node]\nrun_ahead = "{request.param}"\n')
+    return "--config", str(settings)
+
+
 @pytest.mark.parametrize("victim", ["expert_store", "scheduler", "valkey"])
 def test_killed_during_generation_the_tokens_are_the_same(
-    victim: str, tiny_store: Path, run_dir: Path
+    victim: str, tiny_store: Path, run_dir: Path, run_ahead: tuple[str, str]
 ) -> None:
-    with served(tiny_store, run_dir) as stack:
+    with served(tiny_store, run_dir, *run_ahead) as stack:
         undisturbed = stack.generate(max_tokens=TOKENS)
         assert generate_disturbed(stack, victim) == undisturbed
         assert_healthy_and_idle(stack)
@@ -136,9 +146,11 @@ def test_sigterm_under_load_fails_no_request_in_flight(tiny_store: Path, run_dir
         assert len(results) == 3 and all(len(tokens) == TOKENS for tokens in results)
 
 
-def test_client_that_vanishes_frees_the_node(tiny_store: Path, run_dir: Path) -> None:
+def test_client_that_vanishes_frees_the_node(
+    tiny_store: Path, run_dir: Path, run_ahead: tuple[str, str]
+) -> None:
     """Fault: a job that ignores its cancellation keeps the next request waiting for minutes."""
-    with served(tiny_store, run_dir, "--experts-memory", "32") as stack:
+    with served(tiny_store, run_dir, "--experts-memory", "32", *run_ahead) as stack:
         with stack.client() as node:
             generation = node.generate("In the beginning", max_tokens=1900, ignore_eos=True)
             next(iter(generation))
