@@ -1,7 +1,6 @@
 """The correction in numpy says what the net in torch says, and learns what a step gives away.
 
-Planted faults seen red: layers summed from the last to the first, targets of the step itself,
-forecasts of the same step instead of the one before.
+Planted fault seen red: what layers say summed from the last to the first.
 """
 
 from __future__ import annotations
