@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "run_ahead"
 ON = "on"
-_MOST_OPEN = 16  # guesses: beyond, they would push each other out
+_SLOTS_A_GUESS = 16  # of these one may be given up: more would cost more hits than they save
 _MOST_WRONG = 1  # experts of one token that a second pass may have named wrongly before it ends
 _MOST_COMPUTED = 2  # experts of a layer: the heaviest; more see little more, and see it later
 
@@ -89,6 +89,7 @@ class RunAhead:
 
     def __post_init__(self) -> None:
         self._places = {layer: place for place, layer in enumerate(self.moe_layers)}
+        self._most_open = self.cache.room.num_spare + self.cache.capacity.slots // _SLOTS_A_GUESS
         self._lead = len(self.moe_layers) - 1  # beyond, it would need states that are not there yet
 
     @contextmanager
@@ -188,7 +189,7 @@ class RunAhead:
     def foresee(self, num_tokens: int, layer: int, experts: Sequence[int]) -> bool:
         place = (self._first + num_tokens) * len(self.moe_layers) + self._places[layer]
         distance = place - self._place
-        if distance > self._lead or len(self.foresight) >= _MOST_OPEN:
+        if distance > self._lead or len(self.foresight) >= self._most_open:
             return True
         self.num_layers += 1
         chosen = self._chosen[place] = [ExpertKey(layer, expert) for expert in experts]
