@@ -47,7 +47,9 @@ class RoutedExperts:
         step = current_step()
         if step.emulation is not None:
             route = Route(topk_ids, topk_weights)
-            return step.emulation.experts(self.layer, self._kernels, hidden, route)
+            return step.emulation.experts(
+                self.layer, self._kernels, module.num_experts, hidden, route
+            )
         scores = step.scores.get(self.layer) if step.scores is not None else None
         route = self._policy.apply(Route(topk_ids, topk_weights, scores), self._backend.resident)
         ids, num_experts = route.ids.tolist(), module.num_experts

@@ -82,7 +82,9 @@ class RunsAhead(Protocol):
 class Emulates(Protocol):
     """Stands for the experts of a second forward, whose output is only a guess."""
 
-    def experts(self, layer: int, kernels: ExpertKernels, hidden: Tensor, route: Route) -> Tensor:
+    def experts(
+        self, layer: int, kernels: ExpertKernels, num_experts: int, hidden: Tensor, route: Route
+    ) -> Tensor:
         """An estimate of the layer's output, [T, D]. hidden: [T, D]"""
         ...
 

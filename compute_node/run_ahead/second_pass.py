@@ -146,13 +146,16 @@ class SecondPass:
     def _pause(self) -> None:
         self._true.switch()
 
-    def experts(self, layer: int, kernels: ExpertKernels, hidden: Tensor, route: Route) -> Tensor:
+    def experts(
+        self, layer: int, kernels: ExpertKernels, num_experts: int, hidden: Tensor, route: Route
+    ) -> Tensor:
         """An estimate of the layer's output from the heaviest experts that are resident, whose
         weights stand for those of all. hidden: [1, D]
         """
         if layer <= self.stalled:
             return self._start.so_far.view_as(hidden).to(hidden.dtype)
-        gates = dict(zip(route.ids[0].tolist(), route.weights[0].tolist(), strict=True))
+        chosen = zip(route.ids[0].tolist(), route.weights[0].tolist(), strict=True)
+        gates = {expert: gate for expert, gate in chosen if expert < num_experts}
         order = sorted(gates, key=gates.__getitem__, reverse=True)
         self.pause_if_due()
         while self._guide.foresee(len(self.drawn), layer, order):
