@@ -120,7 +120,6 @@ def test_what_raises_in_it_ends_it_alone(
 
 def test_a_cancelled_step_leaves_nothing(tmp_path: Path) -> None:
     with ahead("mixtral", tmp_path) as (node, run_ahead, expected):
-        threads = torch.get_num_threads()
         num_cancelled = 0
         for num_checks in range(8, 60):
             left = [None] * num_checks
@@ -135,10 +134,25 @@ def test_a_cancelled_step_leaves_nothing(tmp_path: Path) -> None:
             except errors.Cancelled:
                 num_cancelled += 1
             assert run_ahead._second is None and run_ahead.layers.second is None
-            assert torch.get_num_threads() == threads
             assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         assert num_cancelled > 8
         assert is_exact(node, expected)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_true_pass_keeps_its_threads(tmp_path: Path) -> None:
+    with ahead("mixtral", tmp_path) as (node, run_ahead, _):
+        for _ in node.generate(Request(tuple(prompt()), 4, ignore_eos=True)):
+            assert torch.get_num_threads() == 2
+        assert run_ahead.num_starts > 0
 
 
 def test_a_damaged_guess_harms_nobody(
