@@ -115,7 +115,7 @@ def test_another_form_is_refused_in_a_sentence() -> None:
 
 async def test_a_new_counter_needs_no_other_file(run_dir: Path) -> None:
     """From its declaration above to `flashmoe status --json`, by way of gRPC."""
-    sources = Counters(), SlotCounts(1, 2, 3, 4), Sessions(), Quarantine(), Pond(frogs=4)
+    sources = Counters(), SlotCounts(1, 2, 3, 4), Sessions(), Quarantine(), Disk(), Pond(frogs=4)
 
     def answer(request: bytes) -> bytes:
         return stats.snapshot(*sources).SerializeToString()
@@ -141,6 +141,11 @@ async def test_status_says_that_a_daemon_is_older(run_dir: Path) -> None:
 class Sessions:
     open: int = gauge("flashmoe_store_sessions", "Sessions", key="sessions", start=0)
     orphaned_sessions: int = gauge("flashmoe_store_sessions", "Sessions", start=0)
+
+
+@dataclass
+class Disk:
+    busy_share: float = gauge("flashmoe_store_busy_share", "Share of the time", start=0.0)
 
 
 NOBODY: dict[str, dict[str, Any]] = {

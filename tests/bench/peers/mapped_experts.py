@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from compute_node.cache.asked import never
+from compute_node.cache.asked import Meanwhile, never, sleep
 from compute_node.cache.counters import LayerCounters
 from compute_node.store.memory import TORCH_DTYPES, Borrowed
 from expert_store.manifest.extents import Extent
@@ -44,6 +44,7 @@ class MappedExperts:
         check: Callable[[], None] = never,
         disproved: Callable[[], Sequence[ExpertKey]] = tuple,
         guess: Callable[[], Sequence[ExpertKey]] = tuple,
+        meanwhile: Meanwhile = sleep,
     ) -> tuple[set[int], Iterator[list[Borrowed]]]:
         """All experts of the step are asked of the kernel at once, then lent one by one."""
         check()
