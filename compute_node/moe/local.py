@@ -64,21 +64,18 @@ class LocalBackend:
         self._timer.enter(layer, settled)
         if step.run_ahead is not None:
             step.run_ahead.reached(layer, used)
-        has_hits = settled.num_misses < len(experts)
+        has_misses, has_hits = settled.num_misses > 0, settled.num_misses < len(experts)
         seen = Seen(layer, hidden, step.streams.get(layer) if has_hits else None)
-        looks = Looks(prefetcher, seen, sums, waits=has_hits and settled.num_misses > 0)
+        looks = Looks(prefetcher, seen, sums, waits=has_hits and has_misses)
+        runs_ahead = step.run_ahead is not None and has_misses  # its guesses are better
         return self._cache.step(
             layer,
             experts,
             step.check,
             prefetcher.take_disproved,
-            tuple if self._waits(step, used) else looks.next,
+            tuple if runs_ahead else looks.next,
             meanwhile,
         )
-
-    def _waits(self, step: Step, used: Sequence[ExpertKey]) -> bool:
-        """Whether run-ahead will have time, whose guesses are better."""
-        return step.run_ahead is not None and any(key not in self._cache for key in used)
 
     def _meanwhile(self, step: Step, sums: Sequence[Sum]) -> Meanwhile:
         """What to do while experts are awaited."""

@@ -38,7 +38,7 @@ _MOST_COMPUTED = 2  # experts of a layer: the heaviest; more see little more, an
 
 @dataclass
 class _Token:
-    """One decode step. draw: makes what draws the tokens after it"""
+    """One decode step. new_draw: makes what draws the tokens after it"""
 
     token: Tensor
     state: Any

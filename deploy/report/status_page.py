@@ -128,9 +128,7 @@ def _unknown_layers(facts: Facts) -> str:
 
 _PREDICTORS = {
     "next_router": "by the next routers",
-    "map": "by the trained map",
     "run_ahead": "by running ahead",
-    "next_token": "by the next token",
 }
 
 
