@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from scheduler.lab.best import Best, move_average
 from scheduler.lab.calibration_settings import CalibrationSettings
-from scheduler.lab.correction_net import move_average, train_correction
+from scheduler.lab.correction_net import train_correction
 from scheduler.lab.forecaster_net import Net, export
 from scheduler.lab.lessons import Lessons, Report, Window
 from scheduler.learn.forecaster import Forecaster
@@ -79,7 +80,7 @@ def _train(
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay
     )
-    best, best_loss, since_best = copy.deepcopy(average), float("inf"), 0
+    best = Best(average, how.patience)
     for update in range(1, how.max_updates + 1):
         _set_learning_rate(optimizer, how, update)
         loss = _loss(net, _draw(lessons, learned, how, random))
@@ -92,12 +93,9 @@ def _train(
             continue
         held_out_loss = _evaluate(average, lessons, held_out)
         report(f"update {update}: held-out loss {held_out_loss:.4f}")
-        since_best += 1
-        if held_out_loss < best_loss:
-            best, best_loss, since_best = copy.deepcopy(average), held_out_loss, 0
-        if since_best >= how.patience:
+        if best.is_final(average, held_out_loss):
             break
-    return best
+    return best.net
 
 
 def _split(

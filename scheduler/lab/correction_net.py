@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from proto.correction import Correction
+from scheduler.lab.best import Best, move_average
 from scheduler.lab.calibration_settings import CalibrationSettings
 from scheduler.lab.lessons import Report, distances
 from scheduler.simulate.trace import AccessTrace
@@ -101,7 +102,7 @@ def train_correction(
     net = CorrectionNet(trace.shape, how.correction_width)
     average = copy.deepcopy(net).eval()
     optimizer = torch.optim.AdamW(net.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    best, best_loss, since_best = copy.deepcopy(average), _judge(average, drills, to_judge), 0
+    best = Best(average, PATIENCE, _judge(average, drills, to_judge))
     for update in range(1, how.correction_updates + 1):
         left = 1 - 0.9 * update / how.correction_updates
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, update / 50) * left
@@ -114,12 +115,9 @@ def train_correction(
             continue
         held_out_loss = _judge(average, drills, to_judge)
         report(f"correction {update}: held-out loss {held_out_loss:.4f}")
-        since_best += 1
-        if held_out_loss < best_loss:
-            best, best_loss, since_best = copy.deepcopy(average), held_out_loss, 0
-        if since_best >= PATIENCE:
+        if best.is_final(average, held_out_loss):
             break
-    return best.export()
+    return best.net.export()
 
 
 def _loss(net: CorrectionNet, batch: Batch) -> Tensor:
@@ -133,11 +131,3 @@ def _judge(net: CorrectionNet, drills: Drills, steps: NDArray[np.intp]) -> float
     with torch.no_grad():
         losses = [float(_loss(net, drills.batch(part))) for part in parts]
     return float(np.average(losses, weights=[len(part) for part in parts]))
-
-
-def move_average(average: nn.Module, net: nn.Module, update: int, average_updates: int) -> None:
-    """Of about the last `average_updates` updates; of fewer in the beginning."""
-    share = max(1 / average_updates, 1 / (1 + update / 10))
-    with torch.no_grad():
-        for kept, new in zip(average.parameters(), net.parameters(), strict=True):
-            kept.lerp_(new, min(1.0, share))
