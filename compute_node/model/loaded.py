@@ -199,6 +199,7 @@ def _prefetcher(
     return Prefetcher(
         layers=spec.moe_layers,
         predictors=[routers.next_routers],
+        truth=routers.next_routers.truth,
         top_k=spec.top_k,
         resident=cache,
         read_s=lambda: cache.read_s,

@@ -60,7 +60,7 @@ class LocalBackend:
             self._timer.leave()
             return self._cache.step(layer, experts, step.check)
         used = [ExpertKey(layer, expert) for expert in experts]
-        settled = prefetcher.settle(layer, used)
+        settled = prefetcher.settle(layer, used, hidden)
         self._timer.enter(layer, settled)
         if step.run_ahead is not None:
             step.run_ahead.reached(layer, used)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node.predict.predictor import Guess, Seen, graded
+from compute_node.predict.predictor import Seen
 
 
 @dataclass(frozen=True)
@@ -60,5 +60,11 @@ class NextRouters:
     def knows(self, seen: Seen, layer: int) -> bool:
         return layer in self.routers
 
-    def predict(self, seen: Seen, layer: int, top_k: int) -> list[Guess]:
-        return graded(self.routers[layer].foresee(seen), top_k)
+    def scores(self, seen: Seen, layer: int) -> Tensor:
+        return self.routers[layer].foresee(seen)
+
+    def truth(self, layer: int, hidden: Tensor) -> Tensor:
+        """What `scores` foretells, [T, E], once `layer` is reached: its router's own. hidden: what
+        its experts get, [T, D]
+        """
+        return self.routers[layer].scores(hidden)

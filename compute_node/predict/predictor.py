@@ -53,12 +53,9 @@ class Predictor(Protocol):
         while a model runs.
         """
 
-    def predict(self, seen: Seen, layer: int, top_k: int) -> list[Guess]:
-        """What these tokens may want of `layer`; the surest first, no expert twice.
-
-        top_k: the number of experts a token uses
-
-        Called only for what it knows.
+    def scores(self, seen: Seen, layer: int) -> Tensor:
+        """What the router of `layer` may give these tokens, [T, E], higher: sooner chosen. Called
+        only for what it knows.
         """
 
 

@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from torch import Tensor
+
+from compute_node.predict.drift import Drift, Way
 from compute_node.predict.foresight import Foresight, Settled
-from compute_node.predict.predictor import NUM_GRADES, Predictor, Seen
+from compute_node.predict.predictor import NUM_GRADES, Predictor, Seen, graded
 from proto.expert import ExpertKey
 from proto.stats import counter, gauge
 
@@ -87,6 +90,8 @@ class Prefetcher:
 
     layers:    with experts, in the order in which they run
     predictors: name what later layers will want; the first that knows a layer is asked
+    truth:     what they foretell, [T, E], of a layer that is reached. Called
+               with what its experts get, [T, D]
     resident:  what need not be guessed
     read_s:    seconds that one expert takes from the device, as last measured
     piece_s:   of those, what a demand may wait for behind a wrong guess
@@ -99,6 +104,7 @@ class Prefetcher:
 
     layers: tuple[int, ...]
     predictors: Sequence[Predictor]
+    truth: Callable[[int, Tensor], Tensor]
     top_k: int
     resident: Residency
     read_s: Callable[[], float]
@@ -106,6 +112,7 @@ class Prefetcher:
     max_guesses: int
     max_depth: int
     foresight: Foresight = field(default_factory=Foresight)
+    drift: Drift = field(default_factory=Drift)
     distances: list[Distance] = field(default_factory=list)
     num_unguessed: int = counter(
         "flashmoe_node_unguessed_misses",
@@ -139,10 +146,12 @@ class Prefetcher:
                 return number
         return self.max_depth
 
-    def settle(self, layer: int, used: Sequence[ExpertKey]) -> Settled:
+    def settle(self, layer: int, used: Sequence[ExpertKey], hidden: Tensor) -> Settled:
         """The router of `layer` has spoken: closes the guesses about it. Comes before the cache
-        hears of the step.
+        hears of the step. hidden: [T, D], what its experts get
         """
+        if self.drift.is_open(layer):
+            self.drift.settle(layer, self.truth(layer, hidden))
         misses = [key for key in used if key not in self.resident]
         need = self._needs[layer]
         change = _SMOOTHING * (len(misses) - need.misses)
@@ -197,9 +206,11 @@ class Prefetcher:
         if predictor is None:
             return []
         name, has_output = predictor.name, seen.output is not None
+        scores = predictor.scores(seen, layer)
+        scores = self.drift.corrected(layer, Way.of(name, seen), scores)
         kinds = {
             key: Kind(name, has_output, grade)
-            for grade, expert in predictor.predict(seen, layer, self.top_k)
+            for grade, expert in graded(scores, self.top_k)
             if (key := ExpertKey(layer, expert)) not in self.resident
         }
         self._retract({key for key in self._sent if key.layer == layer} - kinds.keys())

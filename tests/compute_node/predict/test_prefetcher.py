@@ -36,6 +36,7 @@ class Node:
         self.prefetcher = Prefetcher(
             layers=tuple(LAYERS),
             predictors=[self.predictor],
+            truth=self.predictor.truth,
             top_k=TOP_K,
             resident=self.resident,
             read_s=lambda: READ_S,
@@ -52,7 +53,7 @@ class Node:
 
     def settle(self, layer: int, *experts: int) -> list[str]:
         used = [ExpertKey(layer, expert) for expert in experts]
-        self.prefetcher.settle(layer, used)
+        self.prefetcher.settle(layer, used, HIDDEN[4:5])
         return [str(key) for key in self.prefetcher.take_disproved()]
 
 
@@ -115,9 +116,9 @@ def test_an_early_look_is_for_the_next_layer_only() -> None:
 
 def test_the_first_predictor_that_knows_a_layer_is_asked() -> None:
     node = Node(max_depth=1)
-    surer = Named("map", {3: [Guess(0, 1)]})
+    surer = Named("map", {3: 1})
     node.prefetcher.predictors = [surer, node.predictor]
-    assert node.guess(1) == ["L03E001"]
+    assert node.guess(1)[0] == "L03E001"
     assert node.guess(3) == ["L05E004", "L05E003"]
     node.settle(3, 1)
     assert node.prefetcher.foresight.worth("map", 1).right == 1
@@ -125,16 +126,16 @@ def test_the_first_predictor_that_knows_a_layer_is_asked() -> None:
 
 @dataclass
 class Named:
-    """Names what a test says."""
+    """Names the one expert of a layer that a test says."""
 
     name: str
-    guesses: dict[int, list[Guess]]
+    guesses: dict[int, int]
 
     def knows(self, seen: Seen, layer: int) -> bool:
         return layer in self.guesses
 
-    def predict(self, seen: Seen, layer: int, top_k: int) -> list[Guess]:
-        return self.guesses[layer]
+    def scores(self, seen: Seen, layer: int) -> torch.Tensor:
+        return 10 * HIDDEN[self.guesses[layer]][None] - torch.arange(NUM_EXPERTS)
 
 
 def test_what_another_predictor_named_is_not_asked_for_again() -> None:
@@ -257,3 +258,16 @@ def test_a_layer_whose_router_cannot_be_asked_is_passed_over() -> None:
     node = Node()
     del node.predictor.routers[3]
     assert node.guess(1) == ["L05E004", "L05E003"]
+
+
+def test_what_a_router_is_always_wrong_by_is_corrected() -> None:
+    """The layer's own router favours expert 6 by what it gets there, not by what came before. Red
+    when the prefetcher does not hand on what the layer's experts get.
+    """
+    node = Node(max_depth=1)
+    reached = torch.zeros(1, NUM_EXPERTS)
+    reached[0, 6] = 3.0
+    for _ in range(30):
+        node.guess(1)
+        node.prefetcher.settle(3, [ExpertKey(3, 6), ExpertKey(3, 5)], reached)
+    assert node.guess(1)[:2] == ["L03E006", "L03E005"]
