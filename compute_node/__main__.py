@@ -40,6 +40,7 @@ from compute_node.kernels import processors
 from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import LoadedModel, Lookahead, load_model
 from compute_node.native import binding
+from compute_node.predict.router_map import RouterMap
 from compute_node.store.borrow import StoreClient
 from compute_node.store.session import StoreDescription
 from proto import correction, rpc
@@ -69,6 +70,7 @@ async def run(config: ComputeNodeConfig) -> None:
             config.prefetch_depth if config.transport == "shared_memory" else 0,
             description.num_spare,
             description.piece_bytes,
+            router_map_of(config, spec),
         )
         prober = Prober(times=config.native == "auto")
 
@@ -169,6 +171,15 @@ def heard_since_advice(config: ComputeNodeConfig, spec: ModelSpec) -> Heard | No
         return None
     shape = (len(spec.moe_layers), spec.num_experts)
     return Heard(correction.load(config.forecaster_path, spec.fingerprint, shape), spec.top_k)
+
+
+def router_map_of(config: ComputeNodeConfig, spec: ModelSpec) -> RouterMap | None:
+    """What was learned about the routers, if anything was calibrated. Raises RouterMapInvalid,
+    FileNotFoundError.
+    """
+    if config.router_map_path is None:
+        return None
+    return RouterMap.load(config.router_map_path, spec.fingerprint, spec.num_experts)
 
 
 def load(

@@ -18,6 +18,8 @@ from proto.process import daemon
 from proto.redis_schema import PolicySetting
 from proto.rpc import Listen, TlsFiles
 
+ROUTER_MAP_NAME = "router_map.safetensors"  # beside a store's manifest
+
 RunAheadSetting = Literal["auto", "always", "off"]
 """auto: where waits are long enough; always: at every layer, for tests."""
 
@@ -41,6 +43,7 @@ class ComputeNodeConfig(BaseModel):
     redis_url: str | None = None
     advice_poll_s: PositiveFloat = 0.02
     forecaster_path: Path | None = None
+    router_map_path: Path | None = None
     max_context_tokens: PositiveInt = 2048
     prefill_chunk_tokens: PositiveInt = 512
     prefetch_depth: Annotated[int, Field(ge=0, le=8)] = 3

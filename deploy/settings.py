@@ -113,10 +113,33 @@ class ServeSettings(BaseModel):
             )
         return None
 
+    def router_map(self, store_dir: Path) -> Path | None:
+        """What was learned about the store's routers: the file that [compute_node] names, else the
+        one beside the manifest. Raises ConfigInvalid when the file that is named is not there.
+        """
+        from compute_node.config import ROUTER_MAP_NAME  # clients of a stack need none of it
+
+        named = self.compute_node.get("router_map_path")
+        path = Path(str(named or store_dir / ROUTER_MAP_NAME))
+        if path.is_file():
+            return path
+        if named:
+            raise errors.ConfigInvalid(
+                f"router map {path} is no file: name what `flashmoe calibrate` wrote"
+            )
+        return None
+
     def with_forecaster(self, path: Path) -> Self:
-        """These settings with a forecaster that lies outside the store."""
+        """These settings with what was calibrated outside the store: a forecaster, and the router
+        map if one lies beside it.
+        """
+        from compute_node.config import ROUTER_MAP_NAME
+
         named = {"forecaster_path": str(path.resolve())}
-        return self.model_copy(update={"scheduler": self.scheduler | named})
+        beside, node = path.resolve().with_name(ROUTER_MAP_NAME), self.compute_node
+        if beside.is_file() and "router_map_path" not in node:
+            node = node | {"router_map_path": str(beside)}
+        return self.model_copy(update={"scheduler": self.scheduler | named, "compute_node": node})
 
     def with_flags(self, **flags: Any) -> Self:
         """These settings, with every flag that was given."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from proto import access_pb2 as pb
 from proto import errors
+from proto.foretold import Foretold
 from proto.redis_schema import LAYER, POOL, VERSION, Fields
 
 _MAX_LAYERS = 4096
@@ -31,12 +32,14 @@ class RecordedStep:
     topk_ids:      [L, K], in the router's order
     topk_weights:  [L, K], their gate weights; they need not sum to 1
     router_scores: [L, E], as the router gave them; None when not asked for
+    foretold:      what predictors said before; None when not asked for
     """
 
     num_experts: int
     topk_ids: NDArray[np.uint16]
     topk_weights: NDArray[np.float16]
     router_scores: NDArray[np.float16] | None = None
+    foretold: Foretold | None = None
 
     def to_pb(self) -> pb.StepAccess:
         num_layers, top_k = self.topk_ids.shape
@@ -48,6 +51,7 @@ class RecordedStep:
             topk_ids=self.topk_ids.astype("<u2", copy=False).tobytes(),
             topk_weights=self.topk_weights.astype("<f2", copy=False).tobytes(),
             router_scores=None if scores is None else scores.astype("<f2", copy=False).tobytes(),
+            foretold=None if self.foretold is None else self.foretold.to_pb(),
         )
 
     @classmethod
@@ -61,7 +65,14 @@ class RecordedStep:
             _array("topk_ids", message.topk_ids, "<u2", chosen),
             _array("topk_weights", message.topk_weights, "<f2", chosen),
             _array("router_scores", message.router_scores, "<f2", scored) if has_scores else None,
+            _foretold(message.foretold, scored) if message.HasField("foretold") else None,
         )
+
+
+def _foretold(message: pb.Foretold, shape: tuple[int, int]) -> Foretold:
+    if (message.num_layers, message.num_experts) != shape:
+        raise errors.MessageInvalid("field 'foretold' is of another model")
+    return Foretold.from_pb(message)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,16 @@ class ForecasterInvalid(FlashMoEError):
         return cls(f"{path} {what}: run `flashmoe calibrate` again, or remove it")
 
 
+class RouterMapInvalid(FlashMoEError):
+    """A router map is damaged, of another format, or of another model."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+    @classmethod
+    def of(cls, path: Path, what: str) -> RouterMapInvalid:
+        return cls(f"{path} {what}: run `flashmoe calibrate` again, or remove it")
+
+
 class SegmentInvalid(FlashMoEError):
     """The shared-memory file is not a segment of ours, or of another version."""
 

@@ -87,13 +87,15 @@ def flag_of(name: str, value: Any) -> bool:
     return value
 
 
-def recording_of(record: bool, router_scores: bool) -> pb.Recording | None:
-    """Raises InvalidRequest, also for scores without a recording to keep them in."""
-    scores = flag_of("router_scores", router_scores)
+def recording_of(record: bool, **parts: bool) -> pb.Recording | None:
+    """parts: by the names in proto/compute_node.proto. Raises InvalidRequest, also for parts
+    without a recording to keep them in.
+    """
+    wanted = {name: flag_of(name, value) for name, value in parts.items()}
     if flag_of("record", record):
-        return pb.Recording(router_scores=scores)
-    if scores:
-        raise errors.InvalidRequest("router_scores are part of a recording: set record, too")
+        return pb.Recording(**wanted)
+    for name in (name for name, value in wanted.items() if value):
+        raise errors.InvalidRequest(f"{name} are part of a recording: set record, too")
     return None
 
 

@@ -83,6 +83,8 @@ class NodeClient:
         max_prompt_tokens: int = 0,
         record: bool = False,
         router_scores: bool = False,
+        predictions: bool = False,
+        inputs: bool = False,
         timeout_s: float | None = None,
     ) -> Generation:
         """Start generating.
@@ -95,6 +97,8 @@ class NodeClient:
         max_prompt_tokens: a longer prompt is cut to this many tokens; 0: never
         record: keep what each decode step asked of the experts, in `Result.steps`
         router_scores: record the router's scores of all experts, too
+        predictions: record what predictors said of each layer before it was reached, too
+        inputs: record what a router map reads, too; part of predictions
 
         Raises InvalidRequest before anything is sent. Iterating raises what the node ends with.
         """
@@ -106,7 +110,9 @@ class NodeClient:
             ignore_eos=arguments.flag_of("ignore_eos", ignore_eos),
             show_special_tokens=not arguments.flag_of("skip_special_tokens", skip_special_tokens),
             max_prompt_tokens=arguments.count_of("max_prompt_tokens", max_prompt_tokens),
-            recording=arguments.recording_of(record, router_scores),
+            recording=arguments.recording_of(
+                record, router_scores=router_scores, predictions=predictions, inputs=inputs
+            ),
         )
         arguments.set_prompt(request, prompt)
         arguments.check_size(request)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from compute_node.engine.limits import Limits
 from compute_node.engine.request import Request
 from compute_node.engine.usage import Measure, Usage
 from compute_node.engine.writer import Token, Writer
-from compute_node.evidence.accesses import recorded
+from compute_node.evidence.accesses import Recording, recorded
+from compute_node.evidence.foretold import foretold
 from compute_node.evidence.step import Evidence
 from compute_node.model.finite import fault_of, is_usable
 from compute_node.model.loaded import LoadedModel
-from compute_node.moe.step import Batch, Part, Phase, RunsAhead, Step
+from compute_node.moe.step import Batch, Keeps, Part, Phase, RunsAhead, Step
+from compute_node.predict.predictor import EMBEDDING, Seen
 from compute_node.run_ahead.run_ahead import RunAhead
 from compute_node.run_ahead.second_pass import Draw
 from proto import errors
@@ -119,7 +121,8 @@ class Engine:
     def _generate(self, request: Request, check: Callable[[], None]) -> Iterator[Event]:
         self._num_sequences += 1
         sequence = SequenceState(f"s{self._num_sequences}", list(request.token_ids))
-        keeps_scores = request.recording is not None and request.recording.router_scores
+        recording = request.recording or Recording()
+        keeps = Keeps(recording.router_scores, recording.predictions)
         prefill, decode = Usage(), Usage()
         start_s = time.perf_counter()
         with Measure(self.cache, prefill, len(request.token_ids)):
@@ -137,11 +140,11 @@ class Engine:
                     sequence.token_ids[-1:],
                     Phase.DECODE,
                     check,
-                    keeps_scores,
+                    keeps,
                     lambda: writer.forecast(sequence.token_ids),
                 )
             if request.recording:
-                yield recorded(self.loaded.spec, step)
+                yield self._recorded(step, recording)
         text = writer.flush()
         warnings = self.limits.warnings(request)
         yield Finished(writer.finish_reason, text, ttft_s, prefill, decode, warnings)
@@ -201,7 +204,7 @@ class Engine:
         chunk: list[int],
         phase: Phase,
         check: Callable[[], None] = never,
-        keeps_scores: bool = False,
+        keeps: Keeps = Keeps(),  # noqa: B008  frozen
         new_draw: Callable[[], Draw] | None = None,
     ) -> tuple[Tensor, Step]:
         """Compute the sequence's next tokens. new_draw: makes what draws the tokens after them, to
@@ -212,8 +215,10 @@ class Engine:
         num_computed = sequence.num_computed + len(chunk)
         part = Part(sequence.name, phase, len(chunk), num_computed)
         with self._ahead_of(sequence, chunk, phase, new_draw) as run_ahead:
-            step = Step(Batch(part), check, keeps_scores, run_ahead)
+            step = Step(Batch(part), check, keeps, run_ahead)
             with step.running():
+                if step.seen is not None:
+                    step.seen[EMBEDDING] = Seen(EMBEDDING, self.loaded.embedded(chunk))
                 output = self.loaded.forward(torch.tensor([chunk]), sequence.cache)
         sequence.cache = output.past_key_values
         sequence.num_computed = num_computed
@@ -225,6 +230,20 @@ class Engine:
         if self._evidence:
             self._evidence.append(step)
         return logits, step
+
+    def _recorded(self, step: Step, recording: Recording) -> RecordedStep:
+        """Raises InvalidRequest for what this model cannot have recorded."""
+        access = recorded(self.loaded.spec, step)
+        if step.seen is None:
+            return access
+        said = foretold(
+            self.loaded.spec,
+            self.loaded.prefetcher.predictors,
+            self.loaded.routers.next_routers,
+            step.seen,
+            recording.inputs,
+        )
+        return replace(access, foretold=said)
 
     def _ahead_of(
         self,

@@ -18,9 +18,16 @@ from proto.expert import ModelSpec
 
 @dataclass(frozen=True)
 class Recording:
-    """What a request wants recorded of its decode steps. router_scores: of all experts, too."""
+    """What a request wants recorded of its decode steps.
+
+    router_scores: of all experts, too
+    predictions:   what predictors said of each layer before it was reached
+    inputs:        what a router map reads, too; part of predictions
+    """
 
     router_scores: bool = False
+    predictions: bool = False
+    inputs: bool = False
 
 
 def recorded(spec: ModelSpec, step: Step) -> RecordedStep:

@@ -181,7 +181,10 @@ def _seed(sampling: pb.Sampling) -> int | None:
 
 
 def _recording(request: pb.GenerateRequest) -> Recording | None:
-    return Recording(request.recording.router_scores) if request.HasField("recording") else None
+    if not request.HasField("recording"):
+        return None
+    wanted = request.recording
+    return Recording(wanted.router_scores, wanted.predictions or wanted.inputs, wanted.inputs)
 
 
 def _reply(event: core.Event, queued_s: float) -> pb.GenerateReply:

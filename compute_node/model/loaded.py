@@ -31,7 +31,10 @@ from compute_node.moe.layer import IMPLEMENTATION, RoutedExperts, register
 from compute_node.moe.local import LocalBackend
 from compute_node.moe.router_watch import RouterWatch
 from compute_node.predict.layer_timer import LayerTimer
+from compute_node.predict.mapped_routers import MappedRouters
+from compute_node.predict.predictor import Predictor
 from compute_node.predict.prefetcher import Prefetcher
+from compute_node.predict.router_map import RouterMap
 from compute_node.store.memory import TORCH_DTYPES
 from proto import errors
 from proto.checkpoint.text_files import load_tokenizer
@@ -66,6 +69,12 @@ class LoadedModel:
         """
         return self.model(token_ids, past_key_values=state, use_cache=True, logits_to_keep=1)
 
+    def embedded(self, token_ids: list[int]) -> Tensor:
+        """[T, D], what the first layer begins with, but for what the model makes of it there."""
+        embed = self.model.get_input_embeddings()
+        found: Tensor = embed(torch.tensor(token_ids))
+        return found
+
     @property
     def hidden_size(self) -> int:
         return int(self.model.config.get_text_config().hidden_size)
@@ -81,11 +90,13 @@ class Lookahead:
     """How far ahead experts are guessed, and how many guesses the store has room for.
 
     piece_bytes: the longest read: what a demand may wait for behind a wrong guess
+    router_map:  what was learned about the routers; None: nothing
     """
 
     max_depth: int = 0
     max_guesses: int = 0
     piece_bytes: int = 0
+    router_map: RouterMap | None = None
 
 
 NO_LOOKAHEAD = Lookahead()
@@ -196,9 +207,12 @@ def _prefetcher(
 ) -> Prefetcher:
     expert_bytes = max(spec.expert_bytes(layer) for layer in spec.moe_layers)
     piece_share = min(1.0, lookahead.piece_bytes / expert_bytes)
+    predictors: list[Predictor] = [routers.next_routers]
+    if lookahead.router_map is not None:
+        predictors.insert(0, MappedRouters(lookahead.router_map, routers.next_routers))
     return Prefetcher(
         layers=spec.moe_layers,
-        predictors=[routers.next_routers],
+        predictors=predictors,
         truth=routers.next_routers.truth,
         top_k=spec.top_k,
         resident=cache,

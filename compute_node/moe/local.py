@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -38,6 +38,8 @@ class LocalBackend:
         hits, waves = self._borrow(step, experts, hidden, sums, meanwhile)
         if step.run_ahead is not None and step.run_ahead.always:
             meanwhile(lambda: False)
+        if step.seen is not None:
+            waves = self._keeping(step.seen, step, hidden, sums[0], hits, waves)
         for wave in waves:
             if len(sums) == 1:
                 sums[0].add(wave)
@@ -76,6 +78,25 @@ class LocalBackend:
             tuple if runs_ahead else looks.next,
             meanwhile,
         )
+
+    def _keeping(
+        self,
+        kept: dict[int, Seen],
+        step: Step,
+        hidden: Tensor,
+        one: Sum,
+        hits: set[int],
+        waves: Iterator[list[Borrowed]],
+    ) -> Iterator[list[Borrowed]]:
+        """Keep what predictors can go by once the resident experts are computed."""
+        seen = kept[self._layer] = Seen(self._layer, hidden)
+        for number, wave in enumerate(waves):
+            if number == 0 and hits:
+                yield wave
+                stream, output = step.streams.get(self._layer), one.so_far()
+                kept[self._layer] = replace(seen, stream=stream, output=output)
+                continue
+            yield wave
 
     def _meanwhile(self, step: Step, sums: Sequence[Sum]) -> Meanwhile:
         """What to do while experts are awaited."""

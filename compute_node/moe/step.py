@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compute_node.kernels.expert_kernels import ExpertKernels
 from compute_node.moe.route import Route
+from compute_node.predict.predictor import Seen
 from proto.expert import ExpertKey
 
 
@@ -89,12 +90,23 @@ class Emulates(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Keeps:
+    """What a step keeps for who asked for it. scores: what routers return for all experts; seen:
+    what a decode step of one sequence has seen at each layer, for predictors
+    """
+
+    scores: bool = False
+    seen: bool = False
+
+
 class Step:
     """One forward pass. Everything that has to do with it is handed on here.
 
     check:     called between layers and while experts are waited for; raises to give the step up
     accesses:  by model layer number, filled as the pass goes on
     scores:    [T, E] by model layer number, what routers returned for all experts; None: not kept
+    seen:      by model layer number, what predictors go by; None: not kept
     run_ahead: uses its waits; None: the thread sleeps
     emulation: stands for the experts of a second pass; None: it is a true one
     streams:   [T, D] by model layer number, the residual stream before the experts' block, where it
@@ -105,7 +117,7 @@ class Step:
         self,
         batch: Batch,
         check: Callable[[], None],
-        keeps_scores: bool = False,
+        keeps: Keeps = Keeps(),
         run_ahead: RunsAhead | None = None,
         emulation: Emulates | None = None,
     ) -> None:
@@ -114,7 +126,8 @@ class Step:
         self.run_ahead = run_ahead
         self.emulation = emulation
         self.accesses: dict[int, LayerAccess] = {}
-        self.scores: dict[int, Tensor] | None = {} if keeps_scores else None
+        self.scores: dict[int, Tensor] | None = {} if keeps.scores else None
+        self.seen: dict[int, Seen] | None = {} if keeps.seen else None
         self.streams: dict[int, Tensor] = {}
 
     @contextmanager

@@ -68,4 +68,18 @@ class Drift:
         before = self._errors.get((layer, way))
         if before is None:
             before = np.zeros_like(error)
-        self._errors[layer, way] = before + _SMOOTHING * (error - before)
+        self._errors[layer, way] = _after(before, error)
+
+
+def corrected(scores: Scores, truth: Scores) -> Scores:
+    """What `Drift` makes of recorded scores of one way, [T, E], as one step follows another."""
+    error, found = np.zeros_like(scores[0]), np.empty_like(scores)
+    for step, (said, true) in enumerate(zip(scores, truth, strict=True)):
+        found[step] = said + error
+        if np.isfinite(np.add.reduce(true - said)):
+            error = _after(error, true - said)
+    return found
+
+
+def _after(mean: Scores, error: Scores) -> Scores:
+    return mean + _SMOOTHING * (error - mean)

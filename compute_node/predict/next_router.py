@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from compute_node.predict.predictor import Seen
+from compute_node.predict.predictor import EMBEDDING, Seen
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class NextRouters:
     name: str = "next_router"
 
     def knows(self, seen: Seen, layer: int) -> bool:
-        return layer in self.routers
+        return layer in self.routers and seen.layer != EMBEDDING
 
     def scores(self, seen: Seen, layer: int) -> Tensor:
         return self.routers[layer].foresee(seen)

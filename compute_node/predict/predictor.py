@@ -8,11 +8,15 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+EMBEDDING = -1
+"""The layer of what is seen before the first: the embedding of the token."""
+
 
 @dataclass(frozen=True)
 class Seen:
     """What a decode step has seen when it reaches the experts of `layer`. T: sequences.
 
+    layer:  its number in the model, or `EMBEDDING`
     hidden: [T, D], what these experts get
     stream: [T, D], the residual stream that `hidden` is the norm of; None: not recognised
     output: [T, D], what this layer's resident experts add to the stream, their weights made to sum

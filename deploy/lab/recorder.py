@@ -33,13 +33,26 @@ class Sampling:
         return json.dumps(asdict(self))
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What to record beside the chosen experts, see `NodeClient.generate`."""
+
+    router_scores: bool = False
+    predictions: bool = False
+    inputs: bool = False
+
+
 @dataclass
 class Recorder:
-    """Generates and records, on one thread. Another thread may call `cancel`."""
+    """Generates and records, on one thread. Another thread may call `cancel`.
+
+    take: given each result; what it returns is kept in its place
+    """
 
     node: NodeClient
     sampling: Sampling
-    router_scores: bool
+    wanted: Wanted = Wanted()
+    take: Callable[[Result], Result] = lambda result: result
     _current: Generation | None = None
     _cancelled: bool = False
 
@@ -52,7 +65,7 @@ class Recorder:
         """
         results = []
         for number, prompt in enumerate(prompts):
-            result = self._generate(number, prompt)
+            result = self.take(self._generate(number, prompt))
             done(number, prompt, result)
             results.append(result)
         return results
@@ -73,7 +86,7 @@ class Recorder:
             ignore_eos=self.sampling.ignore_eos,
             max_prompt_tokens=self.sampling.prompt_tokens,
             record=True,
-            router_scores=self.router_scores,
+            **asdict(self.wanted),
         )
         if self._cancelled:  # between two generations, when there was none to cancel
             self._current.cancel()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from compute_node.client.node_client import NodeClient
 from compute_node.client.result import Result
-from deploy.lab.recorder import Recorder, Sampling, to_trace
+from deploy.lab.recorder import Recorder, Sampling, Wanted, to_trace
 from deploy.settings import ServeSettings
 from deploy.stack.connection import connected
 from deploy.stack.launcher import own_stack
@@ -75,9 +75,11 @@ def record_trace(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     choice: StackChoice,
-    scores: bool = False,
+    wanted: Wanted = Wanted(),  # noqa: B008  frozen
+    take: Callable[[Result], Result] = lambda result: result,
 ) -> AccessTrace:
-    """Generate once from each prompt, and keep which experts every decode step used.
+    """Generate once from each prompt, and keep which experts every decode step used. wanted, take:
+    see `Recorder`
 
     Raises InvalidRequest, ConfigInvalid, Unavailable, KeyboardInterrupt when the user stops it, and
     the error that the node ends a generation with.
@@ -86,7 +88,7 @@ def record_trace(
         raise errors.InvalidRequest("there is nothing to generate from: give --prompts DIR|FILE")
     stopped = stop_flag()
     with choice.node(stopped) as (node, wait):
-        results = _generate(Recorder(node, sampling, scores), prompts, wait, stopped)
+        results = _generate(Recorder(node, sampling, wanted, take), prompts, wait, stopped)
     left_out = sum(not result.steps for result in results)
     if left_out:
         console.err.print(f"{left_out} ended with their first token and were left out")

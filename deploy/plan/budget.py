@@ -78,10 +78,12 @@ def plan_memory(
     spare_bytes: int,
     embedded_valkey: bool = True,
     forecaster_bytes: int = 0,
+    router_map_bytes: int = 0,
 ) -> MemoryPlan:
     """Where the memory goes.
 
     forecaster_bytes: what a calibration adds to the scheduler, see `forecaster_room`
+    router_map_bytes: the same to the node, see `router_map_room`
     memory_bytes: the ceiling; None: what experts_memory needs
     Raises MemoryExceeded, naming what would be enough, when the ceiling cannot be kept;
     ConfigInvalid.
@@ -89,6 +91,7 @@ def plan_memory(
     spec, slot_bytes = manifest.spec, manifest.slot_bytes
     parts = _fixed_parts(manifest, context_tokens, chunk_tokens, spare_bytes, embedded_valkey)
     parts["scheduler"] += forecaster_bytes
+    parts["compute_node"] += router_map_bytes
     fixed = sum(parts.values())
     all_bytes = spec.num_experts_total * slot_bytes
     if experts_memory is not None:
@@ -180,6 +183,11 @@ def check_shared_memory(plan: MemoryPlan) -> None:
 
 def forecaster_room(path: Path | None) -> int:
     """Bytes for what was calibrated, if anything: its weights, and its steps made searchable."""
+    return 3 * path.stat().st_size if path else 0
+
+
+def router_map_room(path: Path | None) -> int:
+    """Bytes for what was learned about the routers, if anything: as it is read, and in float32."""
     return 3 * path.stat().st_size if path else 0
 
 

@@ -128,6 +128,7 @@ def _unknown_layers(facts: Facts) -> str:
 
 _PREDICTORS = {
     "next_router": "by the next routers",
+    "map": "by the map of the routers",
     "run_ahead": "by running ahead",
 }
 

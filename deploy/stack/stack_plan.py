@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.plan.budget import MemoryPlan, forecaster_room, plan_memory
+from deploy.plan.budget import MemoryPlan, forecaster_room, plan_memory, router_map_room
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.stack.run_dir import RunDir
 from deploy.terminal import console
@@ -66,6 +66,7 @@ def plan_stack_memory(
         spare_bytes=settings.spare_slots(manifest.slot_bytes) * manifest.slot_bytes,
         embedded_valkey=settings.redis is None,
         forecaster_bytes=forecaster_room(settings.forecaster(store_dir)),
+        router_map_bytes=router_map_room(settings.router_map(store_dir)),
     )
 
 

@@ -51,6 +51,8 @@ def compose(
     if forecaster := settings.forecaster(store_dir):
         for name in ("compute_node", "scheduler"):
             tables[name]["forecaster_path"] = str(forecaster.resolve())
+    if router_map := settings.router_map(store_dir):
+        tables["compute_node"]["router_map_path"] = str(router_map.resolve())
     if settings.source:
         tables["expert_store"]["source_root"] = str(settings.source.resolve())
     for name, table in tables.items():

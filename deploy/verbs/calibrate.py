@@ -1,4 +1,6 @@
-"""The verb that trains the `learned` policy's forecaster for one store, on this box."""
+"""The verb that trains the `learned` policy's forecaster and the router map for one store, on this
+box.
+"""
 
 from __future__ import annotations
 
@@ -48,24 +50,30 @@ def calibrate(
     run_dir: Annotated[Path | None, options.RUN_DIR] = None,
     config: Annotated[Path | None, options.CONFIG] = None,
 ) -> None:
-    """Learn ahead which experts this model uses after which, for better advice from the first
-    token on; a few minutes. Text should be like what the model will be used for.
+    """Learn ahead which experts this model uses after which, for better advice and better guesses
+    from the first token on; a few minutes. Text should be like what the model will be used for.
 
     Generates from passages of the text with a running stack, or with one of its own when --memory
-    is given; writes forecaster.safetensors beside the manifest, where `flashmoe serve` finds it, or
-    the file named with --out, for `flashmoe serve --forecaster`.
+    is given; writes forecaster.safetensors and router_map.safetensors beside the manifest, where
+    `flashmoe serve` finds them, or the file named with --out and the map beside it, for `flashmoe
+    serve --forecaster`.
 
     Example: flashmoe calibrate ~/stores/olmoe --text ~/notes --memory 4GiB
     """
     import torch
 
+    from deploy.lab.calibrated_map import MapCalibration
     from scheduler.lab.calibration import calibrate as train  # imports torch
     from scheduler.lab.calibration_settings import CalibrationSettings
 
     manifest = load_store(store)
     if (trace is None) == (not text):
         raise errors.InvalidRequest("give either --text FILES or --trace TRACE")
-    with publishing(out or store / FORECASTER_NAME, REMEDY) as partial:
+    out_path = out or store / FORECASTER_NAME
+    with (
+        publishing(out_path, REMEDY) as partial,
+        MapCalibration(manifest.spec, out_path.parent, say) as routers,
+    ):
         if trace is not None:
             known = AccessTrace.load(trace)
         else:
@@ -74,14 +82,17 @@ def calibrate(
             model = store if memory else None
             flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
             choice = StackChoice(config, run_dir, flags)
-            known = record_trace("calibration", prompts, sampling, choice)
+            known = record_trace(
+                "calibration", prompts, sampling, choice, routers.wanted, routers.take
+            )
         check_trace(known, manifest)
         torch.set_num_threads(processors.usable())
         settings = CalibrationSettings(max_updates=max_updates, seed=seed)
         train(known, settings, say, manifest.spec.fingerprint).save(partial)
+        routers.train()
     user = f"flashmoe serve --forecaster {out}" if out else "flashmoe serve"
     console.out.print(
-        f"{out or store / FORECASTER_NAME}: trained on {known.num_steps} steps of "
+        f"{out_path}: trained on {known.num_steps} steps of "
         f"{known.num_generations} generations; the next `{user}` uses it",
     )
 

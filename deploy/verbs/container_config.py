@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tomli_w
 import typer
 
+from compute_node.config import ROUTER_MAP_NAME
 from deploy.containers import compose_project
 from deploy.containers.container_user import ContainerUser
 from deploy.plan.budget import MIB, OVERHEAD_BYTES, MemoryPlan
@@ -98,7 +99,8 @@ def container_config(
 def check_readable(user: ContainerUser, store: Path, root: Path, manifest: Manifest) -> None:
     """Raises ConfigInvalid naming a file that the containers need and their user cannot read."""
     beside = [path.name for path in root.iterdir() if path.is_file() and path.name[0] != "."]
-    of_store = [n for n in (MANIFEST_NAME, FORECASTER_NAME) if (store / n).exists()]
+    kept = (MANIFEST_NAME, FORECASTER_NAME, ROUTER_MAP_NAME)
+    of_store = [n for n in kept if (store / n).exists()]
     user.check_can_read(store, of_store)
     user.check_can_read(root, [*(source.path for source in manifest.files), *beside])
 
@@ -154,6 +156,8 @@ def container_tables(
     if settings.model is not None and (settings.model / FORECASTER_NAME).exists():
         for name in ("compute_node", "scheduler"):
             tables[name]["forecaster_path"] = str(STORE_DIR / FORECASTER_NAME)
+    if settings.model is not None and (settings.model / ROUTER_MAP_NAME).exists():
+        tables["compute_node"]["router_map_path"] = str(STORE_DIR / ROUTER_MAP_NAME)
     return tables
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.lab.recorder import Sampling
+from deploy.lab.recorder import Sampling, Wanted
 from deploy.lab.recording import StackChoice, record_trace
 from deploy.terminal import console, options
 from deploy.terminal.output_file import publishing
@@ -57,7 +57,7 @@ def record(
     sampling = Sampling(max_tokens, temperature, top_p, seed, ignore_eos, prompt_tokens)
     with publishing(out) as partial:
         choice = StackChoice(config, run_dir, flags)
-        trace = record_trace(out.stem, wanted, sampling, choice, scores)
+        trace = record_trace(out.stem, wanted, sampling, choice, Wanted(scores))
         trace.save(partial)
     _summarise(out, trace)
 

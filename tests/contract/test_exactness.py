@@ -24,7 +24,7 @@ from compute_node.engine.ahead import new_run_ahead
 from compute_node.engine.engine import Engine, SequenceState
 from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import load_model
-from compute_node.moe.step import Phase
+from compute_node.moe.step import Keeps, Phase
 from compute_node.native import binding
 from compute_node.store.borrow import StoreClient
 from expert_store.manifest.manifest import Manifest
@@ -180,7 +180,9 @@ def test_bits_and_tokens_equal_eager(
         again, _ = run(node)  # with experts resident: they come in a wave of their own
         spec = node.loaded.spec
         sequence = SequenceState("s", tokens[:1])
-        scores = node.forward(sequence, tokens[:1], Phase.DECODE, keeps_scores=True)[1].scores
+        scores = node.forward(sequence, tokens[:1], Phase.DECODE, keeps=Keeps(scores=True))[
+            1
+        ].scores
         counters = node.cache.counters.values()
     for step, (ours, theirs) in enumerate(zip(logits + again, expected.logits * 2, strict=True)):
         assert torch.equal(ours, theirs), f"step {step} differs"

@@ -123,6 +123,42 @@ def test_recording_changes_no_token_and_scores_come_only_when_asked_for(
 
 
 @pytest.mark.system
+def test_predictions_are_told_of_each_layer_and_change_no_token(
+    client: NodeClient, routers: tuple[torch.nn.Module, list[tuple[torch.Tensor, ...]]]
+) -> None:
+    """Red when a row is of another layer, when residents' output is left out (what is read is then
+    the stream alone), and when a prediction is of the wrong distance.
+    """
+    plain = client.generate(PROMPTS[0], **OPTIONS).run()  # type: ignore[arg-type]
+    told = client.generate(PROMPTS[0], record=True, inputs=True, **OPTIONS).run()  # type: ignore[arg-type]
+    assert plain.token_ids == told.token_ids
+    truth, said, read = [], [], []
+    for step, theirs in zip(told.steps, forced(routers, told), strict=True):
+        assert step.foretold is not None and step.foretold.inputs is not None
+        assert step.foretold.num_bytes == 2 * (L * 3 * E + L * E + (L + 1) * 256)
+        np.testing.assert_allclose(step.foretold.truth, theirs.logits.float(), atol=0.05)
+        truth.append(step.foretold.truth)
+        said.append(step.foretold.scores["next_router"])
+        read.append(step.foretold.inputs)
+    shares = [
+        named(np.stack(said)[:, ahead:, ahead - 1], np.stack(truth)[:, ahead:])
+        for ahead in (1, 2, 3)
+    ]
+    assert shares[0] > 0.75 and shares[0] > shares[1] > shares[2] > 0.4
+    assert np.isnan(np.stack(said)[:, 0]).all(), "nothing comes before the first"
+    squares = np.square(np.stack(read).astype(np.float32)).mean(axis=-1)
+    known = squares[np.isfinite(squares)]
+    assert len(known) > 0.9 * squares.size
+    np.testing.assert_allclose(known, 1, atol=0.01)
+
+
+def named(scores: np.ndarray, truth: np.ndarray) -> float:
+    """The share of the chosen experts that are among the best by these scores."""
+    best, chosen = (np.argsort(-each, axis=-1)[..., :K] for each in (scores, truth))
+    return float((best[..., :, None] == chosen[..., None, :]).any(axis=-2).mean())
+
+
+@pytest.mark.system
 def test_nothing_crosses_the_wire_when_not_asked_for(address: str) -> None:
     request = pb.GenerateRequest(prompt=PROMPTS[0], max_tokens=4, ignore_eos=True)
     with rpc.connect(address) as channel:
@@ -152,6 +188,21 @@ def step_message(**changes: object) -> access_pb2.StepAccess:
     return access_pb2.StepAccess(**{**fields, **changes})  # type: ignore[arg-type]
 
 
+def foretold(**changes: object) -> access_pb2.Foretold:
+    said = access_pb2.Foretelling(predictor="map", scores=bytes(2 * 2 * 3))
+    fields = {"num_layers": 2, "num_experts": 3, "num_ahead": 1, "truth": bytes(2 * 2 * 3)}
+    return access_pb2.Foretold(**{**fields, "predictors": [said], **changes})  # type: ignore[arg-type]
+
+
+def test_what_was_foretold_decodes_row_after_row() -> None:
+    step = RecordedStep.from_pb(step_message(foretold=foretold(inputs=bytes(12), hidden_size=2)))
+    assert step.foretold is not None and step.foretold.inputs is not None
+    assert step.foretold.inputs.shape == (3, 2) and step.foretold.truth.shape == (2, 3)
+    assert {name: each.shape for name, each in step.foretold.scores.items()} == {"map": (2, 1, 3)}
+    again = RecordedStep.from_pb(step.to_pb()).foretold
+    assert again is not None and again.num_bytes == step.foretold.num_bytes == 12 + 12 + 12
+
+
 def test_a_step_decodes_row_after_row() -> None:
     step = RecordedStep.from_pb(step_message())
     assert step.topk_ids.tolist() == [[2], [0]]
@@ -168,6 +219,11 @@ def test_a_step_decodes_row_after_row() -> None:
         {"topk_weights": b""},
         {"num_experts": 4},
         {"router_scores": b""},
+        {"foretold": foretold(num_layers=3)},
+        {"foretold": foretold(truth=b"1")},
+        {"foretold": foretold(num_ahead=100)},
+        {"foretold": foretold(num_ahead=2)},
+        {"foretold": foretold(inputs=b"12", hidden_size=2)},
     ],
     ids=str,
 )

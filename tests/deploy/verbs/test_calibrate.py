@@ -9,12 +9,19 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from compute_node.config import ROUTER_MAP_NAME
+from compute_node.predict.router_map import RouterMap
+from deploy.plan.budget import router_map_room
+from deploy.settings import ServeSettings
 from deploy.terminal.prompts import Prompt
 from deploy.verbs.calibrate import PASSAGE_CHARACTERS, passages
+from expert_store.manifest.manifest import Manifest
+from proto import errors
 from scheduler.config import FORECASTER_NAME
 from scheduler.learn.forecaster import Forecaster
 from scheduler.simulate.trace import AccessTrace
@@ -68,6 +75,74 @@ def test_generates_from_text_with_a_stack_of_its_own(tiny_store: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     assert "trained on 44 steps of 4 generations" in done.stdout
     assert (copy / FORECASTER_NAME).exists()
+    assert "fewer than 64 steps" in done.stderr and not (copy / ROUTER_MAP_NAME).exists()
+
+
+@pytest.fixture(scope="module")
+def mapped(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model's, calibrated from texts: enough for a map of its routers."""
+    folder = tmp_path_factory.mktemp("mapped")
+    shutil.copytree(tiny_store, folder / "store")
+    text = folder / "a.txt"
+    text.write_text("In the beginning God created the heaven and the earth. And the earth " * 80)
+    flags = ["--text", str(text), "--memory", "1GiB", "--experts-memory", "50%"]
+    small = ["--generations", "6", "--max-tokens", "50", "--max-updates", "1"]
+    done = flashmoe("calibrate", str(folder / "store"), *flags, *small)
+    assert done.returncode == 0, done.stderr
+    assert "1 ahead: next router" in done.stderr
+    assert f"{ROUTER_MAP_NAME}: " in done.stderr
+    assert {path.name for path in (folder / "store").iterdir()} == {
+        "manifest.json",
+        FORECASTER_NAME,
+        ROUTER_MAP_NAME,
+    }, "lessons are removed"
+    return folder / "store"
+
+
+@pytest.mark.system
+def test_a_node_guesses_by_its_map_and_says_the_same_tokens(
+    mapped: Path, tiny_store: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    """Red when the launcher does not look beside the manifest."""
+    flags = ["--experts-memory", "25%"]
+    asked = {"max_tokens": 40, "temperature": 0.9, "seed": 3}
+    with served(tiny_store, run_dir, *flags) as stack:
+        expected = stack.generate("In the beginning", **asked)
+        assert predictors(stack.status()) == {"next_router", "run_ahead"}
+    with served(mapped, tmp_path / "r", *flags) as stack:
+        assert stack.generate("In the beginning", **asked) == expected
+        assert predictors(stack.status()) == {"map", "next_router", "run_ahead"}
+
+
+def predictors(status: dict[str, Any]) -> set[str]:
+    return {one["predictor"] for one in status["compute_node"]["foresight"]} | {"run_ahead"}
+
+
+def test_a_router_map_of_another_store_is_refused_at_start(
+    mapped: Path, tmp_path: Path, run_dir: Path
+) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(mapped, copy)
+    fingerprint = Manifest.load(mapped).spec.fingerprint
+    ours = RouterMap.load(mapped / ROUTER_MAP_NAME, fingerprint, 32)
+    replace(ours, fingerprint="another").save(copy / ROUTER_MAP_NAME)
+    flags = ["--run-dir", str(run_dir), "--experts-memory", "25%"]
+    done = flashmoe("serve", "--model", str(copy), *flags)
+    assert done.returncode != 0
+    assert "was calibrated for another model or an earlier index: run `flashmoe" in done.stderr
+
+
+def test_a_router_map_may_lie_outside_the_store(mapped: Path, tmp_path: Path) -> None:
+    """Beside the forecaster that is named; the memory plan has room for it."""
+    settings = ServeSettings()
+    assert settings.router_map(tmp_path) is None and router_map_room(None) == 0
+    named = settings.with_forecaster(mapped / FORECASTER_NAME)
+    found = named.router_map(tmp_path)
+    assert found == mapped / ROUTER_MAP_NAME
+    assert router_map_room(found) == 3 * found.stat().st_size
+    gone = settings.model_copy(update={"compute_node": {"router_map_path": "/no/such"}})
+    with pytest.raises(errors.ConfigInvalid, match="is no file"):
+        gone.router_map(tmp_path)
 
 
 def test_a_forecaster_of_another_store_is_refused_at_start(

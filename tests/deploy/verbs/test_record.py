@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from compute_node.client.result import Phase, Result
-from deploy.lab.recorder import Recorder, Sampling, to_trace
+from deploy.lab.recorder import Recorder, Sampling, Wanted, to_trace
 from deploy.terminal.output_file import publishing
 from deploy.terminal.prompts import Prompt, read_prompts
 from proto import errors
@@ -71,7 +71,7 @@ class FakeNode:
 
 
 def recorder(node: FakeNode, *, router_scores: bool = False) -> Recorder:
-    return Recorder(node, SAMPLING, router_scores)  # type: ignore[arg-type]
+    return Recorder(node, SAMPLING, Wanted(router_scores))  # type: ignore[arg-type]
 
 
 def prompts(*texts: str) -> list[Prompt]:
@@ -99,6 +99,8 @@ def test_each_prompt_is_drawn_with_the_next_seed() -> None:
         "max_prompt_tokens": 5,
         "record": True,
         "router_scores": False,
+        "predictions": False,
+        "inputs": False,
     }
 
 
