@@ -72,12 +72,15 @@ class Drift:
 
 
 def corrected(scores: Scores, truth: Scores) -> Scores:
-    """What `Drift` makes of recorded scores of one way, [T, E], as one step follows another."""
+    """What `Drift` makes of recorded scores of some ways, [T, ..., E], as one step follows another.
+    NaN: nothing was said, or the truth is not known.
+    """
     error, found = np.zeros_like(scores[0]), np.empty_like(scores)
     for step, (said, true) in enumerate(zip(scores, truth, strict=True)):
         found[step] = said + error
-        if np.isfinite(np.add.reduce(true - said)):
-            error = _after(error, true - said)
+        wrong = true - said
+        usable = np.isfinite(wrong).all(axis=-1, keepdims=True)
+        error = np.where(usable, _after(error, wrong), error)
     return found
 
 

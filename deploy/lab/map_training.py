@@ -70,7 +70,7 @@ class MapTraining:
                 parts[EMBEDDING if place < 0 else self.spec.moe_layers[place]] = part
         if not parts:
             return None
-        learned = self.lessons.num_steps - len(self._held_out())
+        learned = len(self._learned_from())
         return RouterMap(self.spec.fingerprint, self.spec.num_experts, hidden_size, learned, parts)
 
     def report(self) -> Iterator[str]:
@@ -86,6 +86,10 @@ class MapTraining:
         offsets, last = self.lessons.seq_offsets, self.lessons.num_generations - 1
         held = [g for g in range(last + 1) if g % HELD_OUT == min(HELD_OUT - 1, last)]
         return np.concatenate([np.arange(offsets[g], offsets[g + 1]) for g in held])
+
+    def _learned_from(self) -> NDArray[np.intp]:
+        """Steps."""
+        return np.setdiff1d(np.arange(self.lessons.num_steps), self._held_out())
 
     def _part(self, place: int, hidden_size: int) -> Part | None:
         """From what is seen at a layer, counted from 0; -1: the embedding."""
@@ -103,8 +107,7 @@ class MapTraining:
 
     def _lesson(self, place: int) -> _Lesson | None:
         """None: nothing of it can be learned from."""
-        learned = np.setdiff1d(np.arange(self.lessons.num_steps), self._held_out())
-        lesson = self._read(place, learned)
+        lesson = self._read(place, self._learned_from())
         usable = np.isfinite(lesson.inputs[:, 0]) & np.isfinite(
             (lesson.truth - lesson.said)[:, :, 0]
         ).all(axis=1)

@@ -14,6 +14,7 @@ from compute_node.client.result import Generation, Result
 from deploy.terminal.prompts import Prompt
 from proto import errors
 from proto.access import RecordedStep
+from proto.foretold import Foretold
 from scheduler.simulate.trace import AccessTrace
 
 
@@ -117,6 +118,8 @@ def to_trace(
         seq_names=tuple(name for name, _ in kept),
         router_scores=_scores(steps),
         sampling=sampling,
+        said=_said([step.foretold for step in steps if step.foretold is not None]),
+        truth=_truth([step.foretold for step in steps if step.foretold is not None]),
     )
 
 
@@ -124,3 +127,14 @@ def _scores(steps: Sequence[RecordedStep]) -> NDArray[np.float16] | None:
     """The router scores of all steps, [T, L, E]; None when none were recorded."""
     rows = [step.router_scores for step in steps if step.router_scores is not None]
     return np.stack(rows) if rows else None
+
+
+def _said(steps: Sequence[Foretold]) -> dict[str, NDArray[np.float16]]:
+    """[T, L, N, E] by predictor."""
+    names = steps[0].scores if steps else ()
+    return {name: np.stack([step.scores[name] for step in steps]) for name in names}
+
+
+def _truth(steps: Sequence[Foretold]) -> NDArray[np.float16] | None:
+    """[T, L, E]; None when none was recorded."""
+    return np.stack([step.truth for step in steps]) if steps else None

@@ -28,6 +28,10 @@ SEED = typer.Option(
     min=0, max=options.SEED_MAX, help="Of the first generation; the next has the next."
 )
 SCORES = typer.Option("--scores", help="Record the router's scores of all experts, too.")
+PREDICTIONS = typer.Option(
+    "--predictions",
+    help="Record what predictors said of each layer before, too, for `replay --predict`.",
+)
 
 
 def record(
@@ -41,6 +45,7 @@ def record(
     seed: Annotated[int, SEED] = 0,
     ignore_eos: Annotated[bool, options.IGNORE_EOS] = False,
     scores: Annotated[bool, SCORES] = False,
+    predictions: Annotated[bool, PREDICTIONS] = False,
     run_dir: Annotated[Path | None, options.RUN_DIR] = None,
     model: Annotated[Path | None, MODEL] = None,
     memory: Annotated[str | None, options.MEMORY] = None,
@@ -57,12 +62,18 @@ def record(
     sampling = Sampling(max_tokens, temperature, top_p, seed, ignore_eos, prompt_tokens)
     with publishing(out) as partial:
         choice = StackChoice(config, run_dir, flags)
-        trace = record_trace(out.stem, wanted, sampling, choice, Wanted(scores))
+        trace = record_trace(out.stem, wanted, sampling, choice, Wanted(scores, predictions))
         trace.save(partial)
     _summarise(out, trace)
 
 
 def _summarise(out: Path, trace: AccessTrace) -> None:
+    said = sum(each.nbytes for each in (*trace.said.values(), trace.truth) if each is not None)
+    if said:
+        console.err.print(
+            f"what was said by {', '.join(trace.said)} takes {said // trace.num_steps:,} bytes a "
+            "token before compression"
+        )
     console.out.print(
         f"{out}: {trace.num_generations} generations, {trace.num_steps} steps of "
         f"{trace.num_layers} layers x {trace.num_experts} experts, top {trace.top_k}, "

@@ -30,6 +30,10 @@ TRAIN = typer.Option(
 )
 WARMUP = typer.Option(help="First steps, replayed and not counted.")
 LAG = typer.Option(metavar="0|1", help="How many steps old the advice of learned policies is.")
+PREDICT = typer.Option(
+    "--predict",
+    help="What predictors would have foreseen of the misses, instead; under one policy.",
+)
 AS_JSON = typer.Option("--json", help="One JSON object.")
 PICTURE = typer.Option(
     "--plot", metavar="OUT.png", help="Draw hit ratio over cache size; replays further sizes."
@@ -44,6 +48,7 @@ def replay(
     train: Annotated[Path | None, TRAIN] = None,
     warmup: Annotated[int, WARMUP] = 500,
     lag: Annotated[int, LAG] = 0,
+    predict: Annotated[bool, PREDICT] = False,
     as_json: Annotated[bool, AS_JSON] = False,
     picture: Annotated[Path | None, PICTURE] = None,
 ) -> None:
@@ -52,6 +57,9 @@ def replay(
     One layer of one step is one event, its experts pinned; generations follow one another in a
     warm cache. lru and min, the optimum, frame the others: gap closed is 0 for one and 1 for the
     other.
+
+    --predict: recall and precision of misses by predictor and layers ahead, of a trace that was
+    recorded with --predictions, in a cache of these slots under decayed or the policy named.
 
     Example: flashmoe replay trace.npz --slots 12 --train other.npz --plot hits.png
     """
@@ -71,6 +79,9 @@ def replay(
         plot.check_writable(picture)
     names = chosen_policies(policies)
     setting = Setting(AccessTrace.load(trace), slots, scope, warmup, lag)
+    if predict:
+        _predict(setting, policies or "decayed", as_json)
+        return
     replayed = PolicyReplay(
         names,
         Background(training_trace(train, trace, setting.trace) if train else None),
@@ -87,6 +98,44 @@ def replay(
         console.print_json(as_document(setting, outcomes))
     else:
         _print(setting, train, outcomes)
+
+
+def _predict(setting: Setting, policy: str, as_json: bool) -> None:
+    from deploy.lab.predictor_replay import replay_predictors
+
+    found = replay_predictors(setting, policy)
+    trace = setting.trace
+    if as_json:
+        console.print_json(
+            {
+                "trace": trace.name,
+                "slots": setting.slots,
+                "scope": setting.scope,
+                "policy": policy,
+                "warmup_steps": setting.warmup_steps,
+                "predictors": [each.as_document() for each in found],
+            }
+        )
+        return
+    title = (
+        f"{trace.name}: {trace.num_steps - setting.warmup_steps:,} steps counted of "
+        f"{trace.num_steps:,}, {setting.slots} of {trace.num_experts} slots a layer"
+        f"{', in one pool' if setting.scope != LAYER else ''} under {policy}\n"
+        "recall / precision of misses; corrected: what a predictor was lately wrong by is added"
+    )
+    grid = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    grid.add_column("predictor")
+    for heading in ("ahead", "layers", "as said", "corrected"):
+        grid.add_column(heading, justify="right")
+    plain, corrected = found[: len(found) // 2], found[len(found) // 2 :]
+    for one, other in zip(plain, corrected, strict=True):
+        grid.add_row(
+            one.predictor,
+            str(one.layers_ahead),
+            str(one.num_layers),
+            *(f"{each.recall:.3f} / {each.precision:.3f}" for each in (one, other)),
+        )
+    console.out.print(grid)
 
 
 def _print(setting: Setting, train: Path | None, outcomes: Mapping[str, Outcome]) -> None:

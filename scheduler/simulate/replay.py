@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from proto import errors
 from proto.access import DecodeAccess
@@ -88,6 +89,11 @@ class RankedCache:
         self._slots = slots
         self.lag_steps = lag_steps
         self.ranks = self.before = self.after = policy.ranks()
+
+    @property
+    def resident(self) -> NDArray[np.bool_]:
+        """[L, E], now; a view."""
+        return self._slots.resident
 
     def step(self, event: DecodeAccess) -> Hits:
         self.before = self.ranks

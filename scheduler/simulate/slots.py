@@ -30,6 +30,11 @@ class SlotsTooFew(errors.InvalidRequest):
 class Slots(Protocol):
     """A set of residents."""
 
+    @property
+    def resident(self) -> NDArray[np.bool_]:
+        """[L, E], now; a view."""
+        ...
+
     def step(self, topk_ids: NDArray[np.uint16], before: Ranks, after: Ranks) -> Hits:
         """One decode step, layer after layer. Returns [L, K], which were resident when asked for.
 
@@ -62,6 +67,10 @@ class LayerSlots:
         self._slots = slots
         self._resident = np.zeros(shape, np.bool_)
         self._rows = np.arange(shape[0])[:, None]
+
+    @property
+    def resident(self) -> NDArray[np.bool_]:
+        return self._resident
 
     def step(self, topk_ids: NDArray[np.uint16], before: Ranks, after: Ranks) -> Hits:
         at = (self._rows, topk_ids.astype(np.intp))
@@ -102,6 +111,10 @@ class PoolSlots:
         self._num_experts = shape[1]
         self._resident = np.zeros(shape, np.bool_)
         self._first = (np.arange(shape[0]) * shape[1])[:, None]
+
+    @property
+    def resident(self) -> NDArray[np.bool_]:
+        return self._resident
 
     def step(self, topk_ids: NDArray[np.uint16], before: Ranks, after: Ranks) -> Hits:
         places = self._first + topk_ids  # [L, K]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from proto.access import DecodeAccess
 from proto.redis_schema import LAYER
 
 REQUIRED = ("topk_ids", "seq_offsets", "num_experts")
-OPTIONAL = ("topk_weights", "seq_names", "router_scores", "sampling")
+OPTIONAL = ("topk_weights", "seq_names", "router_scores", "sampling", "truth")
+SAID = "said_"  # and the predictor's name
 
 
 class TraceInvalid(errors.FlashMoEError):
@@ -38,6 +39,9 @@ class AccessTrace:
     seq_names:     [S], what each generation is; empty when the file does not say
     router_scores: [T, L, E] float16, the router's scores of all experts; None when not recorded
     sampling:      how tokens were drawn, for a reader; empty when not recorded
+    said:          [T, L, N, E] float16 by predictor, in the order in which a node asks them: what
+                   it said of each layer 1 to N layers before; NaN: nothing; empty: not recorded
+    truth:         [T, L, E] float16, what they foretell; None when not recorded
     """
 
     name: str
@@ -48,6 +52,8 @@ class AccessTrace:
     seq_names: tuple[str, ...] = ()
     router_scores: NDArray[np.float16] | None = field(default=None, repr=False)
     sampling: str = ""
+    said: Mapping[str, NDArray[np.float16]] = field(default_factory=dict, repr=False)
+    truth: NDArray[np.float16] | None = field(default=None, repr=False)
 
     @property
     def num_steps(self) -> int:
@@ -110,6 +116,8 @@ class AccessTrace:
             seq_names=tuple(self.seq_names[g] for g in generations) if self.seq_names else (),
             router_scores=None if self.router_scores is None else self.router_scores[at],
             sampling=self.sampling,
+            said={name: each[at] for name, each in self.said.items()},
+            truth=None if self.truth is None else self.truth[at],
         )
 
     def save(self, path: Path) -> None:
@@ -124,6 +132,9 @@ class AccessTrace:
         }
         if self.router_scores is not None:
             arrays["router_scores"] = self.router_scores
+        if self.truth is not None:
+            arrays["truth"] = self.truth
+        arrays |= {SAID + name: each for name, each in self.said.items()}
         with path.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
@@ -134,17 +145,27 @@ class AccessTrace:
         ids = arrays["topk_ids"]
         _check_ids(path, ids, arrays["num_experts"])
         _check_offsets(path, arrays["seq_offsets"], len(ids))
+        num_experts = int(arrays["num_experts"])
         return cls(
             name=path.stem,
             topk_ids=ids.astype(np.uint16),
             seq_offsets=arrays["seq_offsets"].astype(np.int64),
-            num_experts=int(arrays["num_experts"]),
+            num_experts=num_experts,
             topk_weights=_weights(path, arrays.get("topk_weights"), ids.shape),
             seq_names=_names(path, arrays.get("seq_names"), len(arrays["seq_offsets"]) - 1),
             router_scores=_scores(
-                path, arrays.get("router_scores"), (*ids.shape[:2], int(arrays["num_experts"]))
+                path,
+                arrays.get("router_scores"),
+                (*ids.shape[:2], num_experts),
+                "router_scores",
             ),
             sampling=str(arrays.get("sampling", "")),
+            said={
+                name.removeprefix(SAID): _said(path, name, array, (*ids.shape[:2], num_experts))
+                for name, array in arrays.items()
+                if name.startswith(SAID)
+            },
+            truth=_scores(path, arrays.get("truth"), (*ids.shape[:2], num_experts), "truth"),
         )
 
 
@@ -170,12 +191,16 @@ def _arrays(path: Path) -> dict[str, Any]:
             missing = [name for name in REQUIRED if name not in archive.files]
             if missing:
                 raise TraceInvalid(f"{path} has no {', '.join(missing)}: it is no access trace")
-            return {name: archive[name] for name in archive.files if name in REQUIRED + OPTIONAL}
+            return {name: archive[name] for name in archive.files if _is_known(name)}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
         raise TraceInvalid(
             f"{path} is no access trace (no pickle is ever loaded): record one with `flashmoe "
             "record`"
         ) from error
+
+
+def _is_known(name: str) -> bool:
+    return name in REQUIRED + OPTIONAL or name.startswith(SAID)
 
 
 def _check_ids(path: Path, ids: Any, num_experts: Any) -> None:
@@ -213,11 +238,22 @@ def _weights(path: Path, weights: Any, shape: tuple[int, ...]) -> NDArray[np.flo
     return packed
 
 
-def _scores(path: Path, scores: Any, shape: tuple[int, ...]) -> NDArray[np.float16] | None:
+def _said(path: Path, name: str, scores: Any, shape: tuple[int, ...]) -> NDArray[np.float16]:
+    steps, layers, experts = shape
+    is_one = scores.ndim == 4 and scores.shape[:2] + scores.shape[3:] == (steps, layers, experts)
+    if not is_one or scores.dtype.kind != "f":
+        raise TraceInvalid(f"{path}: {name} must be floats [steps, layers, layers ahead, experts]")
+    packed: NDArray[np.float16] = scores.astype(np.float16)
+    return packed
+
+
+def _scores(
+    path: Path, scores: Any, shape: tuple[int, ...], name: str
+) -> NDArray[np.float16] | None:
     if scores is None:
         return None
     if scores.shape != shape or scores.dtype.kind != "f":
-        raise TraceInvalid(f"{path}: router_scores must be floats [steps, layers, experts]")
+        raise TraceInvalid(f"{path}: {name} must be floats [steps, layers, experts]")
     packed: NDArray[np.float16] = scores.astype(np.float16)
     return packed
 

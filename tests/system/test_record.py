@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from scheduler.simulate.trace import AccessTrace
+from tests.scheduler.replays import PATH as TRACE
 from tests.stack import FLASHMOE, ROOT, ServedStack, flashmoe, served, wait_for
 
 pytestmark = pytest.mark.system
@@ -88,6 +89,33 @@ def test_stack_of_its_own_records_the_same_and_leaves_nothing(
     assert np.array_equal(one.topk_weights, other.topk_weights)
     assert one.router_scores is None
     assert set(Path("/dev/shm").iterdir()) == before
+
+
+def test_predictions_are_recorded_and_replayed(
+    tiny_store: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Red when the flag is not handed on: replay refuses the trace then."""
+    out = tmp_path / "said.npz"
+    own = ["--model", str(tiny_store), "--memory", "1GiB", "--experts-memory", "37.5%"]
+    done = flashmoe("record", str(out), "--prompts", str(prompts), *DRAWN, "--predictions", *own)
+    assert done.returncode == 0, done.stderr
+    assert "by next_router takes 2,048 bytes a token" in done.stderr
+    flags = ["--slots", "12", "--warmup", "4", "--predict"]
+    replayed = flashmoe("replay", str(out), *flags, "--json")
+    assert replayed.returncode == 0, replayed.stderr
+    found = json.loads(replayed.stdout)
+    assert found["policy"] == "decayed" and found["slots"] == 12
+    recalls = {
+        (each["predictor"], each["layers_ahead"]): each["recall"]
+        for each in found["predictors"]
+        if each["is_corrected"]
+    }
+    assert recalls.keys() == {("next_router", ahead) for ahead in (1, 2, 3)}
+    assert recalls["next_router", 1] > 0.5
+    table = flashmoe("replay", str(out), *flags).stdout
+    assert "recall / precision of misses" in table and "next_router" in table
+    bare = flashmoe("replay", str(TRACE), *flags)
+    assert bare.returncode == 2 and "flashmoe record --predictions" in bare.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

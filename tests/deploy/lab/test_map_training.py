@@ -21,7 +21,7 @@ from proto.foretold import Foretold
 
 D, E, N, LAYERS, TOP_K = 12, 8, 3, (1, 3, 5), 2
 RANDOM = np.random.default_rng(0)
-TRUE_MAP = RANDOM.normal(size=(D, E))
+TRUE_MAP, SAID_MAP = RANDOM.normal(size=(2, D, E))
 
 
 class Spec:
@@ -29,13 +29,15 @@ class Spec:
 
 
 def step(said_is_truth: bool = False, hidden: np.ndarray | None = None) -> RecordedStep:
-    """Routers follow what the layer before saw by `TRUE_MAP`; what was said of them is noise."""
+    """Routers follow what the layer before saw by `TRUE_MAP`; what was said of them followed what
+    was seen by another.
+    """
     inputs = RANDOM.normal(size=(len(LAYERS) + 1, D)) if hidden is None else hidden
     truth = inputs[:-1] @ TRUE_MAP + 2.0
     said = np.full((len(LAYERS), N, E), np.nan)
     for place in range(1, len(LAYERS)):
         for ahead in range(place):
-            said[place, ahead] = truth[place] if said_is_truth else RANDOM.normal(size=E)
+            said[place, ahead] = truth[place] if said_is_truth else inputs[place - ahead] @ SAID_MAP
     halves = [array.astype(np.float16) for array in (said, truth, inputs)]
     foretold = Foretold({NextRouters.name: halves[0]}, *halves[1:])
     ids = np.zeros((len(LAYERS), TOP_K), np.uint16)

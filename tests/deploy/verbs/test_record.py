@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from deploy.terminal.output_file import publishing
 from deploy.terminal.prompts import Prompt, read_prompts
 from proto import errors
 from proto.access import RecordedStep
+from proto.foretold import Foretold
 from scheduler.simulate.trace import AccessTrace
 from tests.deploy.test_cli import assert_one_sentence
 from tests.stack import flashmoe
@@ -138,6 +140,21 @@ def test_scores_are_kept_when_they_came() -> None:
     trace = to_trace("t", prompts("ab", "c"), [result(2, scores=True)] * 2, "")
     assert trace.router_scores is not None and trace.router_scores.shape == (4, L, E)
     assert trace.router_scores[:, 0, 0].tolist() == [0, 1, 0, 1]
+
+
+def test_what_predictors_said_is_kept_in_their_order() -> None:
+    """Also what was taken on the way: a result may leave it out, as calibration does."""
+    said = {name: np.ones((L, 3, E), np.float16) for name in ("map", "next_router")}
+    foretold = Foretold(said, np.zeros((L, E), np.float16))
+    with_it = result(2)
+    with_it = replace(with_it, steps=[replace(step, foretold=foretold) for step in with_it.steps])
+    trace = to_trace("t", prompts("ab", "cd"), [with_it, with_it], "")
+    assert list(trace.said) == ["map", "next_router"]
+    assert trace.said["map"].shape == (4, L, 3, E)
+    assert trace.truth is not None and trace.truth.shape == (4, L, E)
+    assert to_trace("t", prompts("ab"), [result(2)], "").said == {}
+    second = trace.take(np.array([1]), "second")
+    assert second.truth is not None and len(second.truth) == len(second.said["map"]) == 2
 
 
 def test_a_generation_without_decode_steps_is_left_out() -> None:

@@ -57,6 +57,8 @@ def test_survives_the_disk(
         seq_names=("a name, with a comma",),
         router_scores=random.random(shape).astype(np.float16) if seed % 2 else None,
         sampling="temperature 0.8",
+        said={"map": random.random((*shape[:2], 2, shape[2])).astype(np.float16)},
+        truth=random.random(shape).astype(np.float16) if seed % 3 else None,
     )
     path = tmp_path_factory.mktemp("trace") / "trace.npz"
     given_trace.save(path)
@@ -67,12 +69,18 @@ def test_survives_the_disk(
         assert loaded.router_scores is None
     else:
         np.testing.assert_array_equal(loaded.router_scores, given_trace.router_scores)
+    assert loaded.said.keys() == {"map"}
+    np.testing.assert_array_equal(loaded.said["map"], given_trace.said["map"])
+    assert (loaded.truth is None) == (given_trace.truth is None)
+    if loaded.truth is not None:
+        np.testing.assert_array_equal(loaded.truth, given_trace.truth)
 
 
 def test_what_is_optional_may_be_missing(tmp_path: Path) -> None:
     required = {name: FINE[name] for name in ("topk_ids", "seq_offsets", "num_experts")}
     trace = AccessTrace.load(write(tmp_path / "bare.npz", **required))
     assert trace.seq_names == () and trace.router_scores is None
+    assert trace.said == {} and trace.truth is None
     assert trace.topk_weights.shape == (3, 1, 2) and not trace.topk_weights.any()
 
 
@@ -105,6 +113,10 @@ def test_what_is_optional_may_be_missing(tmp_path: Path) -> None:
         ("seq_names", np.array(["one name"]), "must name each of the 2"),
         ("router_scores", np.zeros((3, 1, 3), np.float16), "router_scores must be floats"),
         ("router_scores", np.zeros((3, 1, 4), np.int64), "router_scores must be floats"),
+        ("truth", np.zeros((3, 1, 3), np.float16), "truth must be floats"),
+        ("said_map", np.zeros((3, 1, 4), np.float16), "said_map must be"),
+        ("said_map", np.zeros((3, 1, 2, 3), np.float16), "said_map must be"),
+        ("said_map", np.zeros((3, 1, 2, 4), np.int64), "said_map must be"),
         ("topk_ids", np.array([[[None, 1]]], object), "no pickle"),
     ],
 )
