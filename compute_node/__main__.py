@@ -36,7 +36,7 @@ from compute_node.evidence.log import AccessLog
 from compute_node.evidence.step import Evidence
 from compute_node.face.service import SERVICE_NAME, ComputeNodeService
 from compute_node.face.stats import NodeStats
-from compute_node.kernels import processors
+from compute_node.kernels import heap, processors
 from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import LoadedModel, Lookahead, load_model
 from compute_node.native import binding
@@ -195,11 +195,12 @@ def load(
     """
     torch.set_num_threads(config.threads or processors.usable())
     binding.use(config.native)
-    if config.verdicts_path is None:
-        return load_model(model_dir, spec, cache, prober, lookahead)
-    prober.load(config.verdicts_path)
+    if config.verdicts_path:
+        prober.load(config.verdicts_path)
     loaded = load_model(model_dir, spec, cache, prober, lookahead)
-    prober.save(config.verdicts_path)
+    if config.verdicts_path:
+        prober.save(config.verdicts_path)
+    heap.trim()  # a tokenizer leaves ten times its file
     return loaded
 
 

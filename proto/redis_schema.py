@@ -27,7 +27,7 @@ ADVISED_POLICIES = ("river", "learned")  # advice carries their scores
 FALLBACK_POLICY = "decayed"  # without advice that can be followed
 
 SCHEDULER_GROUP = "scheduler"
-ACCESS_STREAM_BYTES = 16 * 1024 * 1024
+ACCESS_STREAM_BYTES = 4 * 1024 * 1024
 VALKEY_MAX_MEMORY = "64mb"
 
 Fields = dict[str | bytes, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from compute_node.kernels import heap
 from compute_node.kernels.expert_kernels import ExpertKernels
 from compute_node.moe.route import Route
 from compute_node.predict.predictor import Seen
@@ -135,7 +136,8 @@ class Step:
         """Experts and routers of a model's forward find this step, on this thread alone."""
         token = _running.set(self)
         try:
-            yield
+            with nullcontext() if self.batch.is_decode else heap.mapped_buffers():
+                yield
         finally:
             _running.reset(token)
 

@@ -24,12 +24,16 @@ MIB = 1024 * 1024
 # PSS of each process beside weights and buffers, measured on an idle stack with room for what
 # they grow by under load (tests/bench/LOG.md has the figures).
 OVERHEAD_BYTES = {
-    "compute_node": 370 * MIB,
-    "expert_store": 48 * MIB,
-    "scheduler": 90 * MIB,
-    "launcher": 56 * MIB,
-    "valkey": 32 * MIB,
+    "compute_node": 320 * MIB,
+    "expert_store": 42 * MIB,
+    "scheduler": 80 * MIB,
+    "launcher": 52 * MIB,
+    "valkey": 16 * MIB,
 }
+
+
+# Of its file, measured with 50, 150 and 200 thousand tokens: once it is loaded, and while it is.
+_TOKENIZER_TIMES = 4, 14
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,13 @@ def plan_memory(
     embedded_valkey: bool = True,
     forecaster_bytes: int = 0,
     router_map_bytes: int = 0,
+    vocabulary_bytes: int = 0,
 ) -> MemoryPlan:
     """Where the memory goes.
 
     forecaster_bytes: what a calibration adds to the scheduler, see `forecaster_room`
     router_map_bytes: the same to the node, see `router_map_room`
+    vocabulary_bytes: of the tokenizer's file
     memory_bytes: the ceiling; None: what experts_memory needs
     Raises MemoryExceeded, naming what would be enough, when the ceiling cannot be kept;
     ConfigInvalid.
@@ -92,6 +98,7 @@ def plan_memory(
     parts = _fixed_parts(manifest, context_tokens, chunk_tokens, spare_bytes, embedded_valkey)
     parts["scheduler"] += forecaster_bytes
     parts["compute_node"] += router_map_bytes
+    parts["tokenizer"] = _tokenizer_bytes(vocabulary_bytes, parts)
     fixed = sum(parts.values())
     all_bytes = spec.num_experts_total * slot_bytes
     if experts_memory is not None:
@@ -223,6 +230,15 @@ def _fixed_parts(
         + manifest.size_classes.segment_layout(spec.num_experts_total).header_bytes,
         **overheads,
     }
+
+
+def _tokenizer_bytes(vocabulary_bytes: int, parts: dict[str, int]) -> int:
+    """What it takes once it is loaded. While it is being loaded it takes more, in the room that
+    prompts do not take yet.
+    """
+    unused_yet = parts["prefill_buffers"] + parts["kv_cache"]
+    kept, at_most = (times * vocabulary_bytes for times in _TOKENIZER_TIMES)
+    return max(kept, at_most - unused_yet)
 
 
 def _own_itemsize(spec: ModelSpec) -> int:

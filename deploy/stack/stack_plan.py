@@ -11,6 +11,7 @@ from deploy.stack.run_dir import RunDir
 from deploy.terminal import console
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest
 from proto import errors
+from proto.checkpoint.text_files import vocabulary_bytes
 from proto.weight_format import EXACT
 
 
@@ -67,6 +68,7 @@ def plan_stack_memory(
         embedded_valkey=settings.redis is None,
         forecaster_bytes=forecaster_room(settings.forecaster(store_dir)),
         router_map_bytes=router_map_room(settings.router_map(store_dir)),
+        vocabulary_bytes=vocabulary_bytes(manifest.root(store_dir, settings.source)),
     )
 
 

@@ -37,7 +37,7 @@ SEGMENT = Path("/segment/experts")
 # A container's limit holds its health check too, which is a process of its own.
 STORE_ROOM_BYTES = 150 * MIB
 ROOM_BYTES = {"compute_node": 64 * MIB, "scheduler": 64 * MIB, "valkey": 88 * MIB}
-_NODE_PARTS = ("dense_weights", "kv_cache", "prefill_buffers", "compute_node")
+_NODE_PARTS = ("dense_weights", "kv_cache", "prefill_buffers", "tokenizer", "compute_node")
 
 
 def container_config(

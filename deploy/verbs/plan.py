@@ -90,6 +90,7 @@ _PARTS = {
     "dense_weights": "dense weights",
     "kv_cache": "cache of the context",
     "prefill_buffers": "buffers of prompts",
+    "tokenizer": "tokenizer",
     "spare_slots": "slots for reads under way",
     "compute_node": "compute node itself",
     "expert_store": "expert store itself",

@@ -57,6 +57,12 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def vocabulary_bytes(folder: Path) -> int:
+    """Of the file that a tokenizer is made of; 0 where there is none."""
+    sizes = ((folder / name).stat().st_size for name in _VOCABULARIES if (folder / name).exists())
+    return next(sizes, 0)
+
+
 def _vocabulary(folder: Path) -> str:
     """The file with the vocabulary. Raises CheckpointUnsupported when there is none, or when no
     package that reads it is installed.

@@ -46,6 +46,28 @@ def test_parts_sum_to_the_total_and_stay_below(manifest: Manifest) -> None:
     assert found.parts["spare_slots"] >= 4 * manifest.slot_bytes
 
 
+def test_a_tokenizer_is_planned_as_loaded_and_as_being_loaded(manifest: Manifest) -> None:
+    """While it is loaded, no prompt is computed: red where that room is not counted."""
+
+    def tokenizer(vocabulary_bytes: int) -> tuple[int, int]:
+        found = plan_memory(
+            manifest,
+            1024 * MIB,
+            None,
+            context_tokens=2048,
+            chunk_tokens=256,
+            spare_bytes=0,
+            vocabulary_bytes=vocabulary_bytes,
+        ).parts
+        return found["tokenizer"], found["prefill_buffers"] + found["kv_cache"]
+
+    assert tokenizer(0)[0] == 0
+    small, room = tokenizer(MIB)
+    assert small == 4 * MIB > 14 * MIB - room
+    large, room = tokenizer(10 * MIB)
+    assert large == 140 * MIB - room > 40 * MIB
+
+
 @pytest.mark.parametrize(("trained_tokens", "is_told"), [(2047, True), (2048, False)])
 def test_a_context_beyond_what_the_model_was_trained_for_is_told(
     trained_tokens: int, is_told: bool, manifest: Manifest
