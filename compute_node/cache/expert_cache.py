@@ -1,51 +1,43 @@
-"""Borrowed experts under a capacity: what is resident, what goes when room is needed, what a miss
-cost.
-"""
+"""Borrowed experts under a capacity: what is resident, and what is on its way."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from compute_node.cache.asked import Asked, Meanwhile, Needs, Waiter, never, sleep
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.counters import LayerCounters
-from compute_node.cache.lender import Arrivals, Lender
+from compute_node.cache.lender import Lender
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.cache.residents import Residents
 from compute_node.cache.room import Room
+from compute_node.cache.waits import Waits
 from compute_node.store.memory import Borrowed
 from compute_node.store.session import SessionLost
 from proto import errors
 from proto.expert import ExpertKey
-from proto.stats import fact, gauge
+from proto.stats import gauge
 
 logger = logging.getLogger(__name__)
 
 _WARM_BATCH = 1024
-_SMOOTHING = 0.1
 
 
 @dataclass
 class ExpertCache:
     """The experts a node holds. One thread.
 
-    read_s: seconds that reading one expert takes, of the latest that were read alone (running mean)
-    read_s_per_byte: the same, a byte
-    stall_s: waiting for experts, all layers
-    on_wait: hears of each wait: layer, seconds, what came at its end
+    waits: how long it waited
+    room:  what goes when room is needed
     """
 
     lender: Lender
     capacity: Capacity
     chooser: PolicyChooser
-    counters: dict[int, LayerCounters] = field(default_factory=dict)
-    read_s: float = fact("seconds that a read takes", key="expert_read_s", start=0.0)
-    read_s_per_byte: float = 0.0
-    stall_s: float = 0.0
-    on_wait: Callable[[int, float, Sequence[Borrowed]], None] = lambda layer, waited_s, came: None
+    counters: dict[int, LayerCounters] = field(init=False)
+    waits: Waits = field(init=False)
     room: Room = field(init=False)
     _resident: Residents = field(init=False)
     _asked: list[Asked] = field(default_factory=list)  # not all of it has come
@@ -53,6 +45,7 @@ class ExpertCache:
     def __post_init__(self) -> None:
         layers = self.capacity.moe_layers
         self.counters = {layer: LayerCounters() for layer in layers}
+        self.waits = Waits(self.counters)
         self._resident = Residents(layers)
         self.room = Room(self.capacity, self._resident, self.chooser)
 
@@ -126,8 +119,7 @@ class ExpertCache:
         """
         going, num_left_out = self.room.for_guesses(layer, num_guesses) if keys else ([], 0)
         keys = keys[: max(0, len(keys) - num_left_out)]
-        for key in going:
-            self._resident.evict(key)
+        self._resident.evict(going)
         if keys or wrong or going:
             self.lender.borrow(going, [], never, prefetches=keys, withdrawals=wrong)
         return keys
@@ -139,14 +131,7 @@ class ExpertCache:
         """
         self._forget()
         self.lender.open(check)
-        expert_bytes, left_bytes = self.capacity.expert_bytes, self.capacity.capacity_bytes
-        room_bytes = dict(self.room.layer_bytes)
-        chosen: list[ExpertKey] = []
-        for key in sorted(self.lender.resident()):
-            if min(room_bytes[key.layer], left_bytes) >= expert_bytes:
-                room_bytes[key.layer] -= expert_bytes
-                left_bytes -= expert_bytes
-                chosen.append(key)
+        chosen = self.room.of_empty(sorted(self.lender.resident()))
         for start in range(0, len(chosen), _WARM_BATCH):
             self._insert(self.lender.exchange([], chosen[start : start + _WARM_BATCH], check))
 
@@ -180,7 +165,8 @@ class ExpertCache:
         """
         layer = needs.layer
         if not self.lender.is_open:
-            self._timed(layer, lambda: self.open(needs.check))
+            with self.waits.waiting(layer):
+                self.open(needs.check)
         held = [key for key in keys if key in self._resident]
         misses = [key for key in keys if key not in self._resident]
         expert_bytes, layer_bytes = self.capacity.expert_bytes, self.room.layer_bytes[layer]
@@ -234,7 +220,8 @@ class ExpertCache:
         disproved, waiter = needs.disproved(), Waiter(needs.check)
         if not misses and not disproved:
             return None
-        going = self._make_room(needs.layer, misses, pinned)
+        going = self.room.for_misses(needs.layer, misses, pinned)
+        self._resident.evict(going)
         self.room.under_way.update(misses)
         arrivals = self.lender.borrow(going, misses, waiter, withdrawals=disproved)
         if not misses:
@@ -254,11 +241,11 @@ class ExpertCache:
             return
         asked.waiter.check = check
         try:
-            while arrivals := self._timed(layer, lambda: _next(asked.arrivals, meanwhile)):
+            while arrivals := self._next(layer, asked, meanwhile):
                 self._insert(arrivals)
                 self.counters[layer].bytes_read += sum(a.bytes_read for a in arrivals)
                 if len(asked.misses) == 1 and arrivals[0].bytes_read:
-                    self._time_read(arrivals[0])
+                    self.waits.time_read(arrivals[0])
                 yield [borrowed.key for borrowed in arrivals]
         except errors.ExpertDamaged:
             self._settle(asked)
@@ -283,22 +270,12 @@ class ExpertCache:
                 logger.warning("session lost", extra={"reason": str(error)})
                 self._let_go()
 
-    def _time_read(self, borrowed: Borrowed) -> None:
-        share = _SMOOTHING if self.read_s else 1.0
-        self.read_s += share * (borrowed.read_s - self.read_s)
-        self.read_s_per_byte = self.read_s / borrowed.bytes_read
-
-    def _timed(
-        self, layer: int, wait: Callable[[], list[Borrowed] | None]
-    ) -> list[Borrowed] | None:
-        start_s, came = time.perf_counter(), None
-        try:
-            came = wait()
-        finally:
-            waited_s = time.perf_counter() - start_s
-            self.counters[layer].stall_s += waited_s
-            self.stall_s += waited_s
-            self.on_wait(layer, waited_s, came or ())
+    def _next(self, layer: int, asked: Asked, meanwhile: Meanwhile) -> list[Borrowed]:
+        """Empty when all has come."""
+        with self.waits.waiting(layer) as came:
+            if not asked.arrivals.is_ready():
+                meanwhile(asked.arrivals.is_ready)
+            came += next(asked.arrivals, ())
         return came
 
     def _speculate(self, needs: Needs) -> None:
@@ -306,14 +283,6 @@ class ExpertCache:
         if wanted:
             withdrawals = needs.disproved()
             self.lender.borrow([], [], needs.check, prefetches=wanted, withdrawals=withdrawals)
-
-    def _make_room(
-        self, layer: int, misses: list[ExpertKey], pinned: Sequence[ExpertKey]
-    ) -> list[ExpertKey]:
-        going = self.room.for_misses(layer, misses, pinned)
-        for key in going:
-            self._resident.evict(key)
-        return going
 
     def _insert(self, arrivals: list[Borrowed]) -> None:
         for borrowed in arrivals:
@@ -329,9 +298,3 @@ class ExpertCache:
         self.room.under_way.clear()
         self._asked.clear()
         self._resident.clear()
-
-
-def _next(arrivals: Arrivals, meanwhile: Meanwhile) -> list[Borrowed] | None:
-    if not arrivals.is_ready():
-        meanwhile(arrivals.is_ready)
-    return next(arrivals, None)

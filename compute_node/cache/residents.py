@@ -45,10 +45,11 @@ class Residents:
         self._bytes[key.layer] += borrowed.size_bytes
         self._orders.pop(key.layer, None)
 
-    def evict(self, key: ExpertKey) -> None:
-        self._bytes[key.layer] -= self._held[key.layer].pop(key.expert).size_bytes
-        self._num_held -= 1
-        self._orders.pop(key.layer, None)
+    def evict(self, keys: Iterable[ExpertKey]) -> None:
+        for key in keys:
+            self._bytes[key.layer] -= self._held[key.layer].pop(key.expert).size_bytes
+            self._num_held -= 1
+            self._orders.pop(key.layer, None)
 
     def clear(self) -> None:
         for layer in self._held.values():

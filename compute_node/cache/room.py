@@ -71,6 +71,18 @@ class Room:
         found_bytes = sum(self.residents[key].size_bytes for key in going)
         return going, max(0, -(-(excess_bytes - found_bytes) // expert_bytes))
 
+    def of_empty(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """The first of `keys` that an empty cache can take."""
+        expert_bytes, left_bytes = self.capacity.expert_bytes, self.capacity.capacity_bytes
+        room_bytes = dict(self.layer_bytes)
+        chosen: list[ExpertKey] = []
+        for key in keys:
+            if min(room_bytes[key.layer], left_bytes) >= expert_bytes:
+                room_bytes[key.layer] -= expert_bytes
+                left_bytes -= expert_bytes
+                chosen.append(key)
+        return chosen
+
     def _excess_bytes(self, layer: int, num_coming: int) -> int:
         """What is too much once that many more have come."""
         num_coming += len(self.under_way)

@@ -46,7 +46,7 @@ class Measure:
         usage.bytes_read += after[2] - self._before[2]
         usage.stall_s += after[3] - self._before[3]
         usage.uncovered_s += after[4] - self._before[4]
-        usage.device_s += (after[2] - self._before[2]) * self._cache.read_s_per_byte
+        usage.device_s += (after[2] - self._before[2]) * self._cache.waits.read_s_per_byte
 
     def _totals(self) -> tuple[int, int, int, float, float]:
         counters = self._cache.counters.values()

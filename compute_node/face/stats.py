@@ -36,6 +36,7 @@ class NodeStats:
             self,
             *(labelled(counters, layer=layer) for layer, counters in layers),
             cache,
+            cache.waits,
             cache.capacity,
             cache.chooser,
             self.compute,

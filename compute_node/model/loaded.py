@@ -216,8 +216,8 @@ def _prefetcher(
         truth=routers.next_routers.truth,
         top_k=spec.top_k,
         resident=cache,
-        read_s=lambda: cache.read_s,
-        piece_s=lambda: cache.read_s * piece_share,
+        read_s=lambda: cache.waits.read_s,
+        piece_s=lambda: cache.waits.read_s * piece_share,
         max_guesses=lookahead.max_guesses,
         max_depth=lookahead.max_depth,
     )

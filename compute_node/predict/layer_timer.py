@@ -32,15 +32,15 @@ class LayerTimer:
     _unguessed: int = 0
 
     def __post_init__(self) -> None:
-        self.cache.on_wait = self.stalls.waited
+        self.cache.waits.on_wait = self.stalls.waited
 
     def enter(self, layer: int, settled: Settled) -> None:
         """A decode step reaches `layer`. settled: what came of the guesses about it"""
-        now_s, stall_s = self.clock(), self.cache.stall_s
+        now_s, stall_s = self.clock(), self.cache.waits.stall_s
         if self._layer is not None and layer > self._layer:  # else a step began anew
             compute_s = now_s - self._start_s - (stall_s - self._stall_s)
             self.tell(self._layer, compute_s)
-            uncovered_s = self._unguessed * self.cache.read_s - compute_s
+            uncovered_s = self._unguessed * self.cache.waits.read_s - compute_s
             self.cache.counters[self._layer].uncovered_s += max(0.0, uncovered_s)
         self._layer, self._start_s, self._stall_s = layer, now_s, stall_s
         self._unguessed = settled.num_unforeseen

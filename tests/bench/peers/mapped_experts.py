@@ -15,6 +15,7 @@ import torch
 
 from compute_node.cache.asked import Meanwhile, never, sleep
 from compute_node.cache.counters import LayerCounters
+from compute_node.cache.waits import Waits
 from compute_node.store.memory import TORCH_DTYPES, Borrowed
 from expert_store.manifest.extents import Extent
 from expert_store.manifest.manifest import Manifest
@@ -32,7 +33,7 @@ class MappedExperts:
         self._files = [_map(root / file.path) for file in manifest.files]
         self._manifest = manifest
         self.counters = {layer: LayerCounters() for layer in manifest.spec.moe_layers}
-        self.read_s = self.read_s_per_byte = self.stall_s = 0.0
+        self.waits = Waits(self.counters)
 
     def __contains__(self, key: ExpertKey) -> bool:
         return True

@@ -31,7 +31,7 @@ def test_as_few_go_as_make_room() -> None:
 def test_bytes_come_and_go_with_experts() -> None:
     residents = filled()
     assert (residents.held_bytes(), residents.held_bytes(1), len(residents)) == (550, 150, 4)
-    residents.evict(ExpertKey(0, 0))
+    residents.evict([ExpertKey(0, 0)])
     assert (residents.held_bytes(), residents.held_bytes(0), len(residents)) == (250, 100, 3)
     residents.clear()
     assert (residents.held_bytes(), len(residents)) == (0, 0)

@@ -23,7 +23,8 @@ class Watch:
     def __init__(self) -> None:
         capacity = make_capacity(8, LAYERS, 2, pooled=True)
         chooser = PolicyChooser("lru", 16.0, LAYERS, 16, lambda: None)
-        self.cache = ExpertCache(FakeLender(), capacity, chooser, read_s=0.5)
+        self.cache = ExpertCache(FakeLender(), capacity, chooser)
+        self.cache.waits.read_s = 0.5
         self.now_s = 0.0
         self.told: list[tuple[int, float]] = []
         self.timer = LayerTimer(
@@ -33,7 +34,7 @@ class Watch:
     def enter(self, layer: int, now_s: float, stall_s: float = 0.0, unguessed: int = 0) -> None:
         """stall_s: waited since the layer before."""
         self.now_s = now_s
-        self.cache.stall_s += stall_s
+        self.cache.waits.stall_s += stall_s
         self.timer.enter(layer, Settled(set(), [], unguessed))
 
     @property
