@@ -217,8 +217,8 @@ class Engine:
         with self._ahead_of(sequence, chunk, phase, new_draw) as run_ahead:
             step = Step(Batch(part), check, keeps, run_ahead)
             with step.running():
-                if step.seen is not None:
-                    step.seen[EMBEDDING] = Seen(EMBEDDING, self.loaded.embedded(chunk))
+                if phase is Phase.DECODE:
+                    self._look_first(step, chunk)
                 output = self.loaded.forward(torch.tensor([chunk]), sequence.cache)
         sequence.cache = output.past_key_values
         sequence.num_computed = num_computed
@@ -230,6 +230,18 @@ class Engine:
         if self._evidence:
             self._evidence.append(step)
         return logits, step
+
+    def _look_first(self, step: Step, chunk: list[int]) -> None:
+        """At what the token says of the first layers, where that is asked for or pays."""
+        first_look = self.loaded.first_look
+        pays = first_look is not None and first_look.pays
+        if step.seen is None and not pays:
+            return
+        seen = Seen(EMBEDDING, self.loaded.embedded(chunk))
+        if step.seen is not None:
+            step.seen[EMBEDDING] = seen
+        if first_look is not None and pays:
+            first_look.look(seen)
 
     def _recorded(self, step: Step, recording: Recording) -> RecordedStep:
         """Raises InvalidRequest for what this model cannot have recorded."""

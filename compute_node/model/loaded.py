@@ -27,6 +27,7 @@ from compute_node.kernels.expert_kernels import ExpertKernels
 from compute_node.kernels.gate import Gates
 from compute_node.kernels.prober import Prober
 from compute_node.model.dense_weights import reading_dense
+from compute_node.moe.first_look import FirstLook
 from compute_node.moe.layer import IMPLEMENTATION, RoutedExperts, register
 from compute_node.moe.local import LocalBackend
 from compute_node.moe.router_watch import RouterWatch
@@ -48,8 +49,10 @@ _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A transformers model whose experts are borrowed. tokenizer: None when the checkpoint has
-    none.
+    """A transformers model whose experts are borrowed.
+
+    tokenizer:  None when the checkpoint has none
+    first_look: None where nothing is known of embeddings
     """
 
     model: Any
@@ -57,6 +60,7 @@ class LoadedModel:
     spec: ModelSpec
     routers: RouterWatch
     prefetcher: Prefetcher
+    first_look: FirstLook | None
     timer: LayerTimer
     prober: Prober
     kernels: dict[int, ExpertKernels]
@@ -140,6 +144,7 @@ def load_model(
         spec=spec,
         routers=routers,
         prefetcher=prefetcher,
+        first_look=FirstLook.of(prefetcher, cache, lookahead.router_map),
         timer=timer,
         prober=prober,
         kernels=kernels,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compute_node.predict.drift import Drift, Way
 from compute_node.predict.foresight import Foresight, Settled
-from compute_node.predict.predictor import NUM_GRADES, Predictor, Seen, graded
+from compute_node.predict.predictor import EMBEDDING, NUM_GRADES, Predictor, Seen, graded
 from proto.expert import ExpertKey
 from proto.stats import counter, gauge
 
@@ -129,7 +129,7 @@ class Prefetcher:
     _cost_s: float = 1e-4
 
     def __post_init__(self) -> None:
-        self._place = {layer: place for place, layer in enumerate(self.layers)}
+        self._place = {layer: place for place, layer in enumerate((EMBEDDING, *self.layers), -1)}
         self._needs = {layer: LayerNeed() for layer in self.layers}
         self._misses = sum(need.misses for need in self._needs.values())
         self.distances = [Distance() for _ in range(self.max_depth)]
