@@ -11,7 +11,7 @@ from deploy.stack.run_dir import RunDir
 from deploy.terminal import console
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest
 from proto import errors
-from proto.checkpoint.text_files import vocabulary_bytes
+from proto.checkpoint.vocabulary import vocabulary_bytes
 from proto.weight_format import EXACT
 
 

@@ -9,19 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from proto import errors
+from proto.checkpoint.vocabulary import VOCABULARIES
 
 GENERATION_CONFIG_NAME = "generation_config.json"
-# Each of these may hold a vocabulary. Without one, transformers makes an empty tokenizer.
-_VOCABULARIES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tiktoken.model",
-    "tekken.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 # One of the packages is enough: a tokenizer.model is of one kind or the other.
 _PACKAGES = {
     "tokenizer.model": ("sentencepiece", "tiktoken"),
@@ -57,17 +47,11 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def vocabulary_bytes(folder: Path) -> int:
-    """Of the file that a tokenizer is made of; 0 where there is none."""
-    sizes = ((folder / name).stat().st_size for name in _VOCABULARIES if (folder / name).exists())
-    return next(sizes, 0)
-
-
 def _vocabulary(folder: Path) -> str:
     """The file with the vocabulary. Raises CheckpointUnsupported when there is none, or when no
     package that reads it is installed.
     """
-    found = next((name for name in _VOCABULARIES if (folder / name).exists()), None)
+    found = next((name for name in VOCABULARIES if (folder / name).exists()), None)
     if found is None:
         raise errors.CheckpointUnsupported(f"{folder} has no tokenizer")
     packages = _PACKAGES.get(found)

@@ -153,11 +153,3 @@ def test_ids_that_end_a_text_may_be_one_or_several_or_none(folder: Path) -> None
     for eos in (3, [3, 4], None):
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
         assert load_generation_config(folder).eos_token_id == eos
-
-
-def test_the_file_that_a_tokenizer_is_made_of(tmp_path: Path) -> None:
-    assert text_files.vocabulary_bytes(tmp_path) == 0
-    (tmp_path / "vocab.json").write_bytes(bytes(3))
-    assert text_files.vocabulary_bytes(tmp_path) == 3
-    (tmp_path / "tokenizer.json").write_bytes(bytes(5))
-    assert text_files.vocabulary_bytes(tmp_path) == 5
