@@ -85,6 +85,7 @@ class NodeClient:
         router_scores: bool = False,
         predictions: bool = False,
         inputs: bool = False,
+        route: str = "",
         timeout_s: float | None = None,
     ) -> Generation:
         """Start generating.
@@ -99,6 +100,7 @@ class NodeClient:
         router_scores: record the router's scores of all experts, too
         predictions: record what predictors said of each layer before it was reached, too
         inputs: record what a router map reads, too; part of predictions
+        route: of decode: rules joined by +, as in "prior .05 + skip .5"; empty: exact
 
         Raises InvalidRequest before anything is sent. Iterating raises what the node ends with.
         """
@@ -113,6 +115,7 @@ class NodeClient:
             recording=arguments.recording_of(
                 record, router_scores=router_scores, predictions=predictions, inputs=inputs
             ),
+            route=arguments.text_of("route", route),
         )
         arguments.set_prompt(request, prompt)
         arguments.check_size(request)
@@ -124,6 +127,7 @@ class NodeClient:
         *,
         max_tokens: int = 0,
         context_tokens: int = 0,
+        route: str = "",
         timeout_s: float | None = None,
     ) -> Scoring:
         """How likely each token of a text is, computed one by one as decode does.
@@ -131,12 +135,14 @@ class NodeClient:
         text: text or token ids
         max_tokens: a longer text is cut to this many tokens; 0: never
         context_tokens: a longer text is scored in parts of this many; 0: 512
+        route: as in `generate`
 
         Raises InvalidRequest before anything is sent. Iterating raises what the node ends with.
         """
         request = pb.ScoreRequest(
             max_tokens=arguments.count_of("max_tokens", max_tokens),
             context_tokens=arguments.count_of("context_tokens", context_tokens),
+            route=arguments.text_of("route", route),
         )
         if isinstance(text, str):
             request.text = arguments.text_of("text", text)

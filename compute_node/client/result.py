@@ -33,6 +33,7 @@ class Phase:
     wall_s: float
     uncovered_s: float = 0.0
     device_s: float = 0.0
+    rerouted: int = 0
 
     @property
     def hit_ratio(self) -> float:
@@ -150,4 +151,5 @@ def _phase(usage: pb.PhaseUsage) -> Phase:
         usage.wall_s,
         usage.uncovered_s,
         usage.device_s,
+        usage.rerouted,
     )

@@ -26,6 +26,7 @@ from compute_node.evidence.foretold import foretold
 from compute_node.evidence.step import Evidence
 from compute_node.model.finite import fault_of, is_usable
 from compute_node.model.loaded import LoadedModel
+from compute_node.moe.route import EXACT, RoutePolicy
 from compute_node.moe.step import Batch, Keeps, Part, Phase, RunsAhead, Step
 from compute_node.predict.predictor import EMBEDDING, Seen
 from compute_node.run_ahead.run_ahead import RunAhead
@@ -60,14 +61,17 @@ Event = Token | RecordedStep | Finished
 
 @dataclass
 class SequenceState:
-    """One sequence under way. cache: transformers' own, for this model class; None before the
-    first chunk.
+    """One sequence under way.
+
+    cache: transformers' own, for this model class; None before the first chunk
+    policy: chooses among the experts of its decode steps
     """
 
     name: str
     token_ids: list[int]
     num_computed: int = 0
     cache: Any = None
+    policy: RoutePolicy = EXACT
 
     @property
     def cache_bytes(self) -> int:
@@ -120,7 +124,9 @@ class Engine:
 
     def _generate(self, request: Request, check: Callable[[], None]) -> Iterator[Event]:
         self._num_sequences += 1
-        sequence = SequenceState(f"s{self._num_sequences}", list(request.token_ids))
+        sequence = SequenceState(
+            f"s{self._num_sequences}", list(request.token_ids), policy=request.policy
+        )
         recording = request.recording or Recording()
         keeps = Keeps(recording.router_scores, recording.predictions)
         prefill, decode = Usage(), Usage()
@@ -143,6 +149,7 @@ class Engine:
                     keeps,
                     lambda: writer.forecast(sequence.token_ids),
                 )
+            decode.rerouted += step.num_rerouted
             if request.recording:
                 yield self._recorded(step, recording)
         text = writer.flush()
@@ -215,7 +222,7 @@ class Engine:
         num_computed = sequence.num_computed + len(chunk)
         part = Part(sequence.name, phase, len(chunk), num_computed)
         with self._ahead_of(sequence, chunk, phase, new_draw) as run_ahead:
-            step = Step(Batch(part), check, keeps, run_ahead)
+            step = Step(Batch(part), check, keeps, run_ahead, policy=sequence.policy)
             with step.running():
                 if phase is Phase.DECODE:
                     self._look_first(step, chunk)
@@ -245,7 +252,7 @@ class Engine:
 
     def _recorded(self, step: Step, recording: Recording) -> RecordedStep:
         """Raises InvalidRequest for what this model cannot have recorded."""
-        access = recorded(self.loaded.spec, step)
+        access = recorded(self.loaded.spec, step, recording.router_scores)
         if step.seen is None:
             return access
         said = foretold(

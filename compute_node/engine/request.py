@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from compute_node.client.sampling_options import SamplingOptions
 from compute_node.evidence.accesses import Recording
+from compute_node.moe.route import EXACT, RoutePolicy
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Request:
     token_ids: the prompt, never empty
     skip_special_tokens: leave them out of the text; else it shows what ends it, too
     recording: what to tell of every decode step; None: nothing
+    policy: chooses among the experts of decode steps
     """
 
     token_ids: tuple[int, ...]
@@ -25,6 +27,7 @@ class Request:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     recording: Recording | None = None
+    policy: RoutePolicy = EXACT
 
     @property
     def num_tokens(self) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from compute_node.client.result import ScoredToken
 from compute_node.engine.engine import Engine, SequenceState
 from compute_node.engine.request import Request
+from compute_node.moe.route import EXACT, RoutePolicy
 from proto import errors
 
 _numbers = itertools.count(1)
@@ -40,7 +41,10 @@ def check_text(engine: Engine, text: ScoredText) -> None:
 
 
 def score(
-    engine: Engine, text: ScoredText, check: Callable[[], None] = lambda: None
+    engine: Engine,
+    text: ScoredText,
+    policy: RoutePolicy = EXACT,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[ScoredToken]:
     """Every token of the text but the first of each part. `check` may raise between layers.
 
@@ -48,7 +52,7 @@ def score(
     """
     check_text(engine, text)
     for part in text.parts:
-        sequence = SequenceState(f"score{next(_numbers)}", [])
+        sequence = SequenceState(f"score{next(_numbers)}", [], policy=policy)
         for token_id, following in itertools.pairwise(part):
             sequence.token_ids.append(token_id)
             (logits,) = engine.decode([sequence], check)  # [1, V]

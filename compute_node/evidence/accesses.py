@@ -30,14 +30,14 @@ class Recording:
     inputs: bool = False
 
 
-def recorded(spec: ModelSpec, step: Step) -> RecordedStep:
-    """What a decode step of one sequence chose, and the routers' scores if the step kept them.
+def recorded(spec: ModelSpec, step: Step, router_scores: bool) -> RecordedStep:
+    """What a decode step of one sequence chose, and the routers' scores where they are wanted.
 
     Raises InvalidRequest when scores were to be kept of a layer whose router is not recognised.
     """
     layers = layers_of(spec, step.accesses)
     ids = torch.stack([access.ids[0] for access in layers])
-    latest = _kept_scores(spec, step.scores) if step.scores is not None else None
+    latest = _kept_scores(spec, step.scores) if router_scores and step.scores is not None else None
     return RecordedStep(
         num_experts=spec.num_experts,
         topk_ids=ids.numpy().astype(np.uint16),

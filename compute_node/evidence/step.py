@@ -43,7 +43,7 @@ class Evidence:
             entry(part, alone)
 
     def _decode(self, part: Part, step: Step) -> None:
-        access = recorded(self._spec, step)
+        access = recorded(self._spec, step, router_scores=False)
         self._log.append(
             DecodeAccess(
                 node=self._node,

@@ -19,6 +19,7 @@ from compute_node.engine.text import encode_chat, encode_prompt
 from compute_node.engine.writer import Token
 from compute_node.evidence.accesses import Recording
 from compute_node.face.stats import NodeStats
+from compute_node.moe.routes.rules import policy_of
 from compute_node.moe.step import Phase
 from proto import compute_node_pb2 as pb
 from proto import compute_node_pb2_grpc as pb_grpc
@@ -64,10 +65,11 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             request.context_tokens or _DEFAULT_SCORE_TOKENS,
         )
         check_text(self._engine, text)
+        policy = policy_of(request.route)
         self._stats.requests += 1
 
         def work(check: Callable[[], None]) -> Iterator[ScoredToken]:
-            return score(self._engine, text, check)
+            return score(self._engine, text, policy, check)
 
         jobs = self._compute.run(work, context.time_remaining())
         try:
@@ -116,6 +118,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             ignore_eos=request.ignore_eos,
             skip_special_tokens=not request.show_special_tokens,
             recording=_recording(request),
+            policy=policy_of(request.route),
         )
 
     def _prompt_ids(self, request: pb.GenerateRequest) -> list[int]:

@@ -4,6 +4,7 @@ backend, and summed with eager's bits.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from transformers.integrations.moe import ExpertsInterface
 
 from compute_node.kernels.expert_kernels import ExpertKernels
 from compute_node.moe.backend import ExpertBackend
-from compute_node.moe.route import EXACT, Route, RoutePolicy
+from compute_node.moe.route import Route
+from compute_node.moe.routes.weighing import WeighingWatch
 from compute_node.moe.step import LayerAccess, Step, current_step
 from compute_node.moe.sums import Sum, sum_of
 
@@ -27,16 +29,16 @@ class RoutedExperts:
         layer: int,
         kernels: ExpertKernels,
         backend: ExpertBackend,
-        policy: RoutePolicy = EXACT,
     ) -> None:
         self.layer = layer
-        self._kernels, self._backend, self._policy = kernels, backend, policy
+        self._kernels, self._backend = kernels, backend
+        self._weighing = WeighingWatch(layer)
 
     def forward(
         self, module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
     ) -> Tensor:
-        """The weighted sum of the experts that the policy makes of each token's route. An exact
-        policy's is bit-identical to transformers' eager experts on each sequence of the step alone.
+        """The weighted sum of the experts that the step's policy makes of each token's route. The
+        exact one's is bit-identical to transformers' eager experts, each sequence alone.
 
         hidden: [T, D]; topk_ids: [T, K], ids past the last expert are transformers' mark for none;
         topk_weights: [T, K]
@@ -50,14 +52,27 @@ class RoutedExperts:
             return step.emulation.experts(
                 self.layer, self._kernels, module.num_experts, hidden, route
             )
-        scores = step.scores.get(self.layer) if step.scores is not None else None
-        route = self._policy.apply(Route(topk_ids, topk_weights, scores), self._backend.resident)
+        route = self._route(step, topk_ids, topk_weights)
         ids, num_experts = route.ids.tolist(), module.num_experts
         chosen = {expert for row in ids for expert in row if expert < num_experts}
         sums = self._sums(step, num_experts, hidden, route, ids)
         hits = self._backend.run(step, hidden, sorted(chosen), sums)
         step.accesses[self.layer] = LayerAccess(route.ids, route.weights, hits)
         return sums[0].result() if len(sums) == 1 else torch.cat([one.result() for one in sums])
+
+    def _route(self, step: Step, topk_ids: Tensor, topk_weights: Tensor) -> Route:
+        """What the step's policy makes of it. Prompts go the router's way."""
+        scores = step.scores.get(self.layer) if step.scores is not None else None
+        route = Route(topk_ids, topk_weights, scores)
+        if step.policy.needs_scores:
+            weighing = self._weighing.look(scores, topk_ids, topk_weights)
+            route = replace(route, weighing=weighing)
+        if not step.batch.is_decode:
+            return route
+        found = step.policy.apply(route, self._backend.resident)
+        if found is not route:
+            step.num_rerouted += int((found.ids != route.ids).sum())
+        return found
 
     def _sums(
         self, step: Step, num_experts: int, hidden: Tensor, route: Route, ids: list[list[int]]

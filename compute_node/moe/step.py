@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compute_node.kernels import heap
 from compute_node.kernels.expert_kernels import ExpertKernels
-from compute_node.moe.route import Route
+from compute_node.moe.route import EXACT, Route, RoutePolicy
 from compute_node.predict.predictor import Seen
 from proto.expert import ExpertKey
 
@@ -110,8 +110,10 @@ class Step:
     seen:      by model layer number, what predictors go by; None: not kept
     run_ahead: uses its waits; None: the thread sleeps
     emulation: stands for the experts of a second pass; None: it is a true one
+    policy:    chooses among experts in decode; what it goes by is kept
     streams:   [T, D] by model layer number, the residual stream before the experts' block, where it
                is recognised; in decode
+    num_rerouted: chosen experts that gave way to others or were left out
     """
 
     def __init__(
@@ -121,15 +123,18 @@ class Step:
         keeps: Keeps = Keeps(),
         run_ahead: RunsAhead | None = None,
         emulation: Emulates | None = None,
+        policy: RoutePolicy = EXACT,
     ) -> None:
         self.batch = batch
         self.check = check
         self.run_ahead = run_ahead
         self.emulation = emulation
+        self.policy = policy
         self.accesses: dict[int, LayerAccess] = {}
-        self.scores: dict[int, Tensor] | None = {} if keeps.scores else None
+        self.scores: dict[int, Tensor] | None = {} if keeps.scores or policy.needs_scores else None
         self.seen: dict[int, Seen] | None = {} if keeps.seen else None
         self.streams: dict[int, Tensor] = {}
+        self.num_rerouted = 0
 
     @contextmanager
     def running(self) -> Iterator[None]:

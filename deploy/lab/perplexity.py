@@ -16,10 +16,15 @@ from proto import errors
 
 @dataclass(frozen=True)
 class TextScore:
-    """The score of all texts together. scored: every token that was scored, in order"""
+    """The score of all texts together.
+
+    scored: every token that was scored, in order
+    bytes_read: for them, from the disk
+    """
 
     scored: tuple[ScoredToken, ...]
     wall_s: float
+    bytes_read: int = 0
 
     @property
     def nats_per_token(self) -> float:
@@ -32,6 +37,10 @@ class TextScore:
     @property
     def perplexity(self) -> float:
         return math.exp(self.nats_per_token)
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes_read / len(self.scored)
 
     @property
     def tokens_per_s(self) -> float:
@@ -70,12 +79,14 @@ class TextScorer:
     """Scores texts one after another, on one thread. Another thread may call `cancel`.
 
     max_tokens: the most tokens of a text; 0: all
+    route:      the rules of decode, as `NodeClient.score` takes them
     report:     called with the number of tokens of this text that are scored
     """
 
     node: NodeClient
     max_tokens: int
     context_tokens: int
+    route: str = ""
     report: Callable[[int], None] = lambda num_tokens: None
     _current: Scoring | None = None
     _cancelled: bool = False
@@ -86,11 +97,12 @@ class TextScorer:
         Raises Cancelled after `cancel`, and the error that the node ends a text with.
         """
         scored: list[ScoredToken] = []
-        start_s = time.perf_counter()
+        start_s, before = time.perf_counter(), self.node.stats().bytes_read
         for number, text in enumerate(texts):
             scored += self._score(text)
             done(number, text)
-        return TextScore(tuple(scored), time.perf_counter() - start_s)
+        bytes_read = int(self.node.stats().bytes_read - before)
+        return TextScore(tuple(scored), time.perf_counter() - start_s, bytes_read)
 
     def cancel(self) -> None:
         """End the current text and begin no other."""
@@ -100,7 +112,10 @@ class TextScorer:
 
     def _score(self, text: Prompt) -> list[ScoredToken]:
         self._current = self.node.score(
-            text.text, max_tokens=self.max_tokens, context_tokens=self.context_tokens
+            text.text,
+            max_tokens=self.max_tokens,
+            context_tokens=self.context_tokens,
+            route=self.route,
         )
         if self._cancelled:  # between two texts, when there was none to cancel
             self._current.cancel()

@@ -43,7 +43,9 @@ def _decode_rows(decode: Phase, prefill: Phase) -> dict[str, str]:
     if prefill.hits + prefill.misses:
         hits += f", {prefill.hit_ratio:.1%} for the prompt"
     compute_s = decode.wall_s - decode.stall_s
-    return {
+    rerouted = decode.rerouted / decode.tokens
+    changed = {"rerouted": f"{rerouted:.1f} experts a token by --route"} if rerouted else {}
+    return changed | {
         "hit ratio": hits,
         "read per token": f"{console.size(decode.bytes_read / decode.tokens)}, "
         f"{_ms(decode.device_s, decode)} of the disk's time",
@@ -72,6 +74,7 @@ def result_document(result: Result, report: MemoryReport | None) -> dict[str, An
         "wall_s": _phases(result, lambda phase: phase.wall_s),
         "uncovered_s": _phases(result, lambda phase: phase.uncovered_s),
         "device_s": _phases(result, lambda phase: phase.device_s),
+        "rerouted": result.decode.rerouted,
         "peak_memory_bytes": report.peak_bytes if report else None,
         "ceiling_bytes": report.ceiling_bytes if report else None,
         "memory_bytes_by_part": report.by_part if report else None,

@@ -42,6 +42,12 @@ SEED = typer.Option(metavar="N", min=0, max=SEED_MAX, help="Of the sampling; non
 STOP = typer.Option(help="Stop string; repeat for more.")
 IGNORE_EOS = typer.Option("--ignore-eos", help="Go on past the end of text.")
 TIMEOUT = typer.Option(callback=seconds, help="Deadline in seconds.")
+ROUTE = typer.Option(
+    metavar="RULES",
+    help='Lossy: what decode does about experts that are not in memory: "prior .05", '
+    '"substitute .5", "skip .5", joined by +. (default: exact)',
+    show_default=False,
+)
 SPECIAL_TOKENS = typer.Option(
     "--special-tokens", help="Show special tokens in the text, such as the end of text."
 )

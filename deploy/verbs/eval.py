@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +43,7 @@ def eval(
     context_tokens: Annotated[int, CONTEXT] = 512,
     memory: Annotated[str | None, options.MEMORY] = None,
     experts_memory: Annotated[str | None, options.EXPERTS_MEMORY] = None,
+    route: Annotated[str, options.ROUTE] = "",
     card: Annotated[bool, CARD] = False,
     as_json: Annotated[bool, options.JSON] = False,
     config: Annotated[Path | None, options.CONFIG] = None,
@@ -60,12 +61,13 @@ def eval(
     share = -(-max_tokens // len(texts))
     stopped = stop_flag()
 
-    def measure(model: Path) -> TextScore:
+    def measure(model: Path, rules: str) -> _Measured:
         flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
-        return _score(config, flags, texts, (share, context_tokens), stopped)
+        how = (share, context_tokens, rules)
+        return _Measured(model, rules, _score(config, flags, texts, how, stopped))
 
-    scores = {path: measure(path) for path in (store, against) if path is not None}
-    comparison = Comparison.of(scores[store], scores[against]) if against else None
+    scores = [measure(store, route)] + ([measure(against, "")] if against else [])
+    comparison = Comparison.of(scores[0].score, scores[1].score) if against else None
     if card:
         write_perplexity(store, _card_figures(texts, scores, comparison, context_tokens))
     if as_json:
@@ -74,16 +76,28 @@ def eval(
         _print(scores, comparison)
 
 
+@dataclass(frozen=True)
+class _Measured:
+    store: Path
+    route: str
+    score: TextScore
+
+    @property
+    def weights(self) -> str:
+        weights = str(load_store(self.store).spec.weight_format)
+        return f"{weights}, routed by {self.route}" if self.route else weights
+
+
 def _score(
     config: Path | None,
     flags: Mapping[str, Any],
     texts: Sequence[Prompt],
-    lengths: tuple[int, int],
+    how: tuple[int, int, str],
     stopped: Callable[[], bool],
 ) -> TextScore:
     """Score the texts with a stack of its own.
 
-    lengths: the most tokens of a text, and of one part of it
+    how: the most tokens of a text, and of one part of it, and the route
     Raises KeyboardInterrupt when the user stops it.
     """
 
@@ -100,27 +114,25 @@ def _score(
         own_stack(config, flags, stopped) as (stack, run),
         NodeClient(run.address("compute_node")) as node,
     ):
-        scorer = TextScorer(node, *lengths, report)
+        scorer = TextScorer(node, *how, report)
         work = partial(scorer.run, texts, say)
         return work_until_stopped(work, scorer.cancel, stack.watch, stopped)
 
 
-def _weights(store: Path) -> str:
-    return str(load_store(store).spec.weight_format)
-
-
-def _document(scores: Mapping[Path, TextScore], comparison: Comparison | None) -> dict[str, Any]:
+def _document(scores: Sequence[_Measured], comparison: Comparison | None) -> dict[str, Any]:
     found = [
         {
-            "store": str(store),
-            "weights": _weights(store),
-            "tokens": len(score.scored),
-            "nats_per_token": score.nats_per_token,
-            "bits_per_token": score.bits_per_token,
-            "perplexity": score.perplexity,
-            "tokens_per_s": score.tokens_per_s,
+            "store": str(one.store),
+            "weights": one.weights,
+            "route": one.route,
+            "tokens": len(one.score.scored),
+            "nats_per_token": one.score.nats_per_token,
+            "bits_per_token": one.score.bits_per_token,
+            "perplexity": one.score.perplexity,
+            "bytes_per_token": one.score.bytes_per_token,
+            "tokens_per_s": one.score.tokens_per_s,
         }
-        for store, score in scores.items()
+        for one in scores
     ]
     document: dict[str, Any] = dict(found[0])
     if comparison:
@@ -128,15 +140,17 @@ def _document(scores: Mapping[Path, TextScore], comparison: Comparison | None) -
     return document
 
 
-def _print(scores: Mapping[Path, TextScore], comparison: Comparison | None) -> None:
-    for store, score in scores.items():
+def _print(scores: Sequence[_Measured], comparison: Comparison | None) -> None:
+    for one in scores:
+        score = one.score
         rows = {
-            "weights": _weights(store),
+            "weights": one.weights,
             "tokens": f"{len(score.scored):,}, {score.tokens_per_s:.1f} a second",
             "nats a token": f"{score.nats_per_token:.4f} ({score.bits_per_token:.4f} bits)",
             "perplexity": f"{score.perplexity:.4f}",
+            "read per token": console.size(score.bytes_per_token),
         }
-        console.out.print(console.table(str(store), rows))
+        console.out.print(console.table(str(one.store), rows))
     if comparison:
         console.out.print(f"perplexity ratio {_ratio(comparison)}")
 
@@ -147,7 +161,7 @@ def _ratio(comparison: Comparison) -> str:
 
 def _card_figures(
     texts: Sequence[Prompt],
-    scores: Mapping[Path, TextScore],
+    scores: Sequence[_Measured],
     comparison: Comparison | None,
     context_tokens: int,
 ) -> str:
@@ -159,9 +173,10 @@ def _card_figures(
         "| weights | tokens | nats a token | perplexity |",
         "|---|---|---|---|",
     ]
-    for store, score in scores.items():
+    for one in scores:
+        score = one.score
         row = f"{len(score.scored):,} | {score.nats_per_token:.4f} | {score.perplexity:.4f}"
-        lines.append(f"| {_weights(store)} | {row} |")
+        lines.append(f"| {one.weights} | {row} |")
     if comparison:
         lines += ["", f"Ratio of perplexities: {_ratio(comparison)}."]
     return "\n".join(lines)

@@ -26,6 +26,7 @@ def generate(
     stop: Annotated[list[str] | None, options.STOP] = None,
     ignore_eos: Annotated[bool, options.IGNORE_EOS] = False,
     special_tokens: Annotated[bool, options.SPECIAL_TOKENS] = False,
+    route: Annotated[str, options.ROUTE] = "",
     timeout: Annotated[float | None, options.TIMEOUT] = None,
     as_json: Annotated[bool, options.JSON] = False,
     config: Annotated[Path | None, options.CONFIG] = None,
@@ -47,6 +48,7 @@ def generate(
             stop=stops,
             ignore_eos=ignore_eos,
             skip_special_tokens=not special_tokens,
+            route=route,
             timeout_s=timeout,
         )
         try:

@@ -79,6 +79,35 @@ def test_streamed_text_is_the_decoded_tokens(client: NodeClient) -> None:
     assert whole.removeprefix(prompt).rstrip("\ufffd").startswith(streamed.rstrip("\ufffd"))
 
 
+def test_a_route_is_its_requests_alone(client: NodeClient) -> None:
+    """An exact request beside lossy ones gives what it gave before: red where a policy stays."""
+    say = {"max_tokens": 24, "ignore_eos": True}
+    exact = client.generate("In the beginning", **say).run()  # type: ignore[arg-type]
+    lossy = client.generate("In the beginning", route="prior .9 + skip 1", **say).run()  # type: ignore[arg-type]
+    again = client.generate("In the beginning", **say).run()  # type: ignore[arg-type]
+    assert exact.token_ids == again.token_ids
+    assert lossy.decode.rerouted > 0 == exact.decode.rerouted == again.decode.rerouted
+    assert lossy.decode.misses < 24 * 8
+
+
+def test_a_text_is_scored_by_a_route(client: NodeClient) -> None:
+    token_ids = list(range(3, 60))
+    exact, lossy = (
+        [token.log_prob for token in client.score(token_ids, route=route)]
+        for route in ("exact", "prior .9")
+    )
+    assert exact != lossy
+    assert sum(exact) / sum(lossy) == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("route", ["prior", "nothing .5", "skip 2"])
+def test_a_route_that_is_no_rule_is_refused(client: NodeClient, route: str) -> None:
+    with pytest.raises(errors.InvalidRequest, match="is no rule"):
+        client.generate("In", route=route).run()
+    with pytest.raises(errors.InvalidRequest, match="is no rule"):
+        list(client.score("In the beginning", route=route))
+
+
 def test_seed_decides_and_differs(client: NodeClient) -> None:
     def tokens(seed: int) -> list[int]:
         return client.generate("In the", max_tokens=24, temperature=1.0, seed=seed).run().token_ids

@@ -29,6 +29,8 @@ LAYERS, NUM_EXPERTS = (1, 3), 16
 class OnlyResident:
     """Leaves out what would have to be read."""
 
+    needs_scores = False
+
     def apply(self, route: Route, resident: Container[int]) -> Route:
         ids = [[e if e in resident else NUM_EXPERTS for e in row] for row in route.ids.tolist()]
         return replace(route, ids=torch.tensor(ids))
@@ -56,14 +58,26 @@ class Backend:
 
 def test_what_the_policy_says_is_computed() -> None:
     backend = Backend()
-    experts = RoutedExperts(1, None, backend, OnlyResident())  # type: ignore[arg-type]
-    step = Step(Batch(Part("s", Phase.PREFILL, 1, 1)), lambda: None)
+    experts = RoutedExperts(1, None, backend)  # type: ignore[arg-type]
+    decode = Batch(Part("s", Phase.DECODE, 1, 1))
+    step = Step(decode, lambda: None, policy=OnlyResident())
     with step.running():
         module = SimpleNamespace(num_experts=NUM_EXPERTS)
         experts.forward(module, torch.ones(1, 4), torch.tensor([[4, 5]]), torch.ones(1, 2))
     assert backend.asked == [[4]]
     assert step.accesses[1].ids.tolist() == [[4, NUM_EXPERTS]]
     assert step.accesses[1].hits == {4}
+    assert step.num_rerouted == 1
+
+
+def test_prompts_go_the_routers_way() -> None:
+    backend = Backend()
+    experts = RoutedExperts(1, None, backend)  # type: ignore[arg-type]
+    prefill = Batch(Part("s", Phase.PREFILL, 1, 1))
+    with Step(prefill, lambda: None, policy=OnlyResident()).running():
+        module = SimpleNamespace(num_experts=NUM_EXPERTS)
+        experts.forward(module, torch.ones(1, 4), torch.tensor([[4, 5]]), torch.ones(1, 2))
+    assert backend.asked == [[4, 5]]
 
 
 def test_residents_are_those_of_the_layer() -> None:

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,6 +116,10 @@ class FakeNode:
         self.cancelled = 0
         self.asked: list[dict[str, Any]] = []
 
+    def stats(self) -> SimpleNamespace:
+        """50 bytes a text."""
+        return SimpleNamespace(bytes_read=50 * len(self.asked))
+
     def score(self, text: str, **options: Any) -> Any:
         self.asked.append(options)
         node = self
@@ -128,12 +133,13 @@ class FakeNode:
 
 def test_texts_are_scored_in_order() -> None:
     node, heard = FakeNode(), []
-    scorer = TextScorer(node, max_tokens=7, context_tokens=3)  # type: ignore[arg-type]
+    scorer = TextScorer(node, max_tokens=7, context_tokens=3, route="skip .5")  # type: ignore[arg-type]
     texts = [Prompt("a", "xx"), Prompt("b", "xxxx")]
     found = scorer.run(texts, lambda number, text: heard.append((number, text.name)))
     assert [token.log_prob for token in found.scored] == [-2.0, -4.0]
     assert heard == [(0, "a"), (1, "b")]
-    assert node.asked == [{"max_tokens": 7, "context_tokens": 3}] * 2
+    assert node.asked == [{"max_tokens": 7, "context_tokens": 3, "route": "skip .5"}] * 2
+    assert found.bytes_per_token == 50.0
 
 
 def test_cancelled_between_two_texts_no_other_begins() -> None:

@@ -1,0 +1,91 @@
+"""Rules by name, and the route policy that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from compute_node.moe.route import EXACT, Route, RoutePolicy
+from compute_node.moe.routes.prior import Prior
+from compute_node.moe.routes.skip import Skip
+from compute_node.moe.routes.substitute import Substitute
+from compute_node.moe.routes.token import Rule, TokenChoice
+from compute_node.moe.routes.weighing import Weighing
+from proto import errors
+
+RULES: dict[str, Callable[[float], Rule]] = {
+    "substitute": Substitute,
+    "prior": Prior,
+    "skip": Skip,
+}
+EXACT_NAME = "exact"
+
+
+@dataclass(frozen=True)
+class RuledRoute:
+    """A `RoutePolicy`: each rule sees what the one before it chose. A token that no rule changes
+    keeps its route bit for bit; so does one whose router is not recognised yet.
+    """
+
+    rules: Sequence[Rule]
+    needs_scores = True
+
+    def apply(self, route: Route, resident: Container[int]) -> Route:
+        if route.scores is None or route.weighing is None:
+            return route
+        ids, weights = route.ids.clone(), route.weights.clone()
+        gates, logits = route.weighing.gates(route.scores), route.weighing.logits(route.scores)
+        for row, chosen in enumerate(route.ids.tolist()):
+            token = TokenChoice(chosen, gates[row].tolist(), logits[row].tolist())
+            found = self._choose(token, resident)
+            if found != chosen:
+                self._put(row, found, route.weighing, gates[row], ids, weights)
+        return replace(route, ids=ids, weights=weights)
+
+    def _choose(self, token: TokenChoice, resident: Container[int]) -> list[int]:
+        for rule in self.rules:
+            found = rule.choose(token, resident)
+            if set(found) != set(token.chosen):
+                token = replace(token, chosen=found)
+        return list(token.chosen)
+
+    def _put(
+        self,
+        row: int,
+        chosen: list[int],
+        weighing: Weighing,
+        gates: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        """Places beyond the chosen get transformers' mark for no expert, and no weight."""
+        ids[row], weights[row] = len(gates), 0
+        ids[row, : len(chosen)] = torch.tensor(chosen)
+        weights[row, : len(chosen)] = weighing.weigh(gates[chosen]).to(weights.dtype)
+
+
+def policy_of(text: str) -> RoutePolicy:
+    """Of rules joined by +, each with its number: "prior .05 + skip .5". Empty or "exact": the
+    router's choice.
+
+    Raises InvalidRequest naming what can be said.
+    """
+    if text.strip() in ("", EXACT_NAME):
+        return EXACT
+    return RuledRoute([_rule_of(part.split()) for part in text.split("+")])
+
+
+def _rule_of(words: list[str]) -> Rule:
+    try:
+        name, number = words
+        strength = float(number)
+        if not 0 <= strength <= 1:
+            raise ValueError
+        return RULES[name](strength)
+    except (ValueError, KeyError):
+        raise errors.InvalidRequest(
+            f"route {' '.join(words)!r} is no rule: say {EXACT_NAME}, or {', '.join(RULES)} with a "
+            "number from 0 to 1, joined by + (prior .05 + skip .5)"
+        ) from None

@@ -1,0 +1,113 @@
+"""How a router makes gate weights of scores, so that an expert that it did not choose can be
+weighed as it would have been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from proto import errors
+
+_ENOUGH_ROWS = 4
+_MOST_ROWS = 64  # looked at before a router counts as one that cannot be recognised
+_TOLERANCE = 0.03  # gate weights may be bf16
+
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "probabilities": lambda scores: scores,
+    "softmax": lambda scores: scores.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+}
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """kind: of what makes gates of scores
+
+    total: what a token's weights sum to; None: a weight is its gate times `scale`
+    """
+
+    kind: str
+    total: float | None
+    scale: float
+
+    def gates(self, scores: Tensor) -> Tensor:
+        """What each expert's weight is proportional to. scores: [T, E]. Returns [T, E], float32."""
+        return _GATES[self.kind](scores.float())
+
+    def logits(self, scores: Tensor) -> Tensor:
+        """What a router adds up before it is squeezed between 0 and 1. scores: [T, E]"""
+        scores = scores.float()
+        return scores.log() if self.kind == "probabilities" else scores
+
+    def weigh(self, gates: Tensor) -> Tensor:
+        """Of the chosen. gates: [k]. Returns [k]."""
+        if self.total is None:
+            return gates * self.scale
+        return gates * (self.total / gates.sum())
+
+
+def recognise(scores: Tensor, ids: Tensor, weights: Tensor) -> Weighing | None:
+    """Of several tokens. None: the best by score are not what is chosen, or weights follow from
+    scores in no way that is known.
+
+    scores: [T, E]; ids, weights: [T, K]
+    """
+    scores, weights = scores.float(), weights.float()
+    best = scores.topk(ids.shape[1], dim=-1).indices.sort(dim=-1).values
+    if not torch.equal(best, ids.sort(dim=-1).values):
+        return None
+    sums = weights.sum(dim=-1)
+    has_total = bool(_spread(sums) < _TOLERANCE)
+    for kind, gates_of in _GATES.items():
+        if kind == "probabilities" and bool(((scores < 0) | (scores > 1)).any()):
+            continue
+        ratios = weights / gates_of(scores).gather(1, ids)  # [T, K]
+        if bool((_spread(ratios.T) >= _TOLERANCE).any()):
+            continue
+        if _spread(ratios[:, 0]) < _TOLERANCE:
+            return Weighing(kind, None, float(ratios.mean()))
+        if has_total:
+            return Weighing(kind, float(sums.mean()), 1.0)
+    return None
+
+
+def _spread(values: Tensor) -> Tensor:
+    """Of the first dimension, relative to its mean."""
+    return (values.amax(dim=0) - values.amin(dim=0)) / values.mean(dim=0).abs().clamp_min(1e-30)
+
+
+class WeighingWatch:
+    """Of one layer: finds out how its router weighs from the first tokens that go through."""
+
+    def __init__(self, layer: int) -> None:
+        self.found: Weighing | None = None
+        self._layer = layer
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def look(self, scores: Tensor | None, ids: Tensor, weights: Tensor) -> Weighing | None:
+        """What is known by now; None: more tokens are needed.
+
+        scores: [T, E], None: the router is not recognised; ids, weights: [T, K]
+        Raises CheckpointUnsupported when no more would help.
+        """
+        if self.found is not None:
+            return self.found
+        if scores is None:
+            raise self._unknown("its router's scores are not recognised")
+        self._rows.append((scores, ids, weights))
+        rows = [torch.cat(parts)[:_MOST_ROWS] for parts in zip(*self._rows, strict=True)]
+        if len(rows[0]) < _ENOUGH_ROWS:
+            return None
+        self._rows, self.found = [], recognise(rows[0], rows[1], rows[2])
+        if self.found is None:
+            raise self._unknown("its gate weights follow from its scores in no way that is known")
+        return self.found
+
+    def _unknown(self, why: str) -> errors.CheckpointUnsupported:
+        return errors.CheckpointUnsupported(
+            f"layer {self._layer} can only be routed exactly ({why}): ask for route exact"
+        )
