@@ -38,7 +38,8 @@ from compute_node.face.service import SERVICE_NAME, ComputeNodeService
 from compute_node.face.stats import NodeStats
 from compute_node.kernels import heap, processors
 from compute_node.kernels.prober import Prober
-from compute_node.model.loaded import LoadedModel, Lookahead, load_model
+from compute_node.model.loaded import LoadedModel, load_model
+from compute_node.model.lookahead import Lookahead
 from compute_node.native import binding
 from compute_node.predict.router_map import RouterMap
 from compute_node.store.borrow import StoreClient

@@ -27,15 +27,13 @@ from compute_node.kernels.expert_kernels import ExpertKernels
 from compute_node.kernels.gate import Gates
 from compute_node.kernels.prober import Prober
 from compute_node.model.dense_weights import reading_dense
+from compute_node.model.lookahead import NO_LOOKAHEAD, Lookahead, new_prefetcher
 from compute_node.moe.first_look import FirstLook
 from compute_node.moe.layer import IMPLEMENTATION, RoutedExperts, register
 from compute_node.moe.local import LocalBackend
 from compute_node.moe.router_watch import RouterWatch
 from compute_node.predict.layer_timer import LayerTimer
-from compute_node.predict.mapped_routers import MappedRouters
-from compute_node.predict.predictor import Predictor
 from compute_node.predict.prefetcher import Prefetcher
-from compute_node.predict.router_map import RouterMap
 from compute_node.store.memory import TORCH_DTYPES
 from proto import errors
 from proto.checkpoint.text_files import load_tokenizer
@@ -89,23 +87,6 @@ class LoadedModel:
         return dtype
 
 
-@dataclass(frozen=True)
-class Lookahead:
-    """How far ahead experts are guessed, and how many guesses the store has room for.
-
-    piece_bytes: the longest read: what a demand may wait for behind a wrong guess
-    router_map:  what was learned about the routers; None: nothing
-    """
-
-    max_depth: int = 0
-    max_guesses: int = 0
-    piece_bytes: int = 0
-    router_map: RouterMap | None = None
-
-
-NO_LOOKAHEAD = Lookahead()
-
-
 def load_model(
     model_dir: Path,
     spec: ModelSpec,
@@ -126,7 +107,7 @@ def load_model(
     routers = RouterWatch()
     for layer, (path, _) in modules.items():
         routers.watch(model, layer, path)
-    prefetcher = _prefetcher(spec, cache, routers, lookahead)
+    prefetcher = new_prefetcher(spec, cache, routers, lookahead)
     timer = LayerTimer(cache, prefetcher.computed)
     model_id = xxhash.xxh3_64_hexdigest((model_dir / "config.json").read_bytes())
     kernels = _kernels(spec, modules, Gates(prober, model_id), prober)
@@ -205,27 +186,6 @@ class _OnMeta(DeviceContext):
         if len({t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}) > 1:
             args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
         return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-
-
-def _prefetcher(
-    spec: ModelSpec, cache: ExpertCache, routers: RouterWatch, lookahead: Lookahead
-) -> Prefetcher:
-    expert_bytes = max(spec.expert_bytes(layer) for layer in spec.moe_layers)
-    piece_share = min(1.0, lookahead.piece_bytes / expert_bytes)
-    predictors: list[Predictor] = [routers.next_routers]
-    if lookahead.router_map is not None:
-        predictors.insert(0, MappedRouters(lookahead.router_map, routers.next_routers))
-    return Prefetcher(
-        layers=spec.moe_layers,
-        predictors=predictors,
-        truth=routers.next_routers.truth,
-        top_k=spec.top_k,
-        resident=cache,
-        read_s=lambda: cache.waits.read_s,
-        piece_s=lambda: cache.waits.read_s * piece_share,
-        max_guesses=lookahead.max_guesses,
-        max_depth=lookahead.max_depth,
-    )
 
 
 def _bytes(tensor: Any) -> int:
