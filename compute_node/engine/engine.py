@@ -241,7 +241,7 @@ class Engine:
     def _look_first(self, step: Step, chunk: list[int]) -> None:
         """At what the token says of the first layers, where that is asked for or pays."""
         first_look = self.loaded.first_look
-        pays = first_look is not None and first_look.pays
+        pays = first_look is not None and step.looks_ahead and first_look.pays
         if step.seen is None and not pays:
             return
         seen = Seen(EMBEDDING, self.loaded.embedded(chunk))
@@ -274,7 +274,7 @@ class Engine:
         """A decode step may be run ahead of, while it waits."""
         if self.run_ahead is None:
             return nullcontext()
-        if phase is not Phase.DECODE:
+        if phase is not Phase.DECODE or sequence.policy.needs_scores:
             self.run_ahead.drop()
             return nullcontext()
         return self.run_ahead.during(chunk[0], sequence.cache, new_draw)

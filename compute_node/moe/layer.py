@@ -57,7 +57,7 @@ class RoutedExperts:
         chosen = {expert for row in ids for expert in row if expert < num_experts}
         sums = self._sums(step, num_experts, hidden, route, ids)
         hits = self._backend.run(step, hidden, sorted(chosen), sums)
-        step.accesses[self.layer] = LayerAccess(route.ids, route.weights, hits)
+        step.accesses[self.layer] = LayerAccess(topk_ids, topk_weights, hits)
         return sums[0].result() if len(sums) == 1 else torch.cat([one.result() for one in sums])
 
     def _route(self, step: Step, topk_ids: Tensor, topk_weights: Tensor) -> Route:
@@ -71,7 +71,7 @@ class RoutedExperts:
             return route
         found = step.policy.apply(route, self._backend.resident)
         if found is not route:
-            step.num_rerouted += int((found.ids != route.ids).sum())
+            step.num_rerouted += _num_missing(route.ids, found.ids)
         return found
 
     def _sums(
@@ -91,6 +91,12 @@ class RoutedExperts:
             )
             for rows in step.batch.rows
         ]
+
+
+def _num_missing(chosen: Tensor, computed: Tensor) -> int:
+    """Chosen experts that are not computed. chosen, computed: [T, K]"""
+    rows = zip(chosen.tolist(), computed.tolist(), strict=True)
+    return sum(len(set(before) - set(after)) for before, after in rows)
 
 
 def _dispatch(module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

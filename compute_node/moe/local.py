@@ -56,9 +56,9 @@ class LocalBackend:
         sums: Sequence[Sum],
         meanwhile: Meanwhile,
     ) -> tuple[set[int], Iterator[list[Borrowed]]]:
-        """In decode, guesses about this layer are settled, and the next layers' are made."""
+        """Where it looks ahead, guesses about this layer are settled, the next layers' are made."""
         layer, prefetcher = self._layer, self._prefetcher
-        if not step.batch.is_decode:
+        if not step.looks_ahead:
             self._timer.leave()
             return self._cache.step(layer, experts, step.check)
         used = [ExpertKey(layer, expert) for expert in experts]

@@ -53,7 +53,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class LayerAccess:
-    """What one layer was asked for. ids, weights: [T, K]; hits: experts found resident."""
+    """What one layer was asked for, whatever a policy made of it. ids, weights: [T, K]; hits:
+    experts found resident, among those that were computed.
+    """
 
     ids: Tensor
     weights: Tensor
@@ -135,6 +137,11 @@ class Step:
         self.seen: dict[int, Seen] | None = {} if keeps.seen else None
         self.streams: dict[int, Tensor] = {}
         self.num_rerouted = 0
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether later layers' experts are guessed: in decode, where the routers decide alone."""
+        return self.batch.is_decode and not self.policy.needs_scores
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from deploy.terminal.progress import NowAndThen
 from deploy.terminal.prompts import Prompt, read_prompts
 from deploy.terminal.signals import stop_flag, work_until_stopped
 from expert_store.offline.card import check_card, write_perplexity
+from proto import errors
 
 TEXT = typer.Option(
     metavar="FILE",
@@ -57,6 +58,11 @@ def eval(
     if card:
         check_card(store)
     if memory is None and experts_memory is None:
+        if route:
+            raise errors.ConfigInvalid(
+                "--route changes nothing where all experts are in memory: give --memory or "
+                "--experts-memory, too"
+            )
         experts_memory = "100%"
     share = -(-max_tokens // len(texts))
     stopped = stop_flag()
@@ -64,7 +70,8 @@ def eval(
     def measure(model: Path, rules: str) -> _Measured:
         flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
         how = (share, context_tokens, rules)
-        return _Measured(model, rules, _score(config, flags, texts, how, stopped))
+        within = f"{memory or experts_memory} in memory" if rules else ""
+        return _Measured(model, rules, within, _score(config, flags, texts, how, stopped))
 
     scores = [measure(store, route)] + ([measure(against, "")] if against else [])
     comparison = Comparison.of(scores[0].score, scores[1].score) if against else None
@@ -78,14 +85,17 @@ def eval(
 
 @dataclass(frozen=True)
 class _Measured:
+    """within: the memory on which what a route costs depends; empty without one"""
+
     store: Path
     route: str
+    within: str
     score: TextScore
 
     @property
     def weights(self) -> str:
         weights = str(load_store(self.store).spec.weight_format)
-        return f"{weights}, routed by {self.route}" if self.route else weights
+        return f"{weights}, routed by {self.route}, {self.within}" if self.route else weights
 
 
 def _score(

@@ -12,7 +12,7 @@ from compute_node.moe.routes.prior import Prior
 from compute_node.moe.routes.skip import Skip
 from compute_node.moe.routes.substitute import Substitute
 from compute_node.moe.routes.token import Rule, TokenChoice
-from compute_node.moe.routes.weighing import Weighing
+from compute_node.moe.routes.weighing import Weighing, names_the_chosen
 from proto import errors
 
 RULES: dict[str, Callable[[float], Rule]] = {
@@ -26,7 +26,8 @@ EXACT_NAME = "exact"
 @dataclass(frozen=True)
 class RuledRoute:
     """A `RoutePolicy`: each rule sees what the one before it chose. A token that no rule changes
-    keeps its route bit for bit; so does one whose router is not recognised yet.
+    keeps its route bit for bit; so does one whose router is not recognised yet, or chose others
+    than the best by score.
     """
 
     rules: Sequence[Rule]
@@ -38,6 +39,8 @@ class RuledRoute:
         ids, weights = route.ids.clone(), route.weights.clone()
         gates, logits = route.weighing.gates(route.scores), route.weighing.logits(route.scores)
         for row, chosen in enumerate(route.ids.tolist()):
+            if not names_the_chosen(route.scores[row], chosen):
+                continue
             token = TokenChoice(chosen, gates[row].tolist(), logits[row].tolist())
             found = self._choose(token, resident)
             if found != chosen:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from proto import errors
 
-_ENOUGH_ROWS = 4
-_MOST_ROWS = 64  # looked at before a router counts as one that cannot be recognised
+_ENOUGH_ROWS = 16
+_MOST_ROWS = 64  # looked at where fewer leave two ways open, or show no scores
+_TINY = 1e-30
 _TOLERANCE = 0.03  # gate weights may be bf16
 
 _GATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -41,7 +42,7 @@ class Weighing:
     def logits(self, scores: Tensor) -> Tensor:
         """What a router adds up before it is squeezed between 0 and 1. scores: [T, E]"""
         scores = scores.float()
-        return scores.log() if self.kind == "probabilities" else scores
+        return scores.clamp_min(_TINY).log() if self.kind == "probabilities" else scores
 
     def weigh(self, gates: Tensor) -> Tensor:
         """Of the chosen. gates: [k]. Returns [k]."""
@@ -50,16 +51,16 @@ class Weighing:
         return gates * (self.total / gates.sum())
 
 
-def recognise(scores: Tensor, ids: Tensor, weights: Tensor) -> Weighing | None:
-    """Of several tokens. None: the best by score are not what is chosen, or weights follow from
-    scores in no way that is known.
+def recognise(scores: Tensor, ids: Tensor, weights: Tensor) -> list[Weighing]:
+    """What several tokens leave open, at most two; both only where they all gave their chosen
+    experts as large a share. Empty: the best by score are not what is chosen, or weights follow
+    from scores in no way that is known.
 
     scores: [T, E]; ids, weights: [T, K]
     """
     scores, weights = scores.float(), weights.float()
-    best = scores.topk(ids.shape[1], dim=-1).indices.sort(dim=-1).values
-    if not torch.equal(best, ids.sort(dim=-1).values):
-        return None
+    if not all(names_the_chosen(*row) for row in zip(scores, ids.tolist(), strict=True)):
+        return []
     sums = weights.sum(dim=-1)
     has_total = bool(_spread(sums) < _TOLERANCE)
     for kind, gates_of in _GATES.items():
@@ -68,11 +69,17 @@ def recognise(scores: Tensor, ids: Tensor, weights: Tensor) -> Weighing | None:
         ratios = weights / gates_of(scores).gather(1, ids)  # [T, K]
         if bool((_spread(ratios.T) >= _TOLERANCE).any()):
             continue
+        found = [Weighing(kind, float(sums.mean()), 1.0)] if has_total else []
         if _spread(ratios[:, 0]) < _TOLERANCE:
-            return Weighing(kind, None, float(ratios.mean()))
-        if has_total:
-            return Weighing(kind, float(sums.mean()), 1.0)
-    return None
+            found.append(Weighing(kind, None, float(ratios.mean())))
+        if found:
+            return found
+    return []
+
+
+def names_the_chosen(scores: Tensor, chosen: list[int]) -> bool:
+    """Whether the best by score are the chosen ones. scores: [E]"""
+    return set(scores.topk(len(chosen)).indices.tolist()) == set(chosen)
 
 
 def _spread(values: Tensor) -> Tensor:
@@ -87,6 +94,7 @@ class WeighingWatch:
         self.found: Weighing | None = None
         self._layer = layer
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._num_without_scores = 0
 
     def look(self, scores: Tensor | None, ids: Tensor, weights: Tensor) -> Weighing | None:
         """What is known by now; None: more tokens are needed.
@@ -97,14 +105,20 @@ class WeighingWatch:
         if self.found is not None:
             return self.found
         if scores is None:
-            raise self._unknown("its router's scores are not recognised")
+            self._num_without_scores += len(ids)
+            if self._num_without_scores >= _MOST_ROWS:
+                raise self._unknown("its router's scores are not recognised")
+            return None
         self._rows.append((scores, ids, weights))
         rows = [torch.cat(parts)[:_MOST_ROWS] for parts in zip(*self._rows, strict=True)]
         if len(rows[0]) < _ENOUGH_ROWS:
             return None
-        self._rows, self.found = [], recognise(rows[0], rows[1], rows[2])
-        if self.found is None:
+        found = recognise(rows[0], rows[1], rows[2])
+        if not found:
+            self._rows = []
             raise self._unknown("its gate weights follow from its scores in no way that is known")
+        if len(found) == 1 or len(rows[0]) == _MOST_ROWS:
+            self._rows, self.found = [], found[0]
         return self.found
 
     def _unknown(self, why: str) -> errors.CheckpointUnsupported:

@@ -82,6 +82,15 @@ def test_a_store_without_a_card_is_refused_before_anything_runs(
     assert "only stores packed with --format" in done.stderr
 
 
+def test_a_route_without_a_memory_is_refused(tiny_store: Path, tmp_path: Path) -> None:
+    """With all experts in memory no rule changes anything."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXTS[0])
+    done = flashmoe("eval", str(tiny_store), "--text", str(text), "--route", "prior .1")
+    assert done.returncode == 2 and "starting" not in done.stderr
+    assert "--route changes nothing where all experts are in memory" in done.stderr
+
+
 def score(*log_probs: float, first_id: int = 5) -> TextScore:
     tokens = (ScoredToken(first_id + n, value) for n, value in enumerate(log_probs))
     return TextScore(tuple(tokens), wall_s=2.0)

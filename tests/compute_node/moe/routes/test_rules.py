@@ -146,3 +146,17 @@ def test_exact_is_the_routers_choice(text: str) -> None:
 def test_what_is_no_rule_is_refused(text: str) -> None:
     with pytest.raises(errors.InvalidRequest, match="is no rule: say exact, or substitute"):
         policy_of(text)
+
+
+def test_a_token_that_was_chosen_otherwise_keeps_its_route() -> None:
+    """By groups, or by transformers' mark for no expert. Red with an IndexError."""
+    weighing, scores = Weighing("softmax", 1.0, 1.0), torch.tensor([GATES]).log()
+    for chosen in ([0, 3], [0, len(GATES)]):
+        route = Route(torch.tensor([chosen]), torch.tensor([[0.6, 0.4]]), scores, weighing)
+        found = RuledRoute([Prior(1.0), Substitute(1.0), Skip(1.0)]).apply(route, {2})
+        assert torch.equal(found.ids, route.ids) and torch.equal(found.weights, route.weights)
+
+
+def test_a_probability_of_nothing_has_a_finite_logit() -> None:
+    logits = Weighing("probabilities", None, 1.0).logits(torch.tensor([[0.5, 0.5, 0.0]]))
+    assert torch.isfinite(logits).all()
