@@ -126,9 +126,13 @@ class MapTraining:
         return _Lesson(self.lessons.inputs()[steps, place + 1].astype(np.float32), truth, said)
 
     def _judged(self, place: int, fitted: _Fitted) -> list[int]:
-        """Which of the layers after it the map foretells better, counted from the next, 0."""
+        """Which of the layers after it the map foretells better, counted from the next, 0; none
+        where no step that was held out shows it.
+        """
         held = self._read(place, self._held_out())
         held = held.take(np.isfinite(held.inputs[:, 0]))
+        if not len(held.inputs):
+            return []
         mapped = held.said + fitted.corrections(held.inputs)
         kept = []
         for number in range(held.truth.shape[1]):

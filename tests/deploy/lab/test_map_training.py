@@ -94,6 +94,20 @@ def test_layers_without_a_recognised_stream_have_no_part(tmp_path: Path) -> None
     assert router_map is not None and router_map.parts.keys() == {EMBEDDING, 1}
 
 
+def test_what_no_held_out_step_shows_is_not_kept(tmp_path: Path) -> None:
+    """Red: an IndexError, where the stream was not recognised in just the generations held out."""
+    filled = MapLessons(tmp_path)
+    for generation in range(20):
+        given = [step() for _ in range(30)]
+        if generation % 10 == 9:
+            for one in given:
+                assert one.foretold is not None and one.foretold.inputs is not None
+                one.foretold.inputs[:] = np.nan
+        filled.add(given)
+    training = trained(filled)
+    assert training.run() is None and not list(training.report())
+
+
 def test_lessons_are_bounded(tmp_path: Path) -> None:
     one = step()
     assert one.foretold is not None
