@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
+from safetensors import SafetensorError
+
 from compute_node.client.result import Result
 from compute_node.config import ROUTER_MAP_NAME
 from deploy.lab.map_lessons import MapLessons
@@ -18,6 +20,7 @@ from deploy.lab.map_training import MIN_STEPS, MapTraining
 from deploy.lab.recorder import Wanted
 from deploy.terminal import console
 from deploy.terminal.output_file import publishing
+from proto import errors
 from proto.expert import ModelSpec
 
 WANTED = Wanted(predictions=True, inputs=True)
@@ -36,6 +39,7 @@ class MapCalibration:
     say: Callable[[str], None]
     wanted: Wanted = WANTED
     _stack: ExitStack = field(default_factory=ExitStack)
+    _failure: OSError | None = None
 
     def __enter__(self) -> MapCalibration:
         scratch = tempfile.TemporaryDirectory(prefix=".router_map-", dir=self.folder)
@@ -52,11 +56,21 @@ class MapCalibration:
 
     def take(self, result: Result) -> Result:
         """Keep what a generation says of the routers; the result without it."""
-        self._lessons.add(result.steps)
+        if self._failure is None:
+            try:
+                self._lessons.add(result.steps)
+            except OSError as error:
+                self._failure = error
+                self._stack.close()  # the forecaster needs the room
         return replace(result, steps=[replace(step, foretold=None) for step in result.steps])
 
     def train(self) -> None:
-        """Write the map, if there is something to learn from and it is better somewhere."""
+        """Write the map, if there is something to learn from and it is better somewhere.
+
+        Raises InvalidRequest when what it learns from could not be kept, or the map not be written.
+        """
+        if self._failure is not None:
+            raise self._unwritable(self._failure) from self._failure
         lessons = self._lessons
         if not lessons.num_steps:
             self.say("no router map: a trace does not hold what it learns from, --text does")
@@ -75,9 +89,18 @@ class MapCalibration:
                 f"no router map: it is nowhere better, or there are fewer than {MIN_STEPS} steps"
             )
             return
-        with publishing(out) as partial:
-            router_map.save(partial)
+        try:
+            with publishing(out) as partial:
+                router_map.save(partial)
+        except (OSError, SafetensorError) as error:
+            raise self._unwritable(error) from error
         self.say(
             f"{out}: {console.size(out.stat().st_size)}, trained on {router_map.trained_steps} "
             "steps; the node uses it with the forecaster"
+        )
+
+    def _unwritable(self, error: Exception) -> errors.InvalidRequest:
+        return errors.InvalidRequest(
+            f"no router map: {self.folder} cannot take what belongs to it ({error}): make room "
+            "there and calibrate again; the forecaster is written"
         )

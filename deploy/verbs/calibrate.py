@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -70,31 +71,30 @@ def calibrate(
     if (trace is None) == (not text):
         raise errors.InvalidRequest("give either --text FILES or --trace TRACE")
     out_path = out or store / FORECASTER_NAME
-    with (
-        publishing(out_path, REMEDY) as partial,
-        MapCalibration(manifest.spec, out_path.parent, say) as routers,
-    ):
-        if trace is not None:
-            known = AccessTrace.load(trace)
-        else:
-            sampling = Sampling(max_tokens, temperature, 1.0, seed, True, PROMPT_TOKENS)
-            prompts = passages(read_prompts(text or []), generations, seed)
-            model = store if memory else None
-            flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
-            choice = StackChoice(config, run_dir, flags)
-            known = record_trace(
-                "calibration", prompts, sampling, choice, routers.wanted, routers.take
-            )
-        check_trace(known, manifest)
-        torch.set_num_threads(processors.usable())
-        settings = CalibrationSettings(max_updates=max_updates, seed=seed)
-        train(known, settings, say, manifest.spec.fingerprint).save(partial)
+    with ExitStack() as lasting:
+        with publishing(out_path, REMEDY) as partial:
+            routers = lasting.enter_context(MapCalibration(manifest.spec, out_path.parent, say))
+            if trace is not None:
+                known = AccessTrace.load(trace)
+            else:
+                sampling = Sampling(max_tokens, temperature, 1.0, seed, True, PROMPT_TOKENS)
+                prompts = passages(read_prompts(text or []), generations, seed)
+                model = store if memory else None
+                flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
+                choice = StackChoice(config, run_dir, flags)
+                known = record_trace(
+                    "calibration", prompts, sampling, choice, routers.wanted, routers.take
+                )
+            check_trace(known, manifest)
+            torch.set_num_threads(processors.usable())
+            settings = CalibrationSettings(max_updates=max_updates, seed=seed)
+            train(known, settings, say, manifest.spec.fingerprint).save(partial)
+        user = f"flashmoe serve --forecaster {out}" if out else "flashmoe serve"
+        console.out.print(
+            f"{out_path}: trained on {known.num_steps} steps of "
+            f"{known.num_generations} generations; the next `{user}` uses it",
+        )
         routers.train()
-    user = f"flashmoe serve --forecaster {out}" if out else "flashmoe serve"
-    console.out.print(
-        f"{out_path}: trained on {known.num_steps} steps of "
-        f"{known.num_generations} generations; the next `{user}` uses it",
-    )
 
 
 def say(line: str) -> None:
