@@ -72,7 +72,7 @@ def test_a_sound_one_is_left_as_it_was(run_dir: Path) -> None:
         ),
         (["--rename-command", "XAUTOCLAIM", ""], "", "is too old: Redis 6.2"),
         (["--maxmemory", "1"], "", "is full: raise its maxmemory"),
-        (["--maxmemory", "8mb"], "", "evidence alone needs 16,777,216: raise its maxmemory"),
+        (["--maxmemory", "3mb"], "", "evidence alone needs 4,194,304: raise its maxmemory"),
         (["--replicaof", "127.0.0.1", "1"], "", "takes no writes: give its primary"),
         (["--min-replicas-to-write", "1"], "", "NOREPLICAS"),
     ],
