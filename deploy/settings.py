@@ -8,7 +8,15 @@ import tomllib
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+)
 
 from expert_store.manifest.sizing import Sizing
 from proto import errors
@@ -27,6 +35,7 @@ def _default_run_dir() -> Path:
 DEFAULT_RUN_DIR = _default_run_dir()
 _LOCAL_FILE = Path("flashmoe.toml")
 _BYTES = TypeAdapter(ByteSize)
+_CALIBRATED = ("forecaster_path", "router_map_path")  # what daemons' tables call it
 
 
 class ServeSettings(BaseModel):
@@ -44,6 +53,7 @@ class ServeSettings(BaseModel):
     expert_store: dict[str, Any] = Field(default_factory=dict)
     compute_node: dict[str, Any] = Field(default_factory=dict)
     scheduler: dict[str, Any] = Field(default_factory=dict)
+    _is_calibrated: bool = PrivateAttr(default=True)
 
     @classmethod
     def load(cls, path: Path | None) -> Self:
@@ -103,6 +113,8 @@ class ServeSettings(BaseModel):
         """
         from scheduler.config import FORECASTER_NAME  # clients of a stack need none of it
 
+        if not self._is_calibrated:
+            return None
         named = self.scheduler.get("forecaster_path")
         path = Path(str(named or store_dir / FORECASTER_NAME))
         if path.is_file():
@@ -119,6 +131,8 @@ class ServeSettings(BaseModel):
         """
         from compute_node.config import ROUTER_MAP_NAME  # clients of a stack need none of it
 
+        if not self._is_calibrated:
+            return None
         named = self.compute_node.get("router_map_path")
         path = Path(str(named or store_dir / ROUTER_MAP_NAME))
         if path.is_file():
@@ -131,20 +145,43 @@ class ServeSettings(BaseModel):
 
     def with_forecaster(self, path: Path) -> Self:
         """These settings with what was calibrated outside the store: a forecaster, and the router
-        map if one lies beside it.
+        map that `router_map_beside` names if there is one, else the store's.
         """
-        from compute_node.config import ROUTER_MAP_NAME
-
         named = {"forecaster_path": str(path.resolve())}
-        beside, node = path.resolve().with_name(ROUTER_MAP_NAME), self.compute_node
+        beside, node = router_map_beside(path.resolve()), self.compute_node
         if beside.is_file() and "router_map_path" not in node:
             node = node | {"router_map_path": str(beside)}
         return self.model_copy(update={"scheduler": self.scheduler | named, "compute_node": node})
+
+    def uncalibrated(self) -> Self:
+        """These settings without what was calibrated, wherever it lies: for a stack that calibrates
+        anew, which a damaged file must not keep from starting.
+        """
+        tables = {"scheduler": self.scheduler, "compute_node": self.compute_node}
+        left = self.model_copy(
+            update={
+                name: {key: value for key, value in table.items() if key not in _CALIBRATED}
+                for name, table in tables.items()
+            }
+        )
+        left._is_calibrated = False
+        return left
 
     def with_flags(self, **flags: Any) -> Self:
         """These settings, with every flag that was given."""
         given = {name: value for name, value in flags.items() if value is not None}
         return self.model_copy(update=given)
+
+
+def router_map_beside(forecaster: Path) -> Path:
+    """The router map that is calibrated with a forecaster, and named after its file."""
+    from compute_node.config import ROUTER_MAP_NAME
+    from scheduler.config import FORECASTER_NAME
+
+    if forecaster.name == FORECASTER_NAME:
+        return forecaster.with_name(ROUTER_MAP_NAME)
+    stem = forecaster.name.removesuffix(".safetensors")
+    return forecaster.with_name(f"{stem}.{ROUTER_MAP_NAME}")
 
 
 def parse_bytes(text: str, what: str) -> int:

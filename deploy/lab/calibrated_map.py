@@ -14,7 +14,6 @@ from types import TracebackType
 from safetensors import SafetensorError
 
 from compute_node.client.result import Result
-from compute_node.config import ROUTER_MAP_NAME
 from deploy.lab.map_lessons import MapLessons
 from deploy.lab.map_training import MIN_STEPS, MapTraining
 from deploy.lab.recorder import Wanted
@@ -30,19 +29,19 @@ WANTED = Wanted(predictions=True, inputs=True)
 class MapCalibration:
     """Of one store. A context manager: lessons are kept in a folder that is removed with it.
 
-    folder: where the map goes, and the lessons meanwhile
-    say:    hears of progress
+    out: where the map goes; the lessons lie beside it meanwhile
+    say: hears of progress
     """
 
     spec: ModelSpec
-    folder: Path
+    out: Path
     say: Callable[[str], None]
     wanted: Wanted = WANTED
     _stack: ExitStack = field(default_factory=ExitStack)
     _failure: OSError | None = None
 
     def __enter__(self) -> MapCalibration:
-        scratch = tempfile.TemporaryDirectory(prefix=".router_map-", dir=self.folder)
+        scratch = tempfile.TemporaryDirectory(prefix=".router_map-", dir=self.out.parent)
         self._lessons = MapLessons(Path(self._stack.enter_context(scratch)))
         return self
 
@@ -65,15 +64,24 @@ class MapCalibration:
         return replace(result, steps=[replace(step, foretold=None) for step in result.steps])
 
     def train(self) -> None:
-        """Write the map, if there is something to learn from and it is better somewhere.
+        """Write the map, if there is something to learn from and it is better somewhere; else
+        remove an older one.
 
         Raises InvalidRequest when what it learns from could not be kept, or the map not be written.
         """
-        if self._failure is not None:
-            raise self._unwritable(self._failure) from self._failure
-        lessons = self._lessons
+        try:
+            if self._failure is not None:
+                raise self._failure
+            self._train(self._lessons)
+        except (OSError, SafetensorError) as error:
+            raise errors.InvalidRequest(
+                f"no new router map: {self.out.parent} cannot take what belongs to it ({error}): "
+                "make room there and calibrate again; the forecaster is written"
+            ) from error
+
+    def _train(self, lessons: MapLessons) -> None:
         if not lessons.num_steps:
-            self.say("no router map: a trace does not hold what it learns from, --text does")
+            self._go_without("a trace does not hold what it learns from, --text does")
             return
         if lessons.num_left_out:
             self.say(
@@ -83,24 +91,20 @@ class MapCalibration:
         router_map = training.run()
         for line in training.report():
             self.say(f"router map, chosen experts named, held out, {line}")
-        out = self.folder / ROUTER_MAP_NAME
         if router_map is None:
-            self.say(
-                f"no router map: it is nowhere better, or there are fewer than {MIN_STEPS} steps"
-            )
+            self._go_without(f"it is nowhere better, or there are fewer than {MIN_STEPS} steps")
             return
-        try:
-            with publishing(out) as partial:
-                router_map.save(partial)
-        except (OSError, SafetensorError) as error:
-            raise self._unwritable(error) from error
+        with publishing(self.out) as partial:
+            router_map.save(partial)
+        size = console.size(self.out.stat().st_size)
         self.say(
-            f"{out}: {console.size(out.stat().st_size)}, trained on {router_map.trained_steps} "
-            "steps; the node uses it with the forecaster"
+            f"{self.out}: {size}, trained on {router_map.trained_steps} steps; the node uses it "
+            "with the forecaster"
         )
 
-    def _unwritable(self, error: Exception) -> errors.InvalidRequest:
-        return errors.InvalidRequest(
-            f"no router map: {self.folder} cannot take what belongs to it ({error}): make room "
-            "there and calibrate again; the forecaster is written"
-        )
+    def _go_without(self, why: str) -> None:
+        """A node must not use an older map with the new forecaster: nothing says it is better."""
+        self.say(f"no router map: {why}")
+        if self.out.is_file():
+            self.out.unlink()
+            self.say(f"{self.out}: removed, it is of an earlier calibration")

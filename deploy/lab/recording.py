@@ -30,12 +30,14 @@ class StackChoice:
     """The stack to record with: one of its own when `flags` name a model, else the one that runs in
     `run_dir`.
 
-    flags: as `ServeSettings.with_flags` takes them
+    flags:         as `ServeSettings.with_flags` takes them
+    is_calibrated: one of its own uses what was calibrated for the store
     """
 
     config: Path | None
     run_dir: Path | None
     flags: Mapping[str, object]
+    is_calibrated: bool = True
 
     def __post_init__(self) -> None:
         """Raises ConfigInvalid for flags of a stack of its own without a model, and for both."""
@@ -59,8 +61,9 @@ class StackChoice:
         runs in the run directory.
         """
         if self.flags["model"] is not None:
+            own = own_stack(self.config, self.flags, stopped, is_calibrated=self.is_calibrated)
             with (
-                own_stack(self.config, self.flags, stopped) as (stack, run),
+                own as (stack, run),
                 NodeClient(run.address("compute_node")) as node,
             ):
                 yield node, stack.watch

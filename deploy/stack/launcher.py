@@ -114,15 +114,20 @@ def serving(
 
 @contextmanager
 def own_stack(
-    config: Path | None, flags: Mapping[str, Any], stopped: Callable[[], bool]
+    config: Path | None,
+    flags: Mapping[str, Any],
+    stopped: Callable[[], bool],
+    *,
+    is_calibrated: bool = True,
 ) -> Iterator[tuple[Stack, RunDir]]:
-    """A stack in a scratch run directory, for the block. flags: as `with_flags` takes them.
+    """A stack in a scratch run directory, for the block. flags: as `with_flags` takes them;
+    is_calibrated: it uses what was calibrated for the store.
 
     Raises as `StackPlan.of` and `serving` do.
     """
     with tempfile.TemporaryDirectory(prefix=leftovers.SCRATCH_PREFIX) as scratch:
         settings = ServeSettings.load(config).with_flags(**flags, run_dir=Path(scratch))
-        plan = StackPlan.of(settings)
+        plan = StackPlan.of(settings if is_calibrated else settings.uncalibrated())
         console.say(f"starting {plan.model_name} ...")
         with serving(plan, stopped, say=console.say) as stack:
             yield stack, plan.run_dir

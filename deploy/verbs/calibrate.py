@@ -15,6 +15,7 @@ import typer
 from compute_node.kernels import processors
 from deploy.lab.recorder import Sampling
 from deploy.lab.recording import StackChoice, record_trace
+from deploy.settings import router_map_beside
 from deploy.stack.stack_plan import load_store
 from deploy.terminal import console, options
 from deploy.terminal.output_file import publishing
@@ -56,8 +57,9 @@ def calibrate(
 
     Generates from passages of the text with a running stack, or with one of its own when --memory
     is given; writes forecaster.safetensors and router_map.safetensors beside the manifest, where
-    `flashmoe serve` finds them, or the file named with --out and the map beside it, for `flashmoe
-    serve --forecaster`.
+    `flashmoe serve` finds them, or NAME.safetensors given with --out and, beside it,
+    NAME.router_map.safetensors, for `flashmoe serve --forecaster`. An older map that no new one
+    replaces is removed.
 
     Example: flashmoe calibrate ~/stores/olmoe --text ~/notes --memory 4GiB
     """
@@ -73,7 +75,9 @@ def calibrate(
     out_path = out or store / FORECASTER_NAME
     with ExitStack() as lasting:
         with publishing(out_path, REMEDY) as partial:
-            routers = lasting.enter_context(MapCalibration(manifest.spec, out_path.parent, say))
+            routers = lasting.enter_context(
+                MapCalibration(manifest.spec, router_map_beside(out_path), say)
+            )
             if trace is not None:
                 known = AccessTrace.load(trace)
             else:
@@ -81,7 +85,7 @@ def calibrate(
                 prompts = passages(read_prompts(text or []), generations, seed)
                 model = store if memory else None
                 flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
-                choice = StackChoice(config, run_dir, flags)
+                choice = StackChoice(config, run_dir, flags, is_calibrated=False)
                 known = record_trace(
                     "calibration", prompts, sampling, choice, routers.wanted, routers.take
                 )

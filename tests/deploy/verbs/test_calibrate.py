@@ -65,8 +65,11 @@ def test_a_calibrated_stack_follows_it_and_says_the_same_tokens(
 
 @pytest.mark.system
 def test_generates_from_text_with_a_stack_of_its_own(tiny_store: Path, tmp_path: Path) -> None:
+    """Red: a stack of its own that loads the files that are to be replaced, and refuses them."""
     copy = tmp_path / "store"
     shutil.copytree(tiny_store, copy)
+    for name in (FORECASTER_NAME, ROUTER_MAP_NAME):
+        (copy / name).write_bytes(b"damaged, which calibrating again is the remedy for")
     for name in ("one", "two"):
         (tmp_path / f"{name}.txt").write_text(f"{name} " * 400)
     flags = ["--text", str(tmp_path), "--memory", "1GiB", "--experts-memory", "50%"]
@@ -74,7 +77,7 @@ def test_generates_from_text_with_a_stack_of_its_own(tiny_store: Path, tmp_path:
     done = flashmoe("calibrate", str(copy), *flags, *small)
     assert done.returncode == 0, done.stderr
     assert "trained on 44 steps of 4 generations" in done.stdout
-    assert (copy / FORECASTER_NAME).exists()
+    assert Forecaster.load(copy / FORECASTER_NAME).spec.trained_steps == 44
     assert "fewer than 64 steps" in done.stderr and not (copy / ROUTER_MAP_NAME).exists()
 
 
@@ -108,14 +111,16 @@ def test_a_node_guesses_by_its_map_and_says_the_same_tokens(
     asked = {"max_tokens": 40, "temperature": 0.9, "seed": 3}
     with served(tiny_store, run_dir, *flags) as stack:
         expected = stack.generate("In the beginning", **asked)
-        assert predictors(stack.status()) == {"next_router", "run_ahead"}
+        assert predictors(stack.status()) == {"next_router"}
     with served(mapped, tmp_path / "r", *flags) as stack:
         assert stack.generate("In the beginning", **asked) == expected
-        assert predictors(stack.status()) == {"map", "next_router", "run_ahead"}
+        assert predictors(stack.status()) == {"map", "next_router"}
 
 
 def predictors(status: dict[str, Any]) -> set[str]:
-    return {one["predictor"] for one in status["compute_node"]["foresight"]} | {"run_ahead"}
+    """Those that are asked; whether run-ahead saw anything is up to the time that reads took."""
+    found = {one["predictor"] for one in status["compute_node"]["foresight"]}
+    return found - {"run_ahead"}
 
 
 def test_a_router_map_of_another_store_is_refused_at_start(
