@@ -63,13 +63,19 @@ def check_has_predictions(trace: AccessTrace) -> None:
         )
 
 
-def replay_predictors(setting: Setting, policy: str) -> list[Foresight]:
-    """Raises TraceInvalid for a trace without predictions, InvalidRequest for a policy that keeps
-    no ranks.
+def replay_predictors(
+    setting: Setting,
+    policy: str,
+    background: Background,
+) -> list[Foresight]:
+    """background: what the policy learned before.
+
+    Raises TraceInvalid for a trace without predictions, InvalidRequest for a policy that keeps no
+    ranks.
     """
     trace = setting.trace
     check_has_predictions(trace)
-    resident = _residents(setting, policy)
+    resident = _residents(setting, policy, background)
     judge = _Judge(trace, resident, setting.warmup_steps)
     return [
         found
@@ -79,12 +85,12 @@ def replay_predictors(setting: Setting, policy: str) -> list[Foresight]:
     ]
 
 
-def _residents(setting: Setting, policy: str) -> Mask:
+def _residents(setting: Setting, policy: str, background: Background) -> Mask:
     """[T, L, E], before each step."""
     make = POLICIES.get(policy)
     if make is None:
         raise errors.InvalidRequest(f"--predict is under one policy, not {policy}: name one")
-    cache = make(setting, Background())
+    cache = make(setting, background)
     if not isinstance(cache, RankedCache):
         raise errors.InvalidRequest(
             f"{policy} does not tell what is resident: give --policies decayed, or lru"

@@ -10,9 +10,11 @@ import typer
 from rich.table import Table
 
 from deploy.terminal import console
+from proto import errors
 from proto.redis_schema import LAYER
 
 if TYPE_CHECKING:
+    from scheduler.lab.policies import Background
     from scheduler.simulate.replay import Outcome, Setting
 
 FRAME = {"lru": "lru, the floor", "min": "min, the optimum"}
@@ -75,18 +77,17 @@ def replay(
     from scheduler.simulate.replay import Setting, as_document
     from scheduler.simulate.trace import AccessTrace
 
+    if predict and picture is not None:
+        raise errors.InvalidRequest("--plot draws hit ratios, not what --predict finds: give one")
     if picture is not None:
         plot.check_writable(picture)
     names = chosen_policies(policies)
     setting = Setting(AccessTrace.load(trace), slots, scope, warmup, lag)
+    background = Background(training_trace(train, trace, setting.trace) if train else None)
     if predict:
-        _predict(setting, policies or "decayed", as_json)
+        _predict(setting, policies or "decayed", background, as_json)
         return
-    replayed = PolicyReplay(
-        names,
-        Background(training_trace(train, trace, setting.trace) if train else None),
-        is_choice=policies is not None,
-    )
+    replayed = PolicyReplay(names, background, is_choice=policies is not None)
     outcomes = replayed.run(setting)
     if picture is not None:
         sizes = plotted_sizes(setting)
@@ -100,10 +101,10 @@ def replay(
         _print(setting, train, outcomes)
 
 
-def _predict(setting: Setting, policy: str, as_json: bool) -> None:
+def _predict(setting: Setting, policy: str, background: Background, as_json: bool) -> None:
     from deploy.lab.predictor_replay import replay_predictors
 
-    found = replay_predictors(setting, policy)
+    found = replay_predictors(setting, policy, background)
     trace = setting.trace
     if as_json:
         console.print_json(
@@ -120,7 +121,8 @@ def _predict(setting: Setting, policy: str, as_json: bool) -> None:
     title = (
         f"{trace.name}: {trace.num_steps - setting.warmup_steps:,} steps counted of "
         f"{trace.num_steps:,}, {setting.slots} of {trace.num_experts} slots a layer"
-        f"{', in one pool' if setting.scope != LAYER else ''} under {policy}\n"
+        f"{', in one pool' if setting.scope != LAYER else ''} under {policy}"
+        f"{f', trained on {background.train.name}' if background.train else ''}\n"
         "recall / precision of misses; corrected: what a predictor was lately wrong by is added"
     )
     grid = Table(title=title, title_justify="left", box=None, pad_edge=False)

@@ -15,6 +15,7 @@ import pytest
 from compute_node.predict.drift import corrected
 from deploy.lab.predictor_replay import IN_TURN, Foresight, replay_predictors
 from proto import errors
+from scheduler.lab.policies import Background
 from scheduler.simulate.replay import Setting
 from scheduler.simulate.trace import AccessTrace, TraceInvalid
 from tests.scheduler.replays import trace_of
@@ -43,7 +44,7 @@ def said(*steps: list[list[list[float]]]) -> AccessTrace:
 
 
 def replayed(trace: AccessTrace, warmup: int = 1) -> dict[tuple[str, int, bool], Foresight]:
-    found = replay_predictors(Setting(trace, 2, warmup_steps=warmup), "lru")
+    found = replay_predictors(Setting(trace, 2, warmup_steps=warmup), "lru", Background())
     return {(each.predictor, each.layers_ahead, each.is_corrected): each for each in found}
 
 
@@ -107,7 +108,7 @@ def test_correction_passes_over_what_was_not_said() -> None:
 
 def test_a_trace_without_predictions_is_refused_in_one_sentence() -> None:
     with pytest.raises(TraceInvalid) as caught:
-        replay_predictors(Setting(trace_of(STEPS, E), 2, warmup_steps=0), "lru")
+        replay_predictors(Setting(trace_of(STEPS, E), 2, warmup_steps=0), "lru", Background())
     assert str(caught.value) == (
         "small does not hold what predictors said: record it again with `flashmoe record "
         "--predictions`"
@@ -118,6 +119,6 @@ def test_a_policy_that_keeps_no_ranks_is_refused() -> None:
     right = [[SILENT], [naming(2, 3)]]
     trace = said(right, right, right, right)
     with pytest.raises(errors.InvalidRequest, match="--policies decayed"):
-        replay_predictors(Setting(trace, 2, warmup_steps=0), "s3fifo")
+        replay_predictors(Setting(trace, 2, warmup_steps=0), "s3fifo", Background())
     with pytest.raises(errors.InvalidRequest, match="one policy, not lru,decayed: name one"):
-        replay_predictors(Setting(trace, 2, warmup_steps=0), "lru,decayed")
+        replay_predictors(Setting(trace, 2, warmup_steps=0), "lru,decayed", Background())

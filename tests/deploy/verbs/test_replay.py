@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 
 from deploy.lab import plot, policy_replay
 from deploy.lab.policy_replay import PolicyReplay, plotted_sizes
+from deploy.verbs.replay import replay
 from proto import errors
 from scheduler.lab.policies import POLICIES, Background
 from scheduler.simulate.replay import Outcome, ReplayCache, Setting
@@ -76,6 +78,7 @@ def test_the_table_begins_with_the_best(other: Path) -> None:
         (("--slots", "12", "--warmup", "-1"), ("-1", "0 or more")),
         (("--slots", "12", "--warmup", "0", "--lag", "2"), ("2 steps", "0 or 1")),
         (("--slots", "12", "--warmup", "0", "--plot", "hits.txt"), ("hits.txt", ".png")),
+        (("--slots", "12", "--predict", "--plot", "hits.png"), ("--plot", "--predict", "one")),
         (("--slots", "12", "--plot", "no/such/folder/hits.png"), ("no/such/folder", "make it")),
     ],
 )
@@ -83,6 +86,24 @@ def test_what_cannot_be_is_one_sentence(arguments: tuple[str, ...], parts: tuple
     sentence = refused(str(PATH), *arguments)
     for part in parts:
         assert part in sentence
+
+
+def test_predictors_are_replayed_with_what_was_learned_before(
+    other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red: --train is read by no one."""
+    given = list[Background]()
+
+    def make(setting: Setting, background: Background) -> ReplayCache:
+        given.append(background)
+        return POLICIES["lru"](setting, background)
+
+    monkeypatch.setitem(POLICIES, "spy", make)
+    whole, path = recorded(), tmp_path / "said.npz"
+    said = np.zeros((*whole.topk_ids.shape[:2], 1, whole.num_experts), np.float16)
+    replace(whole, said={"map": said}, truth=said[:, :, 0]).save(path)
+    replay(path, 12, policies="spy", train=other, warmup=0, predict=True)
+    assert given[0].train is not None and given[0].train.name == "other"
 
 
 def test_a_missing_trace_is_one_sentence(tmp_path: Path) -> None:
