@@ -75,8 +75,8 @@ def replay_predictors(
     """
     trace = setting.trace
     check_has_predictions(trace)
-    resident = _residents(setting, policy, background)
-    judge = _Judge(trace, resident, setting.warmup_steps)
+    missed, absent = _missing(setting, policy, background)
+    judge = _Judge(trace.top_k, missed, absent, setting.warmup_steps)
     return [
         found
         for is_corrected in (False, True)
@@ -85,8 +85,10 @@ def replay_predictors(
     ]
 
 
-def _residents(setting: Setting, policy: str, background: Background) -> Mask:
-    """[T, L, E], before each step."""
+def _missing(setting: Setting, policy: str, background: Background) -> tuple[Mask, Mask]:
+    """[T, L, E], what each step misses, and what it could have misses of: those, and what is not
+    resident before it. In a pool a step evicts experts of its own later layers.
+    """
     make = POLICIES.get(policy)
     if make is None:
         raise errors.InvalidRequest(f"--predict is under one policy, not {policy}: name one")
@@ -95,11 +97,13 @@ def _residents(setting: Setting, policy: str, background: Background) -> Mask:
         raise errors.InvalidRequest(
             f"{policy} does not tell what is resident: give --policies decayed, or lru"
         )
-    found = np.empty((setting.trace.num_steps, *setting.trace.shape), np.bool_)
+    missed = np.zeros((setting.trace.num_steps, *setting.trace.shape), np.bool_)
+    absent = np.empty_like(missed)
     for step, event in enumerate(setting.trace.events()):
-        found[step] = cache.resident
-        cache.step(event)
-    return found
+        absent[step] = ~cache.resident
+        hits = cache.step(event)
+        np.put_along_axis(missed[step], event.topk_ids.astype(np.intp), ~hits, axis=1)
+    return missed, absent | missed
 
 
 def _scores(trace: AccessTrace, is_corrected: bool) -> Iterator[tuple[str, Floats]]:
@@ -125,21 +129,21 @@ def _in_turn(every: Mapping[str, Floats]) -> Floats:
 
 @dataclass(frozen=True)
 class _Judge:
-    """resident: [T, L, E], before each step"""
+    """missed, absent: [T, L, E], see `_missing`"""
 
-    trace: AccessTrace
-    resident: Mask
+    top_k: int
+    missed: Mask
+    absent: Mask
     warmup_steps: int
 
     def judge(self, name: str, scores: Floats, is_corrected: bool) -> Iterator[Foresight]:
         """A line for each distance. scores: [T, L, N, E]"""
-        used, counted = self.trace.used(), slice(self.warmup_steps, None)
+        counted = slice(self.warmup_steps, None)
         for number in range(scores.shape[2]):
             said = scores[counted, :, number]
             knows = np.isfinite(said).all(axis=-1, keepdims=True)  # [T, L, 1]
-            missing = knows & ~self.resident[counted]
-            named = _best(said, self.trace.top_k) & missing
-            misses = used[counted] & missing
+            named = _best(said, self.top_k) & knows & self.absent[counted]
+            misses = self.missed[counted] & knows
             yield Foresight(
                 name,
                 number + 1,

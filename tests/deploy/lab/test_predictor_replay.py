@@ -2,7 +2,7 @@
 
 Planted faults seen red: residents counted as guesses, the warm-up counted, a distance taken for
 another, misses of layers that nobody spoke about counted, no correction, the last predictor asked
-first.
+first, misses of a pool by what was resident before the step.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pytest
 from compute_node.predict.drift import corrected
 from deploy.lab.predictor_replay import IN_TURN, Foresight, replay_predictors
 from proto import errors
-from scheduler.lab.policies import Background
-from scheduler.simulate.replay import Setting
+from scheduler.lab.policies import POLICIES, Background
+from scheduler.simulate.replay import Setting, replay
 from scheduler.simulate.trace import AccessTrace, TraceInvalid
 from tests.scheduler.replays import trace_of
 
@@ -64,6 +64,19 @@ def test_misses_are_counted_by_layers_ahead() -> None:
     assert (near.recall, near.precision) == (0.5, 1.0)
     assert counts(far) == (6, 0, 0), "what is resident is no guess"
     assert (far.recall, far.precision) == (0.0, 0.0)
+
+
+def test_what_a_pool_evicts_within_a_step_is_a_miss() -> None:
+    """What layer 1 wants is the oldest, and makes room for layer 0 before its turn."""
+    steps = [[[0, 1], [0, 1]], [[0, 1], [2, 3]], [[0, 1], [4, 5]], [[2, 3], [0, 1]]]
+    right = np.full((4, 2, 1, 6), np.nan, np.float16)
+    right[:, 1, 0] = [np.isin(range(6), step[1]) for step in steps]
+    trace = replace(trace_of(steps, 6), said={"map": right}, truth=right[:, :, 0])
+    setting = Setting(trace, 4, scope="pool", warmup_steps=3)
+    found = replay_predictors(setting, "lru", Background())[0]
+    assert counts(found) == (2, 2, 2)
+    whole = replay(setting, POLICIES["lru"](setting, Background()))
+    assert whole.misses == 2 + 2, "nothing was said of layer 0"
 
 
 def test_the_warm_up_is_not_counted() -> None:
