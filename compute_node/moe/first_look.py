@@ -42,6 +42,7 @@ class FirstLook:
         wrong = self.prefetcher.take_disproved()
         num_guesses = len(self.prefetcher.foresight)
         try:
-            self.cache.read_ahead(self.prefetcher.layers[0], wanted, wrong, num_guesses)
+            asked = self.cache.read_ahead(self.prefetcher.layers[0], wanted, wrong, num_guesses)
         except SessionLost:
-            return  # the step's first layer notices it, says so, and opens another
+            asked = ()  # the step's first layer notices it, says so, and opens another
+        self.prefetcher.forget([key for key in wanted if key not in asked])

@@ -58,7 +58,9 @@ class Drift:
     def settle(self, layer: int, truth: Tensor) -> None:
         """The router of `layer` gave `truth`, [T, E]."""
         for way, said in self._said.pop(layer, {}).items():
-            if said.shape == truth.shape:  # else it was of a pass that was given up
+            # What a pass that was given up said is settled here, too. Of another batch it cannot be
+            # compared; of a batch of the same size it is learned as one error of about ten.
+            if said.shape == truth.shape:
                 self._learn(layer, way, np.add.reduce(truth.float().numpy() - said) / len(said))
 
     def _learn(self, layer: int, way: Way, error: Scores) -> None:

@@ -128,6 +128,13 @@ class Foresight:
         self._open.setdefault(key, {}).setdefault(predictor, distance)
         return is_first
 
+    def forget(self, key: ExpertKey, predictor: str) -> None:
+        """A guess came to nothing: it counts neither as right nor as wrong."""
+        named = self._open[key]
+        del named[predictor]
+        if not named:
+            del self._open[key]
+
     def retract(self, key: ExpertKey, predictor: str | None = None) -> bool:
         """A guess was seen to be wrong before its layer is reached: it counts as wrong. Returns
         whether no guess about the expert is open any more, and one was.

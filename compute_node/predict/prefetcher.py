@@ -168,6 +168,15 @@ class Prefetcher:
         disproved, self._disproved = self._disproved, []
         return disproved
 
+    def forget(self, keys: Iterable[ExpertKey]) -> None:
+        """Guesses that nobody reads, for lack of room: they count neither as sent nor as foreseen.
+        What was named is measured all the same.
+        """
+        for key in keys:
+            number, predictor = self._sent.pop(key)
+            self.distances[number].sent -= 1
+            self.foresight.forget(key, predictor)
+
     def computed(self, layer: int, compute_s: float) -> None:
         """What a step of `layer` took without waiting."""
         need = self._needs[layer]

@@ -38,6 +38,7 @@ class Cache:
     """What `ExpertCache.read_ahead` was asked."""
 
     is_lost: bool = False
+    room: int = 8
     asked: list[tuple[int, list[str], list[str], int]] = field(default_factory=list)
 
     def read_ahead(
@@ -46,7 +47,7 @@ class Cache:
         if self.is_lost:
             raise SessionLost("the store is gone")
         self.asked.append((layer, [*map(str, keys)], [*map(str, wrong)], num_guesses))
-        return keys
+        return keys[: self.room]
 
 
 def first_look(cache: Cache) -> FirstLook:
@@ -94,6 +95,17 @@ def test_what_is_disproved_meanwhile_is_withdrawn() -> None:
     assert cache.asked[1] == (1, ["L01E007"], ["L01E006"], 2)
 
 
+def test_what_there_is_no_room_to_read_was_not_foreseen() -> None:
+    """Red: an expert that nobody asked the store for counts as sent, and as a miss foreseen."""
+    look = first_look(Cache(room=1))
+    look.look(token(4, 6))
+    foresight, distance = look.prefetcher.foresight, look.prefetcher.distances[0]
+    assert [*map(str, foresight.about(1))] == ["L01E004"] and distance.sent == 1
+    look.prefetcher.settle(1, [ExpertKey(1, 4), ExpertKey(1, 6)], token(4, 6).hidden)
+    assert (foresight.misses.num_foreseen, look.prefetcher.num_unguessed) == (1, 1)
+    assert (foresight.worth("map", 1).right, distance.right) == (1, 1)
+
+
 def test_where_running_ahead_has_looked_it_does_not() -> None:
     look = first_look(Cache())
     look.prefetcher.foresight.guessed(ExpertKey(1, 5), "run_ahead", 2)
@@ -109,7 +121,9 @@ def test_where_nothing_misses_it_does_not() -> None:
 
 
 def test_a_broken_session_is_left_to_the_step() -> None:
-    first_look(Cache(is_lost=True)).look(token(4, 6))
+    look = first_look(Cache(is_lost=True))
+    look.look(token(4, 6))
+    assert not len(look.prefetcher.foresight) and not look.prefetcher.distances[0].sent
 
 
 def test_there_is_none_where_nothing_is_known_of_embeddings() -> None:
