@@ -51,13 +51,13 @@ class MapTraining:
     """One store's.
 
     verdicts:  by layers ahead
-    embedding: the map's share of each layer that it may foretell from the embedding
+    embedding: the map's share of what it may foretell from the embedding, likewise
     """
 
     spec: ModelSpec
     lessons: MapLessons
     verdicts: dict[int, Verdict] = field(default_factory=dict)
-    embedding: list[float] = field(default_factory=list)
+    embedding: dict[int, float] = field(default_factory=dict)
 
     def run(self) -> RouterMap | None:
         """None: it is nowhere better, or there are too few steps."""
@@ -78,8 +78,10 @@ class MapTraining:
         for ahead, verdict in sorted(self.verdicts.items()):
             yield verdict.text(ahead)
         if self.embedding:
-            shares = ", ".join(f"{share:.3f}" for share in self.embedding)
-            yield f"from a token's embedding: map {shares}, by layers ahead"
+            shares = ", ".join(
+                f"{ahead} ahead {each:.3f}" for ahead, each in self.embedding.items()
+            )
+            yield f"from a token's embedding: map {shares}"
 
     def _held_out(self) -> NDArray[np.intp]:
         """Steps."""
@@ -100,18 +102,18 @@ class MapTraining:
         rank = EMBEDDING_RANK if place < 0 else RANK
         rank = min(rank, most_rank(len(self.spec.moe_layers) + 1, hidden_size, outputs))
         fitted = fit(lesson.inputs, lesson.truth - lesson.said, rank)
-        kept = self._judged(place, fitted)
+        kept = self._judged(place, fitted, lesson.ahead)
         if not kept:
             return None
-        return fitted.part(kept, [self.spec.moe_layers[place + number + 1] for number in kept])
+        layers = [self.spec.moe_layers[place + lesson.ahead[number]] for number in kept]
+        return fitted.part(kept, layers)
 
     def _lesson(self, place: int) -> _Lesson | None:
-        """None: nothing of it can be learned from."""
+        """Of the layers after it whose routers are recognised. None: nothing can be learned."""
         lesson = self._read(place, self._learned_from())
-        usable = np.isfinite(lesson.inputs[:, 0]) & np.isfinite(
-            (lesson.truth - lesson.said)[:, :, 0]
-        ).all(axis=1)
-        return lesson.take(usable) if usable.sum() >= MIN_STEPS // 2 else None
+        known = lesson.known().sum(axis=0) >= MIN_STEPS // 2
+        usable = lesson.of(known).usable()
+        return usable if known.any() and len(usable.inputs) >= MIN_STEPS // 2 else None
 
     def _read(self, place: int, steps: NDArray[np.intp]) -> _Lesson:
         """What was seen at a layer, and what came of the N layers after it."""
@@ -123,28 +125,29 @@ class MapTraining:
             every = self.lessons.said()
             for ahead, target in enumerate(targets):
                 said[:, ahead] = every[steps, target, ahead]
-        return _Lesson(self.lessons.inputs()[steps, place + 1].astype(np.float32), truth, said)
+        inputs = self.lessons.inputs()[steps, place + 1].astype(np.float32)
+        return _Lesson(inputs, truth, said, np.arange(1, number + 1))
 
-    def _judged(self, place: int, fitted: _Fitted) -> list[int]:
-        """Which of the layers after it the map foretells better, counted from the next, 0; none
-        where no step that was held out shows it.
+    def _judged(self, place: int, fitted: _Fitted, learned: NDArray[np.intp]) -> list[int]:
+        """Which of the layers `learned` the map foretells better, by their place there; none where
+        no step that was held out shows it.
         """
-        held = self._read(place, self._held_out())
-        held = held.take(np.isfinite(held.inputs[:, 0]))
+        every = self._read(place, self._held_out())
+        held = every.of(np.isin(every.ahead, learned)).usable()
         if not len(held.inputs):
             return []
         mapped = held.said + fitted.corrections(held.inputs)
         kept = []
-        for number in range(held.truth.shape[1]):
+        for number, ahead in enumerate(learned.tolist()):
             truth = held.truth[:, number]
             share = self._share(corrected(mapped[:, number], truth), truth)
             plain = self._share(corrected(held.said[:, number], truth), truth)
             if place < 0:
-                self.embedding.append(share)
+                self.embedding[ahead] = share
                 is_better = share > LEAST_SHARE
             else:
                 is_better = share > plain
-                verdict = self.verdicts.setdefault(number + 1, Verdict())
+                verdict = self.verdicts.setdefault(ahead, Verdict())
                 verdict.layers, verdict.kept = verdict.layers + 1, verdict.kept + is_better
                 verdict.plain, verdict.mapped = verdict.plain + plain, verdict.mapped + share
             if is_better:
@@ -160,14 +163,28 @@ class MapTraining:
 
 @dataclass(frozen=True)
 class _Lesson:
-    """inputs: [T, D]; truth, said: [T, N, E]"""
+    """inputs: [T, D]; truth, said: [T, N, E]; ahead: [N], layers"""
 
     inputs: Floats
     truth: Floats
     said: Floats
+    ahead: NDArray[np.intp]
 
-    def take(self, steps: NDArray[np.bool_]) -> _Lesson:
-        return _Lesson(self.inputs[steps], self.truth[steps], self.said[steps])
+    def known(self) -> NDArray[np.bool_]:
+        """[T, N], where the stream and the router are recognised."""
+        known: NDArray[np.bool_] = np.isfinite((self.truth - self.said)[:, :, 0])
+        known &= np.isfinite(self.inputs[:, :1])
+        return known
+
+    def of(self, targets: NDArray[np.bool_]) -> _Lesson:
+        """targets: [N], which to keep"""
+        truth, said = self.truth[:, targets], self.said[:, targets]
+        return _Lesson(self.inputs, truth, said, self.ahead[targets])
+
+    def usable(self) -> _Lesson:
+        """Its steps where everything is known."""
+        steps = self.known().all(axis=1)
+        return _Lesson(self.inputs[steps], self.truth[steps], self.said[steps], self.ahead)
 
 
 @dataclass(frozen=True)
