@@ -34,11 +34,6 @@ class Foretold:
     truth: NDArray[np.float16]
     inputs: NDArray[np.float16] | None = None
 
-    @property
-    def num_bytes(self) -> int:
-        inputs = 0 if self.inputs is None else self.inputs.nbytes
-        return self.truth.nbytes + inputs + sum(each.nbytes for each in self.scores.values())
-
     def to_pb(self) -> pb.Foretold:
         inputs = self.inputs
         return pb.Foretold(

@@ -4,7 +4,7 @@ Kept on disk, so that memory does not grow with the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from compute_node.predict.next_router import NextRouters
 from proto.access import RecordedStep
-from proto.foretold import Foretold
 
 MOST_BYTES = 1 << 30  # on disk; steps beyond are left out
 
@@ -49,12 +48,17 @@ class MapLessons:
         for step in steps:
             if step.foretold is None or step.foretold.inputs is None:
                 continue
-            size = step.foretold.num_bytes
+            arrays = {
+                "inputs": step.foretold.inputs,
+                "truth": step.foretold.truth,
+                "said": step.foretold.scores[NextRouters.name],
+            }
+            size = sum(array.nbytes for array in arrays.values())
             if self._num_bytes + size > self.most_bytes:
                 self.num_left_out += 1
                 continue
             self._num_bytes += size
-            self._append(step.foretold, step.foretold.inputs)
+            self._append(arrays)
             taken += 1
         if taken:
             self.seq_offsets.append(self.num_steps + taken)
@@ -71,9 +75,8 @@ class MapLessons:
         """[T, L, N, E], by next routers."""
         return self._mapped("said")
 
-    def _append(self, foretold: Foretold, inputs: Halves) -> None:
-        said = foretold.scores[NextRouters.name]
-        for name, array in (("inputs", inputs), ("truth", foretold.truth), ("said", said)):
+    def _append(self, arrays: Mapping[str, Halves]) -> None:
+        for name, array in arrays.items():
             self._shapes[name] = array.shape
             with self._file(name).open("ab") as file:
                 file.write(array.tobytes())

@@ -82,7 +82,7 @@ def replay(
     if picture is not None:
         plot.check_writable(picture)
     names = chosen_policies(policies)
-    setting = Setting(AccessTrace.load(trace), slots, scope, warmup, lag)
+    setting = Setting(AccessTrace.load(trace, predictions=predict), slots, scope, warmup, lag)
     background = Background(training_trace(train, trace, setting.trace) if train else None)
     if predict:
         _predict(setting, policies or "decayed", background, as_json)

@@ -18,7 +18,8 @@ from proto.access import DecodeAccess
 from proto.redis_schema import LAYER
 
 REQUIRED = ("topk_ids", "seq_offsets", "num_experts")
-OPTIONAL = ("topk_weights", "seq_names", "router_scores", "sampling", "truth")
+OPTIONAL = ("topk_weights", "seq_names", "router_scores", "sampling")
+TRUTH = "truth"
 SAID = "said_"  # and the predictor's name
 
 
@@ -133,15 +134,18 @@ class AccessTrace:
         if self.router_scores is not None:
             arrays["router_scores"] = self.router_scores
         if self.truth is not None:
-            arrays["truth"] = self.truth
+            arrays[TRUTH] = self.truth
         arrays |= {SAID + name: each for name, each in self.said.items()}
         with path.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
     @classmethod
-    def load(cls, path: Path) -> AccessTrace:
-        """Raises TraceInvalid saying what is wrong with the file; FileNotFoundError."""
-        arrays = _arrays(path)
+    def load(cls, path: Path, *, predictions: bool = False) -> AccessTrace:
+        """predictions: with `said` and `truth`, many times what the others take
+
+        Raises TraceInvalid saying what is wrong with the file; FileNotFoundError.
+        """
+        arrays = _arrays(path, predictions)
         ids = arrays["topk_ids"]
         _check_ids(path, ids, arrays["num_experts"])
         _check_offsets(path, arrays["seq_offsets"], len(ids))
@@ -165,7 +169,7 @@ class AccessTrace:
                 for name, array in arrays.items()
                 if name.startswith(SAID)
             },
-            truth=_scores(path, arrays.get("truth"), (*ids.shape[:2], num_experts), "truth"),
+            truth=_scores(path, arrays.get(TRUTH), (*ids.shape[:2], num_experts), TRUTH),
         )
 
 
@@ -182,7 +186,7 @@ def _size(trace: AccessTrace) -> str:
     return f"{trace.num_layers} layers x {trace.num_experts} experts, top {trace.top_k}"
 
 
-def _arrays(path: Path) -> dict[str, Any]:
+def _arrays(path: Path, predictions: bool) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
@@ -191,7 +195,7 @@ def _arrays(path: Path) -> dict[str, Any]:
             missing = [name for name in REQUIRED if name not in archive.files]
             if missing:
                 raise TraceInvalid(f"{path} has no {', '.join(missing)}: it is no access trace")
-            return {name: archive[name] for name in archive.files if _is_known(name)}
+            return {name: archive[name] for name in archive.files if _is_wanted(name, predictions)}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
         raise TraceInvalid(
             f"{path} is no access trace (no pickle is ever loaded): record one with `flashmoe "
@@ -199,8 +203,10 @@ def _arrays(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _is_known(name: str) -> bool:
-    return name in REQUIRED + OPTIONAL or name.startswith(SAID)
+def _is_wanted(name: str, predictions: bool) -> bool:
+    if name == TRUTH or name.startswith(SAID):
+        return predictions
+    return name in REQUIRED + OPTIONAL
 
 
 def _check_ids(path: Path, ids: Any, num_experts: Any) -> None:

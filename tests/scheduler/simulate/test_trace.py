@@ -62,7 +62,7 @@ def test_survives_the_disk(
     )
     path = tmp_path_factory.mktemp("trace") / "trace.npz"
     given_trace.save(path)
-    loaded = AccessTrace.load(path)
+    loaded = AccessTrace.load(path, predictions=True)
     assert_equal(loaded, given_trace)
     assert (loaded.name, loaded.seq_names) == ("trace", given_trace.seq_names)
     if given_trace.router_scores is None:
@@ -74,6 +74,15 @@ def test_survives_the_disk(
     assert (loaded.truth is None) == (given_trace.truth is None)
     if loaded.truth is not None:
         np.testing.assert_array_equal(loaded.truth, given_trace.truth)
+
+
+def test_what_predictors_said_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
+    """Red when a replay of policies loads it, too: what is malformed there is no matter to it."""
+    path = write(tmp_path / "t.npz", **FINE, said_map=np.zeros(3), truth=np.zeros(3))
+    plain = AccessTrace.load(path)
+    assert plain.said == {} and plain.truth is None
+    with pytest.raises(TraceInvalid, match="said_map must be"):
+        AccessTrace.load(path, predictions=True)
 
 
 def test_what_is_optional_may_be_missing(tmp_path: Path) -> None:
@@ -125,7 +134,7 @@ def test_a_malformed_array_is_refused(tmp_path: Path, name: str, value: Any, rea
     arrays = {key: array for key, array in {**FINE, name: value}.items() if array is not None}
     path = write(tmp_path / "malformed.npz", **arrays)
     with pytest.raises(TraceInvalid, match=reason) as raised:
-        AccessTrace.load(path)
+        AccessTrace.load(path, predictions=True)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
