@@ -199,6 +199,8 @@ def load(
     if config.verdicts_path:
         prober.load(config.verdicts_path)
     loaded = load_model(model_dir, spec, cache, prober, lookahead)
+    if lookahead.router_map is not None and config.router_map_path is not None:
+        lookahead.router_map.check_reads(config.router_map_path, loaded.hidden_size)
     if config.verdicts_path:
         prober.save(config.verdicts_path)
     heap.trim()  # a tokenizer leaves ten times its file

@@ -104,14 +104,24 @@ class RouterMap:
             raise RouterMapInvalid.of(path, f"is damaged ({error})") from error
         if (read.fingerprint, read.num_experts) != (fingerprint, num_experts):
             raise RouterMapInvalid.of(path, "was calibrated for another model or an earlier index")
-        read.check_fits(path, read.hidden_size)
+        read._check_parts(path)
         return read
 
-    def check_fits(self, path: Path, hidden_size: int) -> None:
-        """Raises RouterMapInvalid unless it reads vectors of this size, and is finite."""
+    def check_reads(self, path: Path, hidden_size: int) -> None:
+        """Raises RouterMapInvalid unless it reads vectors of the model's size."""
+        if self.hidden_size != hidden_size:
+            raise RouterMapInvalid.of(
+                path,
+                f"reads vectors of {self.hidden_size} numbers, not of the model's {hidden_size}",
+            )
+
+    def _check_parts(self, path: Path) -> None:
+        """Raises RouterMapInvalid unless they have the shapes they are said to have, and are
+        finite.
+        """
         for part in self.parts.values():
             rank, outputs = len(part.down), len(part.layers) * self.num_experts
-            shapes = {"down": (rank, hidden_size), "up": (outputs, rank), "bias": (outputs,)}
+            shapes = {"down": (rank, self.hidden_size), "up": (outputs, rank), "bias": (outputs,)}
             for name, tensor in part.tensors().items():
                 if tensor.shape != shapes[name] or not np.isfinite(tensor).all():
                     raise RouterMapInvalid.of(

@@ -111,8 +111,8 @@ def test_numbers_that_cannot_be_are_refused(tmp_path: Path, wrong: dict[str, np.
 
 
 def test_vectors_of_another_size_are_refused(path: Path) -> None:
-    with pytest.raises(errors.RouterMapInvalid, match="has a down that is not"):
-        made().check_fits(path, D + 1)
+    with pytest.raises(errors.RouterMapInvalid, match="6 numbers, not of the model's 7"):
+        made().check_reads(path, D + 1)
 
 
 def test_a_map_of_a_large_model_stays_within_its_bound() -> None:

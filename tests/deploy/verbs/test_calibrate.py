@@ -130,11 +130,19 @@ def test_a_router_map_of_another_store_is_refused_at_start(
     shutil.copytree(mapped, copy)
     fingerprint = Manifest.load(mapped).spec.fingerprint
     ours = RouterMap.load(mapped / ROUTER_MAP_NAME, fingerprint, 32)
-    replace(ours, fingerprint="another").save(copy / ROUTER_MAP_NAME)
+    halved = {
+        layer: replace(part, down=part.down[:, : ours.hidden_size // 2])
+        for layer, part in ours.parts.items()
+    }
     flags = ["--run-dir", str(run_dir), "--experts-memory", "25%"]
-    done = flashmoe("serve", "--model", str(copy), *flags)
-    assert done.returncode != 0
-    assert "was calibrated for another model or an earlier index: run `flashmoe" in done.stderr
+    for other, why in (
+        (replace(ours, fingerprint="another"), "was calibrated for another model or an earlier"),
+        (replace(ours, hidden_size=ours.hidden_size // 2, parts=halved), "not of the model's"),
+    ):
+        other.save(copy / ROUTER_MAP_NAME)
+        done = flashmoe("serve", "--model", str(copy), *flags)
+        assert done.returncode != 0
+        assert why in done.stderr and "run `flashmoe calibrate` again" in done.stderr
 
 
 def test_a_router_map_may_lie_outside_the_store(mapped: Path, tmp_path: Path) -> None:
