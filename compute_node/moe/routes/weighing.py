@@ -78,8 +78,13 @@ def recognise(scores: Tensor, ids: Tensor, weights: Tensor) -> list[Weighing]:
 
 
 def names_the_chosen(scores: Tensor, chosen: list[int]) -> bool:
-    """Whether the best by score are the chosen ones. scores: [E]"""
-    return set(scores.topk(len(chosen)).indices.tolist()) == set(chosen)
+    """Whether the chosen are distinct, and none that was not chosen has a higher score. bf16 scores
+    often tie. scores: [E]
+    """
+    if max(chosen) >= len(scores) or len(set(chosen)) < len(chosen):
+        return False
+    others = scores.index_fill(0, torch.tensor(chosen), -torch.inf)
+    return bool(scores[chosen].min() >= others.max())
 
 
 def _spread(values: Tensor) -> Tensor:

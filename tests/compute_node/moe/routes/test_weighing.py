@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compute_node.moe.routes.weighing import Weighing, WeighingWatch, recognise
+from compute_node.moe.routes.weighing import Weighing, WeighingWatch, names_the_chosen, recognise
 from proto import errors
 
 LOGITS = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)) * 2
@@ -84,6 +84,15 @@ def test_a_watch_needs_some_tokens_and_then_knows_or_refuses() -> None:
     assert watch.look(scores[15:16], ids[15:16], weights[15:16]) is not None
     with pytest.raises(errors.CheckpointUnsupported, match="layer 5 can only be routed exactly"):
         WeighingWatch(5).look(scores, ids, torch.rand(weights.shape))
+
+
+def test_equal_scores_may_be_chosen_either_way() -> None:
+    """As bf16 has them. Red where one topk is compared with another."""
+    scores = torch.tensor([3.0, 2.0, 2.0, 1.0])
+    assert names_the_chosen(scores, [0, 1]) and names_the_chosen(scores, [2, 0])
+    assert not names_the_chosen(scores, [0, 3])
+    assert not names_the_chosen(scores, [0, 0]) and not names_the_chosen(scores, [0, 4])
+    assert names_the_chosen(scores, [3, 1, 0, 2])
 
 
 def test_scores_may_come_late_but_not_never() -> None:
