@@ -236,7 +236,8 @@ def test_a_step_of_the_wrong_size_is_typed(changes: dict[str, object]) -> None:
 
 def test_a_lossy_route_is_told_as_the_routers_chose(client: NodeClient) -> None:
     """Red with the marks of what was left out in it: no reader takes two alike."""
-    result = client.generate(PROMPTS[0], route="skip 1", record=True, **OPTIONS).run()  # type: ignore[arg-type]
+    other = list(range(900, 940))  # not all of its experts are in memory
+    result = client.generate(other, route="skip 1", record=True, **OPTIONS).run()  # type: ignore[arg-type]
     assert result.decode.rerouted > 0 and len(result.steps) == 16
     for step in result.steps:
         ids = step.topk_ids.reshape(L, K)

@@ -9,6 +9,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -80,14 +81,15 @@ def test_streamed_text_is_the_decoded_tokens(client: NodeClient) -> None:
 
 
 def test_a_route_is_its_requests_alone(client: NodeClient) -> None:
-    """An exact request beside lossy ones gives what it gave before: red where a policy stays."""
-    say = {"max_tokens": 24, "ignore_eos": True}
-    exact = client.generate("In the beginning", **say).run()  # type: ignore[arg-type]
-    lossy = client.generate("In the beginning", route="prior .9 + skip 1", **say).run()  # type: ignore[arg-type]
-    again = client.generate("In the beginning", **say).run()  # type: ignore[arg-type]
+    """An exact request beside lossy ones gives what it gave before: red where a policy stays. The
+    lossy one is about something else, so that not all of its experts are in memory.
+    """
+    say: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
+    exact = client.generate("In the beginning", **say).run()
+    lossy = client.generate(list(range(900, 940)), route="prior .9 + skip 1", **say).run()
+    again = client.generate("In the beginning", **say).run()
     assert exact.token_ids == again.token_ids
     assert lossy.decode.rerouted > 0 == exact.decode.rerouted == again.decode.rerouted
-    assert lossy.decode.misses < 24 * 8
 
 
 def test_a_text_is_scored_by_a_route(client: NodeClient) -> None:
