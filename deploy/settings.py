@@ -113,17 +113,8 @@ class ServeSettings(BaseModel):
         """
         from scheduler.config import FORECASTER_NAME  # clients of a stack need none of it
 
-        if not self._is_calibrated:
-            return None
-        named = self.scheduler.get("forecaster_path")
-        path = Path(str(named or store_dir / FORECASTER_NAME))
-        if path.is_file():
-            return path
-        if named:
-            raise errors.ConfigInvalid(
-                f"forecaster {path} is no file: name what `flashmoe calibrate --out` wrote"
-            )
-        return None
+        named, beside = self.scheduler.get("forecaster_path"), store_dir / FORECASTER_NAME
+        return self._calibrated(named, beside, "forecaster", "flashmoe calibrate --out")
 
     def router_map(self, store_dir: Path) -> Path | None:
         """What was learned about the store's routers: the file that [compute_node] names, else the
@@ -131,16 +122,20 @@ class ServeSettings(BaseModel):
         """
         from compute_node.config import ROUTER_MAP_NAME  # clients of a stack need none of it
 
+        named, beside = self.compute_node.get("router_map_path"), store_dir / ROUTER_MAP_NAME
+        return self._calibrated(named, beside, "router map", "flashmoe calibrate")
+
+    def _calibrated(self, named: Any, beside: Path, what: str, command: str) -> Path | None:
+        """The file that is named, else the one beside the manifest if it is there. Raises
+        ConfigInvalid when the file that is named is not, with the command that writes one.
+        """
         if not self._is_calibrated:
             return None
-        named = self.compute_node.get("router_map_path")
-        path = Path(str(named or store_dir / ROUTER_MAP_NAME))
+        path = Path(str(named or beside))
         if path.is_file():
             return path
         if named:
-            raise errors.ConfigInvalid(
-                f"router map {path} is no file: name what `flashmoe calibrate` wrote"
-            )
+            raise errors.ConfigInvalid(f"{what} {path} is no file: name what `{command}` wrote")
         return None
 
     def with_forecaster(self, path: Path) -> Self:

@@ -19,6 +19,7 @@ from compute_node.cache.asked import never
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.engine.limits import Limits
 from compute_node.engine.request import Request
+from compute_node.engine.sequence import SequenceState
 from compute_node.engine.usage import Measure, Usage
 from compute_node.engine.writer import Token, Writer
 from compute_node.evidence.accesses import Recording, recorded
@@ -26,14 +27,12 @@ from compute_node.evidence.foretold import foretold
 from compute_node.evidence.step import Evidence
 from compute_node.model.finite import fault_of, is_usable
 from compute_node.model.loaded import LoadedModel
-from compute_node.moe.route import EXACT, RoutePolicy
 from compute_node.moe.step import Batch, Keeps, Part, Phase, RunsAhead, Step
 from compute_node.predict.predictor import EMBEDDING, Seen
 from compute_node.run_ahead.run_ahead import RunAhead
 from compute_node.run_ahead.second_pass import Draw
 from proto import errors
 from proto.access import RecordedStep
-from proto.checkpoint.sequence_state import state_bytes
 from proto.checkpoint.text_files import load_generation_config
 from proto.stats import fact
 
@@ -57,25 +56,6 @@ class Finished:
 
 
 Event = Token | RecordedStep | Finished
-
-
-@dataclass
-class SequenceState:
-    """One sequence under way.
-
-    cache: transformers' own, for this model class; None before the first chunk
-    policy: chooses among the experts of its decode steps
-    """
-
-    name: str
-    token_ids: list[int]
-    num_computed: int = 0
-    cache: Any = None
-    policy: RoutePolicy = EXACT
-
-    @property
-    def cache_bytes(self) -> int:
-        return state_bytes(self.cache)
 
 
 class Engine:

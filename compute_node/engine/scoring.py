@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from compute_node.client.result import ScoredToken
-from compute_node.engine.engine import Engine, SequenceState
+from compute_node.engine.engine import Engine
 from compute_node.engine.request import Request
+from compute_node.engine.sequence import SequenceState
 from compute_node.moe.route import EXACT, RoutePolicy
 from proto import errors
 

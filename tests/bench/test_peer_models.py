@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compute_node.engine.engine import SequenceState
+from compute_node.engine.sequence import SequenceState
 from expert_store.offline.pack import pack
 from tests import checkpoints
 from tests.bench.peers.fused import fuse

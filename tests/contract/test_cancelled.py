@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compute_node.engine.engine import SequenceState
 from compute_node.engine.request import Request
+from compute_node.engine.sequence import SequenceState
 from expert_store.offline.index import index
 from proto import errors
 from tests.contract.test_exactness import engine, prompt, reference

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compute_node.engine.engine import SequenceState
+from compute_node.engine.sequence import SequenceState
 from compute_node.moe.step import Phase
 from expert_store.offline.index import index
 from expert_store.offline.pack import pack

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from compute_node.engine.engine import SequenceState
+from compute_node.engine.sequence import SequenceState
 from compute_node.moe.step import Phase
 from compute_node.run_ahead.run_ahead import ON
 from expert_store.offline.index import index

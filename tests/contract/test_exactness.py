@@ -21,7 +21,8 @@ from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.config import RunAheadSetting
 from compute_node.engine.ahead import new_run_ahead
-from compute_node.engine.engine import Engine, SequenceState
+from compute_node.engine.engine import Engine
+from compute_node.engine.sequence import SequenceState
 from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import load_model
 from compute_node.moe.step import Keeps, Phase

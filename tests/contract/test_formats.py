@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from compute_node.engine.engine import Engine, SequenceState
+from compute_node.engine.engine import Engine
+from compute_node.engine.sequence import SequenceState
 from compute_node.kernels.formats.int4 import Int4Matrix
 from compute_node.kernels.formats.int8 import Int8Matrix
 from compute_node.store.memory import TORCH_DTYPES

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compute_node.engine.engine import SequenceState
+from compute_node.engine.sequence import SequenceState
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest
 from expert_store.offline.index import index
 from expert_store.offline.pack import pack

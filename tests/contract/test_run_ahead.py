@@ -17,8 +17,9 @@ import torch
 
 from compute_node.cache.asked import never
 from compute_node.client.sampling_options import SamplingOptions
-from compute_node.engine.engine import Engine, SequenceState
+from compute_node.engine.engine import Engine
 from compute_node.engine.request import Request
+from compute_node.engine.sequence import SequenceState
 from compute_node.run_ahead.fork import Fork
 from compute_node.run_ahead.run_ahead import ON, RunAhead
 from expert_store.offline.index import index

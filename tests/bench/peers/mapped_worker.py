@@ -16,8 +16,9 @@ from typing import Any, cast
 import torch
 
 from compute_node.client.sampling_options import SamplingOptions
-from compute_node.engine.engine import Engine, SequenceState
+from compute_node.engine.engine import Engine
 from compute_node.engine.request import Request
+from compute_node.engine.sequence import SequenceState
 from compute_node.engine.writer import Token
 from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import load_model

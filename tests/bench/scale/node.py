@@ -19,7 +19,8 @@ from torch import Tensor
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
-from compute_node.engine.engine import Engine, SequenceState
+from compute_node.engine.engine import Engine
+from compute_node.engine.sequence import SequenceState
 from compute_node.engine.usage import Measure, Usage
 from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import LoadedModel, load_model

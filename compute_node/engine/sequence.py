@@ -1,0 +1,28 @@
+"""One sequence under way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from compute_node.moe.route import EXACT, RoutePolicy
+from proto.checkpoint.sequence_state import state_bytes
+
+
+@dataclass
+class SequenceState:
+    """What is known of it.
+
+    cache: transformers' own, for this model class; None before the first chunk
+    policy: chooses among the experts of its decode steps
+    """
+
+    name: str
+    token_ids: list[int]
+    num_computed: int = 0
+    cache: Any = None
+    policy: RoutePolicy = EXACT
+
+    @property
+    def cache_bytes(self) -> int:
+        return state_bytes(self.cache)
