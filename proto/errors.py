@@ -89,6 +89,16 @@ class RouterMapInvalid(FlashMoEError):
         return cls(f"{path} {what}: run `flashmoe calibrate` again, or remove it")
 
 
+class QualityCardInvalid(FlashMoEError):
+    """A quality card was changed, is of another format, or of another model."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+    @classmethod
+    def of(cls, path: Path, what: str) -> QualityCardInvalid:
+        return cls(f"{path} {what}: run `flashmoe tune` again, or remove it")
+
+
 class SegmentInvalid(FlashMoEError):
     """The shared-memory file is not a segment of ours, or of another version."""
 
