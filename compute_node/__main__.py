@@ -160,7 +160,16 @@ def new_cache(
     )
     capacity_bytes = min(config.slots, spec.num_experts_total) * expert_bytes
     is_pooled = config.scope == "pool"
-    capacity = Capacity(capacity_bytes, expert_bytes, spec.moe_layers, spec.top_k, is_pooled)
+    shares_slots = is_pooled and config.transport == "shared_memory"
+    small_bytes = description.lease_bytes[spec.small_variant] if shares_slots else expert_bytes
+    capacity = Capacity(
+        capacity_bytes,
+        expert_bytes,
+        spec.moe_layers,
+        spec.top_k,
+        is_pooled,
+        expert_bytes // small_bytes,
+    )
     return ExpertCache(store, capacity, chooser)
 
 

@@ -208,6 +208,15 @@ class ModelSpec:
             return Variant(self.weight_format, self.layouts)
         return self.variants[name]
 
+    @property
+    def small_variant(self) -> str:
+        """The one whose experts have the fewest bytes; the exact one where nothing is kept beside
+        it.
+        """
+        layer = self.moe_layers[0]
+        names = (EXACT_VARIANT, *self.variants)
+        return min(names, key=lambda name: self.variant(name).expert_bytes(layer))
+
     def contains(self, key: ExpertKey) -> bool:
         return key.layer in self.layouts and 0 <= key.expert < self.num_experts
 

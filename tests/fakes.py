@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from compute_node.cache.capacity import Capacity
 from compute_node.store.memory import Borrowed
 from compute_node.store.session import SessionLost
 from proto import errors
-from proto.expert import ExpertKey
+from proto.expert import EXACT_VARIANT, RecordKey
 
 EXPERT_BYTES = 100
 
 
-def make_capacity(slots: int, moe_layers: tuple[int, ...], top_k: int, pooled: bool) -> Capacity:
+def make_capacity(
+    slots: int, moe_layers: tuple[int, ...], top_k: int, pooled: bool, num_parts: int = 1
+) -> Capacity:
     """Of as many experts of `EXPERT_BYTES`."""
-    return Capacity(slots * EXPERT_BYTES, EXPERT_BYTES, moe_layers, top_k, pooled)
+    return Capacity(slots * EXPERT_BYTES, EXPERT_BYTES, moe_layers, top_k, pooled, num_parts)
 
 
 class FakeLender:
-    """A store client without a store. damaged: experts that cannot be lent."""
+    """A store client without a store. Small records lie where the real one lays them: beside each
+    other in a slot that is in use, before another is divided.
 
-    def __init__(self, quota_slots: int = 1 << 20, bytes_per_expert: int = EXPERT_BYTES) -> None:
-        self.held: dict[ExpertKey, Borrowed] = {}
-        self.in_memory: set[ExpertKey] = set()
-        self.damaged: set[ExpertKey] = set()
-        self.exchanges: list[tuple[list[ExpertKey], list[ExpertKey]]] = []
-        self.prefetched: list[ExpertKey] = []
-        self.withdrawn: list[ExpertKey] = []
+    damaged: experts that cannot be lent
+    """
+
+    def __init__(
+        self,
+        quota_slots: int = 1 << 20,
+        bytes_per_expert: int = EXPERT_BYTES,
+        num_parts: int = 1,
+    ) -> None:
+        self.held: dict[RecordKey, Borrowed] = {}
+        self.in_memory: set[RecordKey] = set()
+        self.damaged: set[RecordKey] = set()
+        self.exchanges: list[tuple[list[RecordKey], list[RecordKey]]] = []
+        self.prefetched: list[RecordKey] = []
+        self.withdrawn: list[RecordKey] = []
         self.break_next = False
         self.num_opened = 0
         self._quota_slots = quota_slots
+        self._num_parts = num_parts
         self._bytes = bytes_per_expert
         self._open = False
         self._generation = 0
@@ -47,11 +60,11 @@ class FakeLender:
 
     def borrow(
         self,
-        releases: Sequence[ExpertKey],
-        acquires: Sequence[ExpertKey],
+        releases: Sequence[RecordKey],
+        acquires: Sequence[RecordKey],
         check: Callable[[], None] = lambda: None,
-        prefetches: Sequence[ExpertKey] = (),
-        withdrawals: Sequence[ExpertKey] = (),
+        prefetches: Sequence[RecordKey] = (),
+        withdrawals: Sequence[RecordKey] = (),
     ) -> FakeArrivals:
         if self.break_next or not self._open:
             self.break_next = False
@@ -65,13 +78,13 @@ class FakeLender:
             del self.held[key]
         assert not self.held.keys() & set(acquires), "asked for what it holds"
         arrivals = [self._lend(key) for key in acquires if key not in self.damaged]
-        assert len(self.held) <= self._quota_slots
+        assert len({held.slot for held in self.held.values()}) <= self._quota_slots
         return self._come(arrivals, [key for key in acquires if key in self.damaged], check)
 
     def exchange(
         self,
-        releases: Sequence[ExpertKey],
-        acquires: Sequence[ExpertKey],
+        releases: Sequence[RecordKey],
+        acquires: Sequence[RecordKey],
         check: Callable[[], None] = lambda: None,
     ) -> list[Borrowed]:
         try:
@@ -81,7 +94,7 @@ class FakeLender:
             raise
 
     def _come(
-        self, arrivals: list[Borrowed], damaged: list[ExpertKey], check: Callable[[], None]
+        self, arrivals: list[Borrowed], damaged: list[RecordKey], check: Callable[[], None]
     ) -> FakeArrivals:
         """What is in memory first, then one after another; damage last."""
         in_memory = [arrival for arrival in arrivals if arrival.bytes_read == 0]
@@ -89,22 +102,36 @@ class FakeLender:
         parts += [[arrival] for arrival in arrivals if arrival.bytes_read]
         return FakeArrivals(self, parts, damaged, check)
 
-    def resident(self) -> list[ExpertKey]:
+    def resident(self) -> list[RecordKey]:
         return list(self.in_memory)
 
     def is_current(self, borrowed: Borrowed) -> bool:
-        return self.held.get(borrowed.key) is borrowed
+        return self.held.get(borrowed.record) is borrowed
 
     def abort(self) -> None:
         self._open = False
         self.held.clear()
 
-    def _lend(self, key: ExpertKey) -> Borrowed:
+    def _lend(self, key: RecordKey) -> Borrowed:
         self._generation += 1
-        bytes_read = 0 if key in self.in_memory else self._bytes
-        self.held[key] = Borrowed(key, 0, 0, self._generation, self._bytes, {}, bytes_read)
+        is_small = key.variant != EXACT_VARIANT
+        size_bytes = self._bytes // self._num_parts if is_small else self._bytes
+        bytes_read = 0 if key in self.in_memory else size_bytes
+        slot = self._slot_beside() if is_small else self._free_slot()
+        place = (slot, 0, self._generation, size_bytes)
+        self.held[key] = Borrowed(key.expert, *place, {}, bytes_read, variant=key.variant)
         self.in_memory.add(key)
         return self.held[key]
+
+    def _free_slot(self) -> int:
+        used = {held.slot for held in self.held.values()}
+        return next(slot for slot in range(len(used) + 1) if slot not in used)
+
+    def _slot_beside(self) -> int:
+        """Of a small record."""
+        used = Counter(held.slot for held in self.held.values() if not held.is_exact)
+        free = (slot for slot, count in used.items() if count < self._num_parts)
+        return next(free, self._free_slot())
 
 
 class FakeArrivals:
@@ -114,7 +141,7 @@ class FakeArrivals:
         self,
         lender: FakeLender,
         parts: list[list[Borrowed]],
-        damaged: list[ExpertKey],
+        damaged: list[RecordKey],
         check: Callable[[], None],
     ) -> None:
         self._lender, self._parts, self._damaged, self._check = lender, parts, damaged, check

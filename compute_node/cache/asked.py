@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from compute_node.cache.lender import Arrivals
-from proto.expert import ExpertKey
+from proto.expert import ExpertKey, RecordKey
 
 Meanwhile = Callable[[Callable[[], bool]], None]
 """Called when a step is about to wait, with a function that says whether it need not any more."""
+
+
+NONE_SMALL: Mapping[int, str] = {}
+
+
+def exact(keys: Iterable[ExpertKey]) -> list[RecordKey]:
+    """Their exact records."""
+    return [RecordKey(key) for key in keys]
 
 
 def never() -> None:
@@ -34,7 +42,7 @@ class Waiter:
 class Asked:
     """Misses that were asked for, and the iterator that they come from."""
 
-    misses: list[ExpertKey]
+    misses: list[RecordKey]
     arrivals: Arrivals
     waiter: Waiter
 
@@ -49,3 +57,4 @@ class Needs:
     disproved: Callable[[], Sequence[ExpertKey]]
     guess: Callable[[], Sequence[ExpertKey]]
     meanwhile: Meanwhile
+    small: Mapping[int, str]

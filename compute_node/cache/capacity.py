@@ -13,6 +13,7 @@ class Capacity:
     """Bytes that resident experts may take: a share of each layer, or one pool of all layers.
 
     expert_bytes: of one exact record; shares are multiples of it
+    num_parts: records of the smallest variant that lie in the room of one exact record
     """
 
     capacity_bytes: int
@@ -20,6 +21,7 @@ class Capacity:
     moe_layers: tuple[int, ...]
     top_k: int
     pooled: bool
+    num_parts: int = 1
 
     def __post_init__(self) -> None:
         """Raises MemoryExceeded naming the smallest that works."""
@@ -36,9 +38,9 @@ class Capacity:
     def slots(self) -> int:
         return self.capacity_bytes // self.expert_bytes
 
-    def layer_bytes(self, layer: int) -> int:
-        """What experts of `layer` may take."""
+    def layer_slots(self, layer: int) -> int:
+        """That experts of `layer` may take."""
         if self.pooled:
-            return self.capacity_bytes
+            return self.slots
         share, rest = divmod(self.slots, len(self.moe_layers))
-        return (share + (self.moe_layers.index(layer) < rest)) * self.expert_bytes
+        return share + (self.moe_layers.index(layer) < rest)

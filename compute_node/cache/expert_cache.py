@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from compute_node.cache.asked import Asked, Meanwhile, Needs, Waiter, never, sleep
+from compute_node.cache.asked import (
+    NONE_SMALL,
+    Asked,
+    Meanwhile,
+    Needs,
+    Waiter,
+    exact,
+    never,
+    sleep,
+)
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.counters import LayerCounters
 from compute_node.cache.lender import Lender
@@ -17,7 +26,7 @@ from compute_node.cache.waits import Waits
 from compute_node.store.memory import Borrowed
 from compute_node.store.session import SessionLost
 from proto import errors
-from proto.expert import ExpertKey
+from proto.expert import EXACT_VARIANT, ExpertKey, RecordKey
 from proto.stats import gauge
 
 logger = logging.getLogger(__name__)
@@ -46,13 +55,19 @@ class ExpertCache:
         layers = self.capacity.moe_layers
         self.counters = {layer: LayerCounters() for layer in layers}
         self.waits = Waits(self.counters)
-        self._resident = Residents(layers)
+        self._resident = Residents(layers, self.capacity.num_parts)
         self.room = Room(self.capacity, self._resident, self.chooser)
 
     def __len__(self) -> int:
         return len(self._resident)
 
     def __contains__(self, key: ExpertKey) -> bool:
+        """Whether its exact record is here."""
+        held = self._resident.get(key)
+        return held is not None and held.is_exact
+
+    def holds(self, key: ExpertKey) -> bool:
+        """Whether a record of it is here, exact or small."""
         return key in self._resident
 
     @property
@@ -68,6 +83,7 @@ class ExpertCache:
         disproved: Callable[[], Sequence[ExpertKey]] = tuple,
         guess: Callable[[], Sequence[ExpertKey]] = tuple,
         meanwhile: Meanwhile = sleep,
+        small: Mapping[int, str] = NONE_SMALL,
     ) -> tuple[set[int], Iterator[list[Borrowed]]]:
         """One step of `layer` needs these distinct experts.
 
@@ -76,6 +92,8 @@ class ExpertCache:
         guess:     what later layers may need; called once the misses are on their way, after
                    what is resident was computed with, and again if the session breaks after that
         meanwhile: uses the time of each wait
+        small:     by expert, the variant that will do where nothing is resident: a resident record
+                   does, of whichever variant; others need the exact one
 
         Returns which of them are hits, and waves that together hold each expert once; a wave is
         valid until the next is asked for.
@@ -91,15 +109,15 @@ class ExpertCache:
         self.room.reach(layer, used)
         self.chooser.on_step(layer, used)
         self._resident.on_step(layer)
-        hits = [key for key in used if key in self._resident]
+        needs = Needs(layer, used, check, disproved, guess, meanwhile, small)
+        hits = [key for key in used if self._serves(needs, key)]
         counters = self.counters[layer]
         counters.hits += len(hits)
         counters.misses += len(used) - len(hits)
-        needs = Needs(layer, used, check, disproved, guess, meanwhile)
         return {key.expert for key in hits}, self._waves(needs, hits)
 
     def held(self, key: ExpertKey) -> Borrowed:
-        """A resident expert, valid until something is asked of the cache."""
+        """A resident record of an expert, valid until something is asked of the cache."""
         return self._resident[key]
 
     def read_ahead(
@@ -119,9 +137,11 @@ class ExpertCache:
         """
         going, num_left_out = self.room.for_guesses(layer, num_guesses) if keys else ([], 0)
         keys = keys[: max(0, len(keys) - num_left_out)]
-        self._resident.evict(going)
+        given_up = self._give_up(going)
         if keys or wrong or going:
-            self.lender.borrow(going, [], never, prefetches=keys, withdrawals=wrong)
+            self.lender.borrow(
+                given_up, [], never, prefetches=exact(keys), withdrawals=exact(wrong)
+            )
         return keys
 
     def open(self, check: Callable[[], None] = never) -> None:
@@ -131,7 +151,8 @@ class ExpertCache:
         """
         self._forget()
         self.lender.open(check)
-        chosen = self.room.of_empty(sorted(self.lender.resident()))
+        in_memory = [one.expert for one in self.lender.resident() if one.variant == EXACT_VARIANT]
+        chosen = exact(self.room.of_empty(sorted(in_memory)))
         for start in range(0, len(chosen), _WARM_BATCH):
             self._insert(self.lender.exchange([], chosen[start : start + _WARM_BATCH], check))
 
@@ -145,6 +166,7 @@ class ExpertCache:
         there.
         """
         left = {key.expert: key for key in (*hits, *needs.used)}
+        was_starved = False
         try:
             while left:
                 try:
@@ -154,6 +176,12 @@ class ExpertCache:
                             del left[key.expert]
                 except SessionLost as error:
                     logger.warning("session lost, opening again", extra={"reason": str(error)})
+                    self._let_go()
+                except errors.SlotsExhausted as error:  # other nodes' small records in each slot
+                    if was_starved:
+                        raise
+                    logger.warning("no room, lending anew", extra={"reason": str(error)})
+                    was_starved = True
                     self._let_go()
         except BaseException:
             self.let_go_if_lost()
@@ -167,10 +195,10 @@ class ExpertCache:
         if not self.lender.is_open:
             with self.waits.waiting(layer):
                 self.open(needs.check)
-        held = [key for key in keys if key in self._resident]
-        misses = [key for key in keys if key not in self._resident]
-        expert_bytes, layer_bytes = self.capacity.expert_bytes, self.room.layer_bytes[layer]
-        if len(keys) * expert_bytes <= layer_bytes:
+        held = [key for key in keys if self._serves(needs, key)]
+        misses = [key for key in keys if not self._serves(needs, key)]
+        capacity = self.room.slots[layer]
+        if len(keys) <= capacity:
             asked = self._ask(needs, misses, keys)
             self._speculate(needs)
             if held:
@@ -182,7 +210,6 @@ class ExpertCache:
             yield held
         # Two parts fit: one loads while the other is computed with, and the policy keeps the better
         # half of what it has.
-        capacity = layer_bytes // expert_bytes
         size = max(1, capacity // 4)
         parts = [misses[start : start + size] for start in range(0, len(misses), size)]
         yield from self._pipelined(needs, parts, ahead=capacity >= 2 * size)
@@ -220,13 +247,13 @@ class ExpertCache:
         disproved, waiter = needs.disproved(), Waiter(needs.check)
         if not misses and not disproved:
             return None
-        going = self.room.for_misses(needs.layer, misses, pinned)
-        self._resident.evict(going)
-        self.room.under_way.update(misses)
-        arrivals = self.lender.borrow(going, misses, waiter, withdrawals=disproved)
+        records = [RecordKey(key, needs.small.get(key.expert, EXACT_VARIANT)) for key in misses]
+        going = self._give_up(self.room.for_misses(needs.layer, records, pinned))
+        self.room.under_way.update(records)
+        arrivals = self.lender.borrow(going, records, waiter, withdrawals=exact(disproved))
         if not misses:
             return None
-        asked = Asked(misses, arrivals, waiter)
+        asked = Asked(records, arrivals, waiter)
         self._asked.append(asked)
         return asked
 
@@ -244,7 +271,7 @@ class ExpertCache:
             while arrivals := self._next(layer, asked, meanwhile):
                 self._insert(arrivals)
                 self.counters[layer].bytes_read += sum(a.bytes_read for a in arrivals)
-                if len(asked.misses) == 1 and arrivals[0].bytes_read:
+                if len(asked.misses) == 1 and arrivals[0].bytes_read and arrivals[0].is_exact:
                     self.waits.time_read(arrivals[0])
                 yield [borrowed.key for borrowed in arrivals]
         except errors.ExpertDamaged:
@@ -262,7 +289,7 @@ class ExpertCache:
         while self._asked:
             asked = self._asked[0]
             try:
-                for _ in self._arrive(asked.misses[0].layer, asked, check):
+                for _ in self._arrive(asked.misses[0].expert.layer, asked, check):
                     pass
             except errors.ExpertDamaged as error:  # a step that needs it gets the error again
                 logger.info("damaged expert given up", extra={"reason": str(error)})
@@ -279,14 +306,24 @@ class ExpertCache:
         return came
 
     def _speculate(self, needs: Needs) -> None:
-        wanted = [key for key in needs.guess() if key not in self._resident]
+        wanted = exact(key for key in needs.guess() if key not in self)
         if wanted:
-            withdrawals = needs.disproved()
+            withdrawals = exact(needs.disproved())
             self.lender.borrow([], [], needs.check, prefetches=wanted, withdrawals=withdrawals)
+
+    def _serves(self, needs: Needs, key: ExpertKey) -> bool:
+        held = self._resident.get(key)
+        return held is not None and (held.is_exact or key.expert in needs.small)
+
+    def _give_up(self, keys: Sequence[ExpertKey]) -> list[RecordKey]:
+        """What to release for it."""
+        records = [self._resident[key].record for key in keys]
+        self._resident.evict(keys)
+        return records
 
     def _insert(self, arrivals: list[Borrowed]) -> None:
         for borrowed in arrivals:
-            self.room.under_way.discard(borrowed.key)
+            self.room.under_way.discard(borrowed.record)
             self._resident.insert(borrowed)
 
     def _let_go(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from compute_node.store.memory import Borrowed
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 
 
 class Arrivals(Protocol):
@@ -31,21 +31,21 @@ class Lender(Protocol):
 
     def borrow(
         self,
-        releases: Sequence[ExpertKey],
-        acquires: Sequence[ExpertKey],
+        releases: Sequence[RecordKey],
+        acquires: Sequence[RecordKey],
         check: Callable[[], None] = ...,
-        prefetches: Sequence[ExpertKey] = ...,
-        withdrawals: Sequence[ExpertKey] = ...,
+        prefetches: Sequence[RecordKey] = ...,
+        withdrawals: Sequence[RecordKey] = ...,
     ) -> Arrivals: ...
 
     def exchange(
         self,
-        releases: Sequence[ExpertKey],
-        acquires: Sequence[ExpertKey],
+        releases: Sequence[RecordKey],
+        acquires: Sequence[RecordKey],
         check: Callable[[], None] = ...,
     ) -> list[Borrowed]: ...
 
-    def resident(self) -> list[ExpertKey]: ...
+    def resident(self) -> list[RecordKey]: ...
 
     def is_current(self, borrowed: Borrowed) -> bool: ...
 

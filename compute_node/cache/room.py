@@ -6,9 +6,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from compute_node.cache.capacity import Capacity
+from compute_node.cache.occupancy import Coming
 from compute_node.cache.policy_chooser import PolicyChooser
-from compute_node.cache.residents import Residents
-from proto.expert import ExpertKey
+from compute_node.cache.residents import Residents, Wanted
+from proto.expert import ExpertKey, RecordKey
 
 
 @dataclass
@@ -24,13 +25,13 @@ class Room:
     residents: Residents
     chooser: PolicyChooser
     num_spare: int = 0
-    under_way: set[ExpertKey] = field(default_factory=set)
+    under_way: set[RecordKey] = field(default_factory=set)
     used: Sequence[ExpertKey] = ()
     _expected: dict[int, frozenset[ExpertKey]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         layers = self.capacity.moe_layers
-        self.layer_bytes = {layer: self.capacity.layer_bytes(layer) for layer in layers}
+        self.slots = {layer: self.capacity.layer_slots(layer) for layer in layers}
 
     def reach(self, layer: int, used: Sequence[ExpertKey]) -> None:
         """A step is at `layer`: what was expected there is known now."""
@@ -42,53 +43,48 @@ class Room:
         self._expected[layer] = frozenset(keys)
 
     def for_misses(
-        self, layer: int, misses: Sequence[ExpertKey], pinned: Collection[ExpertKey]
+        self, layer: int, misses: Collection[RecordKey], pinned: Collection[ExpertKey]
     ) -> list[ExpertKey]:
         """What goes so that `misses` fit beside what is under way: never what is pinned, what is
-        expected only if nothing else is left.
+        expected only if nothing else is left. A small record whose exact one is a miss goes, too.
         """
-        excess_bytes = self._excess_bytes(layer, len(misses))
-        if excess_bytes <= 0:
+        replaced = [key.expert for key in misses if key.expert in self.residents]
+        coming = Coming.of((*self.under_way, *misses))
+        if not replaced and self._fits(layer, coming):
             return []
-        policy, scope = self.chooser.choose(), self._scope(layer)
-        kept = self._all_expected().union(pinned)
-        going = self.residents.victims(policy, excess_bytes, kept, scope)
-        if sum(self.residents[key].size_bytes for key in going) < excess_bytes:
-            going = self.residents.victims(policy, excess_bytes, pinned, scope)
+        wanted = Wanted(coming, self.slots[layer], self._scope(layer), replaced)
+        policy, kept = self.chooser.choose(), self._all_expected().union(pinned)
+        going, num_missing = self.residents.victims(policy, wanted, kept)
+        if num_missing:
+            going, _ = self.residents.victims(policy, wanted, pinned)
         return going
 
     def for_guesses(self, layer: int, num_guesses: int) -> tuple[list[ExpertKey], int]:
         """What goes so that the store can hold that many guesses that nobody has borrowed yet, and
         how many of them still find no room. What a step uses or is expected to use stays.
         """
-        expert_bytes = self.capacity.expert_bytes
-        excess_bytes = self._excess_bytes(layer, num_guesses - self.num_spare)
-        if excess_bytes <= 0:
+        under_way = Coming.of(self.under_way)
+        num_exact = under_way.num_exact + num_guesses - self.num_spare
+        coming = Coming(num_exact, under_way.num_small)
+        if self._fits(layer, coming):
             return [], 0
+        wanted = Wanted(coming, self.slots[layer], self._scope(layer))
         kept = self._all_expected().union(self.used)
-        scope = self._scope(layer)
-        going = self.residents.victims(self.chooser.choose(), excess_bytes, kept, scope)
-        found_bytes = sum(self.residents[key].size_bytes for key in going)
-        return going, max(0, -(-(excess_bytes - found_bytes) // expert_bytes))
+        return self.residents.victims(self.chooser.choose(), wanted, kept)
 
     def of_empty(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """The first of `keys` that an empty cache can take."""
-        expert_bytes, left_bytes = self.capacity.expert_bytes, self.capacity.capacity_bytes
-        room_bytes = dict(self.layer_bytes)
+        num_left, room = self.capacity.slots, dict(self.slots)
         chosen: list[ExpertKey] = []
         for key in keys:
-            if min(room_bytes[key.layer], left_bytes) >= expert_bytes:
-                room_bytes[key.layer] -= expert_bytes
-                left_bytes -= expert_bytes
+            if min(room[key.layer], num_left) > 0:
+                room[key.layer] -= 1
+                num_left -= 1
                 chosen.append(key)
         return chosen
 
-    def _excess_bytes(self, layer: int, num_coming: int) -> int:
-        """What is too much once that many more have come."""
-        num_coming += len(self.under_way)
-        held_bytes = self.residents.held_bytes(self._scope(layer))
-        wanted_bytes = held_bytes + num_coming * self.capacity.expert_bytes
-        return wanted_bytes - self.layer_bytes[layer]
+    def _fits(self, layer: int, coming: Coming) -> bool:
+        return self.residents.occupancy(self._scope(layer)).slots_with(coming) <= self.slots[layer]
 
     def _scope(self, layer: int) -> int | None:
         """Whose residents go for the sake of `layer`."""

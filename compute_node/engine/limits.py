@@ -7,6 +7,7 @@ import logging
 from compute_node.engine.request import Request
 from compute_node.engine.text import check_stops
 from compute_node.model.loaded import LoadedModel
+from compute_node.moe.route import RoutePolicy
 from proto import errors
 from proto.checkpoint.trained_context import trained_context_tokens
 
@@ -25,6 +26,7 @@ class Limits:
         self._max_context_tokens = max_context_tokens
         self._max_rows = max_rows
         self._vocab_size = int(config.get_text_config().vocab_size)
+        self._has_small_records = bool(loaded.spec.variants)
         self._trained_tokens = trained_context_tokens(config)
         if self._trained_tokens and max_context_tokens > self._trained_tokens:
             logger.warning(
@@ -50,7 +52,16 @@ class Limits:
             raise errors.InvalidRequest(
                 f"token id {max(request.token_ids)} is beyond the vocabulary of {self._vocab_size}"
             )
+        self.check_route(request.policy)
         check_stops(self._tokenizer, request.stop, request.skip_special_tokens)
+
+    def check_route(self, policy: RoutePolicy) -> None:
+        """Refuse records of fewer bits where the store has none."""
+        if policy.needs_small and not self._has_small_records:
+            raise errors.InvalidRequest(
+                "the route asks for records of fewer bits, and this store has none: pack the "
+                "checkpoint with --variants exact,int4, or leave precision out"
+            )
 
     def check_characters(self, num_characters: int) -> None:
         """Refuse text that no tokenizer makes short enough, before it is tokenised."""

@@ -66,6 +66,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         )
         check_text(self._engine, text)
         policy = policy_of(request.route)
+        self._engine.limits.check_route(policy)
         self._stats.requests += 1
 
         def work(check: Callable[[], None]) -> Iterator[ScoredToken]:

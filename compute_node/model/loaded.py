@@ -26,6 +26,7 @@ from compute_node.kernels import expert_kernels, one_token_linear, one_token_nor
 from compute_node.kernels.expert_kernels import ExpertKernels
 from compute_node.kernels.gate import Gates
 from compute_node.kernels.prober import Prober
+from compute_node.kernels.variant_kernels import VariantKernels
 from compute_node.model.dense_weights import reading_dense
 from compute_node.model.lookahead import NO_LOOKAHEAD, Lookahead, new_prefetcher
 from compute_node.moe.first_look import FirstLook
@@ -61,7 +62,7 @@ class LoadedModel:
     first_look: FirstLook | None
     timer: LayerTimer
     prober: Prober
-    kernels: dict[int, ExpertKernels]
+    kernels: dict[int, VariantKernels]
     experts_modules: dict[int, Any]
     dense_bytes: int = fact("weights outside of experts")
 
@@ -112,7 +113,7 @@ def load_model(
     model_id = xxhash.xxh3_64_hexdigest((model_dir / "config.json").read_bytes())
     kernels = _kernels(spec, modules, Gates(prober, model_id), prober)
     for layer, (_, module) in modules.items():
-        backend = LocalBackend(layer, cache, prefetcher, timer)
+        backend = LocalBackend(layer, cache, prefetcher, timer, spec.small_variant)
         module.flashmoe = RoutedExperts(layer, kernels[layer], backend)
     register()
     model.set_experts_implementation(IMPLEMENTATION)
@@ -146,22 +147,28 @@ def _build(model_dir: Path, spec: ModelSpec) -> tuple[Any, dict[int, tuple[str, 
         )
     model.eval()
     modules = _experts_modules(model, spec)
-    expert_kernels.check(
-        spec.variant(EXACT_VARIANT), {layer: module for layer, (_, module) in modules.items()}
-    )
+    for name in (EXACT_VARIANT, *spec.variants):
+        expert_kernels.check(
+            spec.variant(name), {layer: module for layer, (_, module) in modules.items()}
+        )
     return model, modules
 
 
 def _kernels(
     spec: ModelSpec, modules: dict[int, tuple[str, Any]], gates: Gates, prober: Prober
-) -> dict[int, ExpertKernels]:
+) -> dict[int, VariantKernels]:
     """By model layer number."""
-    variant = spec.variant(EXACT_VARIANT)
+
+    def bind(layer: int, name: str) -> ExpertKernels:
+        variant, (_, module) = spec.variant(name), modules[layer]
+        layout = variant.layouts[layer]
+        return expert_kernels.bind(module, variant.weight_format, layout, gates, prober)
+
     return {
-        layer: expert_kernels.bind(
-            module, variant.weight_format, variant.layouts[layer], gates, prober
+        layer: VariantKernels(
+            bind(layer, EXACT_VARIANT), {name: bind(layer, name) for name in spec.variants}
         )
-        for layer, (_, module) in modules.items()
+        for layer in modules
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -22,12 +22,18 @@ class ExpertBackend(Protocol):
     def resident(self) -> Container[int]: ...
 
     def run(
-        self, step: Step, hidden: Tensor, experts: Sequence[int], sums: Sequence[Sum]
+        self,
+        step: Step,
+        hidden: Tensor,
+        experts: Sequence[int],
+        sums: Sequence[Sum],
+        small: Collection[int] = (),
     ) -> set[int]:
         """Add each of these experts to the sums of the sequences that chose it. Blocks until all
         are computed.
 
-        hidden: [T, D], of all sequences; experts: distinct, ascending; sums: one a sequence
+        hidden: [T, D], of all sequences; experts: distinct, ascending; sums: one a
+        sequence; small: experts that a record of fewer bits will do for
 
         Returns those that were resident. Raises what `step.check` raises, StoreUnavailable,
         ExpertDamaged and StaleLease; sums are then worth nothing.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface
 
-from compute_node.kernels.expert_kernels import ExpertKernels
+from compute_node.kernels.variant_kernels import VariantKernels
 from compute_node.moe.backend import ExpertBackend
 from compute_node.moe.route import Route
 from compute_node.moe.routes.weighing import WeighingWatch
@@ -27,7 +27,7 @@ class RoutedExperts:
     def __init__(
         self,
         layer: int,
-        kernels: ExpertKernels,
+        kernels: VariantKernels,
         backend: ExpertBackend,
     ) -> None:
         self.layer = layer
@@ -50,13 +50,14 @@ class RoutedExperts:
         if step.emulation is not None:
             route = Route(topk_ids, topk_weights)
             return step.emulation.experts(
-                self.layer, self._kernels, module.num_experts, hidden, route
+                self.layer, self._kernels.exact, module.num_experts, hidden, route
             )
         route = self._route(step, topk_ids, topk_weights)
         ids, num_experts = route.ids.tolist(), module.num_experts
         chosen = {expert for row in ids for expert in row if expert < num_experts}
         sums = self._sums(step, num_experts, hidden, route, ids)
-        hits = self._backend.run(step, hidden, sorted(chosen), sums)
+        small = route.small_experts & chosen
+        hits = self._backend.run(step, hidden, sorted(chosen), sums, small)
         step.accesses[self.layer] = LayerAccess(topk_ids, topk_weights, hits)
         return sums[0].result() if len(sums) == 1 else torch.cat([one.result() for one in sums])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -16,31 +16,46 @@ from compute_node.predict.layer_timer import LayerTimer
 from compute_node.predict.predictor import Seen
 from compute_node.predict.prefetcher import Prefetcher
 from compute_node.store.memory import Borrowed
-from proto.expert import ExpertKey
+from proto.expert import EXACT_VARIANT, ExpertKey
 
 
 class LocalBackend:
     """What is resident is computed while the rest is read. In decode the next layers' experts are
     guessed and read ahead.
+
+    small_variant: of records that are read where fewer bits will do
     """
 
     def __init__(
-        self, layer: int, cache: ExpertCache, prefetcher: Prefetcher, timer: LayerTimer
+        self,
+        layer: int,
+        cache: ExpertCache,
+        prefetcher: Prefetcher,
+        timer: LayerTimer,
+        small_variant: str = EXACT_VARIANT,
     ) -> None:
         self.resident = _ResidentOf(layer, cache)
         self._layer, self._cache = layer, cache
         self._prefetcher, self._timer = prefetcher, timer
+        self._small_variant = small_variant
 
     def run(
-        self, step: Step, hidden: Tensor, experts: Sequence[int], sums: Sequence[Sum]
+        self,
+        step: Step,
+        hidden: Tensor,
+        experts: Sequence[int],
+        sums: Sequence[Sum],
+        small: Collection[int] = (),
     ) -> set[int]:
         meanwhile = self._meanwhile(step, sums)
-        hits, waves = self._borrow(step, experts, hidden, sums, meanwhile)
+        variants = dict.fromkeys(small, self._small_variant)
+        hits, waves = self._borrow(step, experts, hidden, sums, meanwhile, variants)
         if step.run_ahead is not None and step.run_ahead.always:
             meanwhile(lambda: False)
         if step.seen is not None:
             waves = self._keeping(step.seen, step, hidden, sums[0], hits, waves)
         for wave in waves:
+            step.num_small += sum(not borrowed.is_exact for borrowed in wave)
             if len(sums) == 1:
                 sums[0].add(wave)
                 continue
@@ -55,12 +70,13 @@ class LocalBackend:
         hidden: Tensor,
         sums: Sequence[Sum],
         meanwhile: Meanwhile,
+        small: Mapping[int, str],
     ) -> tuple[set[int], Iterator[list[Borrowed]]]:
         """Where it looks ahead, guesses about this layer are settled, the next layers' are made."""
         layer, prefetcher = self._layer, self._prefetcher
         if not step.looks_ahead:
             self._timer.leave()
-            return self._cache.step(layer, experts, step.check)
+            return self._cache.step(layer, experts, step.check, small=small)
         used = [ExpertKey(layer, expert) for expert in experts]
         settled = prefetcher.settle(layer, used, hidden)
         self._timer.enter(layer, settled)
@@ -114,10 +130,10 @@ class LocalBackend:
 
 @dataclass(frozen=True)
 class _ResidentOf:
-    """Experts of one layer that are in the cache."""
+    """Experts of one layer of which a record is in the cache, exact or small."""
 
     layer: int
     cache: ExpertCache
 
     def __contains__(self, expert: object) -> bool:
-        return isinstance(expert, int) and ExpertKey(self.layer, expert) in self.cache
+        return isinstance(expert, int) and self.cache.holds(ExpertKey(self.layer, expert))

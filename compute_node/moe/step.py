@@ -116,6 +116,7 @@ class Step:
     streams:   [T, D] by model layer number, the residual stream before the experts' block, where it
                is recognised; in decode
     num_rerouted: chosen experts that gave way to others or were left out
+    num_small: experts computed with a record of fewer bits
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Step:
         self.seen: dict[int, Seen] | None = {} if keeps.seen else None
         self.streams: dict[int, Tensor] = {}
         self.num_rerouted = 0
+        self.num_small = 0
 
     @property
     def looks_ahead(self) -> bool:

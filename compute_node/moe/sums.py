@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compute_node.kernels.expert_kernels import ExpertKernels
 from compute_node.kernels.prompt import Prompt
+from compute_node.kernels.variant_kernels import VariantKernels
 from compute_node.moe.route import Route
 from compute_node.store.memory import Borrowed
 
@@ -34,7 +34,7 @@ class Sum(Protocol):
 
 
 def sum_of(
-    kernels: ExpertKernels, num_experts: int, hidden: Tensor, route: Route, ids: list[list[int]]
+    kernels: VariantKernels, num_experts: int, hidden: Tensor, route: Route, ids: list[list[int]]
 ) -> Sum:
     """ids: the route's once more"""
     if len(ids) == 1:
@@ -51,7 +51,7 @@ class OneTokenSum:
     hidden: [1, D]; gates: weight of each chosen expert
     """
 
-    def __init__(self, kernels: ExpertKernels, hidden: Tensor, gates: dict[int, float]) -> None:
+    def __init__(self, kernels: VariantKernels, hidden: Tensor, gates: dict[int, float]) -> None:
         self.experts = gates
         self._kernels, self._hidden = kernels, hidden
         self._parts: list[Tensor] = []
@@ -60,11 +60,13 @@ class OneTokenSum:
     def add(self, wave: list[Borrowed]) -> None:
         if not wave:
             return
-        tensors = [borrowed.tensors for borrowed in wave]
-        chosen = [borrowed.key.expert for borrowed in wave]
-        weights = [self.experts[expert] for expert in chosen]
-        self._parts.append(self._kernels.one_token(tensors, self._hidden, weights))
-        self._added += chosen
+        for variant, records in _by_variant(wave).items():
+            tensors = [borrowed.tensors for borrowed in records]
+            chosen = [borrowed.key.expert for borrowed in records]
+            weights = [self.experts[expert] for expert in chosen]
+            kernels = self._kernels.of(variant)
+            self._parts.append(kernels.one_token(tensors, self._hidden, weights))
+            self._added += chosen
 
     def result(self) -> Tensor:
         if not self._added:
@@ -73,7 +75,7 @@ class OneTokenSum:
         order = sorted(range(len(self._added)), key=self._added.__getitem__)
         if order != list(range(len(order))):
             rows = rows[order]
-        return self._kernels.add_up(rows)
+        return self._kernels.exact.add_up(rows)
 
     def so_far(self) -> Tensor:
         """Weights of what was added stand for those of all."""
@@ -91,17 +93,26 @@ class ManyTokensSum:
     """
 
     def __init__(
-        self, kernels: ExpertKernels, num_experts: int, hidden: Tensor, route: Route
+        self, kernels: VariantKernels, num_experts: int, hidden: Tensor, route: Route
     ) -> None:
         self.experts = set(route.ids.flatten().tolist())
         self._kernels = kernels
         self._prompt = Prompt(hidden.contiguous(), route.ids, route.weights, num_experts)
 
     def add(self, wave: list[Borrowed]) -> None:
-        self._kernels.many_tokens(self._prompt, {b.key.expert: b.tensors for b in wave})
+        for variant, records in _by_variant(wave).items():
+            tensors = {borrowed.key.expert: borrowed.tensors for borrowed in records}
+            self._kernels.of(variant).many_tokens(self._prompt, tensors)
 
     def result(self) -> Tensor:
         return self._prompt.total()
 
     def so_far(self) -> None:
         return None
+
+
+def _by_variant(wave: list[Borrowed]) -> dict[str, list[Borrowed]]:
+    found: dict[str, list[Borrowed]] = {}
+    for borrowed in wave:
+        found.setdefault(borrowed.variant, []).append(borrowed)
+    return found

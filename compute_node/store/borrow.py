@@ -19,7 +19,7 @@ from compute_node.store.session import SessionLost, StoreDescription, StoreSessi
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
-from proto.expert import EXACT_VARIANT, ExpertKey, ModelSpec, RecordKey
+from proto.expert import EXACT_VARIANT, ModelSpec, RecordKey
 from proto.stats import fact
 
 _RETRY_S = 0.1
@@ -106,13 +106,13 @@ class StoreClient:
 
     def borrow(
         self,
-        releases: Sequence[ExpertKey],
-        acquires: Sequence[ExpertKey],
+        releases: Sequence[RecordKey],
+        acquires: Sequence[RecordKey],
         check: Callable[[], None] = lambda: None,
-        prefetches: Sequence[ExpertKey] = (),
-        withdrawals: Sequence[ExpertKey] = (),
+        prefetches: Sequence[RecordKey] = (),
+        withdrawals: Sequence[RecordKey] = (),
     ) -> _Arrivals:
-        """Give experts back, ask for others, say which may be wanted next and which guesses were
+        """Give records back, ask for others, say which may be wanted next and which guesses were
         wrong: said at once, in one message. The iterator blocks for what was asked for, as it
         comes.
 
@@ -133,8 +133,8 @@ class StoreClient:
 
     def exchange(
         self,
-        releases: Sequence[ExpertKey],
-        acquires: Sequence[ExpertKey],
+        releases: Sequence[RecordKey],
+        acquires: Sequence[RecordKey],
         check: Callable[[], None] = lambda: None,
     ) -> list[Borrowed]:
         """`borrow`, and wait for everything. Raises what it raises; nothing is borrowed any more
@@ -147,13 +147,12 @@ class StoreClient:
             self.abort()
             raise
 
-    def resident(self) -> list[ExpertKey]:
+    def resident(self) -> list[RecordKey]:
         """What the store has in memory. Raises StoreUnavailable."""
         reply = self._until_deadline(
             lambda: self._stub.Resident(pb.ResidentRequest(), timeout=self._deadline_s)
         )
-        keys = map(RecordKey.from_pb, reply.keys)
-        return [key.expert for key in keys if key.variant == EXACT_VARIANT]
+        return [RecordKey.from_pb(key) for key in reply.keys]
 
     def is_current(self, borrowed: Borrowed) -> bool:
         """Whether the slot still holds what was lent there."""

@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor
 
 from proto import errors, shm
-from proto.expert import ExpertKey, TensorLayout
+from proto.expert import EXACT_VARIANT, ExpertKey, RecordKey, TensorLayout
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -46,6 +46,7 @@ class Borrowed:
     bytes_read: 0 when the store had it in memory
     read_s:     from the first byte asked of the device to the last that came
     verify_s:   checksumming after that
+    variant:    of the expert's record
     """
 
     key: ExpertKey
@@ -57,6 +58,15 @@ class Borrowed:
     bytes_read: int = 0
     read_s: float = 0.0
     verify_s: float = 0.0
+    variant: str = EXACT_VARIANT
+
+    @property
+    def is_exact(self) -> bool:
+        return self.variant == EXACT_VARIANT
+
+    @property
+    def record(self) -> RecordKey:
+        return RecordKey(self.key, self.variant)
 
 
 class ExpertMemory(Protocol):
@@ -115,11 +125,11 @@ class PrivateMemory:
         self._mapping = mmap.mmap(-1, num_slots * slot_bytes)
         self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self._free = list(reversed(range(num_slots)))
-        self._slots: dict[ExpertKey, int] = {}
-        self._digests: dict[ExpertKey, xxhash.xxh3_64] = {}
+        self._slots: dict[RecordKey, int] = {}
+        self._digests: dict[RecordKey, xxhash.xxh3_64] = {}
 
     def add_chunk(
-        self, key: ExpertKey, offset_bytes: int, data: bytes, checksum: int | None
+        self, key: RecordKey, offset_bytes: int, data: bytes, checksum: int | None
     ) -> None:
         """Place part of a record. checksum: given with the last part.
 
@@ -138,10 +148,10 @@ class PrivateMemory:
         if checksum is not None and self._digests.pop(key).intdigest() != checksum:
             raise errors.WeightsDamaged(f"expert {key} was damaged on its way from the store")
 
-    def slot_of(self, key: ExpertKey) -> int:
+    def slot_of(self, key: RecordKey) -> int:
         return self._slots[key]
 
-    def release(self, key: ExpertKey) -> None:
+    def release(self, key: RecordKey) -> None:
         self._free.append(self._slots.pop(key))
 
     def tensors(

@@ -26,7 +26,7 @@ from compute_node.store.local_socket import HungUp, LocalSocket
 from compute_node.store.memory import Borrowed, ExpertMemory, PrivateMemory, SegmentMemory
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
-from proto.expert import ExpertKey, ModelSpec, RecordKey
+from proto.expert import ModelSpec, RecordKey
 
 _POLL_S = 0.05
 _OPEN_S = 10.0
@@ -66,7 +66,7 @@ class StoreSession:
     def __init__(self, lock: _Lock | None, description: StoreDescription) -> None:
         self._call: Any = None
         self._lock = lock
-        self._layouts = description.spec.layouts
+        self._spec = description.spec
         self._lease_bytes = description.lease_bytes
         self._requests: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[pb.SessionReply | Exception] = queue.SimpleQueue()
@@ -114,10 +114,10 @@ class StoreSession:
 
     def begin(
         self,
-        releases: Sequence[ExpertKey],
-        acquires: Sequence[ExpertKey],
-        prefetches: Sequence[ExpertKey] = (),
-        withdrawals: Sequence[ExpertKey] = (),
+        releases: Sequence[RecordKey],
+        acquires: Sequence[RecordKey],
+        prefetches: Sequence[RecordKey] = (),
+        withdrawals: Sequence[RecordKey] = (),
     ) -> int:
         """Say what is given back, wanted, and guessed; does not wait. Returns the number of the
         exchange, for `answer`. Raises SessionLost.
@@ -130,10 +130,10 @@ class StoreSession:
         exchange = pb.Exchange(
             exchange_id=exchange_id,
             # With chunks the store gave its slot back when the bytes were sent.
-            releases=[] if over_chunks else [RecordKey(key).to_pb() for key in releases],
-            acquires=[RecordKey(key).to_pb() for key in acquires],
-            prefetches=[RecordKey(key).to_pb() for key in prefetches],
-            withdrawals=[RecordKey(key).to_pb() for key in withdrawals],
+            releases=[] if over_chunks else [key.to_pb() for key in releases],
+            acquires=[key.to_pb() for key in acquires],
+            prefetches=[key.to_pb() for key in prefetches],
+            withdrawals=[key.to_pb() for key in withdrawals],
         )
         self._send(exchange)
         if acquires:
@@ -168,15 +168,16 @@ class StoreSession:
 
     def borrowed(self, lease: pb.Lease) -> Borrowed:
         """What a lease lends, as tensors."""
-        record, memory = RecordKey.from_pb(lease.key), self.memory
-        key, size_bytes = record.expert, self._lease_bytes[record.variant]
+        key, memory = RecordKey.from_pb(lease.key), self.memory
+        size_bytes = self._lease_bytes[key.variant]
         slot, generation = lease.slot, lease.generation
         if isinstance(memory, PrivateMemory):
             slot, generation = memory.slot_of(key), 0
-        layout = self._layouts[key.layer]
+        layout = self._spec.variant(key.variant).layouts[key.expert.layer]
         tensors = memory.tensors(slot, lease.start_bytes, lease.tensor_offsets, layout)
         cost = (lease.bytes_read, lease.read_s, lease.verify_s)
-        return Borrowed(key, slot, lease.part, generation, size_bytes, tensors, *cost)
+        place = (slot, lease.part, generation)
+        return Borrowed(key.expert, *place, size_bytes, tensors, *cost, variant=key.variant)
 
     def close(self) -> None:
         """Nobody reads slots any more: let go of the lock first, so that the store sees it free."""
@@ -223,7 +224,7 @@ class StoreSession:
     def _add_chunk(self, chunk: pb.Chunk) -> None:
         if not isinstance(self.memory, PrivateMemory):
             raise errors.InvalidRequest("the store sent chunks to a shared-memory session")
-        key = RecordKey.from_pb(chunk.key).expert
+        key = RecordKey.from_pb(chunk.key)
         checksum = chunk.checksum if chunk.last else None
         self.memory.add_chunk(key, chunk.offset_bytes, chunk.data, checksum)
 

@@ -30,10 +30,8 @@ class SizeClasses:
 
     @property
     def lease_bytes(self) -> dict[str, int]:
-        """By variant, what a lease counts against a quota: as many as a slot holds count at least
-        the slot, so that what quotas allow has room.
-        """
-        return {name: -(-self.slot_bytes // number) for name, number in self.num_parts.items()}
+        """By variant, what a lease counts against a quota: a slot's share, in whole bytes."""
+        return {name: self.slot_bytes // number for name, number in self.num_parts.items()}
 
     def segment_layout(self, num_slots: int) -> SegmentLayout:
         return SegmentLayout(num_slots, self.slot_bytes, max(self.num_parts.values()))

@@ -82,6 +82,13 @@ class SizeClass:
     free: dict[Part, None] = field(default_factory=dict)
     reclaimable: OrderedDict[Part, None] = field(default_factory=OrderedDict)
 
+    def beside_used(self) -> Part | None:
+        """A part without a user in a slot that another part binds, a free one first."""
+        if self.num_parts == 1:
+            return None
+        unused = itertools.chain(reversed(self.free), self.reclaimable)
+        return next((part for part in unused if part.slot.is_used), None)
+
 
 class SlotPool:
     """Every slot of a segment. A reclaimable part keeps its record until its memory is needed,
@@ -119,15 +126,19 @@ class SlotPool:
 
     def fill(self, num_parts: int) -> tuple[Part, list[RecordKey]] | None:
         """Take a part to be written to, of a slot divided into `num_parts`; to be sealed or given
-        back. A free part of such a slot goes first, then a free slot, then whichever was not used
-        for longer: a reclaimable part of such a slot, or an idle slot as a whole.
+        back. What goes first is a part of such a slot that is in use, so that leases bind few
+        slots; then a free part, a free slot, and whichever was not used for longer: a reclaimable
+        part of such a slot, or an idle slot as a whole.
 
         Returns the part, and the speculative records that had to go for it unasked. None while
         leases and fills stand in every slot.
         """
         size_class = self._classes.get(num_parts) or self._add_class(num_parts)
         unused: list[RecordKey] = []
-        if size_class.free:
+        if (beside := size_class.beside_used()) is not None:
+            part, unused = beside, self._forget(beside) if beside.key else []
+            size_class.free.pop(part, None)
+        elif size_class.free:
             part, _ = size_class.free.popitem()
         elif self._free:
             part = self._divide(self._free.pop(), size_class)

@@ -8,7 +8,7 @@ from pathlib import Path
 from compute_node.store.borrow import StoreClient
 from expert_store.offline.index import index
 from expert_store.offline.pack import pack
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 from tests.bench.table import percentile, show
 from tests.checkpoints import make
 from tests.daemons import daemon, store_table
@@ -55,7 +55,7 @@ def _measure(kind: str, store_dir: Path, run: Path) -> list[list[object]]:
         spec = client.describe().spec
         client.open()
         experts = range(spec.num_experts)
-        keys = [ExpertKey(layer, expert) for expert in experts for layer in spec.moe_layers]
+        keys = [RecordKey.exact(layer, expert) for expert in experts for layer in spec.moe_layers]
         keys *= ROUNDS
         cold = [_acquire(client, key) for key in keys]
         warm = [_acquire(client, keys[0]) for _ in range(300)]
@@ -80,7 +80,7 @@ def _measure(kind: str, store_dir: Path, run: Path) -> list[list[object]]:
     return rows
 
 
-def _acquire(client: StoreClient, key: ExpertKey) -> tuple[float, float, float]:
+def _acquire(client: StoreClient, key: RecordKey) -> tuple[float, float, float]:
     start_s = time.perf_counter()
     [arrival] = client.exchange([], [key])
     wall_s = time.perf_counter() - start_s

@@ -137,8 +137,14 @@ def engine(
             description = client.describe()
             expert_bytes = description.lease_bytes["exact"]
             chooser = PolicyChooser("decayed", 16, spec.moe_layers, spec.num_experts, lambda: None)
+            small_bytes = description.lease_bytes[spec.small_variant] if pooled else expert_bytes
             capacity = Capacity(
-                slots * expert_bytes, expert_bytes, spec.moe_layers, spec.top_k, pooled
+                slots * expert_bytes,
+                expert_bytes,
+                spec.moe_layers,
+                spec.top_k,
+                pooled,
+                expert_bytes // small_bytes,
             )
             cache = ExpertCache(client, capacity, chooser)
             model_dir = description.model_dir
@@ -158,9 +164,7 @@ def run(engine: Engine) -> tuple[list[torch.Tensor], list[int]]:
     for layer, counters in engine.cache.counters.items():
         needed = counters.misses + counters.hits - before[layer]
         capacity = engine.cache.capacity
-        assert needed * capacity.expert_bytes > capacity.layer_bytes(layer), (
-            "several waves are needed"
-        )
+        assert needed > capacity.layer_slots(layer), "several waves are needed"
     sequence.token_ids.append(int(logits[-1].argmax()))
     for _ in range(STEPS - 1):
         logits += engine.decode([sequence])

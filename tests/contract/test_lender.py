@@ -15,13 +15,13 @@ from compute_node.cache.lender import Lender
 from compute_node.store.borrow import StoreClient
 from compute_node.store.session import SessionLost
 from proto import errors
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 from tests.fakes import FakeLender
 from tests.local_store import local_store
 from tests.system.test_damage import copy_of_shipped_model, flip_expert
 
-KEYS = [ExpertKey(0, expert) for expert in range(8)]
-DAMAGED = ExpertKey(1, 3)
+KEYS = [RecordKey.exact(0, expert) for expert in range(8)]
+DAMAGED = RecordKey.exact(1, 3)
 Damage = Callable[[], None]
 
 
@@ -37,7 +37,7 @@ def real(tmp_path: Path) -> Iterator[tuple[Lender, Damage]]:
     with local_store(store_dir, tmp_path, 8) as address:
         client = StoreClient(address, "n", 4, tmp_path / "sessions", deadline_s=5)
         try:
-            yield client, lambda: flip_expert(root, store_dir, DAMAGED)
+            yield client, lambda: flip_expert(root, store_dir, DAMAGED.expert)
         finally:
             client.close()
 
@@ -52,7 +52,7 @@ def lender(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Len
 def test_lends_each_once_and_counts_only_what_was_read(lender: tuple[Lender, Damage]) -> None:
     store, _ = lender
     arrivals = store.exchange([], KEYS[:3])
-    assert sorted(arrival.key for arrival in arrivals) == KEYS[:3]
+    assert sorted(arrival.record for arrival in arrivals) == KEYS[:3]
     assert all(arrival.bytes_read > 0 for arrival in arrivals)
     [again] = store.exchange([KEYS[0]], [KEYS[3]])
     assert again.bytes_read > 0
@@ -87,8 +87,8 @@ def test_what_is_in_memory_comes_first(lender: tuple[Lender, Damage]) -> None:
     store, _ = lender
     store.exchange([], KEYS[:2])
     parts = list(store.borrow(KEYS[:2], [KEYS[4], KEYS[1], KEYS[5], KEYS[0]]))
-    assert {arrival.key for arrival in parts[0]} == {KEYS[0], KEYS[1]}
-    assert {arrival.key for part in parts[1:] for arrival in part} == {KEYS[4], KEYS[5]}
+    assert {arrival.record for arrival in parts[0]} == {KEYS[0], KEYS[1]}
+    assert {arrival.record for part in parts[1:] for arrival in part} == {KEYS[4], KEYS[5]}
 
 
 def test_two_loans_may_be_under_way_and_answered_in_any_order(
@@ -96,9 +96,9 @@ def test_two_loans_may_be_under_way_and_answered_in_any_order(
 ) -> None:
     store, _ = lender
     first, second = store.borrow([], KEYS[:2]), store.borrow([], KEYS[2:4])
-    later = [arrival.key for part in second for arrival in part]
+    later = [arrival.record for part in second for arrival in part]
     assert sorted(later) == KEYS[2:4]
-    assert sorted(arrival.key for part in first for arrival in part) == KEYS[:2]
+    assert sorted(arrival.record for part in first for arrival in part) == KEYS[:2]
 
 
 def test_guesses_are_said_and_not_waited_for(lender: tuple[Lender, Damage]) -> None:

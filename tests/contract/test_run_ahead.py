@@ -172,7 +172,7 @@ def test_a_damaged_guess_harms_nobody(
         decode(node, SequenceState("s", prompt()))
         sequence = SequenceState("s", prompt())
         logits = [node.prefill(sequence)]
-        used.update(node.cache.lender.resident())
+        used.update(record.expert for record in node.cache.lender.resident())
         spec = node.loaded.spec
         everything = {ExpertKey(n, e) for n in spec.moe_layers[1:] for e in range(spec.num_experts)}
         damaged = min(everything - used)

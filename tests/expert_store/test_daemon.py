@@ -29,10 +29,9 @@ def test_the_real_client_borrows_and_returns(store_dir: Path, run_dir: Path) -> 
     with local_store(store_dir, run_dir, 8, **SETTINGS) as address, Wire(address, run_dir) as wire:
         client = StoreClient(address, "node", 4, run_dir / "sessions", deadline_s=10)
         client.open()
-        experts = [key.expert for key in KEYS]
-        arrivals = client.exchange([], experts[:3])
-        assert sorted(arrival.key for arrival in arrivals) == experts[:3]
-        assert client.exchange(experts[:2], experts[3:5])
+        arrivals = client.exchange([], KEYS[:3])
+        assert sorted(arrival.record for arrival in arrivals) == KEYS[:3]
+        assert client.exchange(KEYS[:2], KEYS[3:5])
         assert wire.stats().slots_leased == 3
         client.close()
         wire.until_idle()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from compute_node.moe.route import EXACT, Route, RoutePolicy
+from compute_node.moe.routes.precision import Precision
 from compute_node.moe.routes.prior import Prior
 from compute_node.moe.routes.skip import Skip
 from compute_node.moe.routes.substitute import Substitute
@@ -20,6 +21,7 @@ RULES: dict[str, Callable[[float], Rule]] = {
     "prior": Prior,
     "skip": Skip,
 }
+PRECISION_NAME = "precision"
 EXACT_NAME = "exact"
 
 
@@ -31,28 +33,36 @@ class RuledRoute:
     """
 
     rules: Sequence[Rule]
+    precision: Precision | None = None
     needs_scores = True
+
+    @property
+    def needs_small(self) -> bool:
+        return self.precision is not None
 
     def apply(self, route: Route, resident: Container[int]) -> Route:
         if route.scores is None or route.weighing is None:
             return route
         ids, weights = route.ids.clone(), route.weights.clone()
         gates, logits = route.weighing.gates(route.scores), route.weighing.logits(route.scores)
+        small = [frozenset[int]()] * len(ids)
         for row, chosen in enumerate(route.ids.tolist()):
             if not names_the_chosen(route.scores[row], chosen):
                 continue
             token = TokenChoice(chosen, gates[row].tolist(), logits[row].tolist())
             found = self._choose(token, resident)
-            if found != chosen:
-                self._put(row, found, route.weighing, gates[row], ids, weights)
-        return replace(route, ids=ids, weights=weights)
+            if self.precision is not None:
+                small[row] = self.precision.small(found)
+            if found.chosen != chosen:
+                self._put(row, list(found.chosen), route.weighing, gates[row], ids, weights)
+        return replace(route, ids=ids, weights=weights, small=tuple(small))
 
-    def _choose(self, token: TokenChoice, resident: Container[int]) -> list[int]:
+    def _choose(self, token: TokenChoice, resident: Container[int]) -> TokenChoice:
         for rule in self.rules:
             found = rule.choose(token, resident)
             if set(found) != set(token.chosen):
                 token = replace(token, chosen=found)
-        return list(token.chosen)
+        return token
 
     def _put(
         self,
@@ -77,18 +87,31 @@ def policy_of(text: str) -> RoutePolicy:
     """
     if text.strip() in ("", EXACT_NAME):
         return EXACT
-    return RuledRoute([_rule_of(part.split()) for part in text.split("+")])
+    parts = [_part_of(part.split()) for part in text.split("+")]
+    precision = None
+    if parts[-1][0] == PRECISION_NAME:
+        precision = Precision(parts.pop()[1])
+    return RuledRoute([_rule_of(*part) for part in parts], precision)
 
 
-def _rule_of(words: list[str]) -> Rule:
+def _part_of(words: list[str]) -> tuple[str, float]:
     try:
         name, number = words
         strength = float(number)
-        if not 0 <= strength <= 1:
+        if name not in (*RULES, PRECISION_NAME) or not 0 <= strength <= 1:
             raise ValueError
-        return RULES[name](strength)
-    except (ValueError, KeyError):
+        return name, strength
+    except ValueError:
         raise errors.InvalidRequest(
-            f"route {' '.join(words)!r} is no rule: say {EXACT_NAME}, or {', '.join(RULES)} with a "
-            "number from 0 to 1, joined by + (prior .05 + skip .5)"
+            f"route {' '.join(words)!r} is no rule: say {EXACT_NAME}, or "
+            f"{', '.join(RULES)} or {PRECISION_NAME} with a number from 0 to 1, joined by + "
+            "(prior .05 + skip .5)"
         ) from None
+
+
+def _rule_of(name: str, strength: float) -> Rule:
+    if name == PRECISION_NAME:
+        raise errors.InvalidRequest(
+            f"{PRECISION_NAME} goes by what other rules chose: say it last, and once"
+        )
+    return RULES[name](strength)

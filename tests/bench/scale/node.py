@@ -157,7 +157,7 @@ class Node:
         """Digests of the first counted steps, every expert read alone from the file, ascending."""
         for layer, module in self._loaded.experts_modules.items():
             module.flashmoe = FreshExperts(
-                layer, self._loaded.kernels[layer], self._manifest, self._dir
+                layer, self._loaded.kernels[layer].exact, self._manifest, self._dir
             )
         lender = FakeLender(bytes_per_expert=self._manifest.slot_bytes)
         cache = ExpertCache(lender, self._capacity(self.spec.num_experts_total), self._chooser())

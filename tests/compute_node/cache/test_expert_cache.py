@@ -17,7 +17,7 @@ from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.store.memory import Borrowed
 from proto import errors
-from proto.expert import ExpertKey
+from proto.expert import ExpertKey, RecordKey
 from proto.redis_schema import Advice
 from tests.fakes import FakeLender, make_capacity
 
@@ -52,7 +52,7 @@ def test_misses_of_a_layer_are_one_exchange_releases_included() -> None:
     step(cache, 1, 0, 1)
     step(cache, 1, 2, 3)
     step(cache, 1, 4, 5)
-    key = ExpertKey
+    key = RecordKey.exact
     assert lender.exchanges[-1] == ([key(1, 0), key(1, 1)], [key(1, 4), key(1, 5)])
 
 
@@ -64,7 +64,7 @@ def test_prefill_reads_each_expert_once_even_when_it_does_not_fit(pooled: bool) 
     waves = step(cache, 1, *range(16))
     assert waves[0] == [14, 15], "what is resident comes first"
     assert sorted(expert for wave in waves for expert in wave) == list(range(16))
-    acquired = [key.expert for _, acquires in lender.exchanges for key in acquires]
+    acquired = [key.expert.expert for _, acquires in lender.exchanges for key in acquires]
     assert sorted(acquired) == list(range(14))
     assert len(cache) <= 8 and len(lender.held) == len(cache)
 
@@ -101,7 +101,7 @@ def test_too_small_a_budget_names_the_smallest_that_works(pooled: bool, smallest
 
 def test_uneven_slots_go_to_the_first_layers() -> None:
     capacity = make_capacity(9, LAYERS, 2, pooled=False)
-    assert [capacity.layer_bytes(layer) for layer in LAYERS] == [500, 400]
+    assert [capacity.layer_slots(layer) for layer in LAYERS] == [5, 4]
 
 
 def test_broken_session_is_opened_again_and_the_step_completes() -> None:
@@ -110,7 +110,7 @@ def test_broken_session_is_opened_again_and_the_step_completes() -> None:
     lender.break_next = True
     assert step(cache, 1, 1, 2) == [[1], [2]]
     assert lender.num_opened == 2
-    assert set(lender.held) == {ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)}
+    assert set(lender.held) == {RecordKey.exact(1, 0), RecordKey.exact(1, 1), RecordKey.exact(1, 2)}
     assert cache.counters[1].bytes_read == 300, "what the store still had was not read again"
 
 
@@ -125,7 +125,7 @@ def test_session_lost_while_idle_is_let_go() -> None:
 
 def test_damaged_expert_fails_the_step_and_the_rest_goes_on() -> None:
     cache, lender = make_cache()
-    lender.damaged = {ExpertKey(1, 5)}
+    lender.damaged = {RecordKey.exact(1, 5)}
     with pytest.raises(errors.ExpertDamaged):
         step(cache, 1, 4, 5)
     assert step(cache, 1, 6, 7) == [[6], [7]]
@@ -142,7 +142,7 @@ def test_a_step_that_is_given_up_costs_nothing() -> None:
     assert lender.is_open and len(cache) == 2
     assert step(cache, 1, 0, 2, 3) == [[0, 2, 3]], "what was asked for has come"
     assert (lender.num_opened, len(lender.exchanges)) == (1, 2)
-    assert set(lender.held) == {ExpertKey(1, expert) for expert in range(4)}
+    assert set(lender.held) == {RecordKey.exact(1, expert) for expert in range(4)}
     assert cache.counters[1].bytes_read == 400
 
 
@@ -173,7 +173,7 @@ def test_a_prompt_that_is_cancelled_costs_nothing(num_checks: int, pooled: bool)
 def test_what_was_given_up_is_waited_for_by_the_next_request() -> None:
     """Which may be given up as well, or find the session lost, or an expert damaged."""
     cache, lender = make_cache()
-    lender.damaged = {ExpertKey(1, 9)}
+    lender.damaged = {RecordKey.exact(1, 9)}
     with pytest.raises(errors.Cancelled):
         step(cache, 1, 8, 9, check=gives_up_after(1))
     with pytest.raises(errors.Cancelled):
@@ -200,11 +200,11 @@ def test_guesses_are_sent_after_the_misses_and_only_of_what_is_not_there() -> No
     for wave in cache.step(1, [1, 2], disproved=lambda: disproved.pop(0), guess=guess)[1]:
         waves.append(wave)
     assert asked == [(2, 0), (2, 1)], "when misses were asked for, and after what was resident"
-    assert lender.prefetched == [ExpertKey(3, 7), ExpertKey(3, 8)]
-    assert lender.withdrawn == [ExpertKey(1, 9), ExpertKey(3, 8)]
+    assert lender.prefetched == [RecordKey.exact(3, 7), RecordKey.exact(3, 8)]
+    assert lender.withdrawn == [RecordKey.exact(1, 9), RecordKey.exact(3, 8)]
     lender.withdrawn.clear()
     list(cache.step(1, [1, 2], disproved=lambda: [ExpertKey(1, 8)])[1])
-    assert lender.withdrawn == [ExpertKey(1, 8)], "also when nothing is missing"
+    assert lender.withdrawn == [RecordKey.exact(1, 8)], "also when nothing is missing"
 
 
 def test_refilled_slot_discards_the_output() -> None:
@@ -228,7 +228,7 @@ def test_check_is_asked_before_every_layer() -> None:
 
 def test_warm_start_keeps_to_the_capacity() -> None:
     cache, lender = make_cache()
-    lender.in_memory = {ExpertKey(layer, expert) for layer in LAYERS for expert in range(16)}
+    lender.in_memory = {RecordKey.exact(layer, expert) for layer in LAYERS for expert in range(16)}
     cache.open()
     assert len(cache) == 8
     assert sum(counters.bytes_read for counters in cache.counters.values()) == 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compute_node.kernels.variant_kernels import VariantKernels
 from compute_node.moe.looks import Looks
 from compute_node.moe.sums import OneTokenSum
 from compute_node.predict.predictor import Seen
@@ -36,7 +37,7 @@ class Kernels:
 
 def partial_sum(*added: int) -> OneTokenSum:
     """Of experts 1, 2, and 4 with weights .25, .5, and .25."""
-    one = OneTokenSum(Kernels(), torch.ones(1, 4), {1: 0.25, 2: 0.5, 4: 0.25})  # type: ignore[arg-type]
+    one = OneTokenSum(VariantKernels(Kernels()), torch.ones(1, 4), {1: 0.25, 2: 0.5, 4: 0.25})  # type: ignore[arg-type]
     one.add([Borrowed(ExpertKey(3, e), 0, 0, 0, 0, e) for e in added])  # type: ignore[arg-type]
     return one
 

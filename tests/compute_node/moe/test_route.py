@@ -6,7 +6,7 @@ residents shown to it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -29,7 +29,7 @@ LAYERS, NUM_EXPERTS = (1, 3), 16
 class OnlyResident:
     """Leaves out what would have to be read."""
 
-    needs_scores = False
+    needs_scores = needs_small = False
 
     def apply(self, route: Route, resident: Container[int]) -> Route:
         ids = [[e if e in resident else NUM_EXPERTS for e in row] for row in route.ids.tolist()]
@@ -50,7 +50,12 @@ class Backend:
         self.asked: list[Sequence[int]] = []
 
     def run(
-        self, step: Step, hidden: Tensor, experts: Sequence[int], sums: Sequence[Sum]
+        self,
+        step: Step,
+        hidden: Tensor,
+        experts: Sequence[int],
+        sums: Sequence[Sum],
+        small: Collection[int] = (),
     ) -> set[int]:
         self.asked.append(experts)
         return set(experts)

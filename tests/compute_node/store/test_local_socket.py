@@ -23,7 +23,7 @@ from compute_node.store.session import SessionLost
 from expert_store.store.leases import to_detail
 from proto import errors
 from proto import expert_store_pb2 as pb
-from proto.expert import ExpertKey
+from proto.expert import RecordKey
 from tests.local_store import local_store
 
 NAME = "a session"
@@ -106,14 +106,14 @@ def test_a_local_socket_that_refuses_every_session_is_given_up(
         client = StoreClient(address, "n", 4, run_dir / "sessions", deadline_s=0.5)
         closing.callback(client.close)
         client.open()
-        assert client.exchange([], [ExpertKey(0, 0)])
+        assert client.exchange([], [RecordKey.exact(0, 0)])
         with refusing(run_dir / "sessions/exchange.sock") as connected:
             start_s = time.monotonic()
             client.open()
             with pytest.raises(errors.StoreUnavailable, match="lends nothing"):
                 while True:
                     with pytest.raises(SessionLost):
-                        client.exchange([], [ExpertKey(0, 1)])
+                        client.exchange([], [RecordKey.exact(0, 1)])
                     client.open()
             assert connected[0] > 1 and time.monotonic() - start_s >= 0.5, (
                 "not for as long as it may"

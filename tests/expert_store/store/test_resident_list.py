@@ -49,7 +49,7 @@ def test_a_restart_is_warm(store_dir: Path, run_dir: Path, monkeypatch: pytest.M
     with local_store(store_dir, run_dir, 8, resident_list=path) as address:
         client = StoreClient(address, "node", 4, run_dir / "sessions", deadline_s=10)
         client.open()
-        client.exchange([], [key.expert for key in KEYS[:3]])
+        client.exchange([], KEYS[:3])
         until(lambda: path.exists() and len(load(path, client.describe().spec.fingerprint)) == 3)
         client.close()
     flip(store_dir / FILE_NAME, expert_range(KEYS[1])[5])

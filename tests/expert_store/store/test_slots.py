@@ -170,6 +170,20 @@ def test_a_divided_slot_is_filled_up_before_another(slots: SlotPool) -> None:
     assert slots.counts()["free"] == NUM_SLOTS - 1, "a slot without records is whole again"
 
 
+def test_parts_of_slots_in_use_go_first(slots: SlotPool) -> None:
+    """So that leases of a few small records do not stand in many slots."""
+    first, second, third = (begin(slots, 2) for _ in range(3))
+    for number, part in enumerate((first, second, third)):
+        slots.seal(part, key(number))
+    slots.lease(second)
+    slots.lease(third)
+    beside_second = begin(slots, 2)
+    assert beside_second.slot is third.slot, "a free part of a slot in use"
+    assert begin(slots, 2) is first, "a record that nobody uses, though slots are free"
+    assert slots.find(key(0)) is None
+    assert begin(slots, 2).slot not in (second.slot, third.slot)
+
+
 def test_the_longest_unused_goes_whatever_its_size(slots: SlotPool) -> None:
     """A part for its like; a whole slot once none of its parts is used, and not before."""
     small = [begin(slots, 2) for _ in range(4)]

@@ -8,7 +8,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from compute_node.cache.asked import exact
 from compute_node.cache.expert_cache import ExpertCache
+from compute_node.cache.occupancy import Coming
 from compute_node.cache.policies.decayed import Decayed
 from compute_node.cache.policies.lfru import Lfru
 from compute_node.cache.policies.lfu import Lfu
@@ -16,12 +18,12 @@ from compute_node.cache.policies.lru import Lru
 from compute_node.cache.policies.policy import EvictionPolicy
 from compute_node.cache.policies.scored import Scored
 from compute_node.cache.policy_chooser import PolicyChooser
-from compute_node.cache.residents import Residents
+from compute_node.cache.residents import Residents, Wanted
 from compute_node.store.memory import Borrowed
 from proto.expert import ExpertKey
 from proto.redis_schema import Advice
 from tests.compute_node.traces import load
-from tests.fakes import EXPERT_BYTES, FakeLender, make_capacity
+from tests.fakes import FakeLender, make_capacity
 
 # tests/traces/tiny-moe-decode.npz: 360 steps of 8 layers, 4 of 32 experts
 GOLDEN_MISSES = {
@@ -104,13 +106,14 @@ def victims(policy: EvictionPolicy, held: list[ExpertKey], count: int) -> list[E
     residents = Residents([0])
     for arrival in lent(held):
         residents.insert(arrival)
-    return residents.victims(policy, count * EXPERT_BYTES)
+    going, _ = residents.victims(policy, Wanted(Coming(count), len(held)))
+    return going
 
 
 def lent(keys: list[ExpertKey]) -> list[Borrowed]:
     lender = FakeLender()
     lender.open()
-    return lender.exchange([], keys)
+    return lender.exchange([], exact(keys))
 
 
 def test_lru_evicts_the_oldest_and_breaks_ties_by_key() -> None:

@@ -7,12 +7,14 @@ the best expert left out, weights that keep the replaced expert's gate.
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 import torch
 
 from compute_node.moe.route import EXACT, Route
+from compute_node.moe.routes.precision import Precision
 from compute_node.moe.routes.prior import Prior
 from compute_node.moe.routes.rules import RuledRoute, policy_of
 from compute_node.moe.routes.skip import Skip
@@ -46,6 +48,53 @@ TOKEN = TokenChoice([0, 1], GATES, torch.tensor(GATES).log().tolist())
 )
 def test_choices_by_hand(rule: Rule, resident: set[int], expected: list[int]) -> None:
     assert rule.choose(TOKEN, resident) == expected
+
+
+@pytest.mark.parametrize(
+    ("strength", "expected"),
+    [(0.0, set()), (0.1, set()), (0.2, {2}), (0.45, {1, 2}), (0.99, {1, 2}), (1.0, {0, 1, 2})],
+)
+def test_precision_by_hand(strength: float, expected: set[int]) -> None:
+    """Gates .5, .2 and .16 of .86: before them 0, .58 and .81 of the whole."""
+    token = TokenChoice([2, 0, 1], GATES, TOKEN.logits)
+    assert Precision(strength).small(token) == expected
+
+
+def _plain_precision(token: TokenChoice, strength: float) -> set[int]:
+    total = math.fsum(token.gates[e] for e in token.chosen)
+    found = set()
+    for expert in token.chosen:
+        heavier = [e for e in token.chosen if token.gates[e] > token.gates[expert]]
+        if strength and math.fsum(token.gates[e] for e in heavier) >= (1 - strength) * total:
+            found.add(expert)
+    return found
+
+
+def test_precision_is_its_plain_statement() -> None:
+    chance = random.Random(5)
+    for _ in range(300):
+        token, _ = _random_token(chance)
+        strength = chance.choice([0.0, 0.3, 0.6, 0.9, 1.0])
+        assert Precision(strength).small(token) == _plain_precision(token, strength)
+
+
+def test_precision_goes_by_what_the_rules_before_it_chose() -> None:
+    route = _route(Weighing("softmax", 1.0, 1.0))
+    found = policy_of("substitute .5 + precision .9").apply(route, {2})
+    assert found.ids.tolist() == [[0, 2]] and found.small == (frozenset({2}),)
+    assert found.small_experts == {2}
+
+
+def test_an_expert_is_small_only_where_every_token_allows_it() -> None:
+    small = frozenset({1, 2}), frozenset({2})
+    ids = torch.tensor([[0, 1, 2], [1, 2, 3]])
+    assert Route(ids, torch.ones(2, 3), small=small).small_experts == {2}
+
+
+@pytest.mark.parametrize("text", ["precision .5 + skip .5", "precision .5 + precision .4"])
+def test_precision_comes_last(text: str) -> None:
+    with pytest.raises(errors.InvalidRequest, match="say it last"):
+        policy_of(text)
 
 
 def _plain_substitute(token: TokenChoice, resident: set[int], alpha: float) -> set[int]:

@@ -1,0 +1,120 @@
+"""A token that allows small records gets what a store of nothing else gives it, and leaves exact
+sequences on the same node their bits.
+
+Planted faults seen red: a small record taken for an exact one, both computed by one kernel, an
+exact record that is resident not preferred, an exact miss that keeps its small record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compute_node.engine.engine import Engine
+from compute_node.engine.request import Request
+from compute_node.engine.sequence import SequenceState
+from compute_node.moe.route import EXACT, Route, RoutePolicy
+from compute_node.moe.routes.rules import policy_of
+from compute_node.moe.step import Phase
+from expert_store.offline.pack import pack
+from proto import errors
+from proto.expert import ExpertKey
+from tests.checkpoints import make
+from tests.contract.test_exactness import engine
+
+TOKENS = [5, 9, 2, 7, 11, 3, 8, 1]
+WIDE = {"hidden_size": 256, "moe_intermediate_size": 64, "head_dim": 64}
+
+
+class AllSmall:
+    """Small records will do for everything."""
+
+    needs_scores = needs_small = True
+
+    def apply(self, route: Route, resident: Container[int]) -> Route:
+        return replace(route, small=tuple(frozenset(row) for row in route.ids.tolist()))
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    return make("qwen3_moe", folder / "checkpoint", request.param, **WIDE)
+
+
+@pytest.fixture
+def node(checkpoint: Path, tmp_path: Path) -> Iterator[Engine]:
+    pack(checkpoint, tmp_path / "store", variants=("int4",))
+    with engine(tmp_path / "store", tmp_path, spare=2, pooled=True) as started:
+        yield started
+
+
+def logits(node: Engine, policy: RoutePolicy = EXACT) -> list[Tensor]:
+    """Of `TOKENS`, one after another as decode computes them."""
+    sequence, found = SequenceState("s", [], policy=policy), list[Tensor]()
+    for token_id in TOKENS:
+        sequence.token_ids.append(token_id)
+        found += node.decode([sequence])
+    return found
+
+
+def of_a_store(checkpoint: Path, folder: Path, weight_format: str) -> list[Tensor]:
+    folder.mkdir()
+    pack(checkpoint, folder / "store", weight_format=weight_format)
+    with engine(folder / "store", folder, spare=2, pooled=True) as alone:
+        return logits(alone)
+
+
+def test_small_records_alone_are_a_store_of_their_format(
+    node: Engine, checkpoint: Path, tmp_path: Path
+) -> None:
+    expected = of_a_store(checkpoint, tmp_path / "int4", "int4")
+    torch.testing.assert_close(logits(node, AllSmall()), expected, rtol=0, atol=0)
+    assert not any(key in node.cache for key in all_experts(node)), "none is exact"
+    assert sum(map(node.cache.holds, all_experts(node))) > node.cache.capacity.slots, "they share"
+
+
+def test_exact_sequences_beside_lossy_ones_keep_their_bits(
+    node: Engine, checkpoint: Path, tmp_path: Path
+) -> None:
+    expected = of_a_store(checkpoint, tmp_path / "exact", "exact")
+    for _ in range(2):
+        torch.testing.assert_close(logits(node), expected, rtol=0, atol=0)
+        assert not torch.equal(torch.cat(logits(node, AllSmall())), torch.cat(expected))
+
+
+def test_what_is_resident_in_full_is_computed_in_full(checkpoint: Path, tmp_path: Path) -> None:
+    pack(checkpoint, tmp_path / "store", variants=("int4",))
+    with engine(tmp_path / "store", tmp_path, spare=32, pooled=True) as node:
+        exact = SequenceState("exact", TOKENS[:1])
+        again = SequenceState("again", TOKENS[:1], policy=AllSmall())
+        (expected,), read = node.decode([exact]), bytes_read(node)
+        (found,) = node.decode([again])
+        assert torch.equal(found, expected) and bytes_read(node) == read
+
+
+def bytes_read(node: Engine) -> int:
+    return sum(counters.bytes_read for counters in node.cache.counters.values())
+
+
+def all_experts(node: Engine) -> list[ExpertKey]:
+    spec = node.loaded.spec
+    return [ExpertKey(layer, e) for layer in spec.moe_layers for e in range(spec.num_experts)]
+
+
+def test_a_step_counts_what_it_computed_with_small_records(node: Engine) -> None:
+    sequence = SequenceState("s", TOKENS[:1], policy=AllSmall())
+    _, step = node.forward(sequence, TOKENS[:1], Phase.DECODE)
+    assert step.num_small == node.loaded.spec.top_k * len(node.loaded.spec.moe_layers)
+
+
+def test_a_store_without_small_records_refuses_the_rule(checkpoint: Path, tmp_path: Path) -> None:
+    pack(checkpoint, tmp_path / "store")
+    with engine(tmp_path / "store", tmp_path, pooled=True) as node:
+        request = Request((1, 2), policy=policy_of("precision .5"))
+        with pytest.raises(errors.InvalidRequest, match="--variants exact,int4"):
+            next(node.generate(request))
