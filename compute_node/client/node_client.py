@@ -18,7 +18,7 @@ from typing import Any, Self
 import grpc
 
 from compute_node.client import arguments
-from compute_node.client.result import Generation, ScoredToken
+from compute_node.client.result import Generation, ScoredToken, scored_of
 from proto import compute_node_pb2 as pb
 from proto import compute_node_pb2_grpc as pb_grpc
 from proto import errors, rpc
@@ -36,7 +36,7 @@ class Scoring:
         """Raises the typed error the node ended with (proto/errors.py)."""
         try:
             for reply in self._call:
-                yield ScoredToken(reply.id, reply.log_prob)
+                yield scored_of(reply)
         except grpc.RpcError as error:
             raise errors.from_rpc(error) from None
 
@@ -128,6 +128,7 @@ class NodeClient:
         max_tokens: int = 0,
         context_tokens: int = 0,
         route: str = "",
+        check_every: int = 0,
         timeout_s: float | None = None,
     ) -> Scoring:
         """How likely each token of a text is, computed one by one as decode does.
@@ -136,6 +137,7 @@ class NodeClient:
         max_tokens: a longer text is cut to this many tokens; 0: never
         context_tokens: a longer text is scored in parts of this many; 0: 512
         route: as in `generate`
+        check_every: of so many tokens one is computed exactly, too, and compared; 0: none
 
         Raises InvalidRequest before anything is sent. Iterating raises what the node ends with.
         """
@@ -143,6 +145,7 @@ class NodeClient:
             max_tokens=arguments.count_of("max_tokens", max_tokens),
             context_tokens=arguments.count_of("context_tokens", context_tokens),
             route=arguments.text_of("route", route),
+            check_every=arguments.count_of("check_every", check_every),
         )
         if isinstance(text, str):
             request.text = arguments.text_of("text", text)

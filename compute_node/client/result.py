@@ -33,7 +33,8 @@ class Phase:
     wall_s: float
     uncovered_s: float = 0.0
     device_s: float = 0.0
-    rerouted: int = 0
+    substituted: int = 0
+    skipped: int = 0
 
     @property
     def hit_ratio(self) -> float:
@@ -46,10 +47,24 @@ class Phase:
 class ScoredToken:
     """log_prob: natural logarithm of its probability, given what came before it in its part
     of the text
+
+    kl:     nats a token, of the exact logits against the lossy ones; None: it was not checked
+    agrees: both find the same token likeliest
     """
 
     token_id: int
     log_prob: float
+    kl: float | None = None
+    agrees: bool | None = None
+
+
+def scored_of(reply: pb.ScoreReply) -> ScoredToken:
+    return ScoredToken(
+        reply.id,
+        reply.log_prob,
+        reply.kl if reply.HasField("kl") else None,
+        reply.agrees if reply.HasField("agrees") else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -151,5 +166,6 @@ def _phase(usage: pb.PhaseUsage) -> Phase:
         usage.wall_s,
         usage.uncovered_s,
         usage.device_s,
-        usage.rerouted,
+        usage.substituted,
+        usage.skipped,
     )

@@ -14,9 +14,10 @@ def new_run_ahead(
 ) -> RunAhead:
     """Off where the model's layers cannot be found; its status says so."""
     layers, status = DecoderLayers(), ON
+    layers.watch(loaded.model, loaded.experts_modules)
     if setting == "off":
         status = "off: by configuration"
-    elif not layers.watch(loaded.model, loaded.experts_modules):
+    elif not layers.are_found:
         status = "off: the model's layers are not in one list"
     return RunAhead(
         layers,

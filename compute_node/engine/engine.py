@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compute_node.cache.asked import never
 from compute_node.cache.expert_cache import ExpertCache
+from compute_node.engine.exact_pass import ExactPass
 from compute_node.engine.limits import Limits
 from compute_node.engine.request import Request
 from compute_node.engine.sequence import SequenceState
@@ -86,6 +87,8 @@ class Engine:
         self._evidence = evidence
         self._eos_ids = _eos_ids(loaded.model, model_dir)
         self.limits = Limits(loaded, max_context_tokens, prefill_chunk_tokens)
+        layers = run_ahead.layers if run_ahead is not None else None
+        self.exact_pass = ExactPass(loaded.forward, layers)
         self._num_sequences = 0
 
     def generate(self, request: Request, check: Callable[[], None] = never) -> Iterator[Event]:
@@ -129,7 +132,8 @@ class Engine:
                     keeps,
                     lambda: writer.forecast(sequence.token_ids),
                 )
-            decode.rerouted += step.num_rerouted
+            decode.substituted += step.num_substituted
+            decode.skipped += step.num_skipped
             if request.recording:
                 yield self._recorded(step, recording)
         text = writer.flush()

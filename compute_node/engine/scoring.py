@@ -11,6 +11,7 @@ from compute_node.engine.engine import Engine
 from compute_node.engine.request import Request
 from compute_node.engine.sequence import SequenceState
 from compute_node.moe.route import EXACT, RoutePolicy
+from compute_node.quality.divergence import Divergence
 from proto import errors
 
 _numbers = itertools.count(1)
@@ -45,17 +46,27 @@ def score(
     engine: Engine,
     text: ScoredText,
     policy: RoutePolicy = EXACT,
+    check_every: int = 0,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[ScoredToken]:
     """Every token of the text but the first of each part. `check` may raise between layers.
 
+    check_every: of so many tokens the last is compared with exact logits, on the same prefix and
+    state; 0: none. Not where the model cannot compute it, see ExactPass.
     Raises what `check_text` and Engine.generate raise.
     """
     check_text(engine, text)
+    tokens = itertools.count(1)
     for part in text.parts:
         sequence = SequenceState(f"score{next(_numbers)}", [], policy=policy)
         for token_id, following in itertools.pairwise(part):
             sequence.token_ids.append(token_id)
+            is_checked = check_every > 0 and next(tokens) % check_every == 0
+            exact = engine.exact_pass.logits(sequence, check) if is_checked else None
             (logits,) = engine.decode([sequence], check)  # [1, V]
-            log_probs = logits[0].double().log_softmax(dim=-1)
-            yield ScoredToken(following, float(log_probs[following]))
+            log_prob = float(logits[0].double().log_softmax(dim=-1)[following])
+            if exact is None:
+                yield ScoredToken(following, log_prob)
+                continue
+            found = Divergence.of(exact, logits)
+            yield ScoredToken(following, log_prob, found.kl, found.agrees)

@@ -15,7 +15,8 @@ class Usage:
     stall_s:     of wall_s, waiting for experts
     uncovered_s: reading the misses that nobody guessed, beyond their own layer's compute
     device_s:    bytes_read at the device's speed
-    rerouted:    chosen experts that gave way to others, or were left out
+    substituted: chosen experts that gave way to others
+    skipped:     chosen experts that were left out
     """
 
     tokens: int = 0
@@ -26,7 +27,8 @@ class Usage:
     wall_s: float = 0.0
     uncovered_s: float = 0.0
     device_s: float = 0.0
-    rerouted: int = 0
+    substituted: int = 0
+    skipped: int = 0
 
 
 class Measure:

@@ -70,12 +70,17 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         self._stats.requests += 1
 
         def work(check: Callable[[], None]) -> Iterator[ScoredToken]:
-            return score(self._engine, text, policy, check)
+            return score(self._engine, text, policy, request.check_every, check)
 
         jobs = self._compute.run(work, context.time_remaining())
         try:
             async for _, scored in jobs:
-                yield pb.ScoreReply(id=scored.token_id, log_prob=scored.log_prob)
+                yield pb.ScoreReply(
+                    id=scored.token_id,
+                    log_prob=scored.log_prob,
+                    kl=scored.kl,
+                    agrees=scored.agrees,
+                )
         finally:
             await jobs.aclose()  # type: ignore[attr-defined]
 

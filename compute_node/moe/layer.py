@@ -52,8 +52,9 @@ class RoutedExperts:
             return step.emulation.experts(
                 self.layer, self._kernels.exact, module.num_experts, hidden, route
             )
-        route = self._route(step, topk_ids, topk_weights)
-        ids, num_experts = route.ids.tolist(), module.num_experts
+        num_experts = module.num_experts
+        route = self._route(step, num_experts, topk_ids, topk_weights)
+        ids = route.ids.tolist()
         chosen = {expert for row in ids for expert in row if expert < num_experts}
         sums = self._sums(step, num_experts, hidden, route, ids)
         small = route.small_experts & chosen
@@ -61,7 +62,7 @@ class RoutedExperts:
         step.accesses[self.layer] = LayerAccess(topk_ids, topk_weights, hits)
         return sums[0].result() if len(sums) == 1 else torch.cat([one.result() for one in sums])
 
-    def _route(self, step: Step, topk_ids: Tensor, topk_weights: Tensor) -> Route:
+    def _route(self, step: Step, num_experts: int, topk_ids: Tensor, topk_weights: Tensor) -> Route:
         """What the step's policy makes of it. Prompts go the router's way."""
         scores = step.scores.get(self.layer) if step.scores is not None else None
         route = Route(topk_ids, topk_weights, scores)
@@ -72,7 +73,9 @@ class RoutedExperts:
             return route
         found = step.policy.apply(route, self._backend.resident)
         if found is not route:
-            step.num_rerouted += _num_missing(route.ids, found.ids)
+            num_missing, num_skipped = _num_changed(route.ids, found.ids, num_experts)
+            step.num_skipped += num_skipped
+            step.num_substituted += num_missing - num_skipped
         return found
 
     def _sums(
@@ -94,10 +97,17 @@ class RoutedExperts:
         ]
 
 
-def _num_missing(chosen: Tensor, computed: Tensor) -> int:
-    """Chosen experts that are not computed. chosen, computed: [T, K]"""
-    rows = zip(chosen.tolist(), computed.tolist(), strict=True)
-    return sum(len(set(before) - set(after)) for before, after in rows)
+def _num_changed(chosen: Tensor, computed: Tensor, num_experts: int) -> tuple[int, int]:
+    """Chosen experts that are not computed, and how many of these nothing is computed for.
+
+    chosen, computed: [T, K], ids from `num_experts` on are no experts
+    """
+    num_missing = num_skipped = 0
+    for before, after in zip(chosen.tolist(), computed.tolist(), strict=True):
+        wanted, used = ({e for e in row if e < num_experts} for row in (before, after))
+        num_missing += len(wanted - used)
+        num_skipped += len(wanted) - len(used)
+    return num_missing, num_skipped
 
 
 def _dispatch(module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

@@ -115,7 +115,8 @@ class Step:
     policy:    chooses among experts in decode; what it goes by is kept
     streams:   [T, D] by model layer number, the residual stream before the experts' block, where it
                is recognised; in decode
-    num_rerouted: chosen experts that gave way to others or were left out
+    is_apart:  it computes a token once more, beside the true pass
+    num_substituted, num_skipped: chosen experts that gave way to others, that were left out
     num_small: experts computed with a record of fewer bits
     """
 
@@ -127,6 +128,7 @@ class Step:
         run_ahead: RunsAhead | None = None,
         emulation: Emulates | None = None,
         policy: RoutePolicy = EXACT,
+        is_apart: bool = False,
     ) -> None:
         self.batch = batch
         self.check = check
@@ -137,13 +139,15 @@ class Step:
         self.scores: dict[int, Tensor] | None = {} if keeps.scores or policy.needs_scores else None
         self.seen: dict[int, Seen] | None = {} if keeps.seen else None
         self.streams: dict[int, Tensor] = {}
-        self.num_rerouted = 0
+        self.is_apart = is_apart
+        self.num_substituted = self.num_skipped = 0
         self.num_small = 0
 
     @property
     def looks_ahead(self) -> bool:
         """Whether later layers' experts are guessed: in decode, where the routers decide alone."""
-        return self.batch.is_decode and not self.policy.needs_scores
+        alone = not self.policy.needs_scores and not self.is_apart
+        return self.batch.is_decode and alone
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -26,8 +26,8 @@ def can_fork(state: Any) -> bool:
 
 
 class Geometry:
-    """Shapes and counters of a state, without its numbers: what masks and positions are made from.
-    Holds no memory of the state.
+    """Shapes, counters and positions of a state, without its other numbers: what masks are made
+    from. Holds no memory of the state.
     """
 
     def __init__(self, state: Any) -> None:
@@ -67,8 +67,10 @@ class Fork:
 
 
 def hollow(layer: Any) -> Any:
-    """A layer's state with tensors of its shapes that are one number each."""
-    return _copied(layer, lambda tensor: tensor.new_zeros(()).expand(tensor.shape))
+    """A layer's state with tensors of its shapes that are one number each. Whole numbers stay: they
+    are positions, which some models read before their layers.
+    """
+    return _copied(layer, _hollowed)
 
 
 def _copied(
@@ -95,6 +97,12 @@ def _copied(
     else:
         return value
     return made[id(value)]
+
+
+def _hollowed(tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor.new_zeros(()).expand(tensor.shape)
+    return tensor.clone()
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -40,26 +40,26 @@ class Second(Protocol):
 class DecoderLayers:
     """Of one model. One thread.
 
+    are_found: the list of them
     keeps:  whether the pass that runs is a true one that a second one may follow
     second: the second pass, while it runs
     """
 
     def __init__(self) -> None:
+        self.are_found = False
         self.keeps = False
         self.second: Second | None = None
         self._outputs: dict[int, Any] = {}  # of layers, this token's
         self._mixed: dict[nn.Module, Any] = {}  # of attention and its like, this token's
 
-    def watch(self, model: nn.Module, experts: Mapping[int, nn.Module]) -> bool:
-        """Whether the list of layers was found. experts: modules by model layer number"""
+    def watch(self, model: nn.Module, experts: Mapping[int, nn.Module]) -> None:
+        """Look for the list of layers. experts: modules by model layer number"""
         layers = _layers(model, experts)
-        if layers is None:
-            return False
-        for number, layer in enumerate(layers):
+        self.are_found = layers is not None
+        for number, layer in enumerate(layers or ()):
             _replace_forward(layer, self._keeping(number, layer.forward))
             for mixer in _mixers(layer):
                 _replace_forward(mixer, self._mixing(number, mixer, mixer.forward))
-        return True
 
     def forget(self) -> None:
         """The token's true pass is over."""

@@ -43,7 +43,7 @@ def _decode_rows(decode: Phase, prefill: Phase) -> dict[str, str]:
     if prefill.hits + prefill.misses:
         hits += f", {prefill.hit_ratio:.1%} for the prompt"
     compute_s = decode.wall_s - decode.stall_s
-    rerouted = decode.rerouted / decode.tokens
+    rerouted = (decode.substituted + decode.skipped) / decode.tokens
     changed = {"rerouted": f"{rerouted:.1f} experts a token by --route"} if rerouted else {}
     return changed | {
         "hit ratio": hits,
@@ -74,7 +74,8 @@ def result_document(result: Result, report: MemoryReport | None) -> dict[str, An
         "wall_s": _phases(result, lambda phase: phase.wall_s),
         "uncovered_s": _phases(result, lambda phase: phase.uncovered_s),
         "device_s": _phases(result, lambda phase: phase.device_s),
-        "rerouted": result.decode.rerouted,
+        "substituted": result.decode.substituted,
+        "skipped": result.decode.skipped,
         "peak_memory_bytes": report.peak_bytes if report else None,
         "ceiling_bytes": report.ceiling_bytes if report else None,
         "memory_bytes_by_part": report.by_part if report else None,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
-from compute_node.moe.layer import RoutedExperts, _num_missing
+from compute_node.moe.layer import RoutedExperts, _num_changed
 from compute_node.moe.local import LocalBackend
 from compute_node.moe.route import EXACT, Route
 from compute_node.moe.step import Batch, Part, Phase, Step
@@ -72,7 +72,7 @@ def test_what_the_policy_says_is_computed() -> None:
     assert backend.asked == [[4]]
     assert step.accesses[1].ids.tolist() == [[4, 5]], "what the router chose is what is learned"
     assert step.accesses[1].hits == {4}
-    assert step.num_rerouted == 1
+    assert (step.num_substituted, step.num_skipped) == (0, 1)
 
 
 def test_prompts_go_the_routers_way() -> None:
@@ -99,4 +99,4 @@ def test_what_is_left_out_is_counted_and_not_where_it_stood() -> None:
     """Red where places are compared: what comes after a gap moves up."""
     before = torch.tensor([[3, 4, 5], [1, 2, 6]])
     after = torch.tensor([[3, 5, NUM_EXPERTS], [2, 1, 7]])
-    assert _num_missing(before, after) == 2
+    assert _num_changed(before, after, NUM_EXPERTS) == (2, 1)
