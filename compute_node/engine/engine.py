@@ -28,6 +28,7 @@ from compute_node.evidence.foretold import foretold
 from compute_node.evidence.step import Evidence
 from compute_node.model.finite import fault_of, is_usable
 from compute_node.model.loaded import LoadedModel
+from compute_node.moe.route import is_exact
 from compute_node.moe.step import Batch, Keeps, Part, Phase, RunsAhead, Step
 from compute_node.predict.predictor import EMBEDDING, Seen
 from compute_node.run_ahead.run_ahead import RunAhead
@@ -258,7 +259,7 @@ class Engine:
         """A decode step may be run ahead of, while it waits."""
         if self.run_ahead is None:
             return nullcontext()
-        if phase is not Phase.DECODE or sequence.policy.needs_scores:
+        if phase is not Phase.DECODE or not is_exact(sequence.policy):
             self.run_ahead.drop()
             return nullcontext()
         return self.run_ahead.during(chunk[0], sequence.cache, new_draw)

@@ -65,3 +65,8 @@ class ExactRoute:
 
 
 EXACT = ExactRoute()
+
+
+def is_exact(policy: RoutePolicy) -> bool:
+    """Whether the routers decide alone, and experts are computed in full."""
+    return not (policy.needs_scores or policy.needs_small)

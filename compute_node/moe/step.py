@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compute_node.kernels import heap
 from compute_node.kernels.expert_kernels import ExpertKernels
-from compute_node.moe.route import EXACT, Route, RoutePolicy
+from compute_node.moe.route import EXACT, Route, RoutePolicy, is_exact
 from compute_node.predict.predictor import Seen
 from proto.expert import ExpertKey
 
@@ -145,9 +145,10 @@ class Step:
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether later layers' experts are guessed: in decode, where the routers decide alone."""
-        alone = not self.policy.needs_scores and not self.is_apart
-        return self.batch.is_decode and alone
+        """Whether later layers' experts are guessed: in decode, where exact records are computed
+        of what routers choose.
+        """
+        return self.batch.is_decode and is_exact(self.policy) and not self.is_apart
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -4,28 +4,28 @@ the gate weight of what comes before it).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compute_node.moe.routes.token import TokenChoice
-
-_ROUNDING = 1e-6
+_ROUNDING = 1e-6  # of weights, which may not quite add up
 
 
 @dataclass(frozen=True)
 class Precision:
     """strength: in [0, 1]. An expert may be small where heavier ones hold at least 1 - strength of
-    the chosen experts' gates: 1, all may; just below it, all but the best; 0, none.
+    a token's weight: 1, all may; just below it, all but the heaviest; 0, none.
     """
 
     strength: float
 
-    def small(self, token: TokenChoice) -> frozenset[int]:
-        """Of the chosen, those whose small record will do where nothing is resident."""
-        order = sorted(token.chosen, key=lambda expert: (-token.gates[expert], expert))
-        least = (1 - self.strength) * sum(token.gates[expert] for expert in order) - _ROUNDING
-        found, before = set[int](), 0.0
-        for expert in order:
-            if self.strength and before >= least:
-                found.add(expert)
-            before += token.gates[expert]
-        return frozenset(found)
+    def small(self, experts: Sequence[int], weights: Sequence[float]) -> frozenset[int]:
+        """Those whose small record will do where nothing is resident. weights: one an expert"""
+        if not self.strength:
+            return frozenset()
+        least = (1 - self.strength - _ROUNDING) * sum(weights)
+        exact, before = set[int](), 0.0
+        for place in sorted(range(len(experts)), key=lambda place: -weights[place]):
+            if before < least:
+                exact.add(experts[place])
+            before += weights[place]
+        return frozenset(experts).difference(exact)

@@ -27,42 +27,52 @@ EXACT_NAME = "exact"
 
 @dataclass(frozen=True)
 class RuledRoute:
-    """A `RoutePolicy`: each rule sees what the one before it chose. A token that no rule changes
-    keeps its route bit for bit; so does one whose router is not recognised yet, or chose others
-    than the best by score.
+    """A `RoutePolicy`: each rule sees what the one before it chose, precision what all of them
+    chose. A token that no rule changes keeps its route bit for bit; so does one whose router is not
+    recognised yet, or chose others than the best by score.
     """
 
     rules: Sequence[Rule]
     precision: Precision | None = None
-    needs_scores = True
+
+    @property
+    def needs_scores(self) -> bool:
+        return bool(self.rules)
 
     @property
     def needs_small(self) -> bool:
         return self.precision is not None
 
     def apply(self, route: Route, resident: Container[int]) -> Route:
-        if route.scores is None or route.weighing is None:
+        ruled = self._ruled(route, resident)
+        if self.precision is None:
+            return ruled
+        rows = zip(ruled.ids.tolist(), ruled.weights.tolist(), strict=True)
+        return replace(ruled, small=tuple(self.precision.small(*row) for row in rows))
+
+    def _ruled(self, route: Route, resident: Container[int]) -> Route:
+        """No rule changes a token whose experts are all resident."""
+        rows = route.ids.tolist()
+        missing = [n for n, row in enumerate(rows) if any(e not in resident for e in row)]
+        if not (self.rules and missing) or route.scores is None or route.weighing is None:
             return route
         ids, weights = route.ids.clone(), route.weights.clone()
         gates, logits = route.weighing.gates(route.scores), route.weighing.logits(route.scores)
-        small = [frozenset[int]()] * len(ids)
-        for row, chosen in enumerate(route.ids.tolist()):
-            if not names_the_chosen(route.scores[row], chosen):
+        for row in missing:
+            if not names_the_chosen(route.scores[row], rows[row]):
                 continue
-            token = TokenChoice(chosen, gates[row].tolist(), logits[row].tolist())
+            token = TokenChoice(rows[row], gates[row].tolist(), logits[row].tolist())
             found = self._choose(token, resident)
-            if self.precision is not None:
-                small[row] = self.precision.small(found)
-            if found.chosen != chosen:
-                self._put(row, list(found.chosen), route.weighing, gates[row], ids, weights)
-        return replace(route, ids=ids, weights=weights, small=tuple(small))
+            if found != rows[row]:
+                self._put(row, found, route.weighing, gates[row], ids, weights)
+        return replace(route, ids=ids, weights=weights)
 
-    def _choose(self, token: TokenChoice, resident: Container[int]) -> TokenChoice:
+    def _choose(self, token: TokenChoice, resident: Container[int]) -> list[int]:
         for rule in self.rules:
             found = rule.choose(token, resident)
             if set(found) != set(token.chosen):
                 token = replace(token, chosen=found)
-        return token
+        return list(token.chosen)
 
     def _put(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,11 @@ from tests.stack import MODEL, ROOT
 
 CHECKPOINT, GGUF, STORE = "checkpoint", "model.gguf", "store"
 LOSSLESS = "lossless"  # the same experts, packed so
+VARIANTS = "variants"  # the same experts, and a small record of each
 FUSED, OFFLOADED = "fused", "offloaded"
-ALL_FORMATS = (GGUF, STORE, LOSSLESS, FUSED, OFFLOADED)
+ALL_FORMATS = (GGUF, STORE, LOSSLESS, VARIANTS, FUSED, OFFLOADED)
 _ROOM = 1.06  # for the file system, and what is not in experts
+_SMALL_SHARE = 0.4  # of a record, at most, that a small one takes
 _NARROW_EXPERTS = 8 * 32  # of the shipped model
 
 
@@ -36,7 +38,7 @@ class PeerModel:
     @property
     def disk_bytes(self) -> int:
         """Of a disk that has room for every format, and the checkpoint meanwhile."""
-        count = len({*self.formats, FUSED})
+        count = len({*self.formats, FUSED}) + (VARIANTS in self.formats) * _SMALL_SHARE
         experts_bytes = self.record_bytes * self.copies * _NARROW_EXPERTS
         return int(count * experts_bytes * _ROOM) + 256 * MIB
 
@@ -52,8 +54,9 @@ class PeerModel:
             _once(checkpoint, lambda out: widen(MODEL, out, self.record_bytes, self.copies))
         makers: dict[str, Callable[[Path], None]] = {
             GGUF: partial(_by_peer, python, "gguf_file", checkpoint),
-            STORE: partial(_pack, checkpoint, "exact"),
-            LOSSLESS: partial(_pack, checkpoint, "lossless"),
+            STORE: partial(_pack, checkpoint, ["--format", "exact"]),
+            LOSSLESS: partial(_pack, checkpoint, ["--format", "lossless"]),
+            VARIANTS: partial(_pack, checkpoint, ["--variants", "exact,int4"]),
             FUSED: partial(fuse, checkpoint),  # comes last of what needs the checkpoint
             OFFLOADED: partial(_by_peer, python, "offload_files", fused),
         }
@@ -80,8 +83,8 @@ def _by_peer(python: Path, module: str, source: Path, out: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True)
 
 
-def _pack(source: Path, weight_format: str, out: Path) -> None:
+def _pack(source: Path, options: Sequence[str], out: Path) -> None:
     packing = out.with_name(out.name + ".packing")
     command = [sys.executable, "-m", "deploy.cli", "pack", str(source), "--out", str(packing)]
-    subprocess.run([*command, "--format", weight_format], cwd=ROOT, check=True)
+    subprocess.run([*command, *options], cwd=ROOT, check=True)
     packing.rename(out)

@@ -56,16 +56,14 @@ def test_choices_by_hand(rule: Rule, resident: set[int], expected: list[int]) ->
 )
 def test_precision_by_hand(strength: float, expected: set[int]) -> None:
     """Gates .5, .2 and .16 of .86: before them 0, .58 and .81 of the whole."""
-    token = TokenChoice([2, 0, 1], GATES, TOKEN.logits)
-    assert Precision(strength).small(token) == expected
+    assert Precision(strength).small([2, 0, 1], [0.16, 0.5, 0.2]) == expected
 
 
-def _plain_precision(token: TokenChoice, strength: float) -> set[int]:
-    total = math.fsum(token.gates[e] for e in token.chosen)
-    found = set()
-    for expert in token.chosen:
-        heavier = [e for e in token.chosen if token.gates[e] > token.gates[expert]]
-        if strength and math.fsum(token.gates[e] for e in heavier) >= (1 - strength) * total:
+def _plain_precision(weights: dict[int, float], strength: float) -> set[int]:
+    total, found = math.fsum(weights.values()), set[int]()
+    for expert, weight in weights.items():
+        heavier = math.fsum(other for other in weights.values() if other > weight)
+        if strength and heavier >= (1 - strength) * total:
             found.add(expert)
     return found
 
@@ -75,13 +73,21 @@ def test_precision_is_its_plain_statement() -> None:
     for _ in range(300):
         token, _ = _random_token(chance)
         strength = chance.choice([0.0, 0.3, 0.6, 0.9, 1.0])
-        assert Precision(strength).small(token) == _plain_precision(token, strength)
+        weights = {expert: token.gates[expert] for expert in token.chosen}
+        found = Precision(strength).small(list(weights), list(weights.values()))
+        assert found == _plain_precision(weights, strength)
+
+
+def test_an_expert_that_is_named_twice_is_small_only_if_both_times() -> None:
+    assert Precision(0.9).small([1, 2, 1], [0.5, 0.3, 0.2]) == {2}
 
 
 def test_precision_goes_by_what_the_rules_before_it_chose() -> None:
     route = _route(Weighing("softmax", 1.0, 1.0))
-    found = policy_of("substitute .5 + precision .9").apply(route, {2})
+    policy = policy_of("substitute .5 + precision .9")
+    found = policy.apply(route, {2})
     assert found.ids.tolist() == [[0, 2]] and found.small == (frozenset({2}),)
+    assert policy.apply(route, {0, 1}).small == (frozenset({1}),), "when no rule has to act, too"
     assert found.small_experts == {2}
 
 
