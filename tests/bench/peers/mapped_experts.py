@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import mmap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from compute_node.cache.asked import Meanwhile, never, sleep
+from compute_node.cache.asked import NONE_SMALL, Meanwhile, never, sleep
 from compute_node.cache.counters import LayerCounters
 from compute_node.cache.waits import Waits
 from compute_node.store.memory import TORCH_DTYPES, Borrowed
@@ -46,6 +46,7 @@ class MappedExperts:
         disproved: Callable[[], Sequence[ExpertKey]] = tuple,
         guess: Callable[[], Sequence[ExpertKey]] = tuple,
         meanwhile: Meanwhile = sleep,
+        small: Mapping[int, str] = NONE_SMALL,
     ) -> tuple[set[int], Iterator[list[Borrowed]]]:
         """All experts of the step are asked of the kernel at once, then lent one by one."""
         check()

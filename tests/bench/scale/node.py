@@ -16,6 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from compute_node.cache.asked import exact
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
@@ -30,7 +31,7 @@ from compute_node.moe.step import Phase, Step
 from compute_node.predict.layer_timer import LayerTimer
 from compute_node.store.borrow import StoreClient
 from expert_store.manifest.manifest import Manifest
-from proto.expert import ExpertKey, ModelSpec
+from proto.expert import ExpertKey, ModelSpec, RecordKey
 from proto.redis_schema import Advice
 from tests.bench.peers.cpu import CpuMoment
 from tests.bench.scale.advice import Told
@@ -72,8 +73,8 @@ class StartingWith(StoreClient):
 
     keys: Sequence[ExpertKey] = ()
 
-    def resident(self) -> list[ExpertKey]:
-        return list(self.keys)
+    def resident(self) -> list[RecordKey]:
+        return exact(self.keys)
 
 
 @dataclass(frozen=True)
