@@ -33,6 +33,7 @@ VERBS = {
     "record": "Write which experts every decode step chose, as a trace.",
     "replay": "Tell what each eviction policy would have missed on a trace.",
     "calibrate": "Learn ahead which experts a model uses after which.",
+    "tune": "Measure what lossy decoding costs and brings, and find the fastest within a budget.",
     "eval": "Measure the perplexity of a store's model on held-out text.",
     "container-config": "Write what deploy/docker-compose.yml reads to serve a store.",
     "container-wait": "Wait until the containers serve, and print how to reach them.",

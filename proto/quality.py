@@ -61,6 +61,14 @@ class Budget:
         return f"{100 * self.fraction:.6g}%" if self.fraction else EXACT_NAME
 
     @property
+    def rounded_up(self) -> Budget:
+        """To what a user can say: two digits, none of them below a hundredth of a percent."""
+        if not self.fraction:
+            return self
+        step = 10.0 ** max(-4, math.floor(math.log10(self.fraction)) - 1)
+        return Budget(round(math.ceil(self.fraction / step) * step, 9))
+
+    @property
     def kl_limit(self) -> float:
         """Nats a token: a text that is drawn from the exact model pays just that in perplexity."""
         return math.log1p(self.fraction)

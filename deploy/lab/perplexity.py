@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, pairwise
 
 from compute_node.client.node_client import NodeClient, Scoring
 from compute_node.client.result import ScoredToken
@@ -18,13 +20,20 @@ from proto import errors
 class TextScore:
     """The score of all texts together.
 
-    scored: every token that was scored, in order
+    texts: of each, every token that was scored, in order
+    token_s: between the arrivals of a text's tokens, text after text
     bytes_read: for them, from the disk
     """
 
-    scored: tuple[ScoredToken, ...]
+    texts: tuple[tuple[ScoredToken, ...], ...]
     wall_s: float
     bytes_read: int = 0
+    token_s: tuple[tuple[float, ...], ...] = ()
+
+    @cached_property
+    def scored(self) -> tuple[ScoredToken, ...]:
+        """Every token, of all texts."""
+        return tuple(chain.from_iterable(self.texts))
 
     @property
     def nats_per_token(self) -> float:
@@ -49,29 +58,54 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One store's perplexity divided by another's, on the same tokens.
+    """One score's perplexity divided by another's, on the same tokens.
 
     low, high: the ratio less and plus two standard errors
+    worst_text: the ratio of the text that has the highest
     """
 
     ratio: float
     low: float
     high: float
+    worst_text: float
 
     @classmethod
     def of(cls, score: TextScore, other: TextScore) -> Comparison:
         """Raises InvalidRequest when the two cut the texts into different tokens."""
-        pairs = list(zip(score.scored, other.scored, strict=False))
-        same_ids = all(a.token_id == b.token_id for a, b in pairs)
-        if len(score.scored) != len(other.scored) or not same_ids:
+        if _token_ids(score) != _token_ids(other):
             raise errors.InvalidRequest(
                 "the two stores cut the text into different tokens, so their perplexities do not "
                 "compare: give stores of one checkpoint"
             )
-        nats = [b.log_prob - a.log_prob for a, b in pairs]
-        mean, spread = statistics.fmean(nats), statistics.pstdev(nats)
-        error = 2 * spread / math.sqrt(len(nats))
-        return cls(math.exp(mean), math.exp(mean - error), math.exp(mean + error))
+        texts = [
+            [theirs.log_prob - ours.log_prob for ours, theirs in zip(*pair, strict=True)]
+            for pair in zip(score.texts, other.texts, strict=True)
+        ]
+        nats = list(chain.from_iterable(texts))
+        mean, error = statistics.fmean(nats), 2 * max(_error(nats), _error_of_texts(texts))
+        worst = max(statistics.fmean(text) for text in texts if text)
+        return cls(*map(math.exp, (mean, mean - error, mean + error, worst)))
+
+
+def _token_ids(score: TextScore) -> list[list[int]]:
+    return [[token.token_id for token in text] for text in score.texts]
+
+
+def _error(values: Sequence[float]) -> float:
+    """The standard error of a mean."""
+    return statistics.pstdev(values) / math.sqrt(len(values))
+
+
+def _error_of_texts(texts: Sequence[Sequence[float]]) -> float:
+    """The standard error of the mean over all tokens, where those of one text may err together (a
+    cluster sample); 0 of one text, which says nothing of it.
+    """
+    num_texts, num_tokens = len(texts), sum(map(len, texts))
+    if num_texts < 2:
+        return 0.0
+    mean = math.fsum(map(math.fsum, texts)) / num_tokens
+    squares = math.fsum((math.fsum(text) - len(text) * mean) ** 2 for text in texts)
+    return math.sqrt(squares * num_texts / (num_texts - 1)) / num_tokens
 
 
 @dataclass
@@ -91,18 +125,21 @@ class TextScorer:
     _current: Scoring | None = None
     _cancelled: bool = False
 
-    def run(self, texts: Sequence[Prompt], done: Callable[[int, Prompt], None]) -> TextScore:
+    def run(self, wanted: Sequence[Prompt], done: Callable[[int, Prompt], None]) -> TextScore:
         """Score all texts. Calls `done` with the number of each text that is scored.
 
         Raises Cancelled after `cancel`, and the error that the node ends a text with.
         """
-        scored: list[ScoredToken] = []
+        texts, token_s = list[tuple[ScoredToken, ...]](), list[tuple[float, ...]]()
         start_s, before = time.perf_counter(), self.node.stats().bytes_read
-        for number, text in enumerate(texts):
-            scored += self._score(text)
+        for number, text in enumerate(wanted):
+            scored, times_s = self._score(text)
+            texts.append(scored)
+            token_s.append(tuple(after - then for then, after in pairwise(times_s)))
             done(number, text)
         bytes_read = int(self.node.stats().bytes_read - before)
-        return TextScore(tuple(scored), time.perf_counter() - start_s, bytes_read)
+        wall_s = time.perf_counter() - start_s
+        return TextScore(tuple(texts), wall_s, bytes_read, tuple(token_s))
 
     def cancel(self) -> None:
         """End the current text and begin no other."""
@@ -110,7 +147,8 @@ class TextScorer:
         if self._current is not None:
             self._current.cancel()
 
-    def _score(self, text: Prompt) -> list[ScoredToken]:
+    def _score(self, text: Prompt) -> tuple[tuple[ScoredToken, ...], list[float]]:
+        """The tokens of a text, and when each arrived."""
         self._current = self.node.score(
             text.text,
             max_tokens=self.max_tokens,
@@ -119,8 +157,9 @@ class TextScorer:
         )
         if self._cancelled:  # between two texts, when there was none to cancel
             self._current.cancel()
-        scored = []
+        scored, times_s = list[ScoredToken](), list[float]()
         for token in self._current:
+            times_s.append(time.perf_counter())
             scored.append(token)
             self.report(len(scored))
-        return scored
+        return tuple(scored), times_s

@@ -1,8 +1,8 @@
 """flashmoe eval: perplexity as decode computes it, through a real stack, and what is said of it.
 
-Planted faults seen red: the spread of one store's scores for that of differences, texts of unequal
-length compared, or of other tokens, a text begun after a cancel, a missing card found after the
-work.
+Planted faults seen red: the spread of one store's scores for that of differences, tokens taken for
+independent, texts of unequal length compared, or of other tokens, a text begun after a cancel, a
+missing card found after the work.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def test_a_route_without_a_memory_is_refused(tiny_store: Path, tmp_path: Path) -
 
 def score(*log_probs: float, first_id: int = 5) -> TextScore:
     tokens = (ScoredToken(first_id + n, value) for n, value in enumerate(log_probs))
-    return TextScore(tuple(tokens), wall_s=2.0)
+    return TextScore((tuple(tokens),), wall_s=2.0)
 
 
 def test_figures_of_a_score() -> None:
@@ -110,6 +110,17 @@ def test_a_comparison_is_paired() -> None:
     noisy = Comparison.of(score(-1.0, -3.0), score(-2.0, -2.0))
     assert noisy.ratio == 1.0
     assert (noisy.low, noisy.high) == pytest.approx((math.exp(-(2**0.5)), math.exp(2**0.5)))
+
+
+def test_tokens_of_one_text_err_together() -> None:
+    """Four tokens of two texts say no more than two."""
+
+    def texts(*nats: float) -> TextScore:
+        return TextScore(tuple((ScoredToken(1, -n),) * 2 for n in nats), wall_s=1.0)
+
+    found = Comparison.of(texts(1.0, 1.2), texts(1.0, 1.0))
+    assert (found.ratio, found.worst_text) == pytest.approx((math.exp(0.1), math.exp(0.2)))
+    assert found.high == pytest.approx(math.exp(0.1 + 2 * 0.1))  # over tokens: 2 * 0.05
 
 
 @pytest.mark.parametrize("other", [score(-1.0), score(-1.0, -1.0, first_id=6)])
@@ -149,6 +160,7 @@ def test_texts_are_scored_in_order() -> None:
     assert heard == [(0, "a"), (1, "b")]
     assert node.asked == [{"max_tokens": 7, "context_tokens": 3, "route": "skip .5"}] * 2
     assert found.bytes_per_token == 50.0
+    assert found.token_s == ((), ())
 
 
 def test_cancelled_between_two_texts_no_other_begins() -> None:
