@@ -137,7 +137,7 @@ class NodeClient:
         max_tokens: a longer text is cut to this many tokens; 0: never
         context_tokens: a longer text is scored in parts of this many; 0: 512
         route: as in `generate`
-        check_every: of so many tokens one is computed exactly, too, and compared; 0: none
+        check_every: one of this many tokens is computed exactly, too, and compared; 0: none
 
         Raises InvalidRequest before anything is sent. Iterating raises what the node ends with.
         """

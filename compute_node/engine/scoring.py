@@ -51,7 +51,7 @@ def score(
 ) -> Iterator[ScoredToken]:
     """Every token of the text but the first of each part. `check` may raise between layers.
 
-    check_every: of so many tokens the last is compared with exact logits, on the same prefix and
+    check_every: the last of this many tokens is compared with exact logits, on the same prefix and
     state; 0: none. Not where the model cannot compute it, see ExactPass.
     Raises what `check_text` and Engine.generate raise.
     """

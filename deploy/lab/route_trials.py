@@ -16,6 +16,7 @@ from deploy.lab.perplexity import Comparison, TextScore, TextScorer
 from deploy.terminal.prompts import Prompt
 from proto.quality import EXACT_NAME, Setting
 
+CHECKED_PASSAGES, CHECK_EVERY = 2, 2  # every second passage, and of it every second token
 CHARACTERS_PER_TOKEN = 12  # no text has more on average; the node cuts what is too long
 _LEAST_CHARACTERS = 48
 
@@ -45,10 +46,28 @@ def _pieces(text: Prompt, size: int) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class Trial:
-    """One route on all passages."""
+    """One route on all passages.
+
+    checks: of each token that was computed exactly, too: KL in nats, and whether both find the same
+            token likeliest; none of exact, nor where the node cannot check
+    """
 
     route: str
     score: TextScore
+    checks: tuple[tuple[float, bool], ...] = ()
+
+    @property
+    def kl(self) -> float | None:
+        """Mean nats a token."""
+        if not self.route:
+            return 0.0
+        return max(0.0, statistics.fmean(kl for kl, _ in self.checks)) if self.checks else None
+
+    @property
+    def top1(self) -> float | None:
+        if not self.route:
+            return 1.0
+        return statistics.fmean(agrees for _, agrees in self.checks) if self.checks else None
 
     @property
     def token_s(self) -> list[float]:
@@ -83,8 +102,16 @@ class RouteTrials:
         """Raises Cancelled after `cancel`, InvalidRequest for a route that is none, and the error
         that the node ends a passage with.
         """
-        self._score("", self.passages[:1], lambda num_passages: None)
-        return Trial(route, self._score(route, self.passages, self.report))
+        self._score("", self.passages[:1])
+        score = self._score(route, self.passages, report=self.report)
+        return Trial(route, score, self._check(route) if route else ())
+
+    def _check(self, route: str) -> tuple[tuple[float, bool], ...]:
+        """In a pass of its own: what is computed exactly, too, is in memory afterwards."""
+        checked = self._score(route, self.passages[::CHECKED_PASSAGES], CHECK_EVERY)
+        return tuple(
+            (token.kl, bool(token.agrees)) for token in checked.scored if token.kl is not None
+        )
 
     def cancel(self) -> None:
         """End the current trial and begin no other."""
@@ -93,11 +120,15 @@ class RouteTrials:
             scorer.cancel()
 
     def _score(
-        self, route: str, passages: Sequence[Prompt], report: Callable[[int], None]
+        self,
+        route: str,
+        passages: Sequence[Prompt],
+        check_every: int = 0,
+        report: Callable[[int], None] = lambda num_passages: None,
     ) -> TextScore:
-        """An empty route stands for what the node does unasked."""
+        """An empty route stands for what the node does unasked, so exact is asked for by name."""
         tokens = self.passage_tokens
-        scorer = TextScorer(self.node, tokens, tokens, route or EXACT_NAME)
+        scorer = TextScorer(self.node, tokens, tokens, route or EXACT_NAME, check_every)
         self._scorers = [scorer]
         if self._cancelled:  # between two trials, when there was none to cancel
             scorer.cancel()
@@ -121,8 +152,8 @@ def setting_of(trial: Trial, nearest: Trial, exact: Sequence[Trial]) -> Setting:
         perplexity_low=found.low,
         perplexity_high=found.high,
         worst_text=found.worst_text,
-        kl=None if trial.route else 0.0,
-        top1=None if trial.route else 1.0,
+        kl=trial.kl,
+        top1=trial.top1,
         bytes_ratio=bytes_per_token / exact_bytes if exact_bytes else 1.0,
         bytes_per_token=bytes_per_token,
         tokens_per_s=1 / (mean_s * trial.slowness(nearest)),

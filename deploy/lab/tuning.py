@@ -37,6 +37,11 @@ class Tuning:
         """Scored for each setting."""
         return len(self._exact[0].score.scored)
 
+    @property
+    def num_checked(self) -> int:
+        """Of these, those on which KL was measured."""
+        return len(self._tried[0][0].checks) if self._tried else 0
+
     def run(self) -> tuple[Setting, ...]:
         """Exact first, then every setting that was tried.
 
@@ -66,9 +71,10 @@ class Tuning:
         trial, nearest = self.trials.run(route), self._exact[-1]
         self._tried.append((trial, nearest))
         setting = setting_of(trial, nearest, self._exact)
+        kl = "" if setting.kl is None else f", KL {setting.kl:.4f}"
         self.say(
             f"{len(self._tried)}/{self.most} {route}: perplexity x {setting.perplexity:.4f} "
-            f"(at most {setting.perplexity_high:.4f}), {console.size(setting.bytes_per_token)} and "
-            f"{setting.token_ms:.1f} ms a token"
+            f"(at most {setting.perplexity_high:.4f}){kl}, "
+            f"{console.size(setting.bytes_per_token)} and {setting.token_ms:.1f} ms a token"
         )
         return setting

@@ -124,7 +124,7 @@ def _score(
         own_stack(config, flags, stopped) as (stack, run),
         NodeClient(run.address("compute_node")) as node,
     ):
-        scorer = TextScorer(node, *how, report)
+        scorer = TextScorer(node, *how, report=report)
         work = partial(scorer.run, texts, say)
         return work_until_stopped(work, scorer.cancel, stack.watch, stopped)
 

@@ -102,6 +102,7 @@ def tune(
             texts=", ".join(file.name for file in text)[:_MOST_NAMES],
             num_texts=len(passages),
             num_tokens=tuning.num_tokens,
+            num_checked=tuning.num_checked,
             settings=measured,
         )
         chosen, name = wish.choose(card), store.resolve().name

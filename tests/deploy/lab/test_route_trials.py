@@ -48,15 +48,18 @@ class FakeNode:
     def stats(self) -> SimpleNamespace:
         return SimpleNamespace(bytes_read=1000 * len(self.asked))
 
-    def score(self, text: str, route: str, **options: Any) -> Any:
+    def score(self, text: str, route: str, check_every: int, **options: Any) -> Any:
         self.asked.append((text[:2], route))
         node, nats = self, 2.0 + 0.01 * (route != "exact")
+        checked = (0.02, False) if check_every else (None, None)
 
         class Call(list[ScoredToken]):
             def cancel(self) -> None:
                 node.cancelled += 1
 
-        return Call([ScoredToken(1, -nats)] * self.num_tokens)
+        return Call(
+            [ScoredToken(1, -nats), ScoredToken(1, -nats, *checked)] * (self.num_tokens // 2)
+        )
 
 
 def trials(node: FakeNode) -> RouteTrials:
@@ -67,7 +70,16 @@ def test_a_trial_begins_with_the_first_passage_routed_exactly() -> None:
     """By name: an empty route is what the node does unasked, which may be lossy."""
     node = FakeNode()
     trials(node).run("skip .5")
-    assert node.asked == [("00", "exact"), ("00", "skip .5"), ("55", "skip .5")]
+    assert node.asked[:3] == [("00", "exact"), ("00", "skip .5"), ("55", "skip .5")]
+
+
+def test_checks_are_a_pass_of_their_own() -> None:
+    """Of every second passage; none where nothing is lossy."""
+    node = FakeNode()
+    found = trials(node).run("skip .5")
+    assert node.asked[3:] == [("00", "skip .5")]
+    assert found.checks == ((0.02, False),) * 50 and (found.kl, found.top1) == (0.02, 0.0)
+    assert trials(node).run("").checks == () and len(node.asked) == 4 + 3
 
 
 def test_no_trial_begins_after_a_cancel() -> None:
@@ -82,11 +94,12 @@ def test_exact_runs_before_every_round() -> None:
     node, said = FakeNode(), list[str]()
     tuning = Tuning(trials(node), knobs_of(False), Goal(most_loss=0.05), 11, said.append)
     settings = tuning.run()
-    routes = [route for text, route in node.asked[2::3]]
-    assert routes[0] == routes[10] == "exact", "nine settings of the coarse grid between"
+    lossless = [n for n, (text, route) in enumerate(node.asked) if (text, route) == ("55", "exact")]
+    assert lossless[:2] == [2, 3 + 9 * 4 + 2], "nine settings of the coarse grid between"
     assert [one.route for one in settings[:3]] == ["", "prior 0.05", "prior 0.1"]
     assert len(settings) == 12 and len(said) == 11
-    assert tuning.num_tokens == 200
+    assert (tuning.num_tokens, tuning.num_checked) == (200, 50)
+    assert settings[1].kl == 0.02 and settings[0].kl == 0
     assert settings[1].perplexity == pytest.approx(math.exp(0.01))
 
 
@@ -117,6 +130,12 @@ def test_figures_of_exact() -> None:
     assert found.is_exact and found.bytes_ratio == 1 and found.kl == 0
     assert (found.perplexity, found.perplexity_low, found.perplexity_high) == (1, 1, 1)
     assert found.token_ms == pytest.approx(150)
+
+
+def test_without_checks_nothing_is_said_of_kl() -> None:
+    exact = trial("", 2.0, 0.1, 0.1)
+    found = setting_of(trial("skip .5", 2.1, 0.05, 0.15), exact, [exact])
+    assert found.kl is None and found.top1 is None
 
 
 def test_a_hiccup_in_one_passage_does_not_count() -> None:

@@ -158,7 +158,8 @@ def test_texts_are_scored_in_order() -> None:
     found = scorer.run(texts, lambda number, text: heard.append((number, text.name)))
     assert [token.log_prob for token in found.scored] == [-2.0, -4.0]
     assert heard == [(0, "a"), (1, "b")]
-    assert node.asked == [{"max_tokens": 7, "context_tokens": 3, "route": "skip .5"}] * 2
+    asked = {"max_tokens": 7, "context_tokens": 3, "route": "skip .5", "check_every": 0}
+    assert node.asked == [asked] * 2
     assert found.bytes_per_token == 50.0
     assert found.token_s == ((), ())
 

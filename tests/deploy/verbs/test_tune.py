@@ -37,6 +37,7 @@ def test_writes_a_card_that_is_read(tiny_store: Path, tmp_path: Path, text: Path
     card = QualityCard.load(out, load_store(tiny_store).spec.fingerprint)
     assert [one.route for one in card.settings] == ["", "prior 0.05", "prior 0.1"]
     assert (card.num_texts, card.num_tokens, card.texts) == (4, 92, "text.txt")
+    assert card.num_checked == 22 and all(one.kl is not None for one in card.settings)
     assert card.exact.bytes_per_token > card.settings[1].bytes_per_token > 0
     assert all(setting.token_ms_p95 > 0 for setting in card.settings)
     printed = json.loads(done.stdout)
