@@ -104,7 +104,7 @@ class ExpertCache:
         """
         check()
         self.let_go_if_lost()
-        self._collect(check)
+        self.collect(check)
         used = [ExpertKey(layer, expert) for expert in experts]
         self.room.reach(layer, used)
         self.chooser.on_step(layer, used)
@@ -137,7 +137,7 @@ class ExpertCache:
         """
         going, num_left_out = self.room.for_guesses(layer, num_guesses) if keys else ([], 0)
         keys = keys[: max(0, len(keys) - num_left_out)]
-        given_up = self._give_up(going)
+        given_up = self.give_up(going)
         if keys or wrong or going:
             self.lender.borrow(
                 given_up, [], never, prefetches=exact(keys), withdrawals=exact(wrong)
@@ -228,11 +228,11 @@ class ExpertCache:
 
     def _hand_out(self, keys: list[ExpertKey]) -> Iterator[list[Borrowed]]:
         wave = [self._resident[key] for key in keys]
-        self._check_current(wave)
+        self.check_current(wave)
         yield wave
-        self._check_current(wave)
+        self.check_current(wave)
 
-    def _check_current(self, wave: list[Borrowed]) -> None:
+    def check_current(self, wave: list[Borrowed]) -> None:
         for borrowed in wave:
             if not self.lender.is_current(borrowed):
                 self._let_go()
@@ -248,7 +248,7 @@ class ExpertCache:
         if not misses and not disproved:
             return None
         records = [RecordKey(key, needs.small.get(key.expert, EXACT_VARIANT)) for key in misses]
-        going = self._give_up(self.room.for_misses(needs.layer, records, pinned))
+        going = self.give_up(self.room.for_misses(needs.layer, records, pinned))
         self.room.under_way.update(records)
         arrivals = self.lender.borrow(going, records, waiter, withdrawals=exact(disproved))
         if not misses:
@@ -284,7 +284,7 @@ class ExpertCache:
         self.room.under_way.difference_update(asked.misses)
         self._asked = [other for other in self._asked if other is not asked]
 
-    def _collect(self, check: Callable[[], None]) -> None:
+    def collect(self, check: Callable[[], None]) -> None:
         """What a step that was given up had asked for."""
         while self._asked:
             asked = self._asked[0]
@@ -315,7 +315,7 @@ class ExpertCache:
         held = self._resident.get(key)
         return held is not None and (held.is_exact or key.expert in needs.small)
 
-    def _give_up(self, keys: Sequence[ExpertKey]) -> list[RecordKey]:
+    def give_up(self, keys: Sequence[ExpertKey]) -> list[RecordKey]:
         """What to release for it."""
         records = [self._resident[key].record for key in keys]
         self._resident.evict(keys)

@@ -72,6 +72,16 @@ class Room:
         kept = self._all_expected().union(self.used)
         return self.residents.victims(self.chooser.choose(), wanted, kept)
 
+    def for_loans(self, layer: int, num_exact: int) -> list[ExpertKey]:
+        """What goes so that as many exact records fit for a while, beside what is under way."""
+        under_way = Coming.of(self.under_way)
+        coming = Coming(under_way.num_exact + num_exact, under_way.num_small)
+        if self._fits(layer, coming):
+            return []
+        wanted = Wanted(coming, self.slots[layer], self._scope(layer))
+        going, _ = self.residents.victims(self.chooser.choose(), wanted)
+        return going
+
     def of_empty(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """The first of `keys` that an empty cache can take."""
         num_left, room = self.capacity.slots, dict(self.slots)

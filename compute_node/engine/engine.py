@@ -89,7 +89,7 @@ class Engine:
         self._eos_ids = _eos_ids(loaded.model, model_dir)
         self.limits = Limits(loaded, max_context_tokens, prefill_chunk_tokens)
         layers = run_ahead.layers if run_ahead is not None else None
-        self.exact_pass = ExactPass(loaded.forward, layers)
+        self.exact_pass = ExactPass(loaded.forward, cache, layers)
         self._num_sequences = 0
 
     def generate(self, request: Request, check: Callable[[], None] = never) -> Iterator[Event]:

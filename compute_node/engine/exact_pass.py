@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 
 from compute_node.cache.asked import never
+from compute_node.cache.expert_cache import ExpertCache
+from compute_node.cache.loans import Loans
 from compute_node.engine.sequence import SequenceState
 from compute_node.model.finite import is_usable
 from compute_node.moe.step import Batch, Part, Phase, Step
 from compute_node.run_ahead.fork import Fork, Geometry, can_fork
 from compute_node.run_ahead.layers import DecoderLayers
 from compute_node.run_ahead.second_pass import ModelForward
+from compute_node.store.session import SessionLost
 from proto import errors
 from proto.stats import counter, fact
+
+# The lossy pass may never need what is damaged; it opens the session that is lost.
+_NO_CHECK = (errors.WeightsDamaged, errors.SlotsExhausted, errors.StaleLease, SessionLost)
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +44,11 @@ class ExactPass:
     num_done: int = counter(_PASSES, _HELP, key="exact_passes", outcome="done")
     num_failed: int = counter(_PASSES, _HELP, key="exact_passes_failed", outcome="failed")
 
-    def __init__(self, forward: ModelForward, layers: DecoderLayers | None) -> None:
+    def __init__(
+        self, forward: ModelForward, cache: ExpertCache, layers: DecoderLayers | None
+    ) -> None:
         """layers: the model's; None: nobody looked for them"""
+        self.loans = Loans(cache)
         self._forward = forward
         self._layers = layers if layers is not None and layers.are_found else None
         if self._layers is None:
@@ -52,13 +61,13 @@ class ExactPass:
 
         Before the lossy pass, because a layer's state can be forked as long as the token is not in
         it; that takes the memory of one layer.
-        Raises StoreUnavailable, StaleLease, and what `check` raises.
+        Raises StoreUnavailable, and what `check` raises.
         """
         if self._layers is None or not self._can_fork(sequence.cache):
             return None
         try:
             logits = self._compute(sequence, self._layers, check)
-        except errors.WeightsDamaged as error:  # the lossy route may never need them
+        except _NO_CHECK as error:
             self._fail(str(error))
             return None
         if not is_usable(logits):
@@ -74,10 +83,11 @@ class ExactPass:
         apart, state = _apart(sequence.cache)
         layers.second = apart
         try:
-            with Step(Batch(part), check, is_apart=True).running():
+            with Step(Batch(part), check, loans=self.loans).running():
                 output = self._forward(torch.tensor([sequence.token_ids[-1:]]), state)
         finally:
             layers.second = None
+            self.loans.end()
         logits: Tensor = output.logits[:, -1, :]
         return logits
 

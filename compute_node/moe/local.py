@@ -76,6 +76,8 @@ class LocalBackend:
         layer, prefetcher = self._layer, self._prefetcher
         if not step.looks_ahead:
             self._timer.leave()
+            if step.loans is not None:
+                return step.loans.step(layer, experts, step.check)
             return self._cache.step(layer, experts, step.check, small=small)
         used = [ExpertKey(layer, expert) for expert in experts]
         settled = prefetcher.settle(layer, used, hidden)

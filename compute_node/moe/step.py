@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from compute_node.cache.loans import Loans
 from compute_node.kernels import heap
 from compute_node.kernels.expert_kernels import ExpertKernels
 from compute_node.moe.route import EXACT, Route, RoutePolicy, is_exact
@@ -115,7 +116,7 @@ class Step:
     policy:    chooses among experts in decode; what it goes by is kept
     streams:   [T, D] by model layer number, the residual stream before the experts' block, where it
                is recognised; in decode
-    is_apart:  it computes a token once more, beside the true pass
+    loans:     lends its experts, beside the true pass of the same token; None: it is the true one
     num_substituted, num_skipped: chosen experts that gave way to others, that were left out
     num_small: experts computed with a record of fewer bits
     """
@@ -128,7 +129,7 @@ class Step:
         run_ahead: RunsAhead | None = None,
         emulation: Emulates | None = None,
         policy: RoutePolicy = EXACT,
-        is_apart: bool = False,
+        loans: Loans | None = None,
     ) -> None:
         self.batch = batch
         self.check = check
@@ -139,7 +140,7 @@ class Step:
         self.scores: dict[int, Tensor] | None = {} if keeps.scores or policy.needs_scores else None
         self.seen: dict[int, Seen] | None = {} if keeps.seen else None
         self.streams: dict[int, Tensor] = {}
-        self.is_apart = is_apart
+        self.loans = loans
         self.num_substituted = self.num_skipped = 0
         self.num_small = 0
 
@@ -148,7 +149,7 @@ class Step:
         """Whether later layers' experts are guessed: in decode, where exact records are computed
         of what routers choose.
         """
-        return self.batch.is_decode and is_exact(self.policy) and not self.is_apart
+        return self.batch.is_decode and is_exact(self.policy) and self.loans is None
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -118,3 +118,20 @@ def test_a_store_without_small_records_refuses_the_rule(checkpoint: Path, tmp_pa
         request = Request((1, 2), policy=policy_of("precision .5"))
         with pytest.raises(errors.InvalidRequest, match="--variants exact,int4"):
             next(node.generate(request))
+
+
+def test_an_exact_pass_beside_leaves_small_records_small(
+    node: Engine, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Red where what a check reads becomes resident: the lossy pass would be as good as exact."""
+    plain, exact = logits(node, AllSmall()), of_a_store(checkpoint, tmp_path / "exact", "exact")
+    sequence, checked = SequenceState("s", [], policy=AllSmall()), list[Tensor]()
+    for token_id in TOKENS:
+        sequence.token_ids.append(token_id)
+        found = node.exact_pass.logits(sequence)
+        assert found is not None
+        assert torch.equal(found, exact[0]) == (not checked), "the first token's state is equal"
+        checked += node.decode([sequence])
+    assert all(map(torch.equal, plain, checked))
+    assert not any(key in node.cache for key in all_experts(node)), "none is exact"
+    assert node.exact_pass.num_done == len(TOKENS)
