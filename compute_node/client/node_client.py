@@ -86,6 +86,7 @@ class NodeClient:
         predictions: bool = False,
         inputs: bool = False,
         route: str = "",
+        route_prompts: bool = False,
         timeout_s: float | None = None,
     ) -> Generation:
         """Start generating.
@@ -101,6 +102,7 @@ class NodeClient:
         predictions: record what predictors said of each layer before it was reached, too
         inputs: record what a router map reads, too; part of predictions
         route: of decode: rules joined by +, as in "prior .05 + skip .5"; empty: exact
+        route_prompts: the prompt goes by it, too
 
         Raises InvalidRequest before anything is sent. Iterating raises what the node ends with.
         """
@@ -116,6 +118,7 @@ class NodeClient:
                 record, router_scores=router_scores, predictions=predictions, inputs=inputs
             ),
             route=arguments.text_of("route", route),
+            route_prompts=arguments.flag_of("route_prompts", route_prompts),
         )
         arguments.set_prompt(request, prompt)
         arguments.check_size(request)

@@ -35,6 +35,7 @@ class Phase:
     device_s: float = 0.0
     substituted: int = 0
     skipped: int = 0
+    small: int = 0
 
     @property
     def hit_ratio(self) -> float:
@@ -168,4 +169,5 @@ def _phase(usage: pb.PhaseUsage) -> Phase:
         usage.device_s,
         usage.substituted,
         usage.skipped,
+        usage.small,
     )

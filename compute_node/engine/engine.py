@@ -109,14 +109,17 @@ class Engine:
     def _generate(self, request: Request, check: Callable[[], None]) -> Iterator[Event]:
         self._num_sequences += 1
         sequence = SequenceState(
-            f"s{self._num_sequences}", list(request.token_ids), policy=request.policy
+            f"s{self._num_sequences}",
+            list(request.token_ids),
+            policy=request.policy,
+            routes_prompt=request.route_prompts,
         )
         recording = request.recording or Recording()
         keeps = Keeps(recording.router_scores, recording.predictions)
         prefill, decode = Usage(), Usage()
         start_s = time.perf_counter()
         with Measure(self.cache, prefill, len(request.token_ids)):
-            logits = self.prefill(sequence, check)
+            logits = self.prefill(sequence, check, prefill)
         writer = Writer(request, self.loaded.tokenizer, self._eos_ids)
         ttft_s = time.perf_counter() - start_s
         while True:
@@ -133,21 +136,30 @@ class Engine:
                     keeps,
                     lambda: writer.forecast(sequence.token_ids),
                 )
-            decode.substituted += step.num_substituted
-            decode.skipped += step.num_skipped
+            decode.count(step)
             if request.recording:
                 yield self._recorded(step, recording)
         text = writer.flush()
         warnings = self.limits.warnings(request)
         yield Finished(writer.finish_reason, text, ttft_s, prefill, decode, warnings)
 
-    def prefill(self, sequence: SequenceState, check: Callable[[], None] = never) -> Tensor:
-        """Compute the prompt in chunks. Returns the logits of its last position, [1, V]."""
+    def prefill(
+        self,
+        sequence: SequenceState,
+        check: Callable[[], None] = never,
+        usage: Usage | None = None,
+    ) -> Tensor:
+        """Compute the prompt in chunks. usage: counts what its route changes
+
+        Returns the logits of its last position, [1, V].
+        """
         logits = torch.empty(0)
         while sequence.num_computed < len(sequence.token_ids):
             start = sequence.num_computed
             chunk = sequence.token_ids[start : start + self._chunk_tokens]
-            logits, _ = self.forward(sequence, chunk, Phase.PREFILL, check)
+            logits, step = self.forward(sequence, chunk, Phase.PREFILL, check)
+            if usage is not None:
+                usage.count(step)
         return logits
 
     def decode(
@@ -207,7 +219,8 @@ class Engine:
         num_computed = sequence.num_computed + len(chunk)
         part = Part(sequence.name, phase, len(chunk), num_computed)
         with self._ahead_of(sequence, chunk, phase, new_draw) as run_ahead:
-            step = Step(Batch(part), check, keeps, run_ahead, policy=sequence.policy)
+            policy = sequence.policy_of(phase)
+            step = Step(Batch(part), check, keeps, run_ahead, policy=policy)
             with step.running():
                 if phase is Phase.DECODE:
                     self._look_first(step, chunk)

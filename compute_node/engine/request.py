@@ -17,6 +17,7 @@ class Request:
     skip_special_tokens: leave them out of the text; else it shows what ends it, too
     recording: what to tell of every decode step; None: nothing
     policy: chooses among the experts of decode steps
+    route_prompts: and of the prompt
     """
 
     token_ids: tuple[int, ...]
@@ -28,6 +29,7 @@ class Request:
     skip_special_tokens: bool = True
     recording: Recording | None = None
     policy: RoutePolicy = EXACT
+    route_prompts: bool = False
 
     @property
     def num_tokens(self) -> int:

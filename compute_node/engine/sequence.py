@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compute_node.moe.route import EXACT, RoutePolicy
+from compute_node.moe.step import Phase
 from proto.checkpoint.sequence_state import state_bytes
 
 
@@ -15,6 +16,7 @@ class SequenceState:
 
     cache: transformers' own, for this model class; None before the first chunk
     policy: chooses among the experts of its decode steps
+    routes_prompt: and of its prompt
     """
 
     name: str
@@ -22,6 +24,10 @@ class SequenceState:
     num_computed: int = 0
     cache: Any = None
     policy: RoutePolicy = EXACT
+    routes_prompt: bool = False
+
+    def policy_of(self, phase: Phase) -> RoutePolicy:
+        return self.policy if self.routes_prompt or phase is Phase.DECODE else EXACT
 
     @property
     def cache_bytes(self) -> int:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from compute_node.cache.expert_cache import ExpertCache
+from compute_node.moe.step import Step
 
 
 @dataclass
@@ -17,6 +18,7 @@ class Usage:
     device_s:    bytes_read at the device's speed
     substituted: chosen experts that gave way to others
     skipped:     chosen experts that were left out
+    small:       experts computed with a record of fewer bits
     """
 
     tokens: int = 0
@@ -29,6 +31,13 @@ class Usage:
     device_s: float = 0.0
     substituted: int = 0
     skipped: int = 0
+    small: int = 0
+
+    def count(self, step: Step) -> None:
+        """What the step's route changed."""
+        self.substituted += step.num_substituted
+        self.skipped += step.num_skipped
+        self.small += step.num_small
 
 
 class Measure:

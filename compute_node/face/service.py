@@ -125,6 +125,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             skip_special_tokens=not request.show_special_tokens,
             recording=_recording(request),
             policy=policy_of(request.route),
+            route_prompts=request.route_prompts,
         )
 
     def _prompt_ids(self, request: pb.GenerateRequest) -> list[int]:

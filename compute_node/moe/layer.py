@@ -63,14 +63,12 @@ class RoutedExperts:
         return sums[0].result() if len(sums) == 1 else torch.cat([one.result() for one in sums])
 
     def _route(self, step: Step, num_experts: int, topk_ids: Tensor, topk_weights: Tensor) -> Route:
-        """What the step's policy makes of it. Prompts go the router's way."""
+        """What the step's policy makes of it."""
         scores = step.scores.get(self.layer) if step.scores is not None else None
         route = Route(topk_ids, topk_weights, scores)
         if step.policy.needs_scores:
             weighing = self._weighing.look(scores, topk_ids, topk_weights)
             route = replace(route, weighing=weighing)
-        if not step.batch.is_decode:
-            return route
         found = step.policy.apply(route, self._backend.resident)
         if found is not route:
             num_missing, num_skipped = _num_changed(route.ids, found.ids, num_experts)

@@ -113,7 +113,7 @@ class Step:
     seen:      by model layer number, what predictors go by; None: not kept
     run_ahead: uses its waits; None: the thread sleeps
     emulation: stands for the experts of a second pass; None: it is a true one
-    policy:    chooses among experts in decode; what it goes by is kept
+    policy:    chooses among experts; what it goes by is kept
     streams:   [T, D] by model layer number, the residual stream before the experts' block, where it
                is recognised; in decode
     loans:     lends its experts, beside the true pass of the same token; None: it is the true one

@@ -43,9 +43,7 @@ def _decode_rows(decode: Phase, prefill: Phase) -> dict[str, str]:
     if prefill.hits + prefill.misses:
         hits += f", {prefill.hit_ratio:.1%} for the prompt"
     compute_s = decode.wall_s - decode.stall_s
-    rerouted = (decode.substituted + decode.skipped) / decode.tokens
-    changed = {"rerouted": f"{rerouted:.1f} experts a token by --route"} if rerouted else {}
-    return changed | {
+    return _changed_row(decode) | {
         "hit ratio": hits,
         "read per token": f"{console.size(decode.bytes_read / decode.tokens)}, "
         f"{_ms(decode.device_s, decode)} of the disk's time",
@@ -53,6 +51,17 @@ def _decode_rows(decode: Phase, prefill: Phase) -> dict[str, str]:
         "time per token": f"{_ms(decode.wall_s, decode)}: {_ms(compute_s, decode)} computing, "
         f"{_ms(decode.stall_s, decode)} waiting",
     }
+
+
+def _changed_row(decode: Phase) -> dict[str, str]:
+    """What a lossy route did; nothing where it did nothing."""
+    counts = {
+        "gave way": decode.substituted,
+        "left out": decode.skipped,
+        "in fewer bits": decode.small,
+    }
+    said = [f"{count / decode.tokens:.1f} {what}" for what, count in counts.items() if count]
+    return {"experts a token": ", ".join(said)} if said else {}
 
 
 def _ms(seconds: float, phase: Phase) -> str:
@@ -76,6 +85,7 @@ def result_document(result: Result, report: MemoryReport | None) -> dict[str, An
         "device_s": _phases(result, lambda phase: phase.device_s),
         "substituted": result.decode.substituted,
         "skipped": result.decode.skipped,
+        "small": result.decode.small,
         "peak_memory_bytes": report.peak_bytes if report else None,
         "ceiling_bytes": report.ceiling_bytes if report else None,
         "memory_bytes_by_part": report.by_part if report else None,

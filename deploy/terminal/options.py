@@ -45,9 +45,10 @@ TIMEOUT = typer.Option(callback=seconds, help="Deadline in seconds.")
 ROUTE = typer.Option(
     metavar="RULES",
     help='Lossy: what decode does about experts that are not in memory: "prior .05", '
-    '"substitute .5", "skip .5", joined by +. (default: exact)',
+    '"substitute .5", "skip .5", "precision .9", joined by +. (default: exact)',
     show_default=False,
 )
+ROUTE_PROMPTS = typer.Option("--route-prompts", help="The prompt goes by --route, too.")
 SPECIAL_TOKENS = typer.Option(
     "--special-tokens", help="Show special tokens in the text, such as the end of text."
 )

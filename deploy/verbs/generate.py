@@ -27,6 +27,7 @@ def generate(
     ignore_eos: Annotated[bool, options.IGNORE_EOS] = False,
     special_tokens: Annotated[bool, options.SPECIAL_TOKENS] = False,
     route: Annotated[str, options.ROUTE] = "",
+    route_prompts: Annotated[bool, options.ROUTE_PROMPTS] = False,
     timeout: Annotated[float | None, options.TIMEOUT] = None,
     as_json: Annotated[bool, options.JSON] = False,
     config: Annotated[Path | None, options.CONFIG] = None,
@@ -49,6 +50,7 @@ def generate(
             ignore_eos=ignore_eos,
             skip_special_tokens=not special_tokens,
             route=route,
+            route_prompts=route_prompts,
             timeout_s=timeout,
         )
         try:

@@ -8,6 +8,7 @@ exact record that is resident not preferred, an exact miss that keeps its small 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from compute_node.engine.engine import Engine
 from compute_node.engine.request import Request
 from compute_node.engine.sequence import SequenceState
+from compute_node.engine.usage import Usage
 from compute_node.moe.route import EXACT, Route, RoutePolicy
 from compute_node.moe.routes.rules import policy_of
 from compute_node.moe.step import Phase
@@ -62,17 +64,20 @@ def logits(node: Engine, policy: RoutePolicy = EXACT) -> list[Tensor]:
     return found
 
 
-def of_a_store(checkpoint: Path, folder: Path, weight_format: str) -> list[Tensor]:
+@contextmanager
+def of_a_store(checkpoint: Path, folder: Path, weight_format: str) -> Iterator[Engine]:
+    """A node of a store that holds nothing else."""
     folder.mkdir()
     pack(checkpoint, folder / "store", weight_format=weight_format)
     with engine(folder / "store", folder, spare=2, pooled=True) as alone:
-        return logits(alone)
+        yield alone
 
 
 def test_small_records_alone_are_a_store_of_their_format(
     node: Engine, checkpoint: Path, tmp_path: Path
 ) -> None:
-    expected = of_a_store(checkpoint, tmp_path / "int4", "int4")
+    with of_a_store(checkpoint, tmp_path / "int4", "int4") as alone:
+        expected = logits(alone)
     torch.testing.assert_close(logits(node, AllSmall()), expected, rtol=0, atol=0)
     assert not any(key in node.cache for key in all_experts(node)), "none is exact"
     assert sum(map(node.cache.holds, all_experts(node))) > node.cache.capacity.slots, "they share"
@@ -81,10 +86,24 @@ def test_small_records_alone_are_a_store_of_their_format(
 def test_exact_sequences_beside_lossy_ones_keep_their_bits(
     node: Engine, checkpoint: Path, tmp_path: Path
 ) -> None:
-    expected = of_a_store(checkpoint, tmp_path / "exact", "exact")
+    with of_a_store(checkpoint, tmp_path / "exact", "exact") as alone:
+        expected = logits(alone)
     for _ in range(2):
         torch.testing.assert_close(logits(node), expected, rtol=0, atol=0)
         assert not torch.equal(torch.cat(logits(node, AllSmall())), torch.cat(expected))
+
+
+@pytest.mark.parametrize("weight_format", ["int4", "exact"])
+def test_a_prompt_goes_by_the_route_where_it_may(
+    weight_format: str, node: Engine, checkpoint: Path, tmp_path: Path
+) -> None:
+    with of_a_store(checkpoint, tmp_path / "alone", weight_format) as alone:
+        expected = alone.prefill(SequenceState("s", TOKENS))
+    may = weight_format == "int4"
+    usage = Usage()
+    prompt = SequenceState("s", TOKENS, policy=AllSmall(), routes_prompt=may)
+    torch.testing.assert_close(node.prefill(prompt, usage=usage), expected, rtol=0, atol=0)
+    assert (usage.small > 0) == may
 
 
 def test_what_is_resident_in_full_is_computed_in_full(checkpoint: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
+from compute_node.engine.sequence import SequenceState
 from compute_node.moe.layer import RoutedExperts, _num_changed
 from compute_node.moe.local import LocalBackend
 from compute_node.moe.route import EXACT, Route
@@ -75,14 +76,13 @@ def test_what_the_policy_says_is_computed() -> None:
     assert (step.num_substituted, step.num_skipped) == (0, 1)
 
 
-def test_prompts_go_the_routers_way() -> None:
-    backend = Backend()
-    experts = RoutedExperts(1, None, backend)  # type: ignore[arg-type]
-    prefill = Batch(Part("s", Phase.PREFILL, 1, 1))
-    with Step(prefill, lambda: None, policy=OnlyResident()).running():
-        module = SimpleNamespace(num_experts=NUM_EXPERTS)
-        experts.forward(module, torch.ones(1, 4), torch.tensor([[4, 5]]), torch.ones(1, 2))
-    assert backend.asked == [[4, 5]]
+def test_prompts_go_the_routers_way_unless_they_are_asked_not_to() -> None:
+    policy = OnlyResident()
+    sequence = SequenceState("s", [], policy=policy)
+    assert sequence.policy_of(Phase.PREFILL) is EXACT
+    assert sequence.policy_of(Phase.DECODE) is policy
+    sequence = SequenceState("s", [], policy=policy, routes_prompt=True)
+    assert sequence.policy_of(Phase.PREFILL) is policy
 
 
 def test_residents_are_those_of_the_layer() -> None:
