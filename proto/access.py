@@ -85,6 +85,8 @@ class DecodeAccess:
     topk_ids:     [L, K] uint16, distinct within a row
     topk_weights: [L, K] float16, gate weights; they need not sum to 1
     hits:         [L, K] bool, found in the node's cache
+    gates:        [L, E] float16, each expert's share of the token's gates, chosen or not; None
+                  where nothing goes by them
     """
 
     node: str
@@ -98,6 +100,7 @@ class DecodeAccess:
     topk_ids: NDArray[np.uint16]
     topk_weights: NDArray[np.float16]
     hits: NDArray[np.bool_]
+    gates: NDArray[np.float16] | None = None
 
     def encode(self) -> Fields:
         """The fields of an entry of the stream."""

@@ -32,6 +32,9 @@ TRAIN = typer.Option(
 )
 WARMUP = typer.Option(help="First steps, replayed and not counted.")
 LAG = typer.Option(metavar="0|1", help="How many steps old the advice of learned policies is.")
+HALF_LIFE = typer.Option(
+    metavar="TOKENS", help="Of what decays: the policies decayed and importance."
+)
 PREDICT = typer.Option(
     "--predict",
     help="What predictors would have foreseen of the misses, instead; under one policy.",
@@ -50,6 +53,7 @@ def replay(
     train: Annotated[Path | None, TRAIN] = None,
     warmup: Annotated[int, WARMUP] = 500,
     lag: Annotated[int, LAG] = 0,
+    half_life: Annotated[float, HALF_LIFE] = 16.0,
     predict: Annotated[bool, PREDICT] = False,
     as_json: Annotated[bool, AS_JSON] = False,
     picture: Annotated[Path | None, PICTURE] = None,
@@ -82,7 +86,8 @@ def replay(
     if picture is not None:
         plot.check_writable(picture)
     names = chosen_policies(policies)
-    setting = Setting(AccessTrace.load(trace, predictions=predict), slots, scope, warmup, lag)
+    loaded = AccessTrace.load(trace, predictions=predict)
+    setting = Setting(loaded, slots, scope, warmup, lag, half_life)
     background = Background(training_trace(train, trace, setting.trace) if train else None)
     if predict:
         _predict(setting, policies or "decayed", background, as_json)

@@ -14,6 +14,7 @@ from scheduler.policy.belady import Belady
 from scheduler.policy.decayed import Decayed
 from scheduler.policy.flashmoe import FlashMoe, Net
 from scheduler.policy.hedged import Hedged
+from scheduler.policy.importance import Importance
 from scheduler.policy.learned import Learned
 from scheduler.policy.lecar import LeCar
 from scheduler.policy.lfru import Lfru
@@ -24,7 +25,7 @@ from scheduler.policy.s3fifo import S3Fifo
 from scheduler.simulate.queues import QueueCache, QueuePolicy
 from scheduler.simulate.ranking import RankingPolicy
 from scheduler.simulate.replay import RankedCache, ReplayCache, Setting, ranked, slots_of
-from scheduler.simulate.trace import AccessTrace
+from scheduler.simulate.trace import AccessTrace, TraceInvalid
 
 Lesson = TypeVar("Lesson")
 
@@ -83,12 +84,24 @@ def learned(setting: Setting, background: Background) -> RankingPolicy:
 
 
 def hedged(setting: Setting, background: Background) -> Hedged:
-    """Over what may be in charge live: simplest first; learned when there is something to learn
-    from.
+    """Over what may be in charge live: simplest first; importance when the trace has scores,
+    learned when there is something to learn from.
     """
-    names = ["decayed", "lru", "lfru", "river", *(["learned"] if background.train else [])]
+    scored = ["importance"] if setting.trace.router_scores is not None else []
+    learned = ["learned"] if background.train else []
+    names = ["decayed", "lru", "lfru", *scored, "river", *learned]
     members = {name: cast(RankedCache, POLICIES[name](setting, background)) for name in names}
     return Hedged(members, slots_of(setting))
+
+
+def importance(setting: Setting) -> Importance:
+    """Raises TraceInvalid for a trace without the scores it goes by."""
+    if setting.trace.router_scores is None:
+        raise TraceInvalid(
+            f"{setting.trace.name} has no router scores, which importance goes by: record one with "
+            "`flashmoe record --scores`"
+        )
+    return Importance(setting.trace.shape, setting.half_life_tokens)
 
 
 def learn_flashmoe(trace: AccessTrace) -> Net:
@@ -102,7 +115,10 @@ POLICIES: dict[str, Maker] = {
     "lru": lambda setting, _: ranked(setting, Lru(setting.trace.shape)),
     "lfu": lambda setting, _: ranked(setting, Lfu(setting.trace.shape)),
     "lfru": lambda setting, _: ranked(setting, Lfru(setting.trace.shape)),
-    "decayed": lambda setting, _: ranked(setting, Decayed(setting.trace.shape)),
+    "decayed": lambda setting, _: ranked(
+        setting, Decayed(setting.trace.shape, setting.half_life_tokens)
+    ),
+    "importance": lambda setting, _: ranked(setting, importance(setting)),
     "arc": lambda setting, _: queued(setting, lambda slots, _: Arc(slots)),
     "s3fifo": lambda setting, _: queued(setting, lambda slots, _: S3Fifo(slots)),
     "lecar": lambda setting, _: queued(setting, LeCar),

@@ -29,6 +29,7 @@ class Setting:
     lag_steps:    how old advice is when it decides: 0, evictions of a step know all of that step;
                   1, as live, advice is of the step before, and the node corrects it by what the
                   step has used so far, where that was learned. Local policies have no lag.
+    half_life_tokens: of policies whose counts decay
     """
 
     trace: AccessTrace
@@ -36,6 +37,7 @@ class Setting:
     scope: str = LAYER
     warmup_steps: int = 500
     lag_steps: int = 0
+    half_life_tokens: float = 16.0
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest when it is no budget, TraceInvalid when nothing would be left to
@@ -54,6 +56,10 @@ class Setting:
         if self.warmup_steps < 0:
             raise errors.InvalidRequest(
                 f"a warm-up of {self.warmup_steps} steps cannot be: give 0 or more"
+            )
+        if not self.half_life_tokens > 0:
+            raise errors.InvalidRequest(
+                f"a half-life of {self.half_life_tokens} tokens cannot be: give more than 0"
             )
         if self.warmup_steps >= self.trace.num_steps:
             raise TraceInvalid(
@@ -123,9 +129,9 @@ CacheMaker = Callable[[Setting], ReplayCache]
 
 def replay(setting: Setting, cache: ReplayCache) -> Outcome:
     """Every event of the trace through one cache, generations one after another, never emptied."""
-    misses = 0
+    misses, events = 0, setting.trace.events()
     began_s = time.perf_counter()
-    for step, event in enumerate(setting.trace.events()):
+    for step, event in enumerate(events):
         hits = cache.step(event)
         if step >= setting.warmup_steps:
             misses += int(np.count_nonzero(~hits))
@@ -166,6 +172,7 @@ def as_document(setting: Setting, outcomes: Mapping[str, Outcome]) -> dict[str, 
         "scope": setting.scope,
         "warmup_steps": setting.warmup_steps,
         "lag_steps": setting.lag_steps,
+        "half_life_tokens": setting.half_life_tokens,
         "policies": {
             name: {
                 "hit_ratio": outcome.hit_ratio,

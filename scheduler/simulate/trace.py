@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from proto.redis_schema import LAYER
 REQUIRED = ("topk_ids", "seq_offsets", "num_experts")
 OPTIONAL = ("topk_weights", "seq_names", "router_scores", "sampling")
 TRUTH = "truth"
+_SUM_TOLERANCE = 0.01  # of shares in half precision
 SAID = "said_"  # and the predictor's name
 
 
@@ -77,8 +79,18 @@ class AccessTrace:
         """Layers, experts a layer."""
         return self.num_layers, self.num_experts
 
+    @cached_property
+    def gates(self) -> NDArray[np.float16] | None:
+        """[T, L, E], each expert's share of the token's gates: of scores that are probabilities as
+        they are, else their softmax; None when scores were not recorded.
+        """
+        return None if self.router_scores is None else _shares(self.router_scores)
+
     def events(self) -> Iterator[DecodeAccess]:
         """Every step as the evidence a node would send. Slots, policy and hits are not known."""
+        return self._events(self.gates)
+
+    def _events(self, gates: NDArray[np.float16] | None) -> Iterator[DecodeAccess]:
         nowhere = np.zeros(self.topk_ids.shape[1:], np.bool_)
         for number, (start, end) in enumerate(
             zip(self.seq_offsets[:-1], self.seq_offsets[1:], strict=True)
@@ -96,6 +108,7 @@ class AccessTrace:
                     topk_ids=self.topk_ids[at],
                     topk_weights=self.topk_weights[at],
                     hits=nowhere,
+                    gates=None if gates is None else gates[at],
                 )
 
     def used(self) -> NDArray[np.bool_]:
@@ -171,6 +184,19 @@ class AccessTrace:
             },
             truth=_scores(path, arrays.get(TRUTH), (*ids.shape[:2], num_experts), TRUTH),
         )
+
+
+def _shares(scores: NDArray[np.float16]) -> NDArray[np.float16]:
+    """[T, L, E]; a step at a time, because what lies between takes twice the memory."""
+    shares = np.empty_like(scores)
+    for step, given in enumerate(scores):
+        rows = given.astype(np.float32)
+        is_share = (rows >= 0).all() and bool((abs(rows.sum(axis=-1) - 1) < _SUM_TOLERANCE).all())
+        if not is_share:
+            rows = np.exp(rows - rows.max(axis=-1, keepdims=True))
+            rows /= rows.sum(axis=-1, keepdims=True)
+        shares[step] = rows
+    return shares
 
 
 def check_same_model(trace: AccessTrace, other: AccessTrace) -> None:
@@ -260,6 +286,8 @@ def _scores(
         return None
     if scores.shape != shape or scores.dtype.kind != "f":
         raise TraceInvalid(f"{path}: {name} must be floats [steps, layers, experts]")
+    if name != TRUTH and not np.isfinite(scores).all():
+        raise TraceInvalid(f"{path}: {name} must be finite")
     packed: NDArray[np.float16] = scores.astype(np.float16)
     return packed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,11 @@ PATH = Path(__file__).resolve().parent.parent / "traces" / "tiny-moe-decode.npz"
 def recorded() -> AccessTrace:
     """360 steps of 8 layers, 4 of 32 experts, recorded from the shipped model."""
     return AccessTrace.load(PATH)
+
+
+def scored() -> AccessTrace:
+    """180 steps of 8 layers, 4 of 32 experts, with router scores, from the shipped model."""
+    return AccessTrace.load(PATH.with_name("tiny-moe-scored.npz"))
 
 
 def trace_of(
@@ -39,7 +45,7 @@ def trace_of(
 def traces(
     max_layers: int = 3, max_experts: int = 6, max_top_k: int = 3, max_steps: int = 12
 ) -> st.SearchStrategy[AccessTrace]:
-    """With fewer experts a token than a layer has."""
+    """With fewer experts a token than a layer has, and scores that have nothing to do with them."""
 
     @st.composite
     def draw_trace(draw: st.DrawFn) -> AccessTrace:
@@ -48,7 +54,9 @@ def traces(
         num_experts = draw(st.integers(top_k + 1, max_experts))
         experts = st.permutations(range(num_experts)).map(lambda order: order[:top_k])
         layers = st.lists(experts, min_size=num_layers, max_size=num_layers)
-        return trace_of(draw(st.lists(layers, min_size=1, max_size=max_steps)), num_experts)
+        trace = trace_of(draw(st.lists(layers, min_size=1, max_size=max_steps)), num_experts)
+        scores = np.random.default_rng(0).standard_normal((trace.num_steps, *trace.shape))
+        return replace(trace, router_scores=scores.astype(np.float16))
 
     return draw_trace()
 

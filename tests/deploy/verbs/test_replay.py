@@ -77,6 +77,7 @@ def test_the_table_begins_with_the_best(other: Path) -> None:
         (("--slots", "12"), ("360 steps", "--warmup")),
         (("--slots", "12", "--warmup", "-1"), ("-1", "0 or more")),
         (("--slots", "12", "--warmup", "0", "--lag", "2"), ("2 steps", "0 or 1")),
+        (("--slots", "12", "--warmup", "0", "--half-life", "0"), ("0.0 tokens", "more than 0")),
         (("--slots", "12", "--warmup", "0", "--plot", "hits.txt"), ("hits.txt", ".png")),
         (("--slots", "12", "--predict", "--plot", "hits.png"), ("--plot", "--predict", "one")),
         (("--slots", "12", "--plot", "no/such/folder/hits.png"), ("no/such/folder", "make it")),

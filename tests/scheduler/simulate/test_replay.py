@@ -15,7 +15,7 @@ import pytest
 
 from proto import errors
 from proto.access import DecodeAccess
-from scheduler.lab.policies import POLICIES, Background
+from scheduler.lab.policies import POLICIES, Background, hedged
 from scheduler.policy.lfru import Lfru
 from scheduler.simulate.ranking import Ranks
 from scheduler.simulate.replay import (
@@ -29,7 +29,7 @@ from scheduler.simulate.replay import (
 )
 from scheduler.simulate.slots import Hits, LayerSlots
 from scheduler.simulate.trace import TraceInvalid
-from tests.scheduler.replays import misses, recorded, trace_of
+from tests.scheduler.replays import misses, recorded, scored, trace_of
 
 # tests/traces/tiny-moe-decode.npz, all 360 steps: slots (6, 12, 16) per layer, then in a pool
 GOLDEN_MISSES = {
@@ -42,6 +42,12 @@ GOLDEN_MISSES = {
     "lecar": ((3784, 1279, 639), (3661, 1125, 548)),
     "min": ((2976, 772, 382), (2101, 577, 314)),
 }
+# The same of tests/traces/tiny-moe-scored.npz, all 180 steps
+GOLDEN_MISSES_BY_SCORE = {
+    "importance": ((1923, 770, 442), (2133, 850, 473)),
+    "decayed": ((1845, 765, 427), (1862, 740, 416)),
+    "min": ((1552, 495, 292), (1168, 413, 256)),
+}
 SLOTS = (6, 12, 16)
 SCOPES = ("layer", "pool")
 # Those that learn add floating-point numbers in an order that is the machine's: no exact number.
@@ -49,7 +55,7 @@ LEARNED = {"flashmoe", "river", "learned", "hedged"}
 
 
 def test_every_policy_has_its_golden_numbers() -> None:
-    assert set(POLICIES) - LEARNED == set(GOLDEN_MISSES)
+    assert set(POLICIES) - LEARNED == set(GOLDEN_MISSES) | set(GOLDEN_MISSES_BY_SCORE)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -59,6 +65,36 @@ def test_golden_misses(policy: str, scope: str) -> None:
     assert got == GOLDEN_MISSES[policy][SCOPES.index(scope)]
     fewest = GOLDEN_MISSES["min"][SCOPES.index(scope)]
     assert all(count >= least for count, least in zip(got, fewest, strict=True))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("policy", GOLDEN_MISSES_BY_SCORE)
+def test_golden_misses_of_a_trace_with_scores(policy: str, scope: str) -> None:
+    """Red when importance goes by chosen experts alone, or takes scores for gates."""
+    got = tuple(misses(policy, scored(), slots, scope) for slots in SLOTS)
+    assert got == GOLDEN_MISSES_BY_SCORE[policy][SCOPES.index(scope)]
+
+
+def test_importance_asks_for_scores_by_name() -> None:
+    with pytest.raises(TraceInvalid, match=r"no router scores.*record --scores"):
+        misses("importance", recorded(), 12)
+
+
+def test_hedged_has_importance_where_scores_are_recorded() -> None:
+    names = [
+        list(hedged(Setting(trace, 12, warmup_steps=0), Background()).members)
+        for trace in (recorded(), scored())
+    ]
+    assert ["importance" in each for each in names] == [False, True]
+
+
+@pytest.mark.parametrize("policy", ["decayed", "importance"])
+def test_the_half_life_is_the_settings(policy: str) -> None:
+    found = {
+        replay(setting, POLICIES[policy](setting, Background())).misses
+        for setting in (Setting(scored(), 12, "layer", 0, 0, tokens) for tokens in (4.0, 16.0))
+    }
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -169,6 +205,7 @@ def test_the_document_is_the_one_the_issue_asks_for() -> None:
         "scope": "layer",
         "warmup_steps": 100,
         "lag_steps": 0,
+        "half_life_tokens": 16.0,
     }
     assert list(policies) == ["lru", "decayed", "min"]
     for policy in policies.values():

@@ -85,6 +85,19 @@ def test_what_predictors_said_is_read_where_it_is_asked_for(tmp_path: Path) -> N
         AccessTrace.load(path, predictions=True)
 
 
+@pytest.mark.parametrize("gives", ["logits", "probabilities"])
+def test_gates_are_shares_of_what_a_router_gave(gives: str) -> None:
+    """Red when probabilities go through a softmax once more."""
+    logits = np.log([[[0.5, 0.25, 0.125, 0.125]], [[0.1, 0.2, 0.3, 0.4]]]) + 3.0
+    shares = np.exp(logits - 3.0)
+    scores = (logits if gives == "logits" else shares).astype(np.float16)
+    trace = AccessTrace("t", FINE["topk_ids"][:2], np.array([0, 2]), 4, scores, (), scores)
+    assert trace.gates is not None
+    np.testing.assert_allclose(trace.gates, shares, atol=2e-3)
+    events = list(trace.events())
+    assert events[1].gates is not None and (events[1].gates == trace.gates[1]).all()
+
+
 def test_what_is_optional_may_be_missing(tmp_path: Path) -> None:
     required = {name: FINE[name] for name in ("topk_ids", "seq_offsets", "num_experts")}
     trace = AccessTrace.load(write(tmp_path / "bare.npz", **required))
@@ -122,6 +135,7 @@ def test_what_is_optional_may_be_missing(tmp_path: Path) -> None:
         ("seq_names", np.array(["one name"]), "must name each of the 2"),
         ("router_scores", np.zeros((3, 1, 3), np.float16), "router_scores must be floats"),
         ("router_scores", np.zeros((3, 1, 4), np.int64), "router_scores must be floats"),
+        ("router_scores", np.full((3, 1, 4), np.nan, np.float16), "router_scores must be finite"),
         ("truth", np.zeros((3, 1, 3), np.float16), "truth must be floats"),
         ("said_map", np.zeros((3, 1, 4), np.float16), "said_map must be"),
         ("said_map", np.zeros((3, 1, 2, 3), np.float16), "said_map must be"),
