@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from compute_node.cache.asked import (
@@ -22,6 +23,7 @@ from compute_node.cache.lender import Lender
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.cache.residents import Residents
 from compute_node.cache.room import Room
+from compute_node.cache.upgrades import Upgrades
 from compute_node.cache.waits import Waits
 from compute_node.store.memory import Borrowed
 from compute_node.store.session import SessionLost
@@ -40,6 +42,7 @@ class ExpertCache:
 
     waits: how long it waited
     room:  what goes when room is needed
+    upgrades: what is read while nobody waits
     """
 
     lender: Lender
@@ -48,6 +51,7 @@ class ExpertCache:
     counters: dict[int, LayerCounters] = field(init=False)
     waits: Waits = field(init=False)
     room: Room = field(init=False)
+    upgrades: Upgrades = field(init=False)
     _resident: Residents = field(init=False)
     _asked: list[Asked] = field(default_factory=list)  # not all of it has come
 
@@ -57,6 +61,7 @@ class ExpertCache:
         self.waits = Waits(self.counters)
         self._resident = Residents(layers, self.capacity.num_parts)
         self.room = Room(self.capacity, self._resident, self.chooser)
+        self.upgrades = Upgrades(self.room, self._resident)
 
     def __len__(self) -> int:
         return len(self._resident)
@@ -104,8 +109,8 @@ class ExpertCache:
         """
         check()
         self.let_go_if_lost()
-        self.collect(check)
         used = [ExpertKey(layer, expert) for expert in experts]
+        self.collect(check, [key for key in used if key.expert not in small])
         self.room.reach(layer, used)
         self.chooser.on_step(layer, used)
         self._resident.on_step(layer)
@@ -114,6 +119,10 @@ class ExpertCache:
         counters = self.counters[layer]
         counters.hits += len(hits)
         counters.misses += len(used) - len(hits)
+        if small:
+            in_few_bits = [key for key in hits if key not in self]
+            with self._noticing_loss():
+                self.upgrades.begin(self.lender, in_few_bits, len(used) - len(hits))
         return {key.expert for key in hits}, self._waves(needs, hits)
 
     def held(self, key: ExpertKey) -> Borrowed:
@@ -284,18 +293,30 @@ class ExpertCache:
         self.room.under_way.difference_update(asked.misses)
         self._asked = [other for other in self._asked if other is not asked]
 
-    def collect(self, check: Callable[[], None]) -> None:
-        """What a step that was given up had asked for."""
+    def collect(self, check: Callable[[], None], needed: Sequence[ExpertKey]) -> None:
+        """What a step that was given up had asked for, and what was read while nobody waited.
+
+        needed: whose exact records are used next
+        """
         while self._asked:
             asked = self._asked[0]
             try:
-                for _ in self._arrive(asked.misses[0].expert.layer, asked, check):
-                    pass
+                with self._noticing_loss():
+                    for _ in self._arrive(asked.misses[0].expert.layer, asked, check):
+                        pass
             except errors.ExpertDamaged as error:  # a step that needs it gets the error again
                 logger.info("damaged expert given up", extra={"reason": str(error)})
-            except SessionLost as error:
-                logger.warning("session lost", extra={"reason": str(error)})
-                self._let_go()
+        with self._noticing_loss():
+            self._insert(self.upgrades.settle(self.lender, needed))
+
+    @contextmanager
+    def _noticing_loss(self) -> Iterator[None]:
+        """Of the session, by what can do without it."""
+        try:
+            yield
+        except SessionLost as error:
+            logger.warning("session lost", extra={"reason": str(error)})
+            self._let_go()
 
     def _next(self, layer: int, asked: Asked, meanwhile: Meanwhile) -> list[Borrowed]:
         """Empty when all has come."""
@@ -333,5 +354,6 @@ class ExpertCache:
 
     def _forget(self) -> None:
         self.room.under_way.clear()
+        self.upgrades.forget()
         self._asked.clear()
         self._resident.clear()

@@ -42,8 +42,8 @@ class Loans:
         """
         check()
         self.cache.let_go_if_lost()
-        self.cache.collect(check)
         used = [ExpertKey(layer, expert) for expert in experts]
+        self.cache.collect(check, used)
         hits = [key for key in used if key in self.cache]
         return {key.expert for key in hits}, self._waves(layer, used, hits, check)
 

@@ -82,6 +82,11 @@ class Room:
         going, _ = self.residents.victims(self.chooser.choose(), wanted)
         return going
 
+    def has_free_slot(self, layer: int) -> bool:
+        """Whether another exact record of `layer` fits, and nothing has to go for it."""
+        coming = Coming.of(self.under_way)
+        return self._fits(layer, Coming(coming.num_exact + 1, coming.num_small))
+
     def of_empty(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """The first of `keys` that an empty cache can take."""
         num_left, room = self.capacity.slots, dict(self.slots)

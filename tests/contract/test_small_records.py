@@ -140,10 +140,13 @@ def test_a_store_without_small_records_refuses_the_rule(checkpoint: Path, tmp_pa
 
 
 def test_an_exact_pass_beside_leaves_small_records_small(
-    node: Engine, checkpoint: Path, tmp_path: Path
+    node: Engine, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Red where what a check reads becomes resident: the lossy pass would be as good as exact."""
-    plain, exact = logits(node, AllSmall()), of_a_store(checkpoint, tmp_path / "exact", "exact")
+    monkeypatch.setattr(node.cache.upgrades, "begin", lambda *args: None)
+    plain = logits(node, AllSmall())
+    with of_a_store(checkpoint, tmp_path / "exact", "exact") as alone:
+        exact = logits(alone)
     sequence, checked = SequenceState("s", [], policy=AllSmall()), list[Tensor]()
     for token_id in TOKENS:
         sequence.token_ids.append(token_id)
