@@ -53,18 +53,23 @@ class MeanBounds:
         self._candidates = np.array(candidates, dtype=np.float64)
         self._above, self._below = Gamblers(len(candidates)), Gamblers(len(candidates))
         self._total = 0.0
+        self._against = np.ones(len(candidates))
 
     @property
     def mean(self) -> float | None:
         """None: of nothing"""
         return self._total / self.num if self.num else None
 
+    def against(self, candidate: float) -> float:
+        """What who bets that the mean is above a candidate has by now; he began with 1."""
+        return float(self._against[np.searchsorted(self._candidates, candidate * (1 - 1e-9))])
+
     def add(self, number: float) -> None:
         """number: 0 or more"""
         number = min(number, self._bound)
         self.num += 1
         self._total += number
-        too_low = self._above.bet(number / self._candidates - 1)
+        self._against = too_low = self._above.bet(number / self._candidates - 1)
         gains = (self._candidates - number) / (self._bound - self._candidates)
         too_high = self._below.bet(gains)
         self.low = max(self.low, *self._candidates[too_low >= self._least], 0.0)

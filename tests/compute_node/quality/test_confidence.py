@@ -1,7 +1,7 @@
 """Bounds that hold however often one looks, and notice what is far away.
 
-Planted faults seen red: half the money that alpha asks for, gains counted twice, money that is never
-dealt out anew.
+Planted faults seen red: a tenth of the money that alpha asks for, gains counted twice, money that
+is never dealt out anew.
 """
 
 from __future__ import annotations
