@@ -18,6 +18,7 @@ COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose
 CONTAINER ?= $(CURDIR)/.flashmoe/container
 IMAGE := flashmoe:0.1.0
 TRACES := .flashmoe/traces
+TEXT ?= tests/bench/prompts
 PEERS := .flashmoe/peers-venv
 PEERS_READY := $(PEERS)/.ready
 PEERS_PACKAGES := tests/bench/peers/requirements.txt
@@ -25,7 +26,7 @@ CONFIGURED = test -f '$(CONTAINER)/compose.env' || { echo "no containers were st
 COMPOSED = $(COMPOSE) --env-file '$(CONTAINER)/compose.env' -f '$(CONTAINER)/docker-compose.yml'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto run serve test system lint format check bench bench-peers bench-scale trace policies image up down logs container-test lock clean
+.PHONY: help setup proto run serve test system lint format check bench bench-peers bench-scale bench-quality trace policies image up down logs container-test lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -96,6 +97,9 @@ bench-peers: $(STUBS) $(PEERS_READY)  ## FlashMoE beside llama.cpp and others (r
 
 bench-scale: $(STUBS)  ## gpt-oss-20b's geometry on recorded routing (TRACE=FILE.npz, 11 GB, 12 minutes; ARGS=--quick)
 	@$(PY) -m tests.bench.scale $(TRACE) $(ARGS)
+
+bench-quality: $(STUBS)  ## what lossy routes cost on the shipped model (TEXT=heldout.jsonl, 1 hour)
+	@$(PY) -m tests.bench.quality $(TEXT) $(ARGS)
 
 $(TRACES)/tiny-moe-test.npz: tests/bench/record_tiny.py $(wildcard tests/bench/prompts/*.txt $(MODEL)/*) \
     | $(STORE)/manifest.json
