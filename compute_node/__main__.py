@@ -157,6 +157,7 @@ def new_cache(
         spec.num_experts,
         advice.fresh if advice else lambda: None,
         heard_since_advice(config, spec) if advice else None,
+        config.weighs,
     )
     capacity_bytes = min(config.slots, spec.num_experts_total) * expert_bytes
     is_pooled = config.scope == "pool"

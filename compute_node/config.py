@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from proto.process import daemon
-from proto.redis_schema import PolicySetting
+from proto.redis_schema import IMPORTANCE_POLICY, PolicySetting
 from proto.rpc import Listen, TlsFiles
 
 ROUTER_MAP_NAME = "router_map.safetensors"  # beside a store's manifest
@@ -40,6 +40,7 @@ class ComputeNodeConfig(BaseModel):
     scope: Literal["layer", "pool"] = "pool"
     policy: PolicySetting = "auto"
     half_life_tokens: PositiveFloat = 16.0
+    importance: bool = False
     redis_url: str | None = None
     advice_poll_s: PositiveFloat = 0.02
     forecaster_path: Path | None = None
@@ -66,6 +67,11 @@ class ComputeNodeConfig(BaseModel):
         if url is not None and not url.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("must begin with redis://, rediss:// or unix://")
         return url
+
+    @property
+    def weighs(self) -> bool:
+        """Whether routers' gates of all experts are kept, and sent with evidence."""
+        return self.importance or self.policy == IMPORTANCE_POLICY
 
     @property
     def listen(self) -> Listen:

@@ -100,6 +100,13 @@ class ServeSettings(BaseModel):
         """Of the node's decayed policy, which the scheduler shadows; the daemons check it."""
         return self.compute_node.get("half_life_tokens", 16.0)
 
+    @property
+    def runs_importance(self) -> Any:
+        """Whether nodes keep and send gates, so that the scheduler may choose importance; the
+        daemons check it.
+        """
+        return self.compute_node.get("importance", False)
+
     def _count(self, table: str, key: str, default: int) -> int:
         """What the memory plan needs of a daemon's table. Raises ConfigInvalid."""
         value = getattr(self, table).get(key, default)

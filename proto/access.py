@@ -112,6 +112,7 @@ class DecodeAccess:
             slots=self.slots,
             scope=self.scope,
             policy=self.policy,
+            gates=None if self.gates is None else self.gates.astype("<f2", copy=False).tobytes(),
         )
         return _fields(
             pb.Evidence(node=self.node, sequence=self.sequence, time_ns=self.time_ns, decode=decode)
@@ -194,7 +195,17 @@ def _decode_step(evidence: pb.Evidence, decode: pb.DecodeEvidence) -> DecodeAcce
         topk_ids=access.topk_ids,
         topk_weights=access.topk_weights,
         hits=hits.astype(bool).reshape(shape),
+        gates=_gates(decode, (shape[0], access.num_experts)),
     )
+
+
+def _gates(decode: pb.DecodeEvidence, shape: tuple[int, int]) -> NDArray[np.float16] | None:
+    if not decode.HasField("gates"):
+        return None
+    gates: NDArray[np.float16] = _array("gates", decode.gates, "<f2", shape)
+    if not bool(((gates >= 0) & (gates <= 1)).all()):
+        raise errors.MessageInvalid("gates are no shares within 0 and 1")
+    return gates
 
 
 def _checked(message: pb.StepAccess) -> RecordedStep:

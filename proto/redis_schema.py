@@ -21,10 +21,11 @@ VERSION = 4
 LAYER, POOL = "layer", "pool"  # scopes: slots divided by layer, or shared by all layers
 
 # Eviction policies: who decides, by name. A node ranks by its own books, or by scores it is sent.
-PolicySetting = Literal["auto", "lru", "lfu", "lfru", "decayed", "river", "learned"]
+PolicySetting = Literal["auto", "lru", "lfu", "lfru", "decayed", "importance", "river", "learned"]
 AUTO = "auto"  # the one that the latest advice names
 ADVISED_POLICIES = ("river", "learned")  # advice carries their scores
 FALLBACK_POLICY = "decayed"  # without advice that can be followed
+IMPORTANCE_POLICY = "importance"  # ranks by gates, which nodes keep and send where it may decide
 
 SCHEDULER_GROUP = "scheduler"
 ACCESS_STREAM_BYTES = 4 * 1024 * 1024

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from proto.process import daemon
-from proto.redis_schema import PolicySetting
+from proto.redis_schema import IMPORTANCE_POLICY, PolicySetting
 from proto.rpc import Listen, TlsFiles
 
 HalfLives = Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=16)]
@@ -52,6 +52,7 @@ class SchedulerConfig(BaseModel):
     policy: PolicySetting = "auto"
     shadow_half_life_steps: PositiveInt = 256
     decayed_half_life_tokens: PositiveFloat = 16.0
+    importance: bool = False
     forecaster_path: Path | None = None
 
     advice_lifetime_s: PositiveFloat = 5.0
@@ -87,6 +88,11 @@ class SchedulerConfig(BaseModel):
         if list(layers) != sorted(set(layers)):
             raise ValueError("must be ascending, each layer once")
         return layers
+
+    @property
+    def runs_importance(self) -> bool:
+        """Whether it is among the policies that may be in charge: nodes send gates then."""
+        return self.importance or self.policy == IMPORTANCE_POLICY
 
     @property
     def listen(self) -> Listen:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Collection, Sequence
 
 from compute_node.cache.policies.decayed import Decayed
 from compute_node.cache.policies.heard import Heard
+from compute_node.cache.policies.importance import Gates, Importance
 from compute_node.cache.policies.lfru import Lfru
 from compute_node.cache.policies.lfu import Lfu
 from compute_node.cache.policies.lru import Lru
 from compute_node.cache.policies.policy import EvictionPolicy
 from compute_node.cache.policies.scored import Scored
 from proto.expert import ExpertKey
-from proto.redis_schema import AUTO, FALLBACK_POLICY, Advice
+from proto.redis_schema import AUTO, FALLBACK_POLICY, IMPORTANCE_POLICY, Advice
 from proto.stats import counter, fact
 
 _EVICTIONS, _BY = "flashmoe_node_evictions_decided", "By whom evictions were decided"
@@ -27,6 +28,7 @@ class PolicyChooser:
                 and advice of that name is followed
     advice:     the latest fresh advice, or None
     heard:      corrects advice by what was used since; None, nothing was learned for it
+    weighs:     importance is one of the local policies: it goes by gates, which cost to keep
     local:      the policies that a node ranks by itself, by name
     """
 
@@ -42,14 +44,18 @@ class PolicyChooser:
         num_experts: int,
         advice: Callable[[], Advice | None],
         heard: Heard | None = None,
+        weighs: bool = False,
     ) -> None:
         self._heard = heard
+        self._importance = Importance(half_life_tokens) if weighs else None
         self.local: dict[str, EvictionPolicy] = {
             "lru": Lru(),
             "lfu": Lfu(),
             "lfru": Lfru(),
             FALLBACK_POLICY: Decayed(half_life_tokens),
         }
+        if self._importance is not None:
+            self.local[IMPORTANCE_POLICY] = self._importance
         self._configured = configured
         self._rows = {layer: row for row, layer in enumerate(moe_layers)}
         self._shape = (len(moe_layers), num_experts)
@@ -58,6 +64,17 @@ class PolicyChooser:
         self.name = FALLBACK_POLICY if self._follows_advice else configured
         self._followed: Advice | None = None  # what `_scored` was made of
         self._scored: Scored | None = None
+
+    @property
+    def weighs(self) -> bool:
+        return self._importance is not None
+
+    def weigh(self, layer: int, gates: Gates) -> None:
+        """[E], each expert's share of the gates in the step of `layer` that comes next. Where no
+        policy goes by gates, nothing.
+        """
+        if self._importance is not None:
+            self._importance.weigh(layer, gates)
 
     def on_step(self, layer: int, used: Collection[ExpertKey]) -> None:
         for policy in self.local.values():

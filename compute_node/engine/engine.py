@@ -218,6 +218,7 @@ class Engine:
         """
         num_computed = sequence.num_computed + len(chunk)
         part = Part(sequence.name, phase, len(chunk), num_computed)
+        keeps = replace(keeps, gates=self.cache.chooser.weighs)
         with self._ahead_of(sequence, chunk, phase, new_draw) as run_ahead:
             policy = sequence.policy_of(phase)
             step = Step(Batch(part), check, keeps, run_ahead, policy=policy)

@@ -57,6 +57,7 @@ class Evidence:
                 topk_ids=access.topk_ids,
                 topk_weights=access.topk_weights,
                 hits=_hits(access.topk_ids, layers_of(self._spec, step.accesses)),
+                gates=_gates(self._spec, step),
             )
         )
 
@@ -74,6 +75,14 @@ class Evidence:
                 token_counts=torch.stack(counts).numpy().astype(np.uint32),
             )
         )
+
+
+def _gates(spec: ModelSpec, step: Step) -> NDArray[np.float16] | None:
+    """[L, E] of one sequence's token; None where nothing goes by them."""
+    if step.gates is None:
+        return None
+    gates: NDArray[np.float16] = torch.cat([step.gates[layer] for layer in spec.moe_layers]).numpy()
+    return gates
 
 
 def _hits(ids: NDArray[np.uint16], layers: list[LayerAccess]) -> NDArray[np.bool_]:

@@ -14,7 +14,7 @@ from transformers.integrations.moe import ExpertsInterface
 from compute_node.kernels.variant_kernels import VariantKernels
 from compute_node.moe.backend import ExpertBackend
 from compute_node.moe.route import Route
-from compute_node.moe.routes.weighing import WeighingWatch
+from compute_node.moe.routes.weighing import WeighingWatch, shares
 from compute_node.moe.step import LayerAccess, Step, current_step
 from compute_node.moe.sums import Sum, sum_of
 
@@ -69,6 +69,11 @@ class RoutedExperts:
         if step.policy.needs_scores:
             weighing = self._weighing.look(scores, topk_ids, topk_weights)
             route = replace(route, weighing=weighing)
+        if step.gates is not None:
+            weighing = route.weighing
+            if not step.policy.needs_scores:
+                weighing = self._weighing.glance(scores, topk_ids, topk_weights)
+            step.gates[self.layer] = shares(weighing, scores, topk_ids, topk_weights, num_experts)
         found = step.policy.apply(route, self._backend.resident)
         if found is not route:
             num_missing, num_skipped = _num_changed(route.ids, found.ids, num_experts)

@@ -47,6 +47,9 @@ class LocalBackend:
         sums: Sequence[Sum],
         small: Collection[int] = (),
     ) -> set[int]:
+        if step.gates is not None:
+            gates = step.gates[self._layer].double().mean(dim=0)  # one step, whatever its rows
+            self._cache.chooser.weigh(self._layer, gates.numpy())
         meanwhile = self._meanwhile(step, sums)
         variants = dict.fromkeys(small, self._small_variant)
         hits, waves = self._borrow(step, experts, hidden, sums, meanwhile, variants)

@@ -97,11 +97,12 @@ class Emulates(Protocol):
 @dataclass(frozen=True)
 class Keeps:
     """What a step keeps for who asked for it. scores: what routers return for all experts; seen:
-    what a decode step of one sequence has seen at each layer, for predictors
+    what a decode step of one sequence has seen at each layer, for predictors; gates: of all experts
     """
 
     scores: bool = False
     seen: bool = False
+    gates: bool = False
 
 
 class Step:
@@ -110,6 +111,7 @@ class Step:
     check:     called between layers and while experts are waited for; raises to give the step up
     accesses:  by model layer number, filled as the pass goes on
     scores:    [T, E] by model layer number, what routers returned for all experts; None: not kept
+    gates:     [T, E] float16 by model layer number, each expert's share; None: not kept
     seen:      by model layer number, what predictors go by; None: not kept
     run_ahead: uses its waits; None: the thread sleeps
     emulation: stands for the experts of a second pass; None: it is a true one
@@ -137,7 +139,9 @@ class Step:
         self.emulation = emulation
         self.policy = policy
         self.accesses: dict[int, LayerAccess] = {}
-        self.scores: dict[int, Tensor] | None = {} if keeps.scores or policy.needs_scores else None
+        needs_scores = keeps.scores or keeps.gates or policy.needs_scores
+        self.scores: dict[int, Tensor] | None = {} if needs_scores else None
+        self.gates: dict[int, Tensor] | None = {} if keeps.gates else None
         self.seen: dict[int, Seen] | None = {} if keeps.seen else None
         self.streams: dict[int, Tensor] = {}
         self.loans = loans
@@ -172,6 +176,8 @@ class Step:
         step.accesses = {layer: _only(access, rows) for layer, access in self.accesses.items()}
         if self.scores is not None:
             step.scores = {layer: scores[rows] for layer, scores in self.scores.items()}
+        if self.gates is not None:
+            step.gates = {layer: gates[rows] for layer, gates in self.gates.items()}
         return step
 
 

@@ -27,6 +27,7 @@ _OVERRIDABLE = {
     "prefill_chunk_tokens",
     "policy",
     "decayed_half_life_tokens",
+    "importance",
     "redis_url",
     "snapshot_path",
     "verdicts_path",
@@ -101,6 +102,7 @@ def _scheduler_table(run: RunDir, settings: ServeSettings, manifest: Manifest) -
         "num_experts": spec.num_experts,
         "policy": settings.policy,
         "decayed_half_life_tokens": settings.half_life_tokens,
+        "importance": settings.runs_importance,
         "snapshot_path": str(run.path / f"scheduler-{spec.fingerprint}.npz"),
     }
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from proto.access import DecodeAccess
+from proto.redis_schema import IMPORTANCE_POLICY
 from scheduler.config import SchedulerConfig
 from scheduler.daemon.scorer import Scorer
 from scheduler.learn.forecaster import Forecaster
 from scheduler.policy.decayed import Decayed
+from scheduler.policy.importance import Importance
 from scheduler.policy.learned import Learned
 from scheduler.policy.lfru import Lfru
 from scheduler.policy.lru import Lru
@@ -29,8 +31,12 @@ class Members:
             "decayed": lambda node: Decayed(shape, config.decayed_half_life_tokens),
             "lru": lambda node: Lru(shape),
             "lfru": lambda node: Lfru(shape),
-            "river": lambda node: ScoredNode(scorer, node),
         }
+        if config.runs_importance:
+            self._makers[IMPORTANCE_POLICY] = lambda node: Importance(
+                shape, config.decayed_half_life_tokens
+            )
+        self._makers["river"] = lambda node: ScoredNode(scorer, node)
         if forecaster is not None:
             self._makers["learned"] = lambda node: Learned(forecaster, scorer.features(node))
 

@@ -23,6 +23,7 @@ from compute_node.config import RunAheadSetting
 from compute_node.engine.ahead import new_run_ahead
 from compute_node.engine.engine import Engine
 from compute_node.engine.sequence import SequenceState
+from compute_node.evidence.step import Evidence
 from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import load_model
 from compute_node.moe.step import Keeps, Phase
@@ -125,6 +126,8 @@ def engine(
     pooled: bool = False,
     prober: Prober | None = None,
     run_ahead: RunAheadSetting = "auto",
+    policy: str = "decayed",
+    evidence: Evidence | None = None,
 ) -> Iterator[Engine]:
     """A node's engine with `spare` slots above top_k a layer, on a store of its own. Its kernels
     are used wherever they give torch's bits, however fast they are.
@@ -136,7 +139,14 @@ def engine(
         try:
             description = client.describe()
             expert_bytes = description.lease_bytes["exact"]
-            chooser = PolicyChooser("decayed", 16, spec.moe_layers, spec.num_experts, lambda: None)
+            chooser = PolicyChooser(
+                policy,
+                16,
+                spec.moe_layers,
+                spec.num_experts,
+                lambda: None,
+                weighs=policy == "importance",
+            )
             small_bytes = description.lease_bytes[spec.small_variant] if pooled else expert_bytes
             capacity = Capacity(
                 slots * expert_bytes,
@@ -152,7 +162,7 @@ def engine(
             cache.room.num_spare = 2
             cache.open()
             ahead = new_run_ahead(loaded, cache, run_ahead)
-            yield Engine(loaded, cache, model_dir, 256, 256, run_ahead=ahead)
+            yield Engine(loaded, cache, model_dir, 256, 256, evidence, run_ahead=ahead)
         finally:
             client.close()
 

@@ -1,7 +1,8 @@
 """The live cache and replay count the same misses on the same events.
 
 Planted faults seen red: age off by one in the node's LFRU, ties by expert alone in the node's pool,
-ranks of the present step where advice lags, a decay by another half-life in replay; what layers
+ranks of the present step where advice lags, gates weighed after the
+layer's step, a decay by another half-life in replay; what layers
 have said not begun anew with a step, a layer heard before the advice corrected, scores of unused
 experts taken for layers that are still to come.
 """
@@ -27,7 +28,7 @@ from scheduler.simulate.ranking import RankingPolicy, Ranks
 from scheduler.simulate.replay import RankedCache, Setting, ranked, replay
 from scheduler.simulate.trace import AccessTrace
 from tests.fakes import FakeLender, make_capacity
-from tests.scheduler.replays import recorded
+from tests.scheduler.replays import recorded, scored
 
 HALF_LIFE_TOKENS = 16.0
 SCOPES = ("layer", "pool")
@@ -48,14 +49,24 @@ class LiveCache:
         slots = setting.slots * trace.num_layers
         capacity = make_capacity(slots, self._layers, trace.top_k, setting.scope == "pool")
         chooser = PolicyChooser(
-            policy, HALF_LIFE_TOKENS, self._layers, trace.num_experts, advice, heard
+            policy,
+            HALF_LIFE_TOKENS,
+            self._layers,
+            trace.num_experts,
+            advice,
+            heard,
+            weighs=policy == "importance",
         )
+        self._chooser = chooser
         self._cache = ExpertCache(FakeLender(slots), capacity, chooser)
         self._cache.open()
 
     def step(self, event: DecodeAccess) -> np.ndarray:
         rows = []
-        for layer, experts in zip(self._layers, event.topk_ids.tolist(), strict=True):
+        for row, experts in enumerate(event.topk_ids.tolist()):
+            layer = self._layers[row]
+            if event.gates is not None:
+                self._chooser.weigh(layer, event.gates[row].astype(np.float64))
             hits, waves = self._cache.step(layer, sorted(experts))
             assert sum(len(wave) for wave in waves) == len(experts)
             rows.append([expert in hits for expert in experts])
@@ -68,9 +79,9 @@ def no_advice() -> Advice | None:
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("slots", [4, 6, 12, 24])
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "decayed"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "decayed", "importance"])
 def test_local_policies_hit_alike_use_by_use(policy: str, slots: int, scope: str) -> None:
-    trace = recorded()
+    trace = scored() if policy == "importance" else recorded()
     setting = Setting(trace, slots, scope, warmup_steps=0)
     live = LiveCache(trace, setting, policy, no_advice)
     replayed = POLICIES[policy](setting, Background())

@@ -2,7 +2,8 @@
 the advice comes to.
 
 Planted faults seen red: the remainder of the slots given to the last layers; shadows of scores that
-know the step they decide; a hedge that is told the same of everybody.
+know the step they decide; a hedge that is told the same of everybody;
+gates that do not travel.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ import pytest
 
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
-from proto.access import DecodeAccess
+from proto.access import DecodeAccess, decode_access
 from proto.redis_schema import Advice
 from scheduler.policy.decayed import Decayed
 from scheduler.policy.hedged import Hedged
+from scheduler.policy.importance import Importance
 from scheduler.policy.lfru import Lfru
 from scheduler.policy.lru import Lru
 from scheduler.shadow.advisor import Advisor
 from scheduler.simulate.ranking import RankingPolicy, Ranks
 from scheduler.simulate.replay import RankedCache, Setting, ranked, replay, slots_of
 from tests.fakes import FakeLender, make_capacity
-from tests.scheduler.replays import recorded
+from tests.scheduler.replays import recorded, scored
+from tests.scheduler.traces import on_the_wire
 
 TRACE = recorded()
 LAYERS = tuple(range(1, 2 * TRACE.num_layers, 2))
@@ -56,6 +59,7 @@ def members(_: str) -> Mapping[str, RankingPolicy]:
         "decayed": Decayed(shape),
         "lru": Lru(shape),
         "lfru": Lfru(shape),
+        "importance": Importance(shape),
         "river": Clairvoyant(),
     }
 
@@ -66,7 +70,15 @@ class Node:
     def __init__(self, slots: int, scope: str, policy: str, advisor: Advisor) -> None:
         capacity = make_capacity(slots, LAYERS, TRACE.top_k, scope == "pool")
         self._advice: Advice | None = None
-        chooser = PolicyChooser(policy, 16.0, LAYERS, TRACE.num_experts, lambda: self._advice)
+        chooser = PolicyChooser(
+            policy,
+            16.0,
+            LAYERS,
+            TRACE.num_experts,
+            lambda: self._advice,
+            weighs=policy == "importance",
+        )
+        self._chooser = chooser
         self._cache = ExpertCache(FakeLender(slots), capacity, chooser)
         self._cache.open()
         self._evidence = {"slots": slots, "scope": scope, "node": "live"}
@@ -75,23 +87,30 @@ class Node:
     def step(self, event: DecodeAccess) -> int:
         """Its hits."""
         rows = []
-        for layer, experts in zip(LAYERS, event.topk_ids.tolist(), strict=True):
+        for row, experts in enumerate(event.topk_ids.tolist()):
+            layer = LAYERS[row]
+            if event.gates is not None:
+                self._chooser.weigh(layer, event.gates[row].astype(np.float64))
             hits, waves = self._cache.step(layer, sorted(experts))
             assert sum(len(wave) for wave in waves) == len(experts)
             rows.append([expert in hits for expert in experts])
-        self._advisor.observe(replace(event, **self._evidence, hits=np.array(rows)))  # type: ignore[arg-type]
+        sent = replace(event, **self._evidence, hits=np.array(rows))  # type: ignore[arg-type]
+        received = decode_access(on_the_wire(sent.encode()))
+        assert isinstance(received, DecodeAccess)
+        self._advisor.observe(received)
         verdict = self._advisor.advise("live")
         self._advice = Advice.decode(Advice(verdict.policy, 1, 0, 1.0, verdict.scores).encode())
         return int(np.count_nonzero(rows))
 
 
 @pytest.mark.parametrize("scope", ["layer", "pool"])
-@pytest.mark.parametrize("policy", ["lru", "lfru", "decayed"])
+@pytest.mark.parametrize("policy", ["lru", "lfru", "decayed", "importance"])
 def test_a_nodes_own_policy_hits_what_its_shadow_does(policy: str, scope: str) -> None:
     """101 slots are no multiple of 8 layers: five layers have one more."""
     advisor = Advisor(("decayed",), members, 64, policy)
     node = Node(101, scope, policy, advisor)
-    for event in TRACE.events():
+    trace = scored() if policy == "importance" else TRACE
+    for event in trace.events():
         node.step(event)
     [report] = advisor.reports()
     assert report.actual == report.policies[policy]

@@ -29,7 +29,8 @@ seeds = st.integers(0, 1 << 30)
 def decode_accesses(draw: st.DrawFn) -> DecodeAccess:
     shape = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     num_experts = draw(st.integers(shape[1], 70))
-    random = np.random.default_rng(draw(seeds))
+    seed = draw(seeds)
+    random = np.random.default_rng(seed)
     shuffled = random.random((shape[0], num_experts)).argsort(axis=1)
     return DecodeAccess(
         node=draw(names),
@@ -43,6 +44,7 @@ def decode_accesses(draw: st.DrawFn) -> DecodeAccess:
         topk_ids=shuffled[:, : shape[1]].astype(np.uint16),
         topk_weights=random.normal(0, 3, shape).astype(np.float16),
         hits=random.random(shape) < 0.5,
+        gates=random.random((shape[0], num_experts)).astype(np.float16) if seed % 2 else None,
     )
 
 
@@ -154,6 +156,10 @@ def test_what_is_no_evidence_is_refused(fields: dict[bytes, bytes], message: str
         ({"topk_ids": np.zeros((1, 1025), np.uint16)}, "'top_k' is 1025"),
         ({"topk_weights": np.zeros((1, 2), np.float16)}, "'topk_weights' has 4 bytes"),
         ({"hits": np.zeros((3, 3), bool)}, "'hits' has the wrong size"),
+        ({"gates": np.zeros((1, 3), np.float16)}, "'gates' has 6 bytes"),
+        ({"gates": np.full((1, 4), 1.5, np.float16)}, "gates are no shares"),
+        ({"gates": np.full((1, 4), -0.5, np.float16)}, "gates are no shares"),
+        ({"gates": np.full((1, 4), np.nan, np.float16)}, "gates are no shares"),
     ],
 )
 def test_a_step_that_no_node_has_is_refused(change: dict[str, Any], message: str) -> None:

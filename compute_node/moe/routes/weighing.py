@@ -4,6 +4,7 @@ weighed as it would have been.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from proto import errors
+
+logger = logging.getLogger(__name__)
 
 _ENOUGH_ROWS = 16
 _MOST_ROWS = 64  # looked at where fewer leave two ways open, or show no scores
@@ -87,6 +90,28 @@ def names_the_chosen(scores: Tensor, chosen: list[int]) -> bool:
     return bool(scores[chosen].min() >= others.max())
 
 
+def shares(
+    weighing: Weighing | None,
+    scores: Tensor | None,
+    ids: Tensor,
+    weights: Tensor,
+    num_experts: int,
+) -> Tensor:
+    """What each expert holds of its token's gates; of the chosen alone where it is not known how
+    scores are weighed.
+
+    scores: [T, E]; ids, weights: [T, K], ids from `num_experts` on are no experts
+    Returns [T, E] float16.
+    """
+    if weighing is not None and scores is not None:
+        gates = weighing.gates(scores)
+    else:
+        beyond = torch.zeros(len(ids), num_experts + 1)
+        beyond.scatter_(1, ids.clamp_max(num_experts), weights.float().clamp_min(0))
+        gates = beyond[:, :num_experts]
+    return gates.div(gates.sum(dim=-1, keepdim=True).clamp_min(_TINY)).nan_to_num(0.0).half()
+
+
 def _spread(values: Tensor) -> Tensor:
     """Of the first dimension, relative to its mean."""
     return (values.amax(dim=0) - values.amin(dim=0)) / values.mean(dim=0).abs().clamp_min(1e-30)
@@ -100,6 +125,7 @@ class WeighingWatch:
         self._layer = layer
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_without_scores = 0
+        self._is_unknown = False
 
     def look(self, scores: Tensor | None, ids: Tensor, weights: Tensor) -> Weighing | None:
         """What is known by now; None: more tokens are needed.
@@ -125,6 +151,17 @@ class WeighingWatch:
         if len(found) == 1 or len(rows[0]) == _MOST_ROWS:
             self._rows, self.found = [], found[0]
         return self.found
+
+    def glance(self, scores: Tensor | None, ids: Tensor, weights: Tensor) -> Weighing | None:
+        """As `look`, for what can do without it: None, too, when no more tokens would help."""
+        if self._is_unknown:
+            return self.found
+        try:
+            return self.look(scores, ids, weights)
+        except errors.CheckpointUnsupported as error:
+            self._is_unknown = True
+            logger.warning("gates of chosen experts alone are known", extra={"reason": str(error)})
+            return None
 
     def _unknown(self, why: str) -> errors.CheckpointUnsupported:
         return errors.CheckpointUnsupported(

@@ -12,6 +12,7 @@ from compute_node.cache.asked import exact
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.occupancy import Coming
 from compute_node.cache.policies.decayed import Decayed
+from compute_node.cache.policies.importance import Importance
 from compute_node.cache.policies.lfru import Lfru
 from compute_node.cache.policies.lfu import Lfu
 from compute_node.cache.policies.lru import Lru
@@ -147,6 +148,26 @@ def test_decayed_halves_in_a_half_life() -> None:
     for _ in range(2):
         policy.on_step(0, [])
     assert policy.rank(KEYS[0]) == pytest.approx(0.5)
+
+
+def test_importance_goes_by_gates_of_all_and_halves_them_in_a_half_life() -> None:
+    """Red when chosen experts alone count, or nothing decays."""
+    policy = Importance(half_life_tokens=2.0)
+    policy.weigh(0, np.array([0.5, 0.25, 0.0, 0.25]))
+    policy.on_step(0, [KEYS[0]])
+    for _ in range(2):
+        policy.weigh(0, np.array([0.0, 0.25, 0.0, 0.0]))
+    assert policy.rank(KEYS[0]) == pytest.approx(0.25)
+    assert policy.rank(KEYS[1]) == pytest.approx(0.25 / 2 + 0.25 / 2**0.5 + 0.25)
+    assert victims(policy, KEYS, 2) == [KEYS[2], KEYS[3]]
+    assert policy.rank(ExpertKey(1, 0)) == 0.0, "of a layer that had no step"
+
+
+def test_without_importance_gates_go_nowhere() -> None:
+    chooser = PolicyChooser("auto", 16.0, [0], 4, lambda: advice("importance", None))
+    chooser.weigh(0, np.ones(4))
+    assert isinstance(chooser.choose(), Decayed)
+    assert (chooser.name, chooser.num_fallbacks) == ("decayed", 1)
 
 
 def test_scored_evicts_the_lowest_score() -> None:

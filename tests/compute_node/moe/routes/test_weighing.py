@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from compute_node.moe.routes.weighing import Weighing, WeighingWatch, names_the_chosen, recognise
+from compute_node.moe.routes.weighing import (
+    Weighing,
+    WeighingWatch,
+    names_the_chosen,
+    recognise,
+    shares,
+)
 from proto import errors
 
 LOGITS = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)) * 2
@@ -118,3 +124,32 @@ def test_tokens_that_leave_two_ways_open_decide_nothing(peaked: bool) -> None:
     assert watch.look(scores[:32], ids[:32], weights[:32]) is None
     found = watch.look(scores[32:], ids[32:], weights[32:])
     assert found is not None and found.total == pytest.approx(1.0)
+
+
+def test_shares_are_of_all_experts_once_the_weighing_is_known() -> None:
+    """Red when weights that are scaled, or a router's sigmoids, are taken for shares."""
+    scores, ids, weights = _qwen()
+    [found] = recognise(scores, ids, weights)
+    known = shares(found, scores, ids, weights, scores.shape[1])
+    assert torch.allclose(known.float(), scores.softmax(dim=-1), atol=1e-3)
+    sigmoid = shares(Weighing("sigmoid", None, 2.5), scores, ids, weights, scores.shape[1])
+    assert torch.allclose(sigmoid.float().sum(dim=-1), torch.ones(len(ids)), atol=1e-2)
+
+
+def test_shares_of_the_chosen_stand_for_what_is_not_known() -> None:
+    """An id past the last expert is none."""
+    ids, weights = torch.tensor([[2, 0], [4, 1]]), torch.tensor([[3.0, 1.0], [0.0, 2.0]])
+    found = shares(None, None, ids, weights, 4)
+    assert found.tolist() == [[0.25, 0, 0.75, 0], [0, 1, 0, 0]]
+    assert shares(None, None, ids, weights * torch.nan, 4).isfinite().all()
+
+
+def test_a_glance_does_without_what_a_look_refuses() -> None:
+    """Red when it raises, or gives up what a look would find out later."""
+    scores, ids, weights = _qwen()
+    watch = WeighingWatch(5)
+    assert watch.glance(scores, ids, torch.rand(weights.shape)) is None
+    assert watch.glance(scores, ids, weights) is None, "it does not try again at every token"
+    assert WeighingWatch(5).glance(scores, ids, weights) is not None
+    assert watch.look(scores, ids, weights) is not None
+    assert watch.glance(scores, ids, weights) is not None
