@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.bench.peers.engine import Start
-from tests.bench.peers.flashmoe import flashmoe, flashmoe_lossless, flashmoe_mapped
+from tests.bench.peers.flashmoe import (
+    flashmoe,
+    flashmoe_lossless,
+    flashmoe_mapped,
+    flashmoe_within_1_percent,
+)
 from tests.bench.peers.llama_cpp import llama_cpp, llama_cpp_one_thread
 from tests.bench.peers.offloaded import accelerate, transformers
 
@@ -33,6 +38,7 @@ class Contender:
 CONTENDERS: dict[str, Contender] = {
     "FlashMoE": Contender(flashmoe),
     "FlashMoE lossless": Contender(flashmoe_lossless),
+    "FlashMoE within 1 %": Contender(flashmoe_within_1_percent),
     "FlashMoE on mmap": Contender(flashmoe_mapped, needs_limit=True, maps_files=True, num_rounds=2),
     "llama.cpp": Contender(llama_cpp, maps_files=True),
     "llama.cpp -t 1": Contender(llama_cpp_one_thread, by_default=False, maps_files=True),

@@ -18,16 +18,19 @@ from tests.bench.peers.engine import (
     first_line,
     process,
 )
-from tests.bench.peers.models import LOSSLESS, STORE
+from tests.bench.peers.models import LOSSLESS, STORE, VARIANTS
 from tests.bench.peers.prompt_lines import TEMPERATURE
 from tests.bench.peers.worker import Worker, working
 
+WITHIN_1_PERCENT = "precision 1"
+
 
 class FlashMoE:
-    """A running node."""
+    """A running node. route: of every request, its prompt included"""
 
-    def __init__(self, client: NodeClient) -> None:
+    def __init__(self, client: NodeClient, route: str = "") -> None:
         self._client = client
+        self._route = route
 
     def generate(self, prompt: Sequence[int], max_tokens: int, seed: int) -> Iterator[Token]:
         generation = self._client.generate(
@@ -36,13 +39,15 @@ class FlashMoE:
             temperature=TEMPERATURE,
             seed=seed,
             ignore_eos=True,
+            route=self._route,
+            route_prompts=True,
         )
         for piece in generation:
             yield Token(piece.token_id, time.monotonic())
 
 
 @contextmanager
-def flashmoe(setup: Setup, store: str = STORE) -> Iterator[FlashMoE]:
+def flashmoe(setup: Setup, store: str = STORE, route: str = "") -> Iterator[FlashMoE]:
     """The cgroup's limit is its ceiling; without one, every expert is resident."""
     run = RunDir(setup.log.parent / "run")
     limit = setup.limit_bytes
@@ -51,7 +56,7 @@ def flashmoe(setup: Setup, store: str = STORE) -> Iterator[FlashMoE]:
     with process(setup, [sys.executable, "-m", "deploy.cli", "serve", *arguments]) as started:
         first_line(started, "ready: ", setup.log)
         with NodeClient(run.address("compute_node")) as client:
-            yield FlashMoE(client)
+            yield FlashMoE(client, route)
         started.send_signal(signal.SIGTERM)
         started.wait(STOP_S)
 
@@ -60,6 +65,15 @@ def flashmoe(setup: Setup, store: str = STORE) -> Iterator[FlashMoE]:
 def flashmoe_lossless(setup: Setup) -> Iterator[FlashMoE]:
     """On the store packed lossless: the same bits in three quarters of the bytes."""
     with flashmoe(setup, LOSSLESS) as engine:
+        yield engine
+
+
+@contextmanager
+def flashmoe_within_1_percent(setup: Setup) -> Iterator[FlashMoE]:
+    """On the store with small records, by the fastest route that `flashmoe tune --quality 1%` finds
+    for the model: it is the shipped one, whatever the width of its experts.
+    """
+    with flashmoe(setup, VARIANTS, WITHIN_1_PERCENT) as engine:
         yield engine
 
 
