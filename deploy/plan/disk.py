@@ -112,7 +112,7 @@ def measure_records(manifest: Manifest, root: Path, read_depth: int = READ_DEPTH
 
     Raises ManifestInvalid, ExpertDamaged.
     """
-    records = list(manifest.records.values())
+    records = manifest.exact_records
     chosen = random.Random(0).sample(records, min(_SAMPLES, len(records)))
     times: list[float] = []
     with open_files(manifest, root, direct_io=True) as files:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def estimate(manifest: Manifest, plan: MemoryPlan, records: RecordSpeed) -> Esti
     share = plan.slots / plan.num_experts
     local = share + (1 - share) * _LOCALITY
     accesses = spec.top_k * len(spec.moe_layers)
-    expert_bytes = manifest.expert_bytes_total / spec.num_experts_total
+    expert_bytes = fmean(record.payload_bytes for record in manifest.exact_records)
     bandwidth = measure_memory()
     touched = manifest.sizing.activated_dense_bytes + accesses * expert_bytes
     compute_s = touched / bandwidth + 40e-6 * 25 * len(spec.moe_layers)

@@ -10,9 +10,11 @@ from expert_store.manifest.manifest import Manifest
 
 def print_written(manifest: Manifest, out: Path) -> None:
     spec = manifest.spec
+    formats = [str(variant.weight_format) for variant in spec.variants.values()]
+    beside = f", and {', '.join(formats)} beside them" if formats else ""
     console.out.print(
         f"{out}: {spec.model_type}, {len(spec.moe_layers)} MoE layers x {spec.num_experts} "
         "experts, "
         f"{console.size(manifest.expert_bytes_total)} of experts, "
-        f"{console.size(manifest.sizing.dense_bytes)} dense, weights {spec.weight_format}"
+        f"{console.size(manifest.sizing.dense_bytes)} dense, weights {spec.weight_format}{beside}"
     )

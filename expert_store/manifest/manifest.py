@@ -16,7 +16,7 @@ from expert_store.manifest.size_classes import SizeClasses
 from expert_store.manifest.sizing import Sizing
 from expert_store.manifest.sources import SourceFile, resolve_inside
 from proto import errors
-from proto.expert import ModelSpec, RecordKey
+from proto.expert import EXACT_VARIANT, ModelSpec, RecordKey
 
 MANIFEST_NAME = "manifest.json"
 IN_PLACE = "in-place"
@@ -53,6 +53,11 @@ class Manifest:
     def expert_bytes_total(self) -> int:
         """Of all variants."""
         return sum(record.payload_bytes for record in self.records.values())
+
+    @property
+    def exact_records(self) -> list[ExpertRecord]:
+        """What a model computes with when nothing else is asked for."""
+        return [one for one in self.records.values() if one.key.variant == EXACT_VARIANT]
 
     def root(self, store_dir: Path, override: Path | None = None) -> Path:
         """Where the source files are: `override`, else what was recorded, relative to the store."""

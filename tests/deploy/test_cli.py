@@ -115,6 +115,33 @@ def test_pack_is_self_contained_and_refuses_to_overwrite(tmp_path: Path) -> None
     assert flashmoe("pack", str(MODEL), "--out", str(store), "--overwrite").returncode == 0
 
 
+def test_pack_of_small_records_beside_exact_ones(tmp_path: Path) -> None:
+    """Red where a plan takes the mean of both for the size of an expert."""
+    store = tmp_path / "store"
+    done = flashmoe("pack", str(MODEL), "--out", str(store), "--variants", "exact,int4")
+    assert done.returncode == 0, done.stderr
+    assert "weights exact, and int4 (group 32, lossy) beside them" in done.stdout
+    planned = flashmoe("plan", str(store), "--memory", "1GiB", "--json")
+    assert json.loads(planned.stdout)["disk"]["record_bytes"] == 3 * 256 * 96 * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--variants", "int4"], "does not name two formats or more"),
+        (["--variants", "exact,int2"], "of exact, lossless, bf16, int8, int4"),
+        (["--variants", "exact,exact"], "each once"),
+        (["--variants", "exact,int4", "--format", "bf16"], "disagree"),
+    ],
+)
+def test_variants_that_make_no_sense_are_refused(
+    arguments: list[str], expected: str, tmp_path: Path
+) -> None:
+    done = flashmoe("pack", str(MODEL), "--out", str(tmp_path / "store"), *arguments)
+    assert done.returncode == 2 and not (tmp_path / "store").exists()
+    assert_one_sentence(done.stderr, expected)
+
+
 def test_plan_of_a_store_and_of_a_checkpoint(tiny_store: Path) -> None:
     for target in (tiny_store, MODEL):
         done = flashmoe("plan", str(target), "--memory", "1GiB", "--json")
