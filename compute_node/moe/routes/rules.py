@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,10 +26,25 @@ EXACT_NAME = "exact"
 
 
 @dataclass(frozen=True)
+class _AllBut:
+    """Every expert is resident but one."""
+
+    missing: int
+
+    def __contains__(self, expert: object) -> bool:
+        return expert != self.missing
+
+
+@dataclass(frozen=True)
 class RuledRoute:
     """A `RoutePolicy`: each rule sees what the one before it chose, precision what all of them
     chose. A token that no rule changes keeps its route bit for bit; so does one whose router is not
     recognised yet, or chose others than the best by score.
+
+    Of several tokens, what one of them is sure to need counts as resident for all, since it is read
+    anyway (SMoE's reuse, arXiv 2508.18983): an expert is sure that the rules would keep if all
+    others were resident. So the order of tokens does not matter, and nothing counts that no token
+    uses.
     """
 
     rules: Sequence[Rule]
@@ -58,14 +73,35 @@ class RuledRoute:
             return route
         ids, weights = route.ids.clone(), route.weights.clone()
         gates, logits = route.weighing.gates(route.scores), route.weighing.logits(route.scores)
-        for row in missing:
-            if not names_the_chosen(route.scores[row], rows[row]):
-                continue
-            token = TokenChoice(rows[row], gates[row].tolist(), logits[row].tolist())
+        tokens = {
+            row: TokenChoice(rows[row], gates[row].tolist(), logits[row].tolist())
+            for row in missing
+            if names_the_chosen(route.scores[row], rows[row])
+        }
+        if len(rows) > 1:
+            unruled = [rows[row] for row in missing if row not in tokens]
+            resident = self._with_sure(tokens.values(), unruled, resident, gates.shape[1])
+        for row, token in tokens.items():
             found = self._choose(token, resident)
             if found != rows[row]:
                 self._put(row, found, route.weighing, gates[row], ids, weights)
         return replace(route, ids=ids, weights=weights)
+
+    def _with_sure(
+        self,
+        tokens: Iterable[TokenChoice],
+        unruled: Iterable[Sequence[int]],
+        resident: Container[int],
+        num_experts: int,
+    ) -> set[int]:
+        """Residents, and what is read whatever they are. unruled: of tokens that no rule changes"""
+        found = {expert for expert in range(num_experts) if expert in resident}
+        found.update(expert for chosen in unruled for expert in chosen)
+        for token in tokens:
+            for expert in token.chosen:
+                if expert not in found and expert in self._choose(token, _AllBut(expert)):
+                    found.add(expert)
+        return found
 
     def _choose(self, token: TokenChoice, resident: Container[int]) -> list[int]:
         for rule in self.rules:
