@@ -7,8 +7,9 @@ exact record that is resident not preferred, an exact miss that keeps its small 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from compute_node.cache.capacity import Capacity
+from compute_node.cache.expert_cache import ExpertCache
+from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.engine.engine import Engine
 from compute_node.engine.request import Request
 from compute_node.engine.sequence import SequenceState
@@ -23,11 +27,14 @@ from compute_node.engine.usage import Usage
 from compute_node.moe.route import EXACT, Route, RoutePolicy
 from compute_node.moe.routes.rules import policy_of
 from compute_node.moe.step import Phase
+from compute_node.store.borrow import StoreClient
+from expert_store.manifest.manifest import Manifest
 from expert_store.offline.pack import pack
 from proto import errors
 from proto.expert import ExpertKey
 from tests.checkpoints import make
 from tests.contract.test_exactness import engine
+from tests.local_store import local_store
 
 TOKENS = [5, 9, 2, 7, 11, 3, 8, 1]
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 64, "head_dim": 64}
@@ -157,3 +164,39 @@ def test_an_exact_pass_beside_leaves_small_records_small(
     assert all(map(torch.equal, plain, checked))
     assert not any(key in node.cache for key in all_experts(node)), "none is exact"
     assert node.exact_pass.num_done == len(TOKENS)
+
+
+def test_nodes_that_share_a_store_find_room_whatever_they_ask(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Exact and small records of two nodes in the same slots, one thread."""
+    pack(checkpoint, tmp_path / "store", variants=("int4",))
+    spec, chance = Manifest.load(tmp_path / "store").spec, random.Random(7)
+    with local_store(tmp_path / "store", tmp_path, 14, read_depth=2) as address, ExitStack() as end:
+        caches = [end.enter_context(cache_of(address, tmp_path, f"n{n}")) for n in range(2)]
+        for _ in range(300):
+            experts = chance.sample(range(spec.num_experts), chance.choice([1, 4, 4, 9]))
+            small = {expert: "int4" for expert in experts if chance.random() < 0.7}
+            cache, layer = chance.choice(caches), chance.choice(spec.moe_layers)
+            _, waves = cache.step(layer, experts, small=small)
+            came = {borrowed.key.expert: borrowed for wave in waves for borrowed in wave}
+            assert came.keys() == set(experts)
+            assert all(one.is_exact or expert in small for expert, one in came.items())
+
+
+@contextmanager
+def cache_of(address: str, run_dir: Path, name: str) -> Iterator[ExpertCache]:
+    """Six slots."""
+    client = StoreClient(address, name, 6, run_dir / "sessions", deadline_s=10)
+    try:
+        description = client.describe()
+        spec, exact_bytes = description.spec, description.lease_bytes["exact"]
+        num_parts = exact_bytes // description.lease_bytes["int4"]
+        layers = spec.moe_layers
+        capacity = Capacity(6 * exact_bytes, exact_bytes, layers, spec.top_k, True, num_parts)
+        chooser = PolicyChooser("decayed", 16, layers, spec.num_experts, lambda: None)
+        cache = ExpertCache(client, capacity, chooser)
+        cache.open()
+        yield cache
+    finally:
+        client.close()

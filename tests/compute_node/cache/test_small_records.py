@@ -8,11 +8,15 @@ a miss, parts of slots in use not counted.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+
+import pytest
 
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
+from proto import errors
 from proto.expert import ExpertKey, RecordKey
-from tests.fakes import FakeLender, make_capacity
+from tests.fakes import FakeArrivals, FakeLender, make_capacity
 
 PARTS = 3
 SMALL = dict.fromkeys(range(64), "int4")
@@ -83,3 +87,35 @@ def test_no_sequence_of_steps_binds_more_slots_than_the_quota() -> None:
             small = count <= 2 and chance.random() < 0.7
             use(cache, *experts, small=small, layer=chance.randrange(2))
         assert len(cache) == len(lender.held)
+
+
+class FullLender(FakeLender):
+    """Other nodes' small records are lent in every slot, for some acquires."""
+
+    num_full = 0
+
+    def borrow(self, *args: Sequence[RecordKey], **more: object) -> FakeArrivals:
+        if self.num_full and args[1]:
+            self.num_full -= 1
+            self.abort()
+            raise errors.SlotsExhausted("records of smaller variants are lent in every slot")
+        return super().borrow(*args, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_full", [1, 2])
+def test_what_finds_no_room_is_lent_anew_once(num_full: int) -> None:
+    """Red where it is tried without end, or not at all."""
+    lender = FullLender(4, num_parts=PARTS)
+    chooser = PolicyChooser("lru", 16.0, (0, 1), 64, lambda: None)
+    cache = ExpertCache(lender, make_capacity(4, (0, 1), 2, True, PARTS), chooser)
+    cache.open()
+    use(cache, 1, 2, small=True)
+    lender.num_full = num_full
+    if num_full == 1:
+        use(cache, 3)
+        assert lender.num_opened == 2
+    else:
+        with pytest.raises(errors.SlotsExhausted):
+            use(cache, 3)
+    use(cache, 1, 2, small=True)
+    assert len(cache) == len(lender.held)
