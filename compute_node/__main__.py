@@ -42,12 +42,14 @@ from compute_node.model.loaded import LoadedModel, load_model
 from compute_node.model.lookahead import Lookahead
 from compute_node.native import binding
 from compute_node.predict.router_map import RouterMap
+from compute_node.quality.guards import Guards
 from compute_node.store.borrow import StoreClient
 from compute_node.store.session import StoreDescription
 from proto import correction, rpc
 from proto.compute_node_pb2_grpc import add_ComputeNodeServicer_to_server
 from proto.expert import EXACT_VARIANT, ModelSpec
 from proto.process import daemon
+from proto.quality import Budget, QualityCard
 
 logger = logging.getLogger("compute_node")
 
@@ -104,8 +106,10 @@ async def run(config: ComputeNodeConfig) -> None:
             evidence,
             run_ahead,
         )
-        stats = NodeStats(engine, compute, store, access_log, advice)
-        service = ComputeNodeService(engine, compute, stats)
+        guards = Guards(quality_card_of(config, spec), engine.limits.check_route)
+        check_default(config, guards)
+        stats = NodeStats(engine, compute, store, access_log, advice, guards)
+        service = ComputeNodeService(engine, compute, stats, guards, config.quality)
         stack.enter_context(
             daemon.serving_metrics(stats.snapshot, config.metrics_port, config.metrics_port_file)
         )
@@ -191,6 +195,22 @@ def router_map_of(config: ComputeNodeConfig, spec: ModelSpec) -> RouterMap | Non
     if config.router_map_path is None:
         return None
     return RouterMap.load(config.router_map_path, spec.fingerprint, spec.num_experts)
+
+
+def quality_card_of(config: ComputeNodeConfig, spec: ModelSpec) -> QualityCard | None:
+    """What was measured of lossy routes, if anything was. Raises QualityCardInvalid,
+    FileNotFoundError.
+    """
+    if config.quality_path is None:
+        return None
+    return QualityCard.load(config.quality_path, spec.fingerprint)
+
+
+def check_default(config: ComputeNodeConfig, guards: Guards) -> None:
+    """Raises InvalidRequest for a default budget that no request could keep."""
+    budget = Budget.parse(config.quality)
+    if budget.fraction:
+        guards.of(budget)
 
 
 def load(

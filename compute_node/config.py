@@ -14,7 +14,9 @@ from pydantic import (
     field_validator,
 )
 
+from proto import errors
 from proto.process import daemon
+from proto.quality import EXACT_NAME, Budget
 from proto.redis_schema import IMPORTANCE_POLICY, PolicySetting
 from proto.rpc import Listen, TlsFiles
 
@@ -45,6 +47,8 @@ class ComputeNodeConfig(BaseModel):
     advice_poll_s: PositiveFloat = 0.02
     forecaster_path: Path | None = None
     router_map_path: Path | None = None
+    quality: str = EXACT_NAME
+    quality_path: Path | None = None
     max_context_tokens: PositiveInt = 2048
     prefill_chunk_tokens: PositiveInt = 512
     prefetch_depth: Annotated[int, Field(ge=0, le=8)] = 3
@@ -67,6 +71,14 @@ class ComputeNodeConfig(BaseModel):
         if url is not None and not url.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("must begin with redis://, rediss:// or unix://")
         return url
+
+    @field_validator("quality")
+    @classmethod
+    def _check_quality(cls, quality: str) -> str:
+        try:
+            return str(Budget.parse(quality))
+        except errors.InvalidRequest as error:
+            raise ValueError(str(error)) from None
 
     @property
     def weighs(self) -> bool:

@@ -87,6 +87,7 @@ class NodeClient:
         inputs: bool = False,
         route: str = "",
         route_prompts: bool = False,
+        quality: str = "",
         timeout_s: float | None = None,
     ) -> Generation:
         """Start generating.
@@ -103,6 +104,8 @@ class NodeClient:
         inputs: record what a router map reads, too; part of predictions
         route: of decode: rules joined by +, as in "prior .05 + skip .5"; empty: exact
         route_prompts: the prompt goes by it, too
+        quality: by how much perplexity may rise, as in "1%"; "exact"; empty: the node's, unless a
+                 route is given
 
         Raises InvalidRequest before anything is sent. Iterating raises what the node ends with.
         """
@@ -119,6 +122,7 @@ class NodeClient:
             ),
             route=arguments.text_of("route", route),
             route_prompts=arguments.flag_of("route_prompts", route_prompts),
+            quality=arguments.text_of("quality", quality),
         )
         arguments.set_prompt(request, prompt)
         arguments.check_size(request)
@@ -132,6 +136,7 @@ class NodeClient:
         context_tokens: int = 0,
         route: str = "",
         check_every: int = 0,
+        quality: str = "",
         timeout_s: float | None = None,
     ) -> Scoring:
         """How likely each token of a text is, computed one by one as decode does.
@@ -139,7 +144,7 @@ class NodeClient:
         text: text or token ids
         max_tokens: a longer text is cut to this many tokens; 0: never
         context_tokens: a longer text is scored in parts of this many; 0: 512
-        route: as in `generate`
+        route, quality: as in `generate`
         check_every: one of this many tokens is computed exactly, too, and compared; 0: none
 
         Raises InvalidRequest before anything is sent. Iterating raises what the node ends with.
@@ -149,6 +154,7 @@ class NodeClient:
             context_tokens=arguments.count_of("context_tokens", context_tokens),
             route=arguments.text_of("route", route),
             check_every=arguments.count_of("check_every", check_every),
+            quality=arguments.text_of("quality", quality),
         )
         if isinstance(text, str):
             request.text = arguments.text_of("text", text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import grpc
@@ -36,6 +36,9 @@ class Phase:
     substituted: int = 0
     skipped: int = 0
     small: int = 0
+    checks: int = 0
+    check_s: float = 0.0
+    check_bytes: int = 0
 
     @property
     def hit_ratio(self) -> float:
@@ -69,10 +72,32 @@ def scored_of(reply: pb.ScoreReply) -> ScoredToken:
 
 
 @dataclass(frozen=True)
+class QualityEstimate:
+    """Of a route's tokens, by those that were checked since it came into force; each bound holds at
+    every moment, at 95 %.
+
+    kl:   mean nats a token, of the exact distribution against the lossy one
+    top1: share of tokens whose likeliest successor is the exact one
+    """
+
+    route: str
+    checks: int
+    kl: float
+    kl_low: float
+    kl_high: float
+    top1: float
+    top1_low: float
+    top1_high: float
+
+
+@dataclass(frozen=True)
 class Result:
     """A finished generation.
 
     warnings: what to know of it, a sentence each
+    quality:  the budget it kept to, or exact; empty: it named a route
+    routes:   its decode steps by route, "" is exact
+    estimate: of the budget's route in force at the end; None: nothing was checked
     steps:    one for each decode step, when recorded
     """
 
@@ -86,6 +111,9 @@ class Result:
     prefill: Phase
     decode: Phase
     warnings: tuple[str, ...] = ()
+    quality: str = ""
+    routes: dict[str, int] = field(default_factory=dict)
+    estimate: QualityEstimate | None = None
     steps: list[RecordedStep] = field(default_factory=list, repr=False)
 
 
@@ -151,10 +179,22 @@ class Generation:
             prefill=_phase(finished.prefill),
             decode=_phase(finished.decode),
             warnings=tuple(finished.warnings),
+            quality=finished.quality,
+            routes={use.route: use.tokens for use in finished.routes},
+            estimate=_estimate(finished),
             steps=self._steps,
         )
         # What was held back belongs to the last token.
         return Piece(self._token_ids[-1], finished.text) if finished.text else None
+
+
+def _estimate(finished: pb.Finished) -> QualityEstimate | None:
+    if not finished.HasField("estimate"):
+        return None
+    found = finished.estimate
+    return QualityEstimate(
+        **{one.name: getattr(found, one.name) for one in fields(QualityEstimate)}
+    )
 
 
 def _phase(usage: pb.PhaseUsage) -> Phase:
@@ -170,4 +210,7 @@ def _phase(usage: pb.PhaseUsage) -> Phase:
         usage.substituted,
         usage.skipped,
         usage.small,
+        usage.checks,
+        usage.check_s,
+        usage.check_bytes,
     )

@@ -6,9 +6,9 @@ Takes a list of sequences, computes one after another.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from compute_node.cache.asked import never
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.engine.exact_pass import ExactPass
 from compute_node.engine.limits import Limits
+from compute_node.engine.lossy import LossyCounts, LossyDecode
 from compute_node.engine.request import Request
 from compute_node.engine.sequence import SequenceState
 from compute_node.engine.usage import Measure, Usage
@@ -31,6 +32,8 @@ from compute_node.model.loaded import LoadedModel
 from compute_node.moe.route import is_exact
 from compute_node.moe.step import Batch, Keeps, Part, Phase, RunsAhead, Step
 from compute_node.predict.predictor import EMBEDDING, Seen
+from compute_node.quality.guard import Estimate
+from compute_node.quality.turns import Turns
 from compute_node.run_ahead.run_ahead import RunAhead
 from compute_node.run_ahead.second_pass import Draw
 from proto import errors
@@ -43,7 +46,11 @@ _WEIGHED_TOKENS = 16  # a cache grows little; weighing it looks at every tensor
 
 @dataclass(frozen=True)
 class Finished:
-    """text: what was held back and is no stop string; warnings: a sentence each"""
+    """text: what was held back and is no stop string; warnings: a sentence each
+
+    routes:   decode steps by what they went by
+    estimate: of the guard that said so; None: there was none, or nothing is checked yet
+    """
 
     reason: str
     text: str
@@ -51,6 +58,8 @@ class Finished:
     prefill: Usage
     decode: Usage
     warnings: tuple[str, ...] = ()
+    routes: Mapping[str, int] = field(default_factory=dict)
+    estimate: Estimate | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -89,6 +98,7 @@ class Engine:
         self._eos_ids = _eos_ids(loaded.model, model_dir)
         self.limits = Limits(loaded, max_context_tokens, prefill_chunk_tokens)
         layers = run_ahead.layers if run_ahead is not None else None
+        self.lossy = LossyCounts()
         self.exact_pass = ExactPass(loaded.forward, cache, layers)
         self._num_sequences = 0
 
@@ -122,26 +132,36 @@ class Engine:
             logits = self.prefill(sequence, check, prefill)
         writer = Writer(request, self.loaded.tokenizer, self._eos_ids)
         ttft_s = time.perf_counter() - start_s
+        lossy = self.lossy_decode(request.turns, decode)
         while True:
             token = writer.next(sequence.token_ids, logits)
             yield token
             if writer.finish_reason:
                 break
             with Measure(self.cache, decode, 1):
-                logits, step = self.forward(
+                logits, step = lossy.step(
                     sequence,
-                    sequence.token_ids[-1:],
-                    Phase.DECODE,
+                    lambda: self.forward(
+                        sequence,
+                        sequence.token_ids[-1:],
+                        Phase.DECODE,
+                        check,
+                        keeps,
+                        lambda: writer.forecast(sequence.token_ids),
+                    ),
                     check,
-                    keeps,
-                    lambda: writer.forecast(sequence.token_ids),
                 )
-            decode.count(step)
             if request.recording:
                 yield self._recorded(step, recording)
         text = writer.flush()
         warnings = self.limits.warnings(request)
-        yield Finished(writer.finish_reason, text, ttft_s, prefill, decode, warnings)
+        estimate = request.guard.estimate if request.guard is not None else None
+        yield Finished(
+            writer.finish_reason, text, ttft_s, prefill, decode, warnings, lossy.routes, estimate
+        )
+
+    def lossy_decode(self, turns: Turns, usage: Usage | None = None) -> LossyDecode:
+        return LossyDecode(turns, self.exact_pass, self.lossy, usage or Usage())
 
     def prefill(
         self,

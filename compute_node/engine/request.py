@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from compute_node.client.sampling_options import SamplingOptions
 from compute_node.evidence.accesses import Recording
 from compute_node.moe.route import EXACT, RoutePolicy
+from compute_node.quality.guard import Guard
+from compute_node.quality.turns import OneRoute, Rung, Turns
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,8 @@ class Request:
     skip_special_tokens: leave them out of the text; else it shows what ends it, too
     recording: what to tell of every decode step; None: nothing
     policy: chooses among the experts of decode steps
+    route:  the policy's name
+    guard:  says for each decode step what it goes by, in place of the policy
     route_prompts: and of the prompt
     """
 
@@ -30,6 +34,12 @@ class Request:
     recording: Recording | None = None
     policy: RoutePolicy = EXACT
     route_prompts: bool = False
+    route: str = ""
+    guard: Guard | None = None
+
+    @property
+    def turns(self) -> Turns:
+        return self.guard or OneRoute(Rung(self.route, self.policy))
 
     @property
     def num_tokens(self) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from compute_node.client.result import ScoredToken
 from compute_node.engine.engine import Engine
 from compute_node.engine.request import Request
 from compute_node.engine.sequence import SequenceState
-from compute_node.moe.route import EXACT, RoutePolicy
-from compute_node.quality.divergence import Divergence
+from compute_node.moe.step import Phase
+from compute_node.quality.turns import OneRoute, Rung, Turns
 from proto import errors
 
 _numbers = itertools.count(1)
@@ -45,28 +46,26 @@ def check_text(engine: Engine, text: ScoredText) -> None:
 def score(
     engine: Engine,
     text: ScoredText,
-    policy: RoutePolicy = EXACT,
-    check_every: int = 0,
+    turns: Turns | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[ScoredToken]:
     """Every token of the text but the first of each part. `check` may raise between layers.
 
-    check_every: the last of this many tokens is compared with exact logits, on the same prefix and
-    state; 0: none. Not where the model cannot compute it, see ExactPass.
+    turns: what each token is computed with, and whether it is compared with exact logits, on the
+    same prefix and state; not where the model cannot compute these, see ExactPass. None: exact
     Raises what `check_text` and Engine.generate raise.
     """
     check_text(engine, text)
-    tokens = itertools.count(1)
+    lossy = engine.lossy_decode(turns or OneRoute(Rung()))
     for part in text.parts:
-        sequence = SequenceState(f"score{next(_numbers)}", [], policy=policy)
+        sequence = SequenceState(f"score{next(_numbers)}", [])
         for token_id, following in itertools.pairwise(part):
             sequence.token_ids.append(token_id)
-            is_checked = check_every > 0 and next(tokens) % check_every == 0
-            exact = engine.exact_pass.logits(sequence, check) if is_checked else None
-            (logits,) = engine.decode([sequence], check)  # [1, V]
+            forward = partial(engine.forward, sequence, [token_id], Phase.DECODE, check)
+            logits, _ = lossy.step(sequence, forward, check)  # [1, V]
             log_prob = float(logits[0].double().log_softmax(dim=-1)[following])
-            if exact is None:
+            found = lossy.latest
+            if found is None:
                 yield ScoredToken(following, log_prob)
-                continue
-            found = Divergence.of(exact, logits)
-            yield ScoredToken(following, log_prob, found.kl, found.agrees)
+            else:
+                yield ScoredToken(following, log_prob, found.kl, found.agrees)

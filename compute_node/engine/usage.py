@@ -19,6 +19,9 @@ class Usage:
     substituted: chosen experts that gave way to others
     skipped:     chosen experts that were left out
     small:       experts computed with a record of fewer bits
+    checks:      tokens that were computed exactly, too, to compare
+    check_s:     of wall_s, spent on that
+    check_bytes: read for it, beside bytes_read
     """
 
     tokens: int = 0
@@ -32,6 +35,9 @@ class Usage:
     substituted: int = 0
     skipped: int = 0
     small: int = 0
+    checks: int = 0
+    check_s: float = 0.0
+    check_bytes: int = 0
 
     def count(self, step: Step) -> None:
         """What the step's route changed."""

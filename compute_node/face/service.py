@@ -19,13 +19,18 @@ from compute_node.engine.text import encode_chat, encode_prompt
 from compute_node.engine.writer import Token
 from compute_node.evidence.accesses import Recording
 from compute_node.face.stats import NodeStats
+from compute_node.moe.route import is_exact
 from compute_node.moe.routes.rules import policy_of
 from compute_node.moe.step import Phase
+from compute_node.quality.guard import Guard
+from compute_node.quality.guards import Guards
+from compute_node.quality.turns import OneRoute, Rung, Turns
 from proto import compute_node_pb2 as pb
 from proto import compute_node_pb2_grpc as pb_grpc
 from proto import errors
 from proto import stats_pb2 as stats_pb
 from proto.access import RecordedStep
+from proto.quality import EXACT_NAME, Budget
 
 SERVICE_NAME = "flashmoe.v1.ComputeNode"
 _DEFAULT_MAX_TOKENS = 128
@@ -35,7 +40,17 @@ _MAX_STOPS = 16
 
 
 class ComputeNodeService(pb_grpc.ComputeNodeServicer):
-    def __init__(self, engine: core.Engine, compute: ComputeThread, stats: NodeStats) -> None:
+    """quality: the budget of requests that name neither one nor a route"""
+
+    def __init__(
+        self,
+        engine: core.Engine,
+        compute: ComputeThread,
+        stats: NodeStats,
+        guards: Guards,
+        quality: str = EXACT_NAME,
+    ) -> None:
+        self._guards, self._quality = guards, quality
         self._engine = engine
         self._compute = compute
         self._stats = stats
@@ -54,7 +69,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         yield pb.GenerateReply(started=pb.Started(prompt_token_ids=wanted.token_ids))
         try:
             async for job, event in jobs:
-                yield _reply(event, job.queued_s)
+                yield _reply(event, job.queued_s, wanted)
         finally:
             await jobs.aclose()  # type: ignore[attr-defined]
 
@@ -65,12 +80,11 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             request.context_tokens or _DEFAULT_SCORE_TOKENS,
         )
         check_text(self._engine, text)
-        policy = policy_of(request.route)
-        self._engine.limits.check_route(policy)
+        turns = self._turns(request)
         self._stats.requests += 1
 
         def work(check: Callable[[], None]) -> Iterator[ScoredToken]:
-            return score(self._engine, text, policy, request.check_every, check)
+            return score(self._engine, text, turns, check)
 
         jobs = self._compute.run(work, context.time_remaining())
         try:
@@ -125,8 +139,29 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             skip_special_tokens=not request.show_special_tokens,
             recording=_recording(request),
             policy=policy_of(request.route),
+            route=request.route,
+            guard=self._guard(request),
             route_prompts=request.route_prompts,
         )
+
+    def _guard(self, request: pb.GenerateRequest | pb.ScoreRequest) -> Guard | None:
+        """None: it is exact, or goes by a route. Raises InvalidRequest."""
+        if request.route and request.quality:
+            raise errors.InvalidRequest("give a route or a quality budget, not both")
+        budget = Budget.parse(EXACT_NAME if request.route else request.quality or self._quality)
+        return self._guards.of(budget) if budget.fraction else None
+
+    def _turns(self, request: pb.ScoreRequest) -> Turns:
+        """Raises InvalidRequest."""
+        if (guard := self._guard(request)) is None:
+            policy = policy_of(request.route)
+            self._engine.limits.check_route(policy)
+            return OneRoute(Rung(request.route, policy), request.check_every)
+        if request.check_every:
+            raise errors.InvalidRequest(
+                "a quality budget says itself what is checked: give a route"
+            )
+        return guard
 
     def _prompt_ids(self, request: pb.GenerateRequest) -> list[int]:
         tokenizer = self._engine.loaded.tokenizer
@@ -197,7 +232,14 @@ def _recording(request: pb.GenerateRequest) -> Recording | None:
     return Recording(wanted.router_scores, wanted.predictions or wanted.inputs, wanted.inputs)
 
 
-def _reply(event: core.Event, queued_s: float) -> pb.GenerateReply:
+def _quality(wanted: Request) -> str:
+    """The budget that it keeps to; empty: it names a route."""
+    if wanted.guard is not None:
+        return str(wanted.guard.budget)
+    return EXACT_NAME if is_exact(wanted.policy) else ""
+
+
+def _reply(event: core.Event, queued_s: float, wanted: Request) -> pb.GenerateReply:
     if isinstance(event, Token):
         return pb.GenerateReply(token=pb.Token(id=event.token_id, text=event.text))
     if isinstance(event, RecordedStep):
@@ -212,5 +254,8 @@ def _reply(event: core.Event, queued_s: float) -> pb.GenerateReply:
             prefill=pb.PhaseUsage(**asdict(event.prefill)),
             decode=pb.PhaseUsage(**asdict(event.decode)),
             warnings=event.warnings,
+            quality=_quality(wanted),
+            routes=[pb.RouteUse(route=name, tokens=num) for name, num in event.routes.items()],
+            estimate=pb.QualityEstimate(**asdict(event.estimate)) if event.estimate else None,
         )
     )

@@ -10,6 +10,7 @@ from compute_node.evidence import learning
 from compute_node.evidence.advice import AdviceFeed
 from compute_node.evidence.log import AccessLog
 from compute_node.kernels.counts import KernelCounts
+from compute_node.quality.guards import Guards
 from compute_node.run_ahead.run_ahead import RunAhead
 from compute_node.store.borrow import StoreClient
 from proto import stats
@@ -26,6 +27,7 @@ class NodeStats:
     store: StoreClient
     access_log: AccessLog | None
     advice: AdviceFeed | None
+    guards: Guards
     requests: int = fact("since the start", start=0)
 
     def snapshot(self) -> pb.Snapshot:
@@ -45,6 +47,10 @@ class NodeStats:
             loaded.routers,
             foresight.misses,
             self.engine.run_ahead or Absent(RunAhead),
+            self.engine.lossy,
+            self.engine.exact_pass,
+            self.engine.exact_pass.loans,
+            *(labelled(guard, budget=guard.budget) for guard in self.guards),
             *(
                 labelled(worth, predictor=predictor, layers_ahead=number)
                 for predictor, number, worth in foresight.worths()

@@ -29,7 +29,7 @@ class Estimate:
     """
 
     route: str
-    num_checks: int
+    checks: int
     kl: float
     kl_low: float
     kl_high: float

@@ -121,8 +121,28 @@ def _node_facts(stats: Stats) -> Facts:
         **_pick(stats, ("layers_without_stream", "layers_without_router")),
         "foresight": _foresight(stats),
         **_pick(stats, ("run_ahead", "run_ahead_s", "run_ahead_starts")),
+        **_pick(stats, ("exact_pass", "lossy_tokens")),
+        "quality": _quality(stats),
         "stall_s": {cause: round(s.stall_cause_s, 3) for cause, s in stats.by("cause").items()},
     }
+
+
+def _quality(stats: Stats) -> list[Facts]:
+    """A line for each budget that was asked for: what decodes within it now, and what checks found
+    of that.
+    """
+    return [
+        {
+            "budget": budget,
+            "route": guard.quality_route,
+            **{name: _rounded(guard.get(f"quality_{name}"), 5) for name in _GUARDED},
+            **{name: guard.get(f"quality_{name}") for name in ("checks", "tightened", "relaxed")},
+        }
+        for budget, guard in stats.by("budget").items()
+    ]
+
+
+_GUARDED = ("kl", "kl_low", "kl_high", "kl_limit", "top1")
 
 
 def _recall(stats: Stats) -> float | None:

@@ -22,6 +22,7 @@ from compute_node.engine.scoring import ScoredText, score
 from compute_node.engine.sequence import SequenceState
 from compute_node.moe.route import EXACT, Route, RoutePolicy
 from compute_node.quality.divergence import Divergence
+from compute_node.quality.turns import OneRoute, Rung
 from compute_node.run_ahead.fork import Fork
 from expert_store.offline.index import index
 from tests.architectures import causal_types, tiny_config
@@ -117,9 +118,9 @@ def test_a_trace_would_be_seen(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_text_is_checked_as_often_as_asked(tmp_path: Path) -> None:
     with node_of(make("mixtral", tmp_path / "checkpoint", torch.float32), tmp_path) as node:
         text = ScoredText(tuple(prompt()), 12)
-        plain = [*score(node, text, LOSSY)]
-        checked = [*score(node, text, LOSSY, 3)]
-        exact = [*score(node, text, EXACT, 1)]
+        plain = [*score(node, text, OneRoute(Rung("", LOSSY)))]
+        checked = [*score(node, text, OneRoute(Rung("", LOSSY), 3))]
+        exact = [*score(node, text, OneRoute(Rung(), 1))]
     assert [token.log_prob for token in plain] == [token.log_prob for token in checked]
     assert all(token.kl is None is token.agrees for token in plain)
     kls = [token.kl is not None for token in checked]
