@@ -39,6 +39,7 @@ class WithoutTheLast:
 
     needs_scores: bool = False
     needs_small: bool = False
+    all_small: bool = False
 
     def apply(self, route: Route, resident: Container[int]) -> Route:
         weights = route.weights.clone()
