@@ -5,6 +5,7 @@ daemon's.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from pydantic import (
 
 from expert_store.manifest.sizing import Sizing
 from proto import errors
+from proto.quality import EXACT_NAME, QUALITY_NAME
 from proto.redis_schema import PolicySetting
 
 
@@ -36,6 +38,7 @@ DEFAULT_RUN_DIR = _default_run_dir()
 _LOCAL_FILE = Path("flashmoe.toml")
 _BYTES = TypeAdapter(ByteSize)
 _CALIBRATED = ("forecaster_path", "router_map_path")  # what daemons' tables call it
+_TUNED = ("quality_path", "quality")
 
 
 class ServeSettings(BaseModel):
@@ -50,10 +53,12 @@ class ServeSettings(BaseModel):
     redis: str | None = None
     source: Path | None = None
     policy: PolicySetting = "auto"
+    quality: str = EXACT_NAME
     expert_store: dict[str, Any] = Field(default_factory=dict)
     compute_node: dict[str, Any] = Field(default_factory=dict)
     scheduler: dict[str, Any] = Field(default_factory=dict)
     _is_calibrated: bool = PrivateAttr(default=True)
+    _is_tuned: bool = PrivateAttr(default=True)
 
     @classmethod
     def load(cls, path: Path | None) -> Self:
@@ -132,12 +137,30 @@ class ServeSettings(BaseModel):
         named, beside = self.compute_node.get("router_map_path"), store_dir / ROUTER_MAP_NAME
         return self._calibrated(named, beside, "router map", "flashmoe calibrate")
 
+    @property
+    def default_quality(self) -> str:
+        """Of requests that do not say one: a budget, or "exact". What [serve] or a flag says wins
+        over the node's own table.
+        """
+        own = self.compute_node.get("quality", EXACT_NAME)
+        return self.quality if self.quality != EXACT_NAME else str(own)
+
+    def quality_card(self, store_dir: Path) -> Path | None:
+        """What was measured of lossy routes: the file that [compute_node] names, else the one
+        beside the manifest. Raises ConfigInvalid when the file that is named is not there.
+        """
+        if not self._is_tuned:
+            return None
+        named, beside = self.compute_node.get("quality_path"), store_dir / QUALITY_NAME
+        return self._found(named, beside, "quality card", "flashmoe tune --out")
+
     def _calibrated(self, named: Any, beside: Path, what: str, command: str) -> Path | None:
+        return self._found(named, beside, what, command) if self._is_calibrated else None
+
+    def _found(self, named: Any, beside: Path, what: str, command: str) -> Path | None:
         """The file that is named, else the one beside the manifest if it is there. Raises
         ConfigInvalid when the file that is named is not, with the command that writes one.
         """
-        if not self._is_calibrated:
-            return None
         path = Path(str(named or beside))
         if path.is_file():
             return path
@@ -159,20 +182,32 @@ class ServeSettings(BaseModel):
         """These settings without what was calibrated, wherever it lies: for a stack that calibrates
         anew, which a damaged file must not keep from starting.
         """
+        left = self._without(_CALIBRATED)
+        left._is_calibrated = False
+        return left
+
+    def untuned(self) -> Self:
+        """These settings without a quality card, wherever it lies, and exact by default: for a
+        stack that measures anew, which a damaged card must not keep from starting.
+        """
+        left = self._without(_TUNED).model_copy(update={"quality": EXACT_NAME})
+        left._is_tuned = False
+        return left
+
+    def _without(self, keys: Collection[str]) -> Self:
         tables = {"scheduler": self.scheduler, "compute_node": self.compute_node}
-        left = self.model_copy(
+        return self.model_copy(
             update={
-                name: {key: value for key, value in table.items() if key not in _CALIBRATED}
+                name: {key: value for key, value in table.items() if key not in keys}
                 for name, table in tables.items()
             }
         )
-        left._is_calibrated = False
-        return left
 
     def with_flags(self, **flags: Any) -> Self:
         """These settings, with every flag that was given."""
         given = {name: value for name, value in flags.items() if value is not None}
-        return self.model_copy(update=given)
+        left = self._without({"quality"}) if "quality" in given else self
+        return left.model_copy(update=given)
 
 
 def router_map_beside(forecaster: Path) -> Path:

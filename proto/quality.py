@@ -58,7 +58,8 @@ class Budget:
         return cls(fraction)
 
     def __str__(self) -> str:
-        return f"{100 * self.fraction:.6g}%" if self.fraction else EXACT_NAME
+        percent = f"{100 * self.fraction:.8f}".rstrip("0").rstrip(".")
+        return f"{percent}%" if self.fraction else EXACT_NAME
 
     @property
     def rounded_up(self) -> Budget:

@@ -114,7 +114,7 @@ class TextScorer:
 
     max_tokens: the most tokens of a text; 0: all
     route:      the rules of decode, as `NodeClient.score` takes them
-    check_every: the same
+    check_every, quality: the same
     report:     called with the number of tokens of this text that are scored
     """
 
@@ -123,6 +123,7 @@ class TextScorer:
     context_tokens: int
     route: str = ""
     check_every: int = 0
+    quality: str = ""
     report: Callable[[int], None] = lambda num_tokens: None
     _current: Scoring | None = None
     _cancelled: bool = False
@@ -157,6 +158,7 @@ class TextScorer:
             context_tokens=self.context_tokens,
             route=self.route,
             check_every=self.check_every,
+            quality=self.quality,
         )
         if self._cancelled:  # between two texts, when there was none to cancel
             self._current.cancel()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from compute_node.client.result import Phase, Result
 from deploy.stack.memory import MemoryReport
 from deploy.terminal import console
+from proto.quality import EXACT_NAME
 
 _ENDS = {"stop": "ended by itself or at a stop string", "length": "cut at --max-tokens"}
 
@@ -29,7 +31,7 @@ def summary_rows(result: Result, report: MemoryReport | None) -> dict[str, str]:
         "time to first token": f"{result.ttft_s:.2f} s ({result.prefill.tokens:,} prompt tokens)",
     }
     if has_decoded:
-        rows |= _decode_rows(decode, result.prefill)
+        rows |= _quality_rows(result) | _decode_rows(decode, result.prefill)
     if report is not None:
         rows["peak memory"] = (
             f"{console.size(report.peak_bytes)} of {console.size(report.ceiling_bytes)}"
@@ -51,6 +53,23 @@ def _decode_rows(decode: Phase, prefill: Phase) -> dict[str, str]:
         "time per token": f"{_ms(decode.wall_s, decode)}: {_ms(compute_s, decode)} computing, "
         f"{_ms(decode.stall_s, decode)} waiting",
     }
+
+
+def _quality_rows(result: Result) -> dict[str, str]:
+    """Which settings ran and what checks found; nothing where everything was exact."""
+    if not any(result.routes):
+        return {}
+    total = sum(result.routes.values())
+    shares = [f"{use / total:.0%} {route or EXACT_NAME}" for route, use in result.routes.items()]
+    budget = f"budget {result.quality}: " if result.quality else ""
+    rows = {"lossy": f"{budget}{', '.join(shares)}"}
+    if found := result.estimate:
+        rows["checked"] = (
+            f"{found.checks:,} tokens by {found.route or EXACT_NAME}: KL {found.kl:.4f} "
+            f"({found.kl_low:.4f} to {found.kl_high:.4f}) nats a token, {found.top1:.1%} "
+            f"({found.top1_low:.1%} to {found.top1_high:.1%}) the exact model's likeliest"
+        )
+    return rows
 
 
 def _changed_row(decode: Phase) -> dict[str, str]:
@@ -83,6 +102,9 @@ def result_document(result: Result, report: MemoryReport | None) -> dict[str, An
         "wall_s": _phases(result, lambda phase: phase.wall_s),
         "uncovered_s": _phases(result, lambda phase: phase.uncovered_s),
         "device_s": _phases(result, lambda phase: phase.device_s),
+        "quality": result.quality,
+        "routes": result.routes,
+        "quality_estimate": asdict(result.estimate) if result.estimate else None,
         "substituted": result.decode.substituted,
         "skipped": result.decode.skipped,
         "small": result.decode.small,

@@ -119,15 +119,17 @@ def own_stack(
     stopped: Callable[[], bool],
     *,
     is_calibrated: bool = True,
+    is_tuned: bool = True,
 ) -> Iterator[tuple[Stack, RunDir]]:
     """A stack in a scratch run directory, for the block. flags: as `with_flags` takes them;
-    is_calibrated: it uses what was calibrated for the store.
+    is_calibrated: it uses what was calibrated for the store; is_tuned: and its quality card.
 
     Raises as `StackPlan.of` and `serving` do.
     """
     with tempfile.TemporaryDirectory(prefix=leftovers.SCRATCH_PREFIX) as scratch:
         settings = ServeSettings.load(config).with_flags(**flags, run_dir=Path(scratch))
-        plan = StackPlan.of(settings if is_calibrated else settings.uncalibrated())
+        settings = settings if is_calibrated else settings.uncalibrated()
+        plan = StackPlan.of(settings if is_tuned else settings.untuned())
         console.say(f"starting {plan.model_name} ...")
         with serving(plan, stopped, say=console.say) as stack:
             yield stack, plan.run_dir

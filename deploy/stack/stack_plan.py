@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deploy.plan.budget import MemoryPlan, forecaster_room, plan_memory, router_map_room
 from deploy.settings import ServeSettings, parse_bytes
+from deploy.stack.quality_check import check_quality
 from deploy.stack.run_dir import RunDir
 from deploy.terminal import console
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest
@@ -28,14 +29,17 @@ class StackPlan:
     def of(cls, settings: ServeSettings) -> StackPlan:
         """Plan what the settings ask for. Prints the plan's warnings on stderr.
 
-        Raises ConfigInvalid, ManifestInvalid, MemoryExceeded.
+        Raises ConfigInvalid, ManifestInvalid, MemoryExceeded, InvalidRequest, QualityCardInvalid.
         """
         if settings.model is None:
             raise errors.ConfigInvalid("give --model STORE, or model in the [serve] table")
         manifest = load_store(settings.model)
         ceiling_bytes = parse_bytes(settings.memory, "--memory") if settings.memory else None
         memory = plan_stack_memory(settings, settings.model, manifest, ceiling_bytes)
-        for warning in memory.warnings:
+        about_quality = check_quality(
+            settings, settings.model, manifest.spec.fingerprint, memory.experts_bytes
+        )
+        for warning in (*memory.warnings, *filter(None, [about_quality])):
             console.say(f"warning: {warning}")
         return cls(settings, settings.model, manifest, memory)
 

@@ -49,20 +49,31 @@ def compose(
         "scheduler": _scheduler_table(run, settings, manifest),
     }
     _check_overrides(settings, tables)
-    if forecaster := settings.forecaster(store_dir):
-        for name in ("compute_node", "scheduler"):
-            tables[name]["forecaster_path"] = str(forecaster.resolve())
-    if router_map := settings.router_map(store_dir):
-        tables["compute_node"]["router_map_path"] = str(router_map.resolve())
+    _name_files(tables, settings, store_dir)
     if settings.source:
         tables["expert_store"]["source_root"] = str(settings.source.resolve())
     for name, table in tables.items():
         table.update(getattr(settings, name))
+        if name == "compute_node":
+            table["quality"] = settings.default_quality
         try:
             _CONFIGS[name].model_validate(table)
         except ValidationError as error:
             raise errors.ConfigInvalid.of(f"table [{name}]", error) from error
     return tables
+
+
+def _name_files(
+    tables: dict[str, dict[str, Any]], settings: ServeSettings, store_dir: Path
+) -> None:
+    """Tell the daemons where what was calibrated and tuned lies, if anything was."""
+    if forecaster := settings.forecaster(store_dir):
+        for name in ("compute_node", "scheduler"):
+            tables[name]["forecaster_path"] = str(forecaster.resolve())
+    if router_map := settings.router_map(store_dir):
+        tables["compute_node"]["router_map_path"] = str(router_map.resolve())
+    if quality_card := settings.quality_card(store_dir):
+        tables["compute_node"]["quality_path"] = str(quality_card.resolve())
 
 
 def _store_table(

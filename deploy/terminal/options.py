@@ -48,6 +48,18 @@ ROUTE = typer.Option(
     '"substitute .5", "skip .5", "precision .9", joined by +. (default: exact)',
     show_default=False,
 )
+QUALITY = typer.Option(
+    metavar="BUDGET",
+    help="Lossy: the fastest decoding by which perplexity rises no more, as 1%, by what `flashmoe "
+    "tune` measured; or exact. (default: as the stack is served)",
+    show_default=False,
+)
+DEFAULT_QUALITY = typer.Option(
+    metavar="BUDGET",
+    help="Lossy unless a request says otherwise: the fastest decoding by which perplexity rises no "
+    "more, as 1%, by what `flashmoe tune` measured. (default: exact)",
+    show_default=False,
+)
 ROUTE_PROMPTS = typer.Option("--route-prompts", help="The prompt goes by --route, too.")
 SPECIAL_TOKENS = typer.Option(
     "--special-tokens", help="Show special tokens in the text, such as the end of text."

@@ -23,6 +23,7 @@ from deploy.terminal import console, options
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest, check_sources
 from proto import errors
 from proto.checkpoint import hub_cache
+from proto.quality import QUALITY_NAME
 from scheduler.config import FORECASTER_NAME
 
 OUT = typer.Option("--out", metavar="DIR", help="Folder to write; DIR/run will hold the sockets.")
@@ -158,6 +159,8 @@ def container_tables(
             tables[name]["forecaster_path"] = str(STORE_DIR / FORECASTER_NAME)
     if settings.model is not None and (settings.model / ROUTER_MAP_NAME).exists():
         tables["compute_node"]["router_map_path"] = str(STORE_DIR / ROUTER_MAP_NAME)
+    if settings.model is not None and (settings.model / QUALITY_NAME).exists():
+        tables["compute_node"]["quality_path"] = str(STORE_DIR / QUALITY_NAME)
     return tables
 
 

@@ -20,6 +20,7 @@ from deploy.terminal.prompts import Prompt, read_prompts
 from deploy.terminal.signals import stop_flag, work_until_stopped
 from expert_store.offline.card import check_card, write_perplexity
 from proto import errors
+from proto.quality import EXACT_NAME
 
 TEXT = typer.Option(
     metavar="FILE",
@@ -45,6 +46,7 @@ def eval(
     memory: Annotated[str | None, options.MEMORY] = None,
     experts_memory: Annotated[str | None, options.EXPERTS_MEMORY] = None,
     route: Annotated[str, options.ROUTE] = "",
+    quality: Annotated[str, options.QUALITY] = "",
     card: Annotated[bool, CARD] = False,
     as_json: Annotated[bool, options.JSON] = False,
     config: Annotated[Path | None, options.CONFIG] = None,
@@ -58,22 +60,23 @@ def eval(
     if card:
         check_card(store)
     if memory is None and experts_memory is None:
-        if route:
+        if route or quality:
             raise errors.ConfigInvalid(
-                "--route changes nothing where all experts are in memory: give --memory or "
-                "--experts-memory, too"
+                "--route and --quality change nothing where all experts are in memory: give "
+                "--memory or --experts-memory, too"
             )
         experts_memory = "100%"
     share = -(-max_tokens // len(texts))
     stopped = stop_flag()
 
-    def measure(model: Path, rules: str) -> _Measured:
+    def measure(model: Path, way: _Way) -> _Measured:
         flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
-        how = (share, context_tokens, rules)
-        within = f"{memory or experts_memory} in memory" if rules else ""
-        return _Measured(model, rules, within, _score(config, flags, texts, how, stopped))
+        within = f"{memory or experts_memory} in memory"
+        limits = (share, context_tokens)
+        return _Measured(model, way, within, _score(config, flags, texts, way, limits, stopped))
 
-    scores = [measure(store, route)] + ([measure(against, "")] if against else [])
+    scores = [measure(store, _Way(route, quality))]
+    scores += [measure(against, _Way())] if against else []
     comparison = Comparison.of(scores[0].score, scores[1].score) if against else None
     if card:
         write_perplexity(store, _card_figures(texts, scores, comparison, context_tokens))
@@ -84,30 +87,53 @@ def eval(
 
 
 @dataclass(frozen=True)
+class _Way:
+    """How experts are chosen: by a route, or within a quality budget; by neither, exactly."""
+
+    route: str = ""
+    quality: str = ""
+
+    def __str__(self) -> str:
+        if self.route:
+            return f"routed by {self.route}"
+        return f"within a quality budget of {self.quality}" if self.quality else ""
+
+    def scorer(
+        self, node: NodeClient, limits: tuple[int, int], report: Callable[[int], None]
+    ) -> TextScorer:
+        """Exact is asked for by name: the node's default may be lossy. limits: tokens of a text,
+        and of a part of it
+        """
+        quality = self.quality or ("" if self.route else EXACT_NAME)
+        return TextScorer(node, *limits, self.route, quality=quality, report=report)
+
+
+@dataclass(frozen=True)
 class _Measured:
-    """within: the memory on which what a route costs depends; empty without one"""
+    """within: the memory on which what a way costs depends"""
 
     store: Path
-    route: str
+    way: _Way
     within: str
     score: TextScore
 
     @property
     def weights(self) -> str:
         weights = str(load_store(self.store).spec.weight_format)
-        return f"{weights}, routed by {self.route}, {self.within}" if self.route else weights
+        return f"{weights}, {self.way}, {self.within}" if str(self.way) else weights
 
 
 def _score(
     config: Path | None,
     flags: Mapping[str, Any],
     texts: Sequence[Prompt],
-    how: tuple[int, int, str],
+    way: _Way,
+    limits: tuple[int, int],
     stopped: Callable[[], bool],
 ) -> TextScore:
     """Score the texts with a stack of its own.
 
-    how: the most tokens of a text, and of one part of it, and the route
+    limits: the most tokens of a text, and of one part of it
     Raises KeyboardInterrupt when the user stops it.
     """
 
@@ -124,7 +150,7 @@ def _score(
         own_stack(config, flags, stopped) as (stack, run),
         NodeClient(run.address("compute_node")) as node,
     ):
-        scorer = TextScorer(node, *how, report=report)
+        scorer = way.scorer(node, limits, report)
         work = partial(scorer.run, texts, say)
         return work_until_stopped(work, scorer.cancel, stack.watch, stopped)
 
@@ -134,7 +160,8 @@ def _document(scores: Sequence[_Measured], comparison: Comparison | None) -> dic
         {
             "store": str(one.store),
             "weights": one.weights,
-            "route": one.route,
+            "route": one.way.route,
+            "quality": one.way.quality,
             "tokens": len(one.score.scored),
             "nats_per_token": one.score.nats_per_token,
             "bits_per_token": one.score.bits_per_token,

@@ -28,6 +28,7 @@ def generate(
     special_tokens: Annotated[bool, options.SPECIAL_TOKENS] = False,
     route: Annotated[str, options.ROUTE] = "",
     route_prompts: Annotated[bool, options.ROUTE_PROMPTS] = False,
+    quality: Annotated[str, options.QUALITY] = "",
     timeout: Annotated[float | None, options.TIMEOUT] = None,
     as_json: Annotated[bool, options.JSON] = False,
     config: Annotated[Path | None, options.CONFIG] = None,
@@ -51,6 +52,7 @@ def generate(
             skip_special_tokens=not special_tokens,
             route=route,
             route_prompts=route_prompts,
+            quality=quality,
             timeout_s=timeout,
         )
         try:

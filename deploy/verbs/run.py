@@ -29,6 +29,7 @@ def run(
     temperature: Annotated[float, options.TEMPERATURE] = 0.0,
     seed: Annotated[int | None, options.SEED] = None,
     ignore_eos: Annotated[bool, options.IGNORE_EOS] = False,
+    quality: Annotated[str | None, options.DEFAULT_QUALITY] = None,
     config: Annotated[Path | None, options.CONFIG] = None,
 ) -> None:
     """Start a stack of its own, generate once, print a summary, stop.
@@ -37,7 +38,12 @@ def run(
     """
     text = choose_prompt(prompt, prompt_file)
     stopped = stop_flag()
-    flags = {"model": model, "memory": memory, "experts_memory": experts_memory}
+    flags = {
+        "model": model,
+        "memory": memory,
+        "experts_memory": experts_memory,
+        "quality": quality,
+    }
     with own_stack(config, flags, stopped) as (stack, run), ThreadPoolExecutor(1) as threads:
         if stopped():
             raise typer.Abort

@@ -10,6 +10,7 @@ from deploy.stack.launcher import serving
 from deploy.stack.stack_plan import StackPlan
 from deploy.terminal import console, options
 from deploy.terminal.signals import stop_flag
+from proto.quality import EXACT_NAME
 from proto.redis_schema import PolicySetting
 
 
@@ -21,6 +22,7 @@ def serve(
     redis: Annotated[str | None, options.REDIS] = None,
     source: Annotated[Path | None, options.SOURCE] = None,
     policy: Annotated[PolicySetting | None, options.POLICY] = None,
+    quality: Annotated[str | None, options.DEFAULT_QUALITY] = None,
     forecaster: Annotated[Path | None, options.FORECASTER] = None,
     config: Annotated[Path | None, options.CONFIG] = None,
 ) -> None:
@@ -36,6 +38,7 @@ def serve(
         redis=redis,
         source=source,
         policy=policy,
+        quality=quality,
     )
     if forecaster is not None:
         settings = settings.with_forecaster(forecaster)
@@ -45,7 +48,13 @@ def serve(
             console.out.print(
                 f"ready: {plan.model_name}, {plan.memory.slots} of {plan.memory.num_experts} "
                 f"experts in memory, ceiling {console.size(plan.memory.ceiling_bytes)}, "
-                f"run dir {settings.run_dir}",
+                f"run dir {settings.run_dir}{_lossy(settings)}",
             )
         stack.watch(stopped)
     console.say("stopped")
+
+
+def _lossy(settings: ServeSettings) -> str:
+    """What is not exact is announced."""
+    quality = settings.default_quality
+    return "" if quality == EXACT_NAME else f", lossy within {quality} unless a request says exact"

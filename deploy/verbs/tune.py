@@ -60,7 +60,7 @@ def tune(
     latency: Annotated[str | None, LATENCY] = None,
     max_tokens: Annotated[int, MAX_TOKENS] = 2048,
     passage_tokens: Annotated[int, PASSAGE] = 256,
-    settings: Annotated[int, SETTINGS] = 18,
+    settings: Annotated[int, SETTINGS] = 20,
     out: Annotated[Path | None, OUT] = None,
     as_json: Annotated[bool, options.JSON] = False,
     config: Annotated[Path | None, options.CONFIG] = None,
@@ -85,7 +85,7 @@ def tune(
             for suffix in (path.suffix, ".md", ".svg")
         )
         with (
-            own_stack(config, flags, stopped) as (stack, run),
+            own_stack(config, flags, stopped, is_tuned=False) as (stack, run),
             NodeClient(run.address("compute_node")) as node,
         ):
             tuning = Tuning(

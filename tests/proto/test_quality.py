@@ -185,9 +185,18 @@ def test_refuses_what_is_no_budget(text: str) -> None:
         Budget.parse(text)
 
 
-def test_prints_a_budget_as_it_is_said() -> None:
-    assert [str(Budget.parse(text)) for text in ("exact", "1%", "0.05%")] == [
-        "exact",
-        "1%",
-        "0.05%",
-    ]
+@pytest.mark.parametrize("text", ["exact", "1%", "0.05%", "100%", "0.00001%", "33.333333%"])
+def test_prints_a_budget_as_it_is_said(text: str) -> None:
+    assert str(Budget.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("fraction", "said"), [(0.00471, "0.48%"), (0.02, "2%"), (0.1234, "13%"), (1e-7, "0.01%")]
+)
+def test_rounds_a_budget_up(fraction: float, said: str) -> None:
+    assert str(Budget(fraction).rounded_up) == said
+
+
+def test_the_budget_rounded_up_buys_the_setting() -> None:
+    for one in SETTINGS:
+        assert one.is_within(one.least_budget.rounded_up)

@@ -7,6 +7,7 @@ after their variables, markup taken from a value, and no facts where there is no
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -201,6 +202,22 @@ def test_a_summary_has_words_only() -> None:
         "time per token": "100.0 ms: 80.0 ms computing, 20.0 ms waiting",
         "peak memory": "512.0 MiB of 1.0 GiB",
     }
+
+
+def test_a_summary_says_what_was_lossy() -> None:
+    """And nothing of it where every token was exact."""
+    estimate = result.QualityEstimate("skip 0.5", 50, 0.002, 0.001, 0.004, 0.98, 0.93, 0.99)
+    routes = {"": 1, "skip 0.5": 9}
+    lossy = replace(finished(11), quality="1%", routes=routes, estimate=estimate)
+    rows = summary_rows(lossy, None)
+    assert rows["lossy"] == "budget 1%: 10% exact, 90% skip 0.5"
+    assert rows["checked"] == (
+        "50 tokens by skip 0.5: KL 0.0020 (0.0010 to 0.0040) nats a token, 98.0% (93.0% to 99.0%) "
+        "the exact model's likeliest"
+    )
+    named = replace(finished(11), routes={"skip 0.5": 10})
+    assert summary_rows(named, None)["lossy"] == "100% skip 0.5"
+    assert "lossy" not in summary_rows(replace(finished(11), routes={"": 10}), None)
 
 
 def test_one_token_has_no_speed() -> None:

@@ -88,7 +88,7 @@ def test_a_route_without_a_memory_is_refused(tiny_store: Path, tmp_path: Path) -
     text.write_text(TEXTS[0])
     done = flashmoe("eval", str(tiny_store), "--text", str(text), "--route", "prior .1")
     assert done.returncode == 2 and "starting" not in done.stderr
-    assert "--route changes nothing where all experts are in memory" in done.stderr
+    assert "--route and --quality change nothing where all experts are in memory" in done.stderr
 
 
 def score(*log_probs: float, first_id: int = 5) -> TextScore:
@@ -158,7 +158,13 @@ def test_texts_are_scored_in_order() -> None:
     found = scorer.run(texts, lambda number, text: heard.append((number, text.name)))
     assert [token.log_prob for token in found.scored] == [-2.0, -4.0]
     assert heard == [(0, "a"), (1, "b")]
-    asked = {"max_tokens": 7, "context_tokens": 3, "route": "skip .5", "check_every": 0}
+    asked = {
+        "max_tokens": 7,
+        "context_tokens": 3,
+        "route": "skip .5",
+        "check_every": 0,
+        "quality": "",
+    }
     assert node.asked == [asked] * 2
     assert found.bytes_per_token == 50.0
     assert found.token_s == ((), ())
