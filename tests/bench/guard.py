@@ -1,7 +1,7 @@
 """How soon a quality guard notices a setting that costs more than its card says, and how often it
 suspects one that does not; on the shipped model, 12 of 32 slots a layer.
 
-    python -m tests.bench.guard TEXT [--runs 10] [--parts planted,honest,simulated]
+    python -m tests.bench.guard TEXT [--runs 10] [--honest-runs 1] [--parts planted,...]
 
 TEXT: prompts, as `flashmoe eval --text` takes them. Generated at temperature 1 by a real node from
 their beginnings. `simulated`: a guard hears of recorded checks, text after text drawn anew.
@@ -117,13 +117,13 @@ def alike(budget: float, number: int) -> str:
     return f"{100 * budget * (1 + 1e-5 * number):.6g}%"
 
 
-def planted(prompts: Sequence[Prompt], num_runs: int) -> None:
+def planted(prompts: Sequence[Prompt], given: argparse.Namespace) -> None:
     rows = []
     with node_with(PLANTED) as node:
         for budget in BUDGETS:
             runs = [
                 tokens_until_left(node, prompts, alike(budget, seed), seed, NEVER)
-                for seed in range(num_runs)
+                for seed in range(given.runs)
             ]
             tokens, checks = [run[0] for run in runs], [run[1] for run in runs]
             late = sum(num > 1000 for num in tokens)
@@ -131,16 +131,26 @@ def planted(prompts: Sequence[Prompt], num_runs: int) -> None:
             rows.append([f"{budget:.1%}", spread(tokens, 0), spread(checks, 0), late, missed])
             print(f"  {budget:.1%}: tokens {tokens}, checks {checks}", flush=True)
     header = ["budget", "tokens until undone", "checks", "beyond 1,000", "never"]
-    show(f"planted: {PLANTED}, said to cost nothing, {num_runs} runs", header, rows)
+    show(f"planted: {PLANTED}, said to cost nothing, {given.runs} runs", header, rows)
 
 
-def honest(prompts: Sequence[Prompt], num_runs: int) -> None:
+def honest(prompts: Sequence[Prompt], given: argparse.Namespace) -> None:
+    rows = []
     with node_with(HONEST) as node:
-        quality = f"{100 * HONEST_BUDGETS[0]:.6g}%"
-        tokens, checks, left = tokens_until_left(node, prompts, quality, 1, MANY)
-        guard = node.stats().by("budget")[quality]
-        found = f"KL {guard.quality_kl:.5f}" if guard.quality_kl is not None else "exact"
-    print(f"honest: {HONEST}, {quality}: {tokens} tokens, {checks} checks, left {left}, {found}\n")
+        for budget in HONEST_BUDGETS:
+            qualities = [alike(budget, seed) for seed in range(given.honest_runs)]
+            runs = [
+                tokens_until_left(node, prompts, quality, seed, given.tokens)
+                for seed, quality in enumerate(qualities)
+            ]
+            guards = node.stats().by("budget")
+            kls = [guards[quality].quality_kl for quality in qualities]
+            found = [kl for kl in kls if kl is not None]
+            left, checks = [run[0] for run in runs if run[2]], [run[1] for run in runs]
+            rows.append([f"{budget:.1%}", len(left), left, spread(checks, 0), spread(found, 5)])
+    header = ["budget", "left", "after tokens", "checks", "KL"]
+    title = f"honest: {HONEST}, {given.honest_runs} runs of {given.tokens:,} tokens"
+    show(title, header, rows)
 
 
 def record(node: NodeClient, prompts: Sequence[Prompt], route: str) -> list[Told]:
@@ -174,7 +184,7 @@ def simulate(texts: Sequence[Told], budget: float, seed: int, most: int) -> int:
     raise AssertionError("texts are drawn without end")
 
 
-def simulated(prompts: Sequence[Prompt], _: int) -> None:
+def simulated(prompts: Sequence[Prompt], _: argparse.Namespace) -> None:
     rows = []
     logging.disable(logging.WARNING)
     with node_with(HONEST) as node:
@@ -192,7 +202,7 @@ def simulated(prompts: Sequence[Prompt], _: int) -> None:
     show("simulated from recorded checks, whole texts drawn anew", header, rows)
 
 
-PARTS: dict[str, Callable[[Sequence[Prompt], int], None]] = {
+PARTS: dict[str, Callable[[Sequence[Prompt], argparse.Namespace], None]] = {
     "planted": planted,
     "honest": honest,
     "simulated": simulated,
@@ -203,12 +213,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", type=Path)
     parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--honest-runs", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=MANY)
     parser.add_argument("--parts", default=",".join(PARTS))
     given = parser.parse_args()
     print(f"{machine()}\n")
     prompts = read_prompts([given.text])
     for name in given.parts.split(","):
-        PARTS[name](prompts, given.runs)
+        PARTS[name](prompts, given)
 
 
 if __name__ == "__main__":

@@ -126,6 +126,15 @@ def test_a_check_of_another_trial_counts_for_nothing() -> None:
     assert guard.estimate is None and guard.route == "tight"
 
 
+def test_dear_tokens_at_the_beginning_are_no_verdict() -> None:
+    """What a prompt leaves resident fits the first tokens after it less."""
+    guard = guard_of()
+    costs = iter([0.2] * 3 + [0.001] * 2000)
+    routes = decode(guard, {"loose": lambda: next(costs)}, 2000)
+    assert set(routes) == {"loose"} and guard.kl_low is not None
+    assert guard.kl_low > guard.kl_limit, "it was above the limit for a while"
+
+
 def test_one_route_is_checked_as_often_as_asked() -> None:
     turns = OneRoute(Rung("prior .1"), 3)
     assert [turns.next().is_checked for _ in range(7)] == [False, False, True] * 2 + [False]
