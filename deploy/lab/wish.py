@@ -62,6 +62,10 @@ class Wish:
         in_time = [setting for setting in card.frontier if setting.token_ms <= self.most_ms]
         return in_time[0] if in_time else card.frontier[-1]
 
+    def served(self, chosen: Setting) -> Budget:
+        """What to serve what was chosen with: the budget asked for, or the least that allows it."""
+        return chosen.least_budget.rounded_up if self.most_ms is not None else self.budget
+
     def check(self, chosen: Setting) -> None:
         """Raises InvalidRequest when what was chosen does not keep to the time."""
         if self.most_ms is not None and chosen.token_ms > self.most_ms:

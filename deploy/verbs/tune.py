@@ -28,7 +28,7 @@ from deploy.terminal.prompts import read_prompts
 from deploy.terminal.signals import stop_flag, work_until_stopped
 from expert_store.manifest.manifest import Manifest
 from proto import errors
-from proto.quality import QUALITY_NAME, QualityCard, Setting
+from proto.quality import QUALITY_NAME, Budget, QualityCard, Setting
 
 _MOST_NAMES = 200  # characters
 
@@ -113,7 +113,7 @@ def tune(
         figures = {"card": str(path), "chosen": chosen.model_dump()}
         console.print_json(figures | card.model_dump(mode="json"))
     else:
-        _print(card, chosen, path)
+        _print(card, chosen, path, wish.served(chosen))
     wish.check(chosen)
 
 
@@ -150,7 +150,7 @@ def _progress(num_passages: int) -> Callable[[int], None]:
     return report
 
 
-def _print(card: QualityCard, chosen: Setting, path: Path) -> None:
+def _print(card: QualityCard, chosen: Setting, path: Path, budget: Budget) -> None:
     found = sorted(card.settings, key=lambda setting: (not setting.is_exact, setting.token_ms))
     lines = [quality_report.HEADER, *quality_report.rows(found)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -160,6 +160,4 @@ def _print(card: QualityCard, chosen: Setting, path: Path) -> None:
     console.out.print("")
     console.out.print(f"chosen: {quality_report.bought(card, chosen)}")
     if not chosen.is_exact:
-        console.out.print(
-            f"{path}: `flashmoe serve --quality {chosen.least_budget.rounded_up}` serves it"
-        )
+        console.out.print(f"{path}: `flashmoe serve --quality {budget}` serves it")

@@ -28,6 +28,13 @@ def test_chooses(quality: str | None, latency: str | None, route: str) -> None:
     assert Wish.of(quality, latency).choose(card()).route == route
 
 
+@pytest.mark.parametrize("wish", [Wish.of("1%", None), Wish.of(None, "50ms")])
+def test_what_is_served_buys_what_was_chosen(wish: Wish) -> None:
+    chosen = wish.choose(card())
+    assert chosen in card().ladder(wish.served(chosen))
+    assert str(Wish.of("1%", None).served(chosen)) == "1%"
+
+
 def test_says_when_no_setting_keeps_to_the_time() -> None:
     wish = Wish.of(None, "1ms")
     with pytest.raises(errors.InvalidRequest, match=r"the fastest, prior .2, takes 25.0 ms"):
