@@ -52,11 +52,15 @@ def route_of(knobs: tuple[Knob, ...], point: Point) -> str:
 
 
 def coarse_points(knobs: tuple[Knob, ...]) -> Iterator[Point]:
-    """Each knob alone at both of its coarse strengths, then every two together at the weaker."""
-    for number, knob in enumerate(knobs):
-        for strength in knob.coarse:
+    """Each knob alone at both of its coarse strengths, then every two together at the weaker; what
+    acts last comes first, because small records, and then leaving out, cost least for what they
+    bring.
+    """
+    last_first = range(len(knobs))[::-1]
+    for number in last_first:
+        for strength in knobs[number].coarse:
             yield _point(knobs, {number: strength})
-    for pair in combinations(range(len(knobs)), 2):
+    for pair in combinations(last_first, 2):
         yield _point(knobs, {number: knobs[number].coarse[0] for number in pair})
 
 

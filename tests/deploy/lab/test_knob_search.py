@@ -99,3 +99,10 @@ def test_coarse_strengths_are_among_the_fine(knob: Knob) -> None:
 def test_a_route_names_the_knobs_that_are_turned() -> None:
     assert route_of(PLAIN, (0.05, 0.0, 0.5)) == "prior 0.05 + skip 0.5"
     assert route_of(PLAIN, (0.0, 0.0, 0.0)) == ""
+
+
+def test_small_records_are_tried_first_where_there_are_any() -> None:
+    """Red where few settings end before the best knob."""
+    knobs = knobs_of(has_variants=True)
+    first = [route_of(knobs, point) for point in coarse_points(knobs)][:3]
+    assert first == ["precision 0.99", "precision 1", "skip 0.5"]

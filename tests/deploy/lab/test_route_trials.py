@@ -96,7 +96,7 @@ def test_exact_runs_before_every_round() -> None:
     settings = tuning.run()
     lossless = [n for n, (text, route) in enumerate(node.asked) if (text, route) == ("55", "exact")]
     assert lossless[:2] == [2, 3 + 9 * 4 + 2], "nine settings of the coarse grid between"
-    assert [one.route for one in settings[:3]] == ["", "prior 0.05", "prior 0.1"]
+    assert [one.route for one in settings[:3]] == ["", "skip 0.5", "skip 0.75"]
     assert len(settings) == 12 and len(said) == 11
     assert (tuning.num_tokens, tuning.num_checked) == (200, 50)
     assert settings[1].kl == 0.02 and settings[0].kl == 0
