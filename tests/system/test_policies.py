@@ -23,7 +23,7 @@ from tests.stack import ServedStack, flashmoe, served, wait_for
 
 pytestmark = pytest.mark.system
 
-LOCAL = ("lru", "lfru", "decayed")
+LOCAL = ("lru", "lfru", "decayed", "importance")
 SHADOWS = {"decayed", "lru", "lfru", "river", "learned", "min", "actual"}
 NUM_TOKENS = 48
 PROMPT = "In the beginning"
@@ -75,7 +75,8 @@ def test_the_same_tokens_under_every_policy(
         shadows = shadows_of(stack, NUM_TOKENS - 1)
         assert generate(stack) == expected
         node = stack.status()["compute_node"]
-        assert set(shadows["policies"]) == SHADOWS
+        asked_for = {"importance"} if policy == "importance" else set()
+        assert set(shadows["policies"]) == SHADOWS | asked_for
         scores = shadows["policies"]
         assert scores["min"]["hit_ratio"] >= max(score["hit_ratio"] for score in scores.values())
         assert 0 < scores["actual"]["hit_ratio"] < 1
@@ -89,6 +90,18 @@ def test_the_same_tokens_under_every_policy(
             assert node["advice_used"] > 0
         if policy in ("river", "learned"):
             assert node["policy"] == policy
+
+
+def test_auto_may_choose_importance_when_that_is_asked_for(
+    tiny_store: Path, expected: list[int], run_dir: Path, tmp_path: Path
+) -> None:
+    """Red when the launcher tells the node alone: no shadow follows it."""
+    config = tmp_path / "flashmoe.toml"
+    config.write_text("[compute_node]\nimportance = true\n")
+    with served(tiny_store, run_dir, "--config", str(config), "--experts-memory", "25%") as stack:
+        assert generate(stack) == expected
+        shadows = shadows_of(stack, NUM_TOKENS - 1)
+    assert 0 < shadows["policies"]["importance"]["hit_ratio"] < 1
 
 
 def test_status_shows_who_is_in_charge(calibrated_store: Path, run_dir: Path) -> None:
