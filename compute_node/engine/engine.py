@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compute_node.cache.asked import never
 from compute_node.cache.expert_cache import ExpertCache
-from compute_node.engine.exact_pass import ExactPass
+from compute_node.engine.exact_pass import ON, ExactPass
 from compute_node.engine.limits import Limits
 from compute_node.engine.lossy import LossyCounts, LossyDecode
 from compute_node.engine.request import Request
@@ -154,10 +154,19 @@ class Engine:
             if request.recording:
                 yield self._recorded(step, recording)
         text = writer.flush()
-        warnings = self.limits.warnings(request)
+        warnings = self.limits.warnings(request) + self._unguarded(request)
         estimate = request.guard.estimate if request.guard is not None else None
         yield Finished(
             writer.finish_reason, text, ttft_s, prefill, decode, warnings, lossy.routes, estimate
+        )
+
+    def _unguarded(self, request: Request) -> tuple[str, ...]:
+        """A sentence, where a budget's tokens cannot be checked."""
+        if request.guard is None or self.exact_pass.status == ON:
+            return ()
+        return (
+            f"quality {request.guard.budget} is as measured by `flashmoe tune`, and not checked "
+            f"while it decodes: {self.exact_pass.status}",
         )
 
     def lossy_decode(self, turns: Turns, usage: Usage | None = None) -> LossyDecode:

@@ -64,6 +64,7 @@ class ExactPass:
         Raises StoreUnavailable, and what `check` raises.
         """
         if self._layers is None or not self._can_fork(sequence.cache):
+            self.num_failed += 1
             return None
         try:
             logits = self._compute(sequence, self._layers, check)

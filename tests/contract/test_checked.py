@@ -16,15 +16,19 @@ from typing import Any
 import pytest
 import torch
 
-from compute_node.engine.engine import Engine
-from compute_node.engine.exact_pass import ON
+from compute_node.config import RunAheadSetting
+from compute_node.engine.engine import Engine, Finished
+from compute_node.engine.exact_pass import ON, ExactPass
+from compute_node.engine.request import Request
 from compute_node.engine.scoring import ScoredText, score
 from compute_node.engine.sequence import SequenceState
 from compute_node.moe.route import EXACT, Route, RoutePolicy
 from compute_node.quality.divergence import Divergence
+from compute_node.quality.guard import Guard
 from compute_node.quality.turns import OneRoute, Rung
 from compute_node.run_ahead.fork import Fork
 from expert_store.offline.index import index
+from proto.quality import Budget
 from tests.architectures import causal_types, tiny_config
 from tests.checkpoints import make, save
 from tests.contract.test_every_architecture import REFUSED
@@ -51,9 +55,9 @@ LOSSY = WithoutTheLast()
 
 
 @contextmanager
-def node_of(root: Path, tmp_path: Path) -> Iterator[Engine]:
+def node_of(root: Path, tmp_path: Path, run_ahead: RunAheadSetting = "off") -> Iterator[Engine]:
     index(root, tmp_path / "store")
-    with engine(tmp_path / "store", tmp_path, spare=2, run_ahead="off") as node:
+    with engine(tmp_path / "store", tmp_path, spare=2, run_ahead=run_ahead) as node:
         yield node
 
 
@@ -98,6 +102,27 @@ def test_layers_that_share_what_they_attend_to(model_type: str, tmp_path: Path) 
     root = save(config, tmp_path / "checkpoint", torch.float32)
     with node_of(root, tmp_path) as node:
         check(node)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_next"])
+def test_a_check_beside_a_second_pass_leaves_no_trace(name: str, tmp_path: Path) -> None:
+    """Of run-ahead, which exact tokens have, and whose second pass outlives its token."""
+    root = make(name, tmp_path / "checkpoint", torch.float32)
+    with node_of(root, tmp_path, "always") as node:
+        check(node)
+        assert node.run_ahead is not None and node.run_ahead.status == ON
+
+
+def test_where_nothing_can_be_checked_a_budget_says_so(tmp_path: Path) -> None:
+    with node_of(make("mixtral", tmp_path / "checkpoint", torch.float32), tmp_path) as node:
+        node.exact_pass = ExactPass(node.loaded.forward, node.cache, None)
+        guard = Guard(Budget(0.01), (Rung(), Rung("lossy", LOSSY)))
+        request = Request(tuple(prompt()), 20, ignore_eos=True, guard=guard)
+        *_, finished = node.generate(request)
+    assert isinstance(finished, Finished) and finished.routes == {"lossy": 19}
+    assert finished.decode.checks == 0 < node.exact_pass.num_failed and finished.estimate is None
+    [warning] = finished.warnings
+    assert "not checked" in warning and "layers are not in one list" in warning
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_next"])
