@@ -1,7 +1,6 @@
 """A quality budget from the command line to the node and back, on a real stack.
 
-Planted faults seen red: the card not handed to the node, a request's own budget dropped, the
-default said of exact requests.
+Planted fault seen red: the card beside the manifest not handed to the node.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """flashmoe tune: a card from a real stack, and what it refuses before anything runs.
 
-Planted faults seen red: files left by an interrupted run, the fingerprint left out, memory for all
-experts taken.
+Planted faults seen red: the fingerprint left out, memory for all experts taken.
 """
 
 from __future__ import annotations
