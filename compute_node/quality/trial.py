@@ -12,7 +12,7 @@ ALPHA = 0.05  # that a way within its limit is ever taken for one beyond it
 _OCTAVES, _STEPS = 6, 8  # of candidates on either side of the limit
 _SHARES = [2 ** (step / 4 - 10) for step in range(38)]  # of tokens: 0.1 % to 60 %
 
-_LEAST, _FEW, _SOME = 16, 64, 256  # checks
+_LEAST, _FEW, _SOME = 16, 256, 512  # checks
 _OFTEN, _SOMETIMES, _RARELY = 4, 32, 128  # tokens a check
 _PURSUED = 256  # checks of token after token; the next as many are half as frequent, and so on
 

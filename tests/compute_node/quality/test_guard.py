@@ -93,7 +93,7 @@ def test_checks_are_often_at_first_and_rare_once_settled() -> None:
     costs = costs_of(0, loose=0.001)
     decode(guard, costs, 256)
     assert 55 <= guard.num_checks <= 70
-    decode(guard, costs, 8000)
+    decode(guard, costs, 10_000)
     settled = guard.num_checks
     decode(guard, costs, 12_800)
     assert 90 <= guard.num_checks - settled <= 140
