@@ -1,8 +1,7 @@
 """Several tokens at once: what one of them is sure to need counts as resident for all.
 
-Planted faults seen red: what the first token reads counted for those after it, what a token reads
-under these residents counted (two tokens swap their experts, and nothing is saved), tokens that no
-rule may change not counted.
+Planted faults seen red: what a token reads under these residents counted (two tokens swap their
+experts, and nothing is saved), tokens that no rule may change not counted.
 """
 
 from __future__ import annotations
