@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from compute_node.cache.lender import Arrivals
-from proto.expert import EXACT_VARIANT, ExpertKey, RecordKey
+from proto.expert import ExpertKey, RecordKey
 
 Meanwhile = Callable[[Callable[[], bool]], None]
 """Called when a step is about to wait, with a function that says whether it need not any more."""
@@ -15,8 +15,9 @@ Meanwhile = Callable[[Callable[[], bool]], None]
 NONE_SMALL: Mapping[int, str] = {}
 
 
-def records(keys: Iterable[ExpertKey], variant: str = EXACT_VARIANT) -> list[RecordKey]:
-    return [RecordKey(key, variant) for key in keys]
+def exact(keys: Iterable[ExpertKey]) -> list[RecordKey]:
+    """Their exact records."""
+    return [RecordKey(key) for key in keys]
 
 
 def never() -> None:
@@ -57,4 +58,3 @@ class Needs:
     guess: Callable[[], Sequence[ExpertKey]]
     meanwhile: Meanwhile
     small: Mapping[int, str]
-    guessed: str

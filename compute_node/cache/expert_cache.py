@@ -13,8 +13,8 @@ from compute_node.cache.asked import (
     Meanwhile,
     Needs,
     Waiter,
+    exact,
     never,
-    records,
     sleep,
 )
 from compute_node.cache.capacity import Capacity
@@ -89,7 +89,6 @@ class ExpertCache:
         guess: Callable[[], Sequence[ExpertKey]] = tuple,
         meanwhile: Meanwhile = sleep,
         small: Mapping[int, str] = NONE_SMALL,
-        guessed: str = EXACT_VARIANT,
     ) -> tuple[set[int], Iterator[list[Borrowed]]]:
         """One step of `layer` needs these distinct experts.
 
@@ -100,7 +99,6 @@ class ExpertCache:
         meanwhile: uses the time of each wait
         small:     by expert, the variant that will do where nothing is resident: a resident record
                    does, of whichever variant; others need the exact one
-        guessed:   the variant of guesses
 
         Returns which of them are hits, and waves that together hold each expert once; a wave is
         valid until the next is asked for.
@@ -116,7 +114,7 @@ class ExpertCache:
         self.room.reach(layer, used)
         self.chooser.on_step(layer, used)
         self._resident.on_step(layer)
-        needs = Needs(layer, used, check, disproved, guess, meanwhile, small, guessed)
+        needs = Needs(layer, used, check, disproved, guess, meanwhile, small)
         hits = [key for key in used if self._serves(needs, key)]
         counters = self.counters[layer]
         counters.hits += len(hits)
@@ -151,7 +149,7 @@ class ExpertCache:
         given_up = self.give_up(going)
         if keys or wrong or going:
             self.lender.borrow(
-                given_up, [], never, prefetches=records(keys), withdrawals=records(wrong)
+                given_up, [], never, prefetches=exact(keys), withdrawals=exact(wrong)
             )
         return keys
 
@@ -163,7 +161,7 @@ class ExpertCache:
         self._forget()
         self.lender.open(check)
         in_memory = [one.expert for one in self.lender.resident() if one.variant == EXACT_VARIANT]
-        chosen = records(self.room.of_empty(sorted(in_memory)))
+        chosen = exact(self.room.of_empty(sorted(in_memory)))
         for start in range(0, len(chosen), _WARM_BATCH):
             self._insert(self.lender.exchange([], chosen[start : start + _WARM_BATCH], check))
 
@@ -255,16 +253,16 @@ class ExpertCache:
         """One message: what goes, what is wanted, and which guesses were wrong. None: nothing is
         wanted.
         """
-        disproved, waiter = records(needs.disproved(), needs.guessed), Waiter(needs.check)
+        disproved, waiter = needs.disproved(), Waiter(needs.check)
         if not misses and not disproved:
             return None
-        wanted = [RecordKey(key, needs.small.get(key.expert, EXACT_VARIANT)) for key in misses]
-        going = self.give_up(self.room.for_misses(needs.layer, wanted, pinned))
-        self.room.under_way.update(wanted)
-        arrivals = self.lender.borrow(going, wanted, waiter, withdrawals=disproved)
+        records = [RecordKey(key, needs.small.get(key.expert, EXACT_VARIANT)) for key in misses]
+        going = self.give_up(self.room.for_misses(needs.layer, records, pinned))
+        self.room.under_way.update(records)
+        arrivals = self.lender.borrow(going, records, waiter, withdrawals=exact(disproved))
         if not misses:
             return None
-        asked = Asked(wanted, arrivals, waiter)
+        asked = Asked(records, arrivals, waiter)
         self._asked.append(asked)
         return asked
 
@@ -282,7 +280,7 @@ class ExpertCache:
             while arrivals := self._next(layer, asked, meanwhile):
                 self._insert(arrivals)
                 self.counters[layer].bytes_read += sum(a.bytes_read for a in arrivals)
-                if len(asked.misses) == 1 and arrivals[0].bytes_read:
+                if len(asked.misses) == 1 and arrivals[0].bytes_read and arrivals[0].is_exact:
                     self.waits.time_read(arrivals[0])
                 yield [borrowed.key for borrowed in arrivals]
         except errors.ExpertDamaged:
@@ -329,9 +327,9 @@ class ExpertCache:
         return came
 
     def _speculate(self, needs: Needs) -> None:
-        wanted = records((key for key in needs.guess() if not self.holds(key)), needs.guessed)
+        wanted = exact(key for key in needs.guess() if key not in self)
         if wanted:
-            withdrawals = records(needs.disproved(), needs.guessed)
+            withdrawals = exact(needs.disproved())
             self.lender.borrow([], [], needs.check, prefetches=wanted, withdrawals=withdrawals)
 
     def _serves(self, needs: Needs, key: ExpertKey) -> bool:

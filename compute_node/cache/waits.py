@@ -47,5 +47,4 @@ class Waits:
         """It was read alone."""
         share = _SMOOTHING if self.read_s else 1.0
         self.read_s += share * (borrowed.read_s - self.read_s)
-        per_byte = borrowed.read_s / borrowed.bytes_read
-        self.read_s_per_byte += share * (per_byte - self.read_s_per_byte)
+        self.read_s_per_byte = self.read_s / borrowed.bytes_read

@@ -98,8 +98,6 @@ class LocalBackend:
             prefetcher.take_disproved,
             tuple if runs_ahead else looks.next,
             meanwhile,
-            small,
-            self._small_variant if step.policy.all_small else EXACT_VARIANT,
         )
 
     def _keeping(

@@ -41,7 +41,6 @@ class RoutePolicy(Protocol):
 
     needs_scores: it goes by scores and their weighing
     needs_small:  it lets records of fewer bits do
-    all_small:    it lets them do for every expert, and leaves the choice to the routers
     """
 
     @property
@@ -49,9 +48,6 @@ class RoutePolicy(Protocol):
 
     @property
     def needs_small(self) -> bool: ...
-
-    @property
-    def all_small(self) -> bool: ...
 
     def apply(self, route: Route, resident: Container[int]) -> Route:
         """The route to compute, of the same T. resident: experts of the layer that need no read."""
@@ -63,7 +59,6 @@ class ExactRoute:
 
     needs_scores = False
     needs_small = False
-    all_small = False
 
     def apply(self, route: Route, resident: Container[int]) -> Route:
         return route

@@ -150,11 +150,10 @@ class Step:
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether later layers' experts are guessed: in decode, where routers decide alone and
-        every expert is read in the same record.
+        """Whether later layers' experts are guessed: in decode, where exact records are computed
+        of what routers choose.
         """
-        may = is_exact(self.policy) or self.policy.all_small
-        return self.batch.is_decode and may and self.loans is None
+        return self.batch.is_decode and is_exact(self.policy) and self.loans is None
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -43,7 +43,6 @@ class WithoutTheLast:
 
     needs_scores: bool = False
     needs_small: bool = False
-    all_small: bool = False
 
     def apply(self, route: Route, resident: Container[int]) -> Route:
         weights = route.weights.clone()

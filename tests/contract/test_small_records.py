@@ -44,7 +44,6 @@ class AllSmall:
     """Small records will do for everything."""
 
     needs_scores = needs_small = True
-    all_small = False
 
     def apply(self, route: Route, resident: Container[int]) -> Route:
         return replace(route, small=tuple(frozenset(row) for row in route.ids.tolist()))
@@ -81,13 +80,12 @@ def of_a_store(checkpoint: Path, folder: Path, weight_format: str) -> Iterator[E
         yield alone
 
 
-@pytest.mark.parametrize("policy", [AllSmall(), policy_of("precision 1")], ids=["all", "rule"])
 def test_small_records_alone_are_a_store_of_their_format(
-    policy: RoutePolicy, node: Engine, checkpoint: Path, tmp_path: Path
+    node: Engine, checkpoint: Path, tmp_path: Path
 ) -> None:
     with of_a_store(checkpoint, tmp_path / "int4", "int4") as alone:
         expected = logits(alone)
-    torch.testing.assert_close(logits(node, policy), expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits(node, AllSmall()), expected, rtol=0, atol=0)
     assert not any(key in node.cache for key in all_experts(node)), "none is exact"
     assert sum(map(node.cache.holds, all_experts(node))) > node.cache.capacity.slots, "they share"
 

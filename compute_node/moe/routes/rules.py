@@ -58,10 +58,6 @@ class RuledRoute:
     def needs_small(self) -> bool:
         return self.precision is not None
 
-    @property
-    def all_small(self) -> bool:
-        return not self.rules and self.precision == Precision(1.0)
-
     def apply(self, route: Route, resident: Container[int]) -> Route:
         ruled = self._ruled(route, resident)
         if self.precision is None:

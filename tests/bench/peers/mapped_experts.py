@@ -15,12 +15,11 @@ import torch
 
 from compute_node.cache.asked import NONE_SMALL, Meanwhile, never, sleep
 from compute_node.cache.counters import LayerCounters
-from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.cache.waits import Waits
 from compute_node.store.memory import TORCH_DTYPES, Borrowed
 from expert_store.manifest.extents import Extent
 from expert_store.manifest.manifest import Manifest
-from proto.expert import EXACT_VARIANT, ExpertKey, RecordKey
+from proto.expert import ExpertKey, RecordKey
 
 # The kernel reads no more ahead for one call than its read-ahead, or the device's largest request.
 _ADVICE_BYTES = 128 * 1024
@@ -35,13 +34,8 @@ class MappedExperts:
         self._manifest = manifest
         self.counters = {layer: LayerCounters() for layer in manifest.spec.moe_layers}
         self.waits = Waits(self.counters)
-        spec = manifest.spec
-        self.chooser = PolicyChooser("lru", 1.0, spec.moe_layers, spec.num_experts, lambda: None)
 
     def __contains__(self, key: ExpertKey) -> bool:
-        return True
-
-    def holds(self, key: ExpertKey) -> bool:
         return True
 
     def step(
@@ -53,7 +47,6 @@ class MappedExperts:
         guess: Callable[[], Sequence[ExpertKey]] = tuple,
         meanwhile: Meanwhile = sleep,
         small: Mapping[int, str] = NONE_SMALL,
-        guessed: str = EXACT_VARIANT,
     ) -> tuple[set[int], Iterator[list[Borrowed]]]:
         """All experts of the step are asked of the kernel at once, then lent one by one."""
         check()

@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from compute_node.cache.asked import records
+from compute_node.cache.asked import exact
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
@@ -74,7 +74,7 @@ class StartingWith(StoreClient):
     keys: Sequence[ExpertKey] = ()
 
     def resident(self) -> list[RecordKey]:
-        return records(self.keys)
+        return exact(self.keys)
 
 
 @dataclass(frozen=True)

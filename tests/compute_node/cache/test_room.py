@@ -6,7 +6,7 @@ that found no room asked for.
 
 from __future__ import annotations
 
-from compute_node.cache.asked import never, records
+from compute_node.cache.asked import exact, never
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from proto.expert import ExpertKey
@@ -36,7 +36,7 @@ def test_guesses_fill_what_is_free_first() -> None:
     cache, lender = cache_of(4, num_spare=1)
     use(cache, 0, 0, 1)
     assert cache.read_ahead(1, keys(1, 0, 1, 2), [], 3) == keys(1, 0, 1, 2)
-    assert lender.prefetched == records(keys(1, 0, 1, 2))
+    assert lender.prefetched == exact(keys(1, 0, 1, 2))
     assert len(cache) == 2, "two slots were free, one is spare"
 
 
@@ -55,7 +55,7 @@ def test_never_what_the_step_uses_or_will_use() -> None:
     use(cache, 0, 2, 3)
     cache.room.expect(1, keys(0, 0))
     assert cache.read_ahead(1, keys(1, 5, 6, 7), [], 3) == keys(1, 5), "one could go"
-    assert lender.prefetched == records(keys(1, 5))
+    assert lender.prefetched == exact(keys(1, 5))
     assert all(key in cache for key in keys(0, 0, 2, 3))
 
 
@@ -84,4 +84,4 @@ def test_of_one_layer_where_slots_are_divided() -> None:
 def test_wrong_guesses_are_withdrawn_with_the_same_message() -> None:
     cache, lender = cache_of(4)
     assert cache.read_ahead(1, [], keys(1, 3), 0) == []
-    assert lender.withdrawn == records(keys(1, 3))
+    assert lender.withdrawn == exact(keys(1, 3))

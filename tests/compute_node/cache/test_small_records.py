@@ -89,24 +89,6 @@ def test_no_sequence_of_steps_binds_more_slots_than_the_quota() -> None:
         assert len(cache) == len(lender.held)
 
 
-def test_guesses_are_read_as_the_step_says() -> None:
-    cache, lender = make_cache()
-    use(cache, 2, small=True)
-    guess = [ExpertKey(1, 5), ExpertKey(0, 2)]
-    disproved = [[ExpertKey(1, 7)]]
-    _, waves = cache.step(
-        0,
-        [3],
-        disproved=lambda: disproved.pop() if disproved else [],
-        guess=lambda: guess,
-        small=SMALL,
-        guessed="int4",
-    )
-    assert [len(wave) for wave in waves] == [1]
-    assert set(lender.prefetched) == {RecordKey(ExpertKey(1, 5), "int4")}, "2 is held"
-    assert lender.withdrawn == [RecordKey(ExpertKey(1, 7), "int4")]
-
-
 class FullLender(FakeLender):
     """Other nodes' small records are lent in every slot, for some acquires."""
 

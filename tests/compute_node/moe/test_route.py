@@ -30,7 +30,7 @@ LAYERS, NUM_EXPERTS = (1, 3), 16
 class OnlyResident:
     """Leaves out what would have to be read."""
 
-    needs_scores = needs_small = all_small = False
+    needs_scores = needs_small = False
 
     def apply(self, route: Route, resident: Container[int]) -> Route:
         ids = [[e if e in resident else NUM_EXPERTS for e in row] for row in route.ids.tolist()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compute_node.cache.asked import records
+from compute_node.cache.asked import exact
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.occupancy import Coming
 from compute_node.cache.policies.decayed import Decayed
@@ -114,7 +114,7 @@ def victims(policy: EvictionPolicy, held: list[ExpertKey], count: int) -> list[E
 def lent(keys: list[ExpertKey]) -> list[Borrowed]:
     lender = FakeLender()
     lender.open()
-    return lender.exchange([], records(keys))
+    return lender.exchange([], exact(keys))
 
 
 def test_lru_evicts_the_oldest_and_breaks_ties_by_key() -> None:

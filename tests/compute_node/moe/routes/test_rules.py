@@ -97,13 +97,6 @@ def test_an_expert_is_small_only_where_every_token_allows_it() -> None:
     assert Route(ids, torch.ones(2, 3), small=small).small_experts == {2}
 
 
-def test_what_may_all_be_small_is_what_routers_choose() -> None:
-    """Only then are small records guessed."""
-    found = {text: policy_of(text).all_small for text in ("precision 1", "skip .1 + precision 1")}
-    assert found == {"precision 1": True, "skip .1 + precision 1": False}
-    assert not policy_of("precision .99").all_small and not EXACT.all_small
-
-
 @pytest.mark.parametrize("text", ["precision .5 + skip .5", "precision .5 + precision .4"])
 def test_precision_comes_last(text: str) -> None:
     with pytest.raises(errors.InvalidRequest, match="say it last"):
