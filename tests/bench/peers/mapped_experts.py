@@ -15,6 +15,7 @@ import torch
 
 from compute_node.cache.asked import NONE_SMALL, Meanwhile, never, sleep
 from compute_node.cache.counters import LayerCounters
+from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.cache.waits import Waits
 from compute_node.store.memory import TORCH_DTYPES, Borrowed
 from expert_store.manifest.extents import Extent
@@ -34,6 +35,8 @@ class MappedExperts:
         self._manifest = manifest
         self.counters = {layer: LayerCounters() for layer in manifest.spec.moe_layers}
         self.waits = Waits(self.counters)
+        spec = manifest.spec
+        self.chooser = PolicyChooser("lru", 1.0, spec.moe_layers, spec.num_experts, lambda: None)
 
     def __contains__(self, key: ExpertKey) -> bool:
         return True
