@@ -1,6 +1,6 @@
 """The card in plain words: every setting has its row, and what is said is of the one chosen.
 
-Planted faults seen red: exact's figures said of the setting, a budget's row of another budget.
+Planted fault seen red: exact's figures said of the setting.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A default quality budget is checked before anything starts, and a card of another memory is
 announced.
 
-Planted faults seen red: a damaged card taken where exact is the default, a card of another memory
+Planted faults seen red: a card of another memory
 taken in silence, a budget served without a card.
 """
 
