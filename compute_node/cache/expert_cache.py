@@ -280,7 +280,7 @@ class ExpertCache:
             while arrivals := self._next(layer, asked, meanwhile):
                 self._insert(arrivals)
                 self.counters[layer].bytes_read += sum(a.bytes_read for a in arrivals)
-                if len(asked.misses) == 1 and arrivals[0].bytes_read and arrivals[0].is_exact:
+                if len(asked.misses) == 1 and arrivals[0].bytes_read:
                     self.waits.time_read(arrivals[0])
                 yield [borrowed.key for borrowed in arrivals]
         except errors.ExpertDamaged:

@@ -19,8 +19,9 @@ class Waits:
     """Of one cache. One thread.
 
     counters: by layer; their waiting is counted here
-    read_s: seconds that reading one expert takes, of the latest that were read alone (running mean)
-    read_s_per_byte: the same, a byte
+    read_s: seconds that reading one exact record takes, of the latest that were read alone (running
+            mean)
+    read_s_per_byte: the same, a byte, of small records, too
     stall_s: waiting for experts, all layers
     on_wait: hears of each wait: layer, seconds, what came at its end
     """
@@ -45,6 +46,9 @@ class Waits:
 
     def time_read(self, borrowed: Borrowed) -> None:
         """It was read alone."""
-        share = _SMOOTHING if self.read_s else 1.0
-        self.read_s += share * (borrowed.read_s - self.read_s)
-        self.read_s_per_byte = self.read_s / borrowed.bytes_read
+        per_byte = borrowed.read_s / borrowed.bytes_read
+        share = _SMOOTHING if self.read_s_per_byte else 1.0
+        self.read_s_per_byte += share * (per_byte - self.read_s_per_byte)
+        if borrowed.is_exact:
+            share = _SMOOTHING if self.read_s else 1.0
+            self.read_s += share * (borrowed.read_s - self.read_s)

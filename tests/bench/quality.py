@@ -36,6 +36,7 @@ ROUTES = (
     "prior .05 + skip .5",
     "prior .1 + skip .75",
     "precision .99",
+    "skip .25 + precision .99",
     "skip .5 + precision .99",
     "precision 1",
     "prior .1 + skip .5 + precision 1",

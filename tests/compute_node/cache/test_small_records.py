@@ -14,6 +14,7 @@ import pytest
 
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
+from compute_node.store.memory import Borrowed
 from proto import errors
 from proto.expert import ExpertKey, RecordKey
 from tests.fakes import FakeArrivals, FakeLender, make_capacity
@@ -119,3 +120,12 @@ def test_what_finds_no_room_is_lent_anew_once(num_full: int) -> None:
             use(cache, 3)
     use(cache, 1, 2, small=True)
     assert len(cache) == len(lender.held)
+
+
+def test_a_small_record_read_alone_tells_the_devices_speed_not_an_experts_time() -> None:
+    cache, _ = make_cache()
+    small = {"bytes_read": 50, "read_s": 0.5, "variant": "int4"}
+    cache.waits.time_read(Borrowed(ExpertKey(0, 1), 0, 0, 0, 50, {}, **small))
+    assert (cache.waits.read_s, cache.waits.read_s_per_byte) == (0.0, 0.01)
+    cache.waits.time_read(Borrowed(ExpertKey(0, 2), 0, 0, 0, 100, {}, 100, 2.0))
+    assert cache.waits.read_s == 2.0 and cache.waits.read_s_per_byte == pytest.approx(0.011)
