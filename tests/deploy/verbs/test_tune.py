@@ -34,7 +34,7 @@ def test_writes_a_card_that_is_read(tiny_store: Path, tmp_path: Path, text: Path
     done = flashmoe("tune", str(tiny_store), *arguments, "--quality", "20%", "--json")
     assert done.returncode == 0, done.stderr
     card = QualityCard.load(out, load_store(tiny_store).spec.fingerprint)
-    assert [one.route for one in card.settings] == ["", "prior 0.05", "prior 0.1"]
+    assert [one.route for one in card.settings] == ["", "skip 0.5", "skip 0.75"]
     assert (card.num_texts, card.num_tokens, card.texts) == (4, 92, "text.txt")
     assert card.num_checked == 22 and all(one.kl is not None for one in card.settings)
     assert card.exact.bytes_per_token > card.settings[1].bytes_per_token > 0
@@ -44,7 +44,7 @@ def test_writes_a_card_that_is_read(tiny_store: Path, tmp_path: Path, text: Path
     assert printed["settings"] == [one.model_dump() for one in card.settings]
     assert "asked for a quality budget of 20%" in (tmp_path / "q.md").read_text().lower()
     assert "<svg" in (tmp_path / "q.svg").read_text()
-    assert "1/2 prior 0.05: perplexity x" in done.stderr
+    assert "1/2 skip 0.5: perplexity x" in done.stderr
     assert {file.name for file in tmp_path.iterdir()} == {"text.txt", "q.json", "q.md", "q.svg"}
 
 
