@@ -63,6 +63,11 @@ class Residents:
             return self._occupancy.copy()
         return Occupancy(num_exact=len(self._held[layer]))
 
+    def slots_with(self, coming: Coming, layer: int | None = None) -> int:
+        """Bound by one layer's experts, or by all, once these have come as well."""
+        held = self._occupancy if layer is None else self.occupancy(layer)
+        return held.slots_with(coming)
+
     def insert(self, borrowed: Borrowed) -> None:
         key = borrowed.key
         assert key not in self, "of an expert one record is held"

@@ -99,7 +99,7 @@ class Room:
         return chosen
 
     def _fits(self, layer: int, coming: Coming) -> bool:
-        return self.residents.occupancy(self._scope(layer)).slots_with(coming) <= self.slots[layer]
+        return self.residents.slots_with(coming, self._scope(layer)) <= self.slots[layer]
 
     def _scope(self, layer: int) -> int | None:
         """Whose residents go for the sake of `layer`."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compute_node.cache.asked import never
 from compute_node.cache.expert_cache import ExpertCache
+from compute_node.client.result import QualityEstimate
 from compute_node.engine.exact_pass import ON, ExactPass
 from compute_node.engine.limits import Limits
 from compute_node.engine.lossy import LossyCounts, LossyDecode
@@ -32,7 +33,6 @@ from compute_node.model.loaded import LoadedModel
 from compute_node.moe.route import is_exact
 from compute_node.moe.step import Batch, Keeps, Part, Phase, RunsAhead, Step
 from compute_node.predict.predictor import EMBEDDING, Seen
-from compute_node.quality.guard import Estimate
 from compute_node.quality.turns import Turns
 from compute_node.run_ahead.run_ahead import RunAhead
 from compute_node.run_ahead.second_pass import Draw
@@ -59,7 +59,7 @@ class Finished:
     decode: Usage
     warnings: tuple[str, ...] = ()
     routes: Mapping[str, int] = field(default_factory=dict)
-    estimate: Estimate | None = None
+    estimate: QualityEstimate | None = None
 
     @property
     def tokens_per_s(self) -> float:

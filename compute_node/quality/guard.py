@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from compute_node.client.result import QualityEstimate
 from compute_node.quality.divergence import Divergence
 from compute_node.quality.trial import Trial
 from compute_node.quality.turns import Rung, Turn
@@ -19,23 +19,6 @@ logger = logging.getLogger(__name__)
 FIRST_PATIENCE_TOKENS, _MOST_PATIENCE_TOKENS = 4096, 1 << 22
 _KL = "flashmoe_node_quality_kl"
 _CHANGES, _RUNGS = "flashmoe_node_quality_changes", "Rungs that a guard left for another"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Of a route's tokens, by those that were checked since it came into force.
-
-    kl: mean nats a token; low and high hold at every moment, each at 95 %
-    """
-
-    route: str
-    checks: int
-    kl: float
-    kl_low: float
-    kl_high: float
-    top1: float
-    top1_low: float
-    top1_high: float
 
 
 class Guard:
@@ -109,14 +92,14 @@ class Guard:
         return None if found is None else 1 - found
 
     @property
-    def estimate(self) -> Estimate | None:
+    def estimate(self) -> QualityEstimate | None:
         """None: nothing was checked yet of the rung in force."""
         kl, other = self._trial.kl, self._trial.disagreement
         if kl.mean is None or other.mean is None:
             return None
         route = self.rungs[self._at].route
         agree = (1 - other.mean, 1 - other.high, 1 - other.low)
-        return Estimate(route, kl.num, kl.mean, kl.low, kl.high, *agree)
+        return QualityEstimate(route, kl.num, kl.mean, kl.low, kl.high, *agree)
 
     def next(self) -> Turn:
         self._relax_if_due()
