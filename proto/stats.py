@@ -14,17 +14,18 @@ a plain attribute.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from proto import errors
 from proto import stats_pb2 as pb
+from proto.histogram import Histogram
 
 VERSION = 1
 
 Getter = TypeVar("Getter", bound=Callable[[Any], object])
-Value = bool | int | float | str | list[str] | None
+Value = bool | int | float | str | list[str] | Histogram | None
 
 
 _NO_START: Any = object()
@@ -77,6 +78,14 @@ def gauge(
     return Shown(pb.Metric.GAUGE, page_name, text, key, start, labels)
 
 
+def histogram(
+    page_name: str, text: str, bounds: tuple[float, ...], *, key: str = "", **labels: str
+) -> Shown:
+    """A field of a dataclass that observes values. bounds: see `Histogram`"""
+    start = field(default_factory=partial(Histogram.empty, bounds))
+    return Shown(pb.Metric.HISTOGRAM, page_name, text, key, start, labels)
+
+
 def fact(text: str, *, key: str = "", start: Any = _NO_START, **labels: str) -> Shown:
     """Text, texts or a number that the metrics page does not have."""
     return Shown(pb.Metric.FACT, "", text, key, start, labels)
@@ -123,7 +132,8 @@ def _metrics(given: object) -> Iterator[pb.Metric]:
 def _metrics_of_none(kind: type) -> Iterator[pb.Metric]:
     for name, shown in declared(kind):
         metric = pb.Metric(key=shown.key or name, help=shown.text, labels=shown.labels)
-        _set_value(metric, None if shown.start is _NO_START else shown.start)
+        has_start = shown.start is not _NO_START and shown.kind != pb.Metric.HISTOGRAM
+        _set_value(metric, shown.start if has_start else None)
         yield metric
 
 
@@ -167,6 +177,8 @@ def _set_value(metric: pb.Metric, value: object) -> None:
             metric.text = value
         case list():
             metric.texts.items.extend(value)
+        case Histogram():
+            metric.histogram.CopyFrom(value.to_pb())
         case _:
             raise TypeError(f"{metric.key} is of type {type(value).__name__}")
 
@@ -175,6 +187,8 @@ def value_of(metric: pb.Metric) -> Value:
     kind = metric.WhichOneof("value")
     if kind == "texts":
         return list(metric.texts.items)
+    if kind == "histogram":
+        return Histogram.from_pb(metric.histogram)
     value: Value = getattr(metric, kind) if kind else None
     return value
 
@@ -231,9 +245,12 @@ class Stats:
         names = dict.fromkeys(found[label] for _, found, _ in self if label in found)
         return {name: self.of(**{label: name}) for name in names}
 
-    def document(self) -> dict[str, Value]:
-        """Every value by key and labels, as in `hits{layer=3}`."""
-        return {f"{key}{_suffix(labels)}": value for key, labels, value in self}
+    def document(self) -> dict[str, object]:
+        """Every value by key and labels, as in `hits{layer=3}`, as JSON has it."""
+        return {
+            f"{key}{_suffix(labels)}": value.document() if isinstance(value, Histogram) else value
+            for key, labels, value in self
+        }
 
 
 def _suffix(labels: Mapping[str, str]) -> str:

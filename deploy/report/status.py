@@ -185,7 +185,7 @@ def _scheduler_facts(stats: Stats) -> Facts:
         "baseline_log_loss": round(stats.baseline_log_loss, 4),
         "advice_published": stats.advice_published,
         "advice_age_s": _rounded(stats.advice_age_s, 3),
-        "step_ms": round(stats.step_ms, 3),
+        "step_ms": round(1000 * stats.step_s, 3),
         "cpu_share": round(stats.cpu_share, 4),
         "nodes": {node: _shadow_facts(shadows) for node, shadows in stats.by("node").items()},
     }

@@ -90,7 +90,7 @@ class ReadQueue:
             self._left.notify_all()
 
     @property
-    @gauge("flashmoe_store_busy_share", "Share of the time since start with a read at the device")
+    @gauge("flashmoe_store_busy_ratio", "Share of the time since start with a read at the device")
     def busy_share(self) -> float:
         """In [0, 1]; the reads at the device now count too."""
         with self.lock:

@@ -18,7 +18,7 @@ from scheduler.daemon.scorer import Scorer
 from scheduler.daemon.snapshot import SnapshotFile
 from scheduler.shadow.advisor import Advisor
 
-STEP_MS_WEIGHT = 0.02  # of the newest event in the decayed mean
+STEP_WEIGHT = 0.02  # of the newest event in the decayed mean
 
 
 class SchedulerLoop:
@@ -32,10 +32,12 @@ class SchedulerLoop:
         "flashmoe_scheduler_shadow_steps_skipped", "shadow steps skipped"
     )
     evidence_lag_s: float | None = gauge(
-        "flashmoe_scheduler_evidence_lag_s", "from a node's writing to our publication", start=None
+        "flashmoe_scheduler_evidence_lag_seconds",
+        "from a node's writing to our publication",
+        start=None,
     )
-    step_ms: float = gauge(
-        "flashmoe_scheduler_step_ms",
+    step_s: float = gauge(
+        "flashmoe_scheduler_step_seconds",
         "one event from decode to publication, decayed mean",
         start=0.0,
     )
@@ -99,7 +101,7 @@ class SchedulerLoop:
             await asyncio.sleep(0)  # a long batch must not keep callers waiting
         await self._publish()
         await self._stream.ack(entries)
-        self._measure(events, (time.perf_counter() - began_s) * 1000)
+        self._measure(events, time.perf_counter() - began_s)
 
     def _observe(self, event: DecodeAccess | PrefillAccess, *, learn: bool) -> None:
         try:
@@ -135,10 +137,10 @@ class SchedulerLoop:
             await self._publisher.publish(node, self._advisor.advise(node))
         self._unpublished.clear()
 
-    def _measure(self, events: Sequence[DecodeAccess | PrefillAccess], batch_ms: float) -> None:
+    def _measure(self, events: Sequence[DecodeAccess | PrefillAccess], batch_s: float) -> None:
         for _ in events:
-            weight = max(STEP_MS_WEIGHT, 1 / max(1, self._scorer.events_seen))
-            self.step_ms += weight * (batch_ms / len(events) - self.step_ms)
+            weight = max(STEP_WEIGHT, 1 / max(1, self._scorer.events_seen))
+            self.step_s += weight * (batch_s / len(events) - self.step_s)
         if events:
             self.evidence_lag_s = max(0, time.time_ns() - events[-1].time_ns) / 1e9
 
@@ -180,7 +182,7 @@ class SchedulerLoop:
         return self._stream.obstacle or self._publisher.obstacle
 
     @property
-    @gauge("flashmoe_scheduler_cpu_share", "of one core, since start")
+    @gauge("flashmoe_scheduler_cpu_ratio", "of one core, since start")
     def cpu_share(self) -> float:
         elapsed_s = time.monotonic() - self._started_s
         return (time.process_time() - self._started_cpu_s) / max(elapsed_s, 1e-9)

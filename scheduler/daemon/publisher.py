@@ -46,7 +46,7 @@ class Publisher:
         self.version = time_ns() // 1_000_000
 
     @property
-    @gauge("flashmoe_scheduler_advice_age_s", "since the last advice", key="advice_age_s")
+    @gauge("flashmoe_scheduler_advice_age_seconds", "since the last advice", key="advice_age_s")
     def age_s(self) -> float | None:
         """Since the last advice went out; None before the first."""
         if self._published_ns is None:

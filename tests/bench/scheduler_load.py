@@ -110,7 +110,7 @@ def _measure(
         "yes" if forecaster else "no",
         f"{cpu_share:.1%}",
         f"{memory:.0f}",
-        f"{stats.step_ms:.2f}",
+        f"{1000 * stats.step_s:.2f}",
         *(f"{percentile(delays_ms, share):.1f}" for share in (0.5, 0.95, 1.0)),
     ]
 

@@ -105,7 +105,9 @@ class TestRefusesToStart:
 
 def test_metrics_name_every_counter() -> None:
     """By name and label; the same counts reach `flashmoe status` by their keys."""
-    counters = Counters(5, 6, 4, 7, 8, 9, 12, 13, 14, 20, 15, 1.5, 2.5)
+    counters = Counters(5, 6, 4, 7, 8, 9, 12, 13, 14, 20, 15, busy_s=2.5)
+    counters.demand_read_s.observe(1.5)
+    counters.prefetch_read_s.observe(0.5)
     shown = stats.snapshot(counters, SlotCounts(1, 2, 3, 4))
     registry = CollectorRegistry()
     registry.register(SnapshotCollector(lambda: shown))
@@ -116,7 +118,9 @@ def test_metrics_name_every_counter() -> None:
     assert value("flashmoe_store_read_bytes_total") == 7
     assert value("flashmoe_store_shared_hits_total") == 8
     assert value("flashmoe_store_prefetches_dropped_total") == 9
-    assert value("flashmoe_store_read_seconds_total") == 1.5
+    assert value("flashmoe_store_read_seconds_sum", {"reason": "demand"}) == 1.5
+    assert value("flashmoe_store_read_seconds_sum", {"reason": "prefetch"}) == 0.5
+    assert value("flashmoe_store_read_seconds_count", {"reason": "refill"}) == 0
     assert value("flashmoe_store_busy_seconds_total") == 2.5
     assert value("flashmoe_store_prefetches_withdrawn_total") == 12
     assert value("flashmoe_store_prefetches_used_total") == 13

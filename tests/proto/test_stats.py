@@ -145,7 +145,7 @@ class Sessions:
 
 @dataclass
 class Disk:
-    busy_share: float = gauge("flashmoe_store_busy_share", "Share of the time", start=0.0)
+    busy_share: float = gauge("flashmoe_store_busy_ratio", "Share of the time", start=0.0)
 
 
 NOBODY: dict[str, dict[str, Any]] = {

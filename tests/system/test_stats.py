@@ -2,12 +2,14 @@
 pages, and the keys of `flashmoe status --json`. A changed line in stats.json is a decision.
 
 Planted faults seen red: a help text changed, a counter given as a gauge, a label left out, a key
-renamed.
+renamed, ages in a unit that Prometheus abbreviates (`_ms`).
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -18,8 +20,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.stack import ServedStack, served, wait_for
 
 pytestmark = pytest.mark.system
+DAEMONS = ("expert_store", "compute_node", "scheduler")
 GOLDEN = Path(__file__).with_name("stats.json")
 OF_THIS_RUN = (
+    "le",
     "layer",
     "layers_ahead",
     "node",
@@ -31,10 +35,10 @@ def test_pages_and_status_are_as_they_were(tiny_store: Path, run_dir: Path) -> N
     with served(tiny_store, run_dir) as stack:
         stack.generate(max_tokens=64)
         wait_for(lambda: stack.status()["compute_node"]["advice_age_s"] is not None, 20, "advice")
+        for name in DAEMONS:
+            check_conventions(text_of_page(stack, name))
         found = {
-            "pages": {
-                name: page(stack, name) for name in ("expert_store", "compute_node", "scheduler")
-            },
+            "pages": {name: page(stack, name) for name in DAEMONS},
             "status": shape(known(stack.status())),
         }
     assert found == json.loads(GOLDEN.read_text())
@@ -48,11 +52,24 @@ def known(status: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def page(stack: ServedStack, name: str) -> dict[str, Any]:
-    """Type, help and labels of each family of ours."""
+def check_conventions(page: str) -> None:
+    """Prometheus' own opinion of names, units and types, where its tool is installed."""
+    if (promtool := shutil.which("promtool")) is not None:
+        check = subprocess.run(
+            [promtool, "check", "metrics"], input=page, capture_output=True, text=True
+        )
+        assert check.returncode == 0 and not check.stderr, check.stderr
+
+
+def text_of_page(stack: ServedStack, name: str) -> str:
     port = (stack.run.path / f"{name}.metrics").read_text().strip()
     with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as reply:
-        families = list(text_string_to_metric_families(reply.read().decode()))
+        return str(reply.read().decode())
+
+
+def page(stack: ServedStack, name: str) -> dict[str, Any]:
+    """Type, help and labels of each family of ours."""
+    families = list(text_string_to_metric_families(text_of_page(stack, name)))
     return {
         family.name: {
             "type": family.type,
