@@ -8,12 +8,12 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deploy.stack.memory import MemoryReport
 from deploy.stack.run_dir import RunDir
 from proto import errors, rpc
 from proto import stats_pb2 as pb
 from proto.compute_node_pb2_grpc import ComputeNodeStub
 from proto.expert_store_pb2_grpc import ExpertStoreStub
+from proto.memory_report import MemoryReport
 from proto.scheduler_pb2_grpc import SchedulerStub
 from proto.stats import Stats
 

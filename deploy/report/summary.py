@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from compute_node.client.result import Phase, Result
-from deploy.stack.memory import MemoryReport
 from deploy.terminal import console
+from proto.memory_report import MemoryReport
 from proto.quality import EXACT_NAME
 
 _ENDS = {"stop": "ended by itself or at a stop string", "length": "cut at --max-tokens"}

@@ -18,13 +18,14 @@ import tomli_w
 from deploy.plan.budget import check_room
 from deploy.settings import ServeSettings
 from deploy.stack import leftovers, locks, log_files
-from deploy.stack.memory import FILE_NAME, MemorySampler
+from deploy.stack.memory import MemorySampler
 from deploy.stack.run_dir import RunDir, RunState
 from deploy.stack.stack_plan import StackPlan
 from deploy.stack.supervisor import Daemon, Stack, silent
 from deploy.stack.tables import compose
 from deploy.terminal import console
 from proto import errors, redis_schema
+from proto.memory_report import FILE_NAME
 
 _DRAIN_S = 30.0  # longer than a daemon may take to stop
 

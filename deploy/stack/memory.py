@@ -11,43 +11,14 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from deploy.plan import cgroup
+from proto.memory_report import FILE_NAME, MemoryReport
 
-FILE_NAME = "memory.json"
 _WALK_INTERVAL_S = 2.0
 _WRITE_INTERVAL_S = 0.5
-
-
-@dataclass
-class MemoryReport:
-    """What `flashmoe generate` and `status` show.
-
-    by_part: of the sample with the highest sum
-    written_at_s: since the epoch; written anew every half second while the launcher can
-    """
-
-    ceiling_bytes: int = 0
-    peak_bytes: int = 0
-    current_bytes: int = 0
-    by_part: dict[str, int] = field(default_factory=dict)
-    cgroup_peak_bytes: int | None = None
-    write_failures: int = 0
-    written_at_s: float = 0.0
-
-    @property
-    def age_s(self) -> float:
-        return max(0.0, time.time() - self.written_at_s)
-
-    @classmethod
-    def read(cls, run_dir: Path) -> MemoryReport | None:
-        """None when no stack of ours runs there, or one of another release."""
-        try:
-            return cls(**json.loads((run_dir / FILE_NAME).read_text()))
-        except (FileNotFoundError, TypeError, ValueError):
-            return None
 
 
 class MemorySampler:
@@ -108,7 +79,7 @@ class MemorySampler:
             self.problem = ""
 
     def _record(self, parts: dict[str, int]) -> None:
-        self.report.current_bytes = sum(parts.values())
+        self.report.parts, self.report.current_bytes = parts, sum(parts.values())
         if self.report.current_bytes > self.report.peak_bytes:
             self.report.peak_bytes = self.report.current_bytes
             self.report.by_part = parts

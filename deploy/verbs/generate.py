@@ -8,11 +8,11 @@ from typing import Annotated
 from deploy.report.summary import print_summary, result_document
 from deploy.settings import ServeSettings
 from deploy.stack.connection import connected
-from deploy.stack.memory import MemoryReport
 from deploy.stack.run_dir import RunDir
 from deploy.terminal import console, options
 from deploy.terminal.prompts import as_text, choose_prompt
 from proto import errors
+from proto.memory_report import MemoryReport
 
 
 def generate(

@@ -13,10 +13,10 @@ from compute_node.client.result import Generation, Result
 from deploy.report.summary import print_summary
 from deploy.stack.connection import connected
 from deploy.stack.launcher import own_stack
-from deploy.stack.memory import MemoryReport
 from deploy.terminal import console, options
 from deploy.terminal.prompts import choose_prompt
 from deploy.terminal.signals import stop_flag
+from proto.memory_report import MemoryReport
 
 
 def run(

@@ -16,8 +16,8 @@ from rich.console import Console
 from compute_node.client import result
 from deploy.report.status_page import status_rows
 from deploy.report.summary import summary_rows
-from deploy.stack.memory import MemoryReport
 from deploy.terminal import console
+from proto.memory_report import MemoryReport
 
 STORE: dict[str, Any] = {
     "health": "SERVING",

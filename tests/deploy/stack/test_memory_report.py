@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from deploy.report.status import collect_status
-from deploy.stack.memory import FILE_NAME, MemoryReport, MemorySampler
+from deploy.stack.memory import MemorySampler
 from deploy.stack.run_dir import RunDir
+from proto import stats
+from proto.memory_report import FILE_NAME, MemoryReport
+from proto.stats import Stats
 from tests.expert_store.conftest import SmallDisk, small_disk  # noqa: F401  a fixture
 
 
@@ -47,3 +50,12 @@ def test_its_age_is_told(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(time, "time", lambda: now_s + 3600)
     assert report.age_s == pytest.approx(3600, abs=60)
     assert collect_status(RunDir(run_dir))["memory"]["age_s"] == pytest.approx(3600, abs=60)
+
+
+def test_metrics_are_made_of_it() -> None:
+    """Red when the parts shown are those of the peak."""
+    report = MemoryReport(1 << 30, 1 << 29, 3, {"segment": 9}, parts={"segment": 1, "launcher": 2})
+    found = Stats.from_pb(stats.snapshot(*report.sources()))
+    parts = {name: part.memory_part_bytes for name, part in found.by("part").items()}
+    assert parts == {"segment": 1, "launcher": 2}
+    assert (found.memory_ceiling, found.memory_peak) == (1 << 30, 1 << 29)
