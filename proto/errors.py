@@ -13,20 +13,36 @@ import grpc
 from pydantic import ValidationError
 
 KIND_METADATA_KEY = "flashmoe-error"
+RETRY_AFTER_METADATA_KEY = "flashmoe-retry-after-s"
 _MAX_DETAILS_BYTES = 2048  # gRPC escapes and then drops trailers beyond 8 KiB, kind and all
 
 
 class FlashMoEError(Exception):
-    """Something went wrong that only a defect of ours explains."""
+    """Something went wrong that only a defect of ours explains.
+
+    retry_after_s: how long a caller should wait before it tries again; None: nothing is known
+    """
 
     status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
     retryable: ClassVar[bool] = False
+
+    def __init__(self, *args: object, retry_after_s: float | None = None) -> None:
+        super().__init__(*args)
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequest(FlashMoEError):
     """The caller asked for something that can never be answered."""
 
     status = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class ContextExceeded(InvalidRequest):
+    """Prompt and answer are longer than the context that memory was planned for."""
+
+
+class ChatRefused(InvalidRequest):
+    """The model's chat template does not take these messages."""
 
 
 class UnknownExpert(InvalidRequest):
@@ -228,9 +244,11 @@ def from_kind(kind: str, message: str) -> FlashMoEError:
 def from_rpc(error: grpc.RpcError) -> FlashMoEError:
     """The typed error behind a failed call."""
     code, details = _read_code(error), _read_details(error)
-    kind = dict(_read_metadata(error)).get(KIND_METADATA_KEY, "")
+    metadata = dict(_read_metadata(error))
+    kind = metadata.get(KIND_METADATA_KEY, "")
     fallback = _FROM_STATUS.get(code, FlashMoEError)
-    return KINDS.get(str(kind), fallback)(details)
+    retry_after_s = _read_seconds(metadata.get(RETRY_AFTER_METADATA_KEY))
+    return KINDS.get(str(kind), fallback)(details, retry_after_s=retry_after_s)
 
 
 def _read_code(error: Any) -> grpc.StatusCode:
@@ -246,8 +264,19 @@ def _read_metadata(error: Any) -> list[tuple[str, str | bytes]]:
     return [(key, value) for key, value in (error.trailing_metadata() or ())]
 
 
+def _read_seconds(value: str | bytes | None) -> float | None:
+    """None also for what is no duration: the error itself must still arrive."""
+    try:
+        seconds = float(value) if value is not None else -1.0
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < float("inf") else None
+
+
 async def abort(context: Any, error: FlashMoEError) -> None:
-    """End the call with the error's status, its kind beside it."""
-    metadata = ((KIND_METADATA_KEY, type(error).__name__),)
+    """End the call with the error's status, its kind and when to retry beside it."""
+    metadata: tuple[tuple[str, str], ...] = ((KIND_METADATA_KEY, type(error).__name__),)
+    if error.retry_after_s is not None:
+        metadata += ((RETRY_AFTER_METADATA_KEY, f"{error.retry_after_s:.3f}"),)
     details = str(error).encode(errors="replace")[:_MAX_DETAILS_BYTES].decode(errors="ignore")
     await context.abort(error.status, details, trailing_metadata=metadata)

@@ -14,6 +14,7 @@ import torch
 
 from compute_node.native import binding
 from expert_store.offline.index import index
+from tests.chat_model import make_chat_model
 from tests.stack import MODEL
 
 # Tiny matrices gain nothing from a second thread, and lose a lot when the machine is busy.
@@ -40,6 +41,14 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store_dir = tmp_path_factory.mktemp("store") / "tiny-moe"
     index(MODEL, store_dir)
     return store_dir
+
+
+@pytest.fixture(scope="session")
+def chat_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model with a chat template, indexed in place."""
+    folder = tmp_path_factory.mktemp("chat")
+    index(make_chat_model(folder / "tiny-chat"), folder / "store")
+    return folder / "store"
 
 
 @pytest.fixture

@@ -4,18 +4,21 @@ before anything is sent.
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from compute_node.client.sampling_options import MAX_UINT32, SamplingOptions
 from proto import compute_node_pb2 as pb
 from proto import errors, rpc
 
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 _MAX_TIMEOUT_S = 10 * 365 * 86400.0
-_MESSAGE_KEYS = {"role", "content"}
+_MESSAGE_KEYS, _CALLS = {"role", "content"}, "tool_calls"
+_MORE_KEYS = {"name", "tool_call_id", "reasoning", _CALLS}
 
 
 def set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
@@ -38,24 +41,46 @@ def set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
         request.token_ids.ids.extend(ids_of("prompt", items))
 
 
+def set_template(
+    request: pb.GenerateRequest,
+    tools: Sequence[Mapping[str, Any]],
+    template_options: Mapping[str, Any],
+) -> None:
+    """Raises InvalidRequest for tools or options that no chat's template reads."""
+    if not tools and not template_options:
+        return
+    if request.WhichOneof("input") != "chat":
+        raise errors.InvalidRequest(
+            "tools and template_options go through a chat's template: give chat messages"
+        )
+    if tools:
+        request.chat.tools = _json("tools", items_of("tools", tools, "a list of tools"))
+    if template_options:
+        request.chat.template_options = _json("template_options", dict(template_options))
+
+
 def sampling_of(
-    temperature: float, top_k: int, top_p: float, repetition_penalty: float, seed: int | None
+    *, seed: int | None, top_k: int, logit_bias: Mapping[int, float], **reals: float
 ) -> pb.Sampling:
-    """Raises InvalidRequest naming the option."""
+    """reals: by their names in SamplingOptions. Raises InvalidRequest naming the option."""
     options = SamplingOptions(
-        _real("temperature", temperature),
-        _whole("top_k", top_k),
-        _real("top_p", top_p),
-        _real("repetition_penalty", repetition_penalty),
-        None if seed is None else _whole("seed", seed),
+        top_k=_whole("top_k", top_k),
+        seed=None if seed is None else _whole("seed", seed),
+        logit_bias=_biases(logit_bias),
+        **{name: _real(name, value) for name, value in reals.items()},
     )
-    return pb.Sampling(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
-    )
+    return pb.Sampling(**asdict(options))
+
+
+def _biases(given: Any) -> dict[int, float]:
+    if not isinstance(given, Mapping):
+        raise errors.InvalidRequest(
+            f"logit_bias is of type {type(given).__name__}: give a number for each token id"
+        )
+    return {
+        _whole("a token id of logit_bias", token_id): _real(f"logit_bias[{token_id}]", bias)
+        for token_id, bias in given.items()
+    }
 
 
 def stops_of(stop: str | Sequence[str]) -> list[str]:
@@ -141,14 +166,24 @@ def check_size(request: pb.GenerateRequest | pb.ScoreRequest | pb.ForwardRequest
 
 def _message(number: int, message: Mapping[Any, Any]) -> pb.ChatMessage:
     name = f"chat message {number}"
-    extra, missing = message.keys() - _MESSAGE_KEYS, _MESSAGE_KEYS - message.keys()
-    if missing:
+    if missing := _MESSAGE_KEYS - message.keys():
         raise errors.InvalidRequest(f"{name} has no {min(missing)!r}: give role and content")
-    if extra:
+    if extra := message.keys() - _MESSAGE_KEYS - _MORE_KEYS:
         named = ", ".join(sorted(map(repr, extra)))
-        raise errors.InvalidRequest(f"{name} has {named}: only role and content are carried")
-    role, content = (text_of(f"{name}'s {key}", message[key]) for key in ("role", "content"))
-    return pb.ChatMessage(role=role, content=content)
+        carried = ", ".join(sorted(_MESSAGE_KEYS | _MORE_KEYS))
+        raise errors.InvalidRequest(f"{name} has {named}: only {carried} are carried")
+    texts = {key: text_of(f"{name}'s {key}", message[key]) for key in message if key != _CALLS}
+    if calls := message.get(_CALLS):
+        what = f"{name}'s {_CALLS}"
+        texts[_CALLS] = _json(what, items_of(what, calls, "a list of calls"))
+    return pb.ChatMessage(**texts)
+
+
+def _json(name: str, value: Any) -> str:
+    try:
+        return text_of(name, json.dumps(value, ensure_ascii=False, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise errors.InvalidRequest(f"{name} is no JSON: {error}") from error
 
 
 def _whole(name: str, value: Any) -> int:

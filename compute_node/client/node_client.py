@@ -18,6 +18,7 @@ from typing import Any, Self
 import grpc
 
 from compute_node.client import arguments
+from compute_node.client.generates import Generates
 from compute_node.client.result import Generation, ScoredToken, scored_of
 from proto import compute_node_pb2 as pb
 from proto import compute_node_pb2_grpc as pb_grpc
@@ -45,7 +46,7 @@ class Scoring:
         self._call.cancel()
 
 
-class NodeClient:
+class NodeClient(Generates[Generation]):
     """A connection to one node. Use as a context manager, or call `close`."""
 
     def __init__(self, address: str, tls: rpc.TlsFiles | None = None) -> None:
@@ -66,67 +67,8 @@ class NodeClient:
     def close(self) -> None:
         self._channel.close()
 
-    def generate(
-        self,
-        prompt: arguments.Prompt,
-        *,
-        max_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 0.0,
-        repetition_penalty: float = 0.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-        ignore_eos: bool = False,
-        skip_special_tokens: bool = True,
-        max_prompt_tokens: int = 0,
-        record: bool = False,
-        router_scores: bool = False,
-        predictions: bool = False,
-        inputs: bool = False,
-        route: str = "",
-        route_prompts: bool = False,
-        quality: str = "",
-        timeout_s: float | None = None,
-    ) -> Generation:
-        """Start generating.
-
-        prompt: text, token ids, or chat messages ({"role": ..., "content": ...})
-        max_tokens: new ones at most, one or more
-        temperature: 0 is greedy, and exact
-        stop: one or several strings that end the text and are not part of it
-        skip_special_tokens: leave them out of the text; else it shows the one that ends it, too
-        max_prompt_tokens: a longer prompt is cut to this many tokens; 0: never
-        record: keep what each decode step asked of the experts, in `Result.steps`
-        router_scores: record the router's scores of all experts, too
-        predictions: record what predictors said of each layer before it was reached, too
-        inputs: record what a router map reads, too; part of predictions
-        route: of decode: rules joined by +, as in "prior .05 + skip .5"; empty: exact
-        route_prompts: the prompt goes by it, too
-        quality: by how much perplexity may rise, as in "1%"; "exact"; empty: the node's, unless a
-                 route is given
-
-        Raises InvalidRequest before anything is sent. Iterating raises what the node ends with.
-        """
-        request = pb.GenerateRequest(
-            max_tokens=arguments.count_of("max_tokens", max_tokens, least=1),
-            sampling=arguments.sampling_of(temperature, top_k, top_p, repetition_penalty, seed),
-            stop=arguments.stops_of(stop),
-            stop_token_ids=arguments.ids_of("stop_token_ids", stop_token_ids),
-            ignore_eos=arguments.flag_of("ignore_eos", ignore_eos),
-            show_special_tokens=not arguments.flag_of("skip_special_tokens", skip_special_tokens),
-            max_prompt_tokens=arguments.count_of("max_prompt_tokens", max_prompt_tokens),
-            recording=arguments.recording_of(
-                record, router_scores=router_scores, predictions=predictions, inputs=inputs
-            ),
-            route=arguments.text_of("route", route),
-            route_prompts=arguments.flag_of("route_prompts", route_prompts),
-            quality=arguments.text_of("quality", quality),
-        )
-        arguments.set_prompt(request, prompt)
-        arguments.check_size(request)
-        return Generation(self._stub.Generate(request, timeout=arguments.timeout_of(timeout_s)))
+    def _start(self, request: pb.GenerateRequest, timeout_s: float | None) -> Generation:
+        return Generation(self._stub.Generate(request, timeout=timeout_s))
 
     def score(
         self,

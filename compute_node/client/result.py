@@ -14,11 +14,25 @@ from proto.access import RecordedStep
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One token. text may be empty while a character or a stop string is incomplete."""
+class TokenLogProb:
+    """text: of this token alone; log_prob: natural logarithm, by the model's logits as they are"""
 
     token_id: int
     text: str
+    log_prob: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token. text may be empty while a character or a stop string is incomplete.
+
+    drawn, likeliest: its probability, and those of the likeliest at its place, where asked for
+    """
+
+    token_id: int
+    text: str
+    drawn: TokenLogProb | None = None
+    likeliest: tuple[TokenLogProb, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,9 @@ class Result:
     routes:   its decode steps by route, "" is exact
     estimate: of the budget's route in force at the end; None: nothing was checked
     steps:    one for each decode step, when recorded
+    stop:     the stop string that ended it; empty: something else did
+    reused_tokens: of the prompt, whose state was kept from an earlier request
+    waited_s: while others had their turns, after its first token
     """
 
     text: str
@@ -115,12 +132,13 @@ class Result:
     routes: dict[str, int] = field(default_factory=dict)
     estimate: QualityEstimate | None = None
     steps: list[RecordedStep] = field(default_factory=list, repr=False)
+    stop: str = ""
+    reused_tokens: int = 0
+    waited_s: float = 0.0
 
 
-class Generation:
-    """An iterator over pieces; `result` is there once it is exhausted. Leaving early: call
-    `cancel`.
-    """
+class Collected:
+    """What a generation has said so far, whatever it is read by; `result` is there at its end."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
@@ -128,38 +146,27 @@ class Generation:
         self._token_ids: list[int] = []
         self._text: list[str] = []
         self._steps: list[RecordedStep] = []
+        self.prompt_end = ""
         self.result: Result | None = None
-
-    def __iter__(self) -> Iterator[Piece]:
-        """Raises the typed error the node ended with (proto/errors.py)."""
-        try:
-            for reply in self._call:
-                piece = self._take(reply)
-                if piece is not None:
-                    yield piece
-        except grpc.RpcError as error:
-            raise errors.from_rpc(error) from None
-
-    def run(self) -> Result:
-        """Exhaust the iterator and return the result. Raises as iterating does."""
-        for _ in self:
-            pass
-        if self.result is None:
-            raise errors.Unavailable("the node ended the stream before the result: retry")
-        return self.result
 
     def cancel(self) -> None:
         """Tell the node to stop; it does so between layers."""
         self._call.cancel()
 
+    def _whole(self) -> Result:
+        if self.result is None:
+            raise errors.Unavailable("the node ended the stream before the result: retry")
+        return self.result
+
     def _take(self, reply: pb.GenerateReply) -> Piece | None:
         match reply.WhichOneof("kind"):
             case "started":
                 self._prompt_token_ids = list(reply.started.prompt_token_ids)
+                self.prompt_end = reply.started.prompt_end
             case "token":
                 self._token_ids.append(reply.token.id)
                 self._text.append(reply.token.text)
-                return Piece(reply.token.id, reply.token.text)
+                return _piece(reply.token)
             case "step_access":
                 self._steps.append(RecordedStep.from_pb(reply.step_access))
             case "finished":
@@ -183,9 +190,45 @@ class Generation:
             routes={use.route: use.tokens for use in finished.routes},
             estimate=_estimate(finished),
             steps=self._steps,
+            stop=finished.stop,
+            reused_tokens=finished.reused_tokens,
+            waited_s=finished.waited_s,
         )
         # What was held back belongs to the last token.
         return Piece(self._token_ids[-1], finished.text) if finished.text else None
+
+
+class Generation(Collected):
+    """An iterator over pieces; `result` is there once it is exhausted. Leaving early: call
+    `cancel`.
+    """
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Raises the typed error the node ended with (proto/errors.py)."""
+        try:
+            for reply in self._call:
+                piece = self._take(reply)
+                if piece is not None:
+                    yield piece
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error) from None
+
+    def run(self) -> Result:
+        """Exhaust the iterator and return the result. Raises as iterating does."""
+        for _ in self:
+            pass
+        return self._whole()
+
+
+def _piece(token: pb.Token) -> Piece:
+    if not token.HasField("drawn"):
+        return Piece(token.id, token.text)
+    likeliest = tuple(_log_prob(one) for one in token.likeliest)
+    return Piece(token.id, token.text, _log_prob(token.drawn), likeliest)
+
+
+def _log_prob(one: pb.TokenLogProb) -> TokenLogProb:
+    return TokenLogProb(one.id, one.text, one.log_prob)
 
 
 def _estimate(finished: pb.Finished) -> QualityEstimate | None:

@@ -23,15 +23,15 @@ class Limits:
         """max_rows: of one forward pass."""
         config = loaded.model.config
         self._tokenizer = loaded.tokenizer
-        self._max_context_tokens = max_context_tokens
+        self.max_context_tokens = max_context_tokens
         self._max_rows = max_rows
         self._vocab_size = int(config.get_text_config().vocab_size)
         self._has_small_records = bool(loaded.spec.variants)
-        self._trained_tokens = trained_context_tokens(config)
-        if self._trained_tokens and max_context_tokens > self._trained_tokens:
+        self.trained_tokens = trained_context_tokens(config)
+        if self.trained_tokens and max_context_tokens > self.trained_tokens:
             logger.warning(
                 "max_context_tokens exceeds what the model was trained for",
-                extra={"tokens": max_context_tokens, "trained_tokens": self._trained_tokens},
+                extra={"tokens": max_context_tokens, "trained_tokens": self.trained_tokens},
             )
 
     def check(self, request: Request) -> None:
@@ -42,18 +42,34 @@ class Limits:
             raise errors.InvalidRequest("the prompt is empty: give at least one token")
         if request.max_tokens < 1:
             raise errors.InvalidRequest("max_tokens must be at least 1")
-        if request.num_tokens > self._max_context_tokens:
-            raise errors.InvalidRequest(
+        if request.num_tokens > self.max_context_tokens:
+            raise errors.ContextExceeded(
                 f"a prompt of {len(request.token_ids)} and max_tokens of {request.max_tokens} "
-                f"exceed max_context_tokens = {self._max_context_tokens}: shorten one, or raise "
+                f"exceed max_context_tokens = {self.max_context_tokens}: shorten one, or raise "
                 "the limit in flashmoe.toml and start again"
             )
-        if max(request.token_ids) >= self._vocab_size:
+        if (
+            largest := max(*request.token_ids, *request.sampling.logit_bias, 0)
+        ) >= self._vocab_size:
             raise errors.InvalidRequest(
-                f"token id {max(request.token_ids)} is beyond the vocabulary of {self._vocab_size}"
+                f"token id {largest} is beyond the vocabulary of {self._vocab_size}"
             )
         self.check_route(request.policy)
         check_stops(self._tokenizer, request.stop, request.skip_special_tokens)
+
+    def fitting_tokens(self, num_prompt: int, wanted: int | None) -> int:
+        """How long an answer may be: `wanted`, cut to what the context leaves; None: all it leaves.
+
+        Raises ContextExceeded when the prompt leaves nothing.
+        """
+        left = self.max_context_tokens - num_prompt
+        if left < 1:
+            raise errors.ContextExceeded(
+                f"a prompt of {num_prompt} tokens leaves no room for an answer within "
+                f"max_context_tokens = {self.max_context_tokens}: shorten it, or raise the limit "
+                "in flashmoe.toml and start again"
+            )
+        return left if wanted is None else min(wanted, left)
 
     def check_route(self, policy: RoutePolicy) -> None:
         """Refuse records of fewer bits where the store has none."""
@@ -65,10 +81,10 @@ class Limits:
 
     def check_characters(self, num_characters: int) -> None:
         """Refuse text that no tokenizer makes short enough, before it is tokenised."""
-        if num_characters > _MAX_CHARACTERS_A_TOKEN * self._max_context_tokens:
-            raise errors.InvalidRequest(
+        if num_characters > _MAX_CHARACTERS_A_TOKEN * self.max_context_tokens:
+            raise errors.ContextExceeded(
                 f"{num_characters} characters cannot fit max_context_tokens = "
-                f"{self._max_context_tokens}: shorten the prompt"
+                f"{self.max_context_tokens}: shorten the prompt"
             )
 
     def check_rows(self, num_rows: int) -> None:
@@ -81,9 +97,9 @@ class Limits:
 
     def warnings(self, request: Request) -> tuple[str, ...]:
         """What the caller should know of the answer, a sentence each."""
-        if self._trained_tokens is None or request.num_tokens <= self._trained_tokens:
+        if self.trained_tokens is None or request.num_tokens <= self.trained_tokens:
             return ()
         return (
             f"prompt and max_tokens make {request.num_tokens} tokens, the model was trained for "
-            f"{self._trained_tokens}: what goes beyond may be nonsense",
+            f"{self.trained_tokens}: what goes beyond may be nonsense",
         )

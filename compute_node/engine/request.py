@@ -22,6 +22,8 @@ class Request:
     route:  the policy's name
     guard:  says for each decode step what it goes by, in place of the policy
     route_prompts: and of the prompt
+    client: whose turn it is, for fair shares
+    log_probs: of how many likeliest tokens, at each place; None: not even of the one drawn
     """
 
     token_ids: tuple[int, ...]
@@ -36,6 +38,8 @@ class Request:
     route_prompts: bool = False
     route: str = ""
     guard: Guard | None = None
+    client: str = ""
+    log_probs: int | None = None
 
     @property
     def turns(self) -> Turns:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -18,12 +20,37 @@ from compute_node.client.sampling_options import SamplingOptions
 from proto import errors
 
 
-class Sampler:
-    """Draws one sequence's tokens."""
+class _Biases:
+    """Adds to the logits of the tokens that a caller named."""
 
-    def __init__(self, options: SamplingOptions) -> None:
+    def __init__(self, biases: Mapping[int, float]) -> None:
+        self._ids = torch.tensor([list(biases)])
+        self._biases = torch.tensor([list(biases.values())], dtype=torch.float32)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids: [1, T]; scores: [1, V]"""
+        return scores.scatter_add(1, self._ids, self._biases)
+
+
+class _Penalties:
+    """Takes off the logits of tokens that the answer has already: OpenAI's formula."""
+
+    def __init__(self, frequency: float, presence: float, num_prompt: int) -> None:
+        self._frequency, self._presence, self._num_prompt = frequency, presence, num_prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids: [1, T], prompt included; scores: [1, V]"""
+        used = input_ids[0, self._num_prompt :]
+        counts = torch.bincount(used, minlength=scores.shape[-1])
+        return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+class Sampler:
+    """Draws one sequence's tokens. num_prompt: how many of them it was given"""
+
+    def __init__(self, options: SamplingOptions, num_prompt: int = 0) -> None:
         self._greedy = options.temperature == 0.0
-        self._processors = _processors(options)
+        self._processors = _processors(options, num_prompt)
         self._generator = torch.Generator()
         if options.seed is None:
             self._generator.seed()
@@ -56,8 +83,12 @@ class Sampler:
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
-def _processors(options: SamplingOptions) -> Any:
+def _processors(options: SamplingOptions, num_prompt: int) -> Any:
     chosen: list[Any] = []
+    if options.logit_bias:
+        chosen.append(_Biases(options.logit_bias))
+    if options.frequency_penalty or options.presence_penalty:
+        chosen.append(_Penalties(options.frequency_penalty, options.presence_penalty, num_prompt))
     if options.repetition_penalty not in (0.0, 1.0):
         chosen.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
     if options.temperature not in (0.0, 1.0):
@@ -66,4 +97,6 @@ def _processors(options: SamplingOptions) -> Any:
         chosen.append(TopKLogitsWarper(options.top_k))
     if options.temperature and 0.0 < options.top_p < 1.0:
         chosen.append(TopPLogitsWarper(options.top_p))
+    if options.temperature and options.min_p:
+        chosen.append(MinPLogitsWarper(options.min_p))
     return LogitsProcessorList(chosen)

@@ -81,15 +81,15 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self.found = False
+        self.found = ""
 
     def add(self, text: str) -> str:
-        """The text that may go out now. Once a stop string is complete, `found` is true."""
+        """The text that may go out now. `found` is the stop string that is complete, the first."""
         self._held += text
-        positions = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if positions:
-            self.found = True
-            out, self._held = self._held[: min(positions)], ""
+        places = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if places:
+            at, self.found = min(places)
+            out, self._held = self._held[:at], ""
             return out
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         split = len(self._held) - keep
@@ -126,12 +126,12 @@ def check_stops(tokenizer: Any, stops: Sequence[str], skip_special_tokens: bool)
             )
 
 
-def special_stop_ids(tokenizer: Any, stops: Sequence[str]) -> frozenset[int]:
-    """Of the stop strings that are special tokens, which no text may show."""
+def special_stop_ids(tokenizer: Any, stops: Sequence[str]) -> dict[int, str]:
+    """The stop strings that are special tokens, which no text may show, by their ids."""
     if not stops:
-        return frozenset()
+        return {}
     special = [stop for stop in stops if stop in _special_tokens(tokenizer)]
-    return frozenset(tokenizer.convert_tokens_to_ids(special))
+    return dict(zip(tokenizer.convert_tokens_to_ids(special), special, strict=True))
 
 
 def _special_tokens(tokenizer: Any) -> frozenset[str]:
@@ -140,9 +140,16 @@ def _special_tokens(tokenizer: Any) -> frozenset[str]:
     return frozenset((*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)))
 
 
+def end_texts(tokenizer: Any, eos_ids: frozenset[int]) -> list[str]:
+    """How tokens that end a text are spelled, where a text shows them."""
+    if tokenizer is None:
+        return []
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(eos_ids))]
+
+
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Raises InvalidRequest when the model has no tokenizer."""
-    _need(tokenizer)
+    need_tokenizer(tokenizer)
     return list(tokenizer(prompt)["input_ids"])
 
 
@@ -150,7 +157,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]
     """Through the tokenizer's own template. Raises InvalidRequest when it has none, or refuses
     the messages.
     """
-    _need(tokenizer)
+    need_tokenizer(tokenizer)
     if not getattr(tokenizer, "chat_template", None):
         raise errors.InvalidRequest("this model's tokenizer has no chat template: send a prompt")
     try:
@@ -160,6 +167,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _need(tokenizer: Any) -> None:
+def need_tokenizer(tokenizer: Any) -> None:
+    """Raises InvalidRequest when there is none."""
     if tokenizer is None:
         raise errors.InvalidRequest("this node has no tokenizer, its log says why: send token_ids")

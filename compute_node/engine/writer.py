@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from compute_node.engine.log_probs import LogProbs, log_probs_of
 from compute_node.engine.request import Request
 from compute_node.engine.sampling import Sampler
 from compute_node.engine.text import Detokenizer, StopStrings, special_stop_ids
@@ -15,41 +16,63 @@ from compute_node.engine.text import Detokenizer, StopStrings, special_stop_ids
 
 @dataclass(frozen=True)
 class Token:
-    """text may be empty: a character or a stop string is not complete yet."""
+    """text may be empty: a character or a stop string is not complete yet.
+
+    log_probs: None where nobody asked for them
+    """
 
     token_id: int
     text: str
+    log_probs: LogProbs | None = None
 
 
 class Writer:
     """Draws tokens, spells them, and knows when to stop."""
 
     def __init__(self, request: Request, tokenizer: Any, eos_ids: frozenset[int]) -> None:
-        self._sampler = Sampler(request.sampling)
+        self._sampler = Sampler(request.sampling, len(request.token_ids))
         skip = request.skip_special_tokens
         self._detokenizer = Detokenizer(tokenizer, request.token_ids, skip)
         self._stops = StopStrings(request.stop)
-        self._silent_ids = request.stop_token_ids | special_stop_ids(tokenizer, request.stop)
+        self._stop_tokens = special_stop_ids(tokenizer, request.stop)
+        self._silent_ids = request.stop_token_ids | self._stop_tokens.keys()
         self._eos_ids = frozenset() if request.ignore_eos else eos_ids
         if skip:
             self._silent_ids |= self._eos_ids
+        self._tokenizer, self._num_likeliest = tokenizer, request.log_probs
         self._left = request.max_tokens
-        self.finish_reason = ""
+        self.finish_reason, self._stop_token = "", ""
 
     def next(self, token_ids: list[int], logits: Tensor) -> Token:
         """The token after `token_ids`, which it joins. logits: [1, V]"""
         token_id = self._sampler.draw(token_ids, logits)
+        log_probs = self._log_probs(token_ids, logits, token_id)
         token_ids.append(token_id)
         self._left -= 1
+        return Token(token_id, self._spell(token_id), log_probs)
+
+    def _spell(self, token_id: int) -> str:
+        """The text that may go out now. Sets `finish_reason` when it is the last."""
         if token_id in self._silent_ids:
             self.finish_reason = "stop"
-            return Token(token_id, "")
+            self._stop_token = self._stop_tokens.get(token_id, "")
+            return ""
         text = self._stops.add(self._detokenizer.add(token_id))
         if self._stops.found or token_id in self._eos_ids:
             self.finish_reason = "stop"
         elif self._left == 0:
             self.finish_reason = "length"
-        return Token(token_id, text)
+        return text
+
+    def _log_probs(self, token_ids: list[int], logits: Tensor, drawn: int) -> LogProbs | None:
+        if self._num_likeliest is None:
+            return None
+        return log_probs_of(self._tokenizer, token_ids, logits, drawn, self._num_likeliest)
+
+    @property
+    def stop(self) -> str:
+        """The stop string that ended it; empty: something else did."""
+        return self._stops.found or self._stop_token
 
     def forecast(self, token_ids: list[int]) -> Callable[[Tensor], int]:
         """Draws what `next` would draw, without a trace: each call one token further.

@@ -13,15 +13,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proto import errors
-from proto.errors import KIND_METADATA_KEY, KINDS, FlashMoEError, from_kind, from_rpc
+from proto.errors import (
+    KIND_METADATA_KEY,
+    KINDS,
+    RETRY_AFTER_METADATA_KEY,
+    FlashMoEError,
+    from_kind,
+    from_rpc,
+)
 
 
 class FailedCall(grpc.RpcError):
     """A failed call as gRPC hands it to a client."""
 
-    def __init__(self, code: grpc.StatusCode, details: str | None, kind: str | None) -> None:
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        details: str | None,
+        kind: str | None,
+        retry_after_s: str | None = None,
+    ) -> None:
         self._code, self._details = code, details
-        self._metadata = None if kind is None else ((KIND_METADATA_KEY, kind),)
+        pairs = ((KIND_METADATA_KEY, kind), (RETRY_AFTER_METADATA_KEY, retry_after_s))
+        self._metadata = tuple((k, v) for k, v in pairs if v is not None) or None
 
     def code(self) -> grpc.StatusCode:
         return self._code
@@ -85,3 +99,22 @@ def test_whose_fault_and_whether_to_retry_agree(kind: type[FlashMoEError]) -> No
     if kind.status in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.DATA_LOSS):
         assert not kind.retryable
     assert kind.status is not grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        ("1.500", 1.5),
+        ("0", 0.0),
+        (None, None),
+        ("-1", None),
+        ("nan", None),
+        ("inf", None),
+        ("x", None),
+    ],
+)
+def test_when_to_retry_is_read_back_if_it_is_a_duration(
+    sent: str | None, expected: float | None
+) -> None:
+    error = from_rpc(FailedCall(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", "QueueFull", sent))
+    assert (type(error), error.retry_after_s) == (errors.QueueFull, expected)

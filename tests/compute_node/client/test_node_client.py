@@ -6,6 +6,7 @@ one stop string taken for three, bytes for token ids, NaN for a temperature or a
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,9 @@ def sent(client: Any) -> Any:
     [
         ([CHAT, 5], "mixes chat messages with other things"),
         ([5, CHAT], "mixes chat messages with other things"),
-        ([{**CHAT, "name": "bob", "tool_calls": []}], "'name', 'tool_calls'.*only role and"),
+        ([{**CHAT, "audio": "x", "id": 5}], "'audio', 'id': only content, name, reasoning, role"),
+        ([{**CHAT, "tool_calls": "x"}], "0's tool_calls is of type str"),
+        ([{**CHAT, "tool_calls": [{1j: 2}]}], "0's tool_calls is no JSON"),
         ([{"role": "user"}], "chat message 0 has no 'content'"),
         ([{"role": "user", "content": None}], "0's content is of type NoneType"),
         ([CHAT, {"role": "user", "content": [{"type": "text"}]}], "1's content is of type list"),
@@ -80,7 +83,18 @@ def test_prompts_that_cannot_be_carried(client: Any, prompt: Any, message: str) 
         ({"max_tokens": 2**32}, "max_tokens is 4294967296"),
         ({"max_tokens": 1.5}, "max_tokens is of type float"),
         ({"max_tokens": True}, "max_tokens is of type bool"),
-        ({"max_tokens": None}, "max_tokens is of type NoneType"),
+        ({"logit_bias": [5]}, "logit_bias is of type list"),
+        ({"logit_bias": {"5": 1}}, "a token id of logit_bias is of type str"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias of token 5 is nan"),
+        ({"logit_bias": {5: 101}}, "logit_bias of token 5 is 101"),
+        ({"logit_bias": {-1: 1}}, "logit_bias: -1 is no token id"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias names 1025 tokens"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty 2.5"),
+        ({"presence_penalty": float("nan")}, "presence_penalty nan"),
+        ({"min_p": 1.5}, "min_p 1.5"),
+        ({"log_probs": -1}, "log_probs is -1"),
+        ({"client": None}, "client is of type NoneType"),
+        ({"tools": [{"type": "function"}]}, "give chat messages"),
         ({"temperature": float("nan")}, "temperature nan"),
         ({"temperature": float("inf")}, "temperature inf"),
         ({"temperature": -0.5}, "temperature -0.5"),
@@ -170,3 +184,27 @@ def test_chats_and_numbers_of_other_libraries_are_carried(client: Any) -> None:
     client._stub.requests.clear()
     client.generate(np.array([5, 6]), seed=2**64 - 1)
     assert list(sent(client).token_ids.ids) == [5, 6]
+
+
+def test_what_a_chats_template_reads_is_carried_as_json(client: Any) -> None:
+    """Red when tools are dropped, and when non-ASCII letters are escaped: a template shows them."""
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": "ö"}}}
+    client.generate(
+        [CHAT, {"role": "assistant", "content": "", "tool_calls": [call], "reasoning": "why"}],
+        tools=[{"type": "function", "function": {"name": "f"}}],
+        template_options={"enable_thinking": False},
+    )
+    chat = sent(client).chat
+    assert json.loads(chat.messages[1].tool_calls) == [call]
+    assert "ö" in chat.messages[1].tool_calls
+    assert chat.messages[1].reasoning == "why"
+    assert json.loads(chat.tools)[0]["function"]["name"] == "f"
+    assert json.loads(chat.template_options) == {"enable_thinking": False}
+
+
+def test_what_the_context_leaves_is_asked_for(client: Any) -> None:
+    client.generate("In", max_tokens=None, log_probs=0, logit_bias={5: -100})
+    request = sent(client)
+    assert (request.HasField("max_tokens"), request.fits_context) == (False, True)
+    assert request.HasField("log_probs")
+    assert dict(request.sampling.logit_bias) == {5: -100.0}
