@@ -28,8 +28,11 @@ from compute_node.cache.policies.heard import Heard
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.config import ComputeNodeConfig
 from compute_node.engine.ahead import new_run_ahead
+from compute_node.engine.compute_thread import ComputeThread, Meter
 from compute_node.engine.engine import Engine
-from compute_node.engine.jobs import ComputeThread
+from compute_node.engine.kept import KeptPrompts
+from compute_node.engine.kv_room import KvRoom
+from compute_node.engine.schedule import Schedule
 from compute_node.evidence import learning
 from compute_node.evidence.advice import AdviceFeed
 from compute_node.evidence.log import AccessLog
@@ -83,8 +86,10 @@ async def run(config: ComputeNodeConfig) -> None:
 
         if config.verdicts_path:  # once more when nothing computes: prompts were seen meanwhile
             stack.callback(prober.save, config.verdicts_path)
+        room = KvRoom(KeptPrompts(config.kept_states), config.state_tokens, config.max_sequences)
+        schedule = Schedule(config.max_queued_requests, room)
         compute = stack.enter_context(
-            ComputeThread(config.max_queued_requests, idle, config.stop_grace_s)
+            ComputeThread(schedule, idle, config.stop_grace_s, config.max_stall_s)
         )
         loaded = compute.do(lambda: load(config, model_dir, spec, cache, prober, lookahead))
         compute.do(cache.open)
@@ -105,6 +110,10 @@ async def run(config: ComputeNodeConfig) -> None:
             config.prefill_chunk_tokens,
             evidence,
             run_ahead,
+            room,
+        )
+        compute.meter = Meter(
+            lambda: sum(one.misses for one in cache.counters.values()), lambda: cache.waits.read_s
         )
         guards = Guards(quality_card_of(config, spec), engine.limits.check_route)
         check_default(config, guards)

@@ -54,6 +54,10 @@ class ComputeNodeConfig(BaseModel):
     prefetch_depth: Annotated[int, Field(ge=0, le=8)] = 3
     run_ahead: RunAheadSetting = "auto"
     max_queued_requests: PositiveInt = 16
+    max_sequences: PositiveInt = 8
+    kv_tokens: PositiveInt | None = None
+    kept_states: Annotated[int, Field(ge=0)] = 4
+    max_stall_s: PositiveFloat = 0.5
     deadline_s: PositiveFloat = 30.0
     threads: Annotated[int, Field(ge=0)] = 0
     verdicts_path: Path | None = None
@@ -79,6 +83,11 @@ class ComputeNodeConfig(BaseModel):
             return str(Budget.parse(quality))
         except errors.InvalidRequest as error:
             raise ValueError(str(error)) from None
+
+    @property
+    def state_tokens(self) -> int:
+        """Whose state there is room for: of sequences that are alive, and of kept prompts."""
+        return max(self.kv_tokens or 2 * self.max_context_tokens, self.max_context_tokens)
 
     @property
     def weighs(self) -> bool:

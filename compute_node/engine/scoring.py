@@ -10,6 +10,7 @@ from functools import partial
 from compute_node.client.result import ScoredToken
 from compute_node.engine.engine import Engine
 from compute_node.engine.request import Request
+from compute_node.engine.seat import Seat
 from compute_node.engine.sequence import SequenceState
 from compute_node.moe.step import Phase
 from compute_node.quality.turns import OneRoute, Rung, Turns
@@ -56,12 +57,13 @@ def score(
     Raises what `check_text` and Engine.generate raise.
     """
     check_text(engine, text)
+    seat = Seat(check)
     lossy = engine.lossy_decode(turns or OneRoute(Rung()))
     for part in text.parts:
         sequence = SequenceState(f"score{next(_numbers)}", [])
         for token_id, following in itertools.pairwise(part):
             sequence.token_ids.append(token_id)
-            forward = partial(engine.forward, sequence, [token_id], Phase.DECODE, check)
+            forward = partial(engine.forward, sequence, [token_id], Phase.DECODE, seat)
             logits, _ = lossy.step(sequence, forward, check)  # [1, V]
             log_prob = float(logits[0].double().log_softmax(dim=-1)[following])
             found = lossy.latest

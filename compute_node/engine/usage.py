@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from compute_node.cache.expert_cache import ExpertCache
@@ -47,10 +49,10 @@ class Usage:
 
 
 class Measure:
-    """Adds what a block cost to a usage, also when it raises."""
+    """Adds what a block cost to a usage, also when it raises. Enter it as often as need be."""
 
-    def __init__(self, cache: ExpertCache, usage: Usage, tokens: int) -> None:
-        self._cache, self._usage, self._tokens = cache, usage, tokens
+    def __init__(self, cache: ExpertCache, usage: Usage) -> None:
+        self._cache, self._usage = cache, usage
 
     def __enter__(self) -> None:
         self._before = self._totals()
@@ -59,13 +61,21 @@ class Measure:
     def __exit__(self, *_: object) -> None:
         usage, after = self._usage, self._totals()
         usage.wall_s += time.perf_counter() - self._start_s
-        usage.tokens += self._tokens
         usage.hits += after[0] - self._before[0]
         usage.misses += after[1] - self._before[1]
         usage.bytes_read += after[2] - self._before[2]
         usage.stall_s += after[3] - self._before[3]
         usage.uncovered_s += after[4] - self._before[4]
         usage.device_s += (after[2] - self._before[2]) * self._cache.waits.read_s_per_byte
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What this block costs, within the one that is measured, is not counted."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def _totals(self) -> tuple[int, int, int, float, float]:
         counters = self._cache.counters.values()

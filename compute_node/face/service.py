@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from compute_node.client.result import ScoredToken
 from compute_node.client.sampling_options import SamplingOptions
 from compute_node.engine import engine as core
-from compute_node.engine.jobs import ComputeThread
+from compute_node.engine.compute_thread import ComputeThread
+from compute_node.engine.job import Job, PromptPart, Work
 from compute_node.engine.request import Request
 from compute_node.engine.scoring import ScoredText, check_text, score
+from compute_node.engine.seat import Seat
 from compute_node.engine.text import encode_chat, encode_prompt
 from compute_node.engine.writer import Token
 from compute_node.evidence.accesses import Recording
@@ -62,14 +64,15 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         self._engine.limits.check(wanted)
         self._stats.requests += 1
 
-        def work(check: Callable[[], None]) -> Iterator[core.Event]:
-            return self._engine.generate(wanted, check)
+        def answer(seat: Seat) -> Iterator[core.Event | PromptPart]:
+            return self._engine.answer(wanted, seat)
 
+        work = Work(answer, context.peer(), wanted.num_tokens)
         jobs = self._compute.run(work, context.time_remaining())
         yield pb.GenerateReply(started=pb.Started(prompt_token_ids=wanted.token_ids))
         try:
             async for job, event in jobs:
-                yield _reply(event, job.queued_s, wanted)
+                yield _reply(event, job, wanted)
         finally:
             await jobs.aclose()  # type: ignore[attr-defined]
 
@@ -83,17 +86,19 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         turns = self._turns(request)
         self._stats.requests += 1
 
-        def work(check: Callable[[], None]) -> Iterator[ScoredToken]:
-            return score(self._engine, text, turns, check)
+        def scored(seat: Seat) -> Iterator[ScoredToken]:
+            return score(self._engine, text, turns, seat.check)
 
+        num_tokens = max(len(part) for part in text.parts)
+        work = Work(scored, context.peer(), num_tokens)
         jobs = self._compute.run(work, context.time_remaining())
         try:
-            async for _, scored in jobs:
+            async for _, token in jobs:
                 yield pb.ScoreReply(
-                    id=scored.token_id,
-                    log_prob=scored.log_prob,
-                    kl=scored.kl,
-                    agrees=scored.agrees,
+                    id=token.token_id,
+                    log_prob=token.log_prob,
+                    kl=token.kl,
+                    agrees=token.agrees,
                 )
         finally:
             await jobs.aclose()  # type: ignore[attr-defined]
@@ -102,12 +107,13 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         hidden, topk_ids, topk_weights = self._tensors(request)
         phase = Phase.DECODE if request.is_decode else Phase.PREFILL
 
-        def work(check: Callable[[], None]) -> Iterator[torch.Tensor]:
+        def layer(seat: Seat) -> Iterator[torch.Tensor]:
             yield self._engine.forward_layer(
-                request.layer, hidden, topk_ids, topk_weights, phase, check
+                request.layer, hidden, topk_ids, topk_weights, phase, seat.check
             )
 
         output = torch.empty(0)
+        work = Work(layer, context.peer())
         async for _, result in self._compute.run(work, context.time_remaining()):
             output = result
         return pb.ForwardReply(
@@ -239,7 +245,7 @@ def _quality(wanted: Request) -> str:
     return EXACT_NAME if is_exact(wanted.policy) else ""
 
 
-def _reply(event: core.Event, queued_s: float, wanted: Request) -> pb.GenerateReply:
+def _reply(event: core.Event, job: Job, wanted: Request) -> pb.GenerateReply:
     if isinstance(event, Token):
         return pb.GenerateReply(token=pb.Token(id=event.token_id, text=event.text))
     if isinstance(event, RecordedStep):
@@ -248,9 +254,9 @@ def _reply(event: core.Event, queued_s: float, wanted: Request) -> pb.GenerateRe
         finished=pb.Finished(
             finish_reason=event.reason,
             text=event.text,
-            ttft_s=event.ttft_s + queued_s,
+            ttft_s=event.ttft_s + job.queued_s,
             tokens_per_s=event.tokens_per_s,
-            queued_s=queued_s,
+            queued_s=job.queued_s,
             prefill=pb.PhaseUsage(**asdict(event.prefill)),
             decode=pb.PhaseUsage(**asdict(event.decode)),
             warnings=event.warnings,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from compute_node.engine.compute_thread import ComputeThread
 from compute_node.engine.engine import Engine
-from compute_node.engine.jobs import ComputeThread
 from compute_node.evidence import learning
 from compute_node.evidence.advice import AdviceFeed
 from compute_node.evidence.log import AccessLog
@@ -41,7 +41,10 @@ class NodeStats:
             cache.waits,
             cache.capacity,
             cache.chooser,
-            self.compute,
+            self.compute.schedule,
+            self.compute.turn_length,
+            self.engine.room,
+            self.engine.room.kept,
             *(labelled(distance, layers_ahead=number) for number, distance in distances),
             loaded.prefetcher,
             loaded.routers,

@@ -33,6 +33,16 @@ def mapped_buffers() -> Iterator[None]:
         trim()
 
 
+@contextmanager
+def kept_buffers() -> Iterator[None]:
+    """For this block within one of `mapped_buffers`, decode uses its buffers again."""
+    _set_thresholds(_LARGEST_BYTES)
+    try:
+        yield
+    finally:
+        _set_thresholds(_MAPPED_BYTES)
+
+
 def trim() -> None:
     """What is free goes back to the kernel. Takes some ms. Without glibc nothing happens."""
     if (library := _glibc()) is not None:

@@ -52,6 +52,7 @@ class RoutedExperts:
             return step.emulation.experts(
                 self.layer, self._kernels.exact, module.num_experts, hidden, route
             )
+        step.give_way()
         num_experts = module.num_experts
         route = self._route(step, num_experts, topk_ids, topk_weights)
         ids = route.ids.tolist()

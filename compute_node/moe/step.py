@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from compute_node.cache.asked import never
 from compute_node.cache.loans import Loans
 from compute_node.kernels import heap
 from compute_node.kernels.expert_kernels import ExpertKernels
@@ -118,6 +119,7 @@ class Step:
     policy:    chooses among experts; what it goes by is kept
     streams:   [T, D] by model layer number, the residual stream before the experts' block, where it
                is recognised; in decode
+    give_way:  called between layers of a prompt, where others may have turns
     loans:     lends its experts, beside the true pass of the same token; None: it is the true one
     num_substituted, num_skipped: chosen experts that gave way to others, that were left out
     num_small: experts computed with a record of fewer bits
@@ -145,6 +147,7 @@ class Step:
         self.seen: dict[int, Seen] | None = {} if keeps.seen else None
         self.streams: dict[int, Tensor] = {}
         self.loans = loans
+        self.give_way: Callable[[], None] = never
         self.num_substituted = self.num_skipped = 0
         self.num_small = 0
 

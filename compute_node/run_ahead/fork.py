@@ -44,7 +44,7 @@ class Fork:
         self._true = true.layers
         self.state = object.__new__(type(true))
         self.state.__dict__.update(
-            (name, None if name == "layers" else _copied(part, Tensor.clone))
+            (name, None if name == "layers" else copied(part, Tensor.clone))
             for name, part in true.__dict__.items()
         )
         self.state.layers = list(geometry.layers)
@@ -54,7 +54,7 @@ class Fork:
         if number < len(self._true):
             layer = self._true[number]
             is_shared = type(layer) in _GROWS_BY_NEW_TENSORS
-            self.state.layers[number] = _copied(layer, _same if is_shared else Tensor.clone)
+            self.state.layers[number] = copied(layer, _same if is_shared else Tensor.clone)
 
     def leave(self, number: int) -> None:
         if number < len(self.state.layers):
@@ -70,10 +70,10 @@ def hollow(layer: Any) -> Any:
     """A layer's state with tensors of its shapes that are one number each. Whole numbers stay: they
     are positions, which some models read before their layers.
     """
-    return _copied(layer, _hollowed)
+    return copied(layer, _hollowed)
 
 
-def _copied(
+def copied(
     value: Any, of_tensor: Callable[[Tensor], Tensor], made: dict[int, Any] | None = None
 ) -> Any:
     """Tensors by `of_tensor`, containers and objects of transformers anew, all else shared.
@@ -86,13 +86,13 @@ def _copied(
     if isinstance(value, Tensor):
         made[id(value)] = of_tensor(value)
     elif isinstance(value, dict):
-        made[id(value)] = {key: _copied(part, of_tensor, made) for key, part in value.items()}
+        made[id(value)] = {key: copied(part, of_tensor, made) for key, part in value.items()}
     elif isinstance(value, list):
-        made[id(value)] = [_copied(part, of_tensor, made) for part in value]
+        made[id(value)] = [copied(part, of_tensor, made) for part in value]
     elif type(value).__module__.startswith("transformers.") and hasattr(value, "__dict__"):
         copy = made[id(value)] = object.__new__(type(value))
         copy.__dict__.update(
-            (name, _copied(part, of_tensor, made)) for name, part in value.__dict__.items()
+            (name, copied(part, of_tensor, made)) for name, part in value.__dict__.items()
         )
     else:
         return value

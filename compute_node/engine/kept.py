@@ -1,0 +1,141 @@
+"""State of prompts that were computed, kept for prompts that begin alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from compute_node.engine.saved_state import SavedPart
+from proto.stats import counter, gauge
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Node:
+    """One part of a prompt, after those before it. Prompts that begin alike share it.
+
+    parent: None: it begins a prompt
+    """
+
+    token_ids: Tokens
+    saved: SavedPart
+    parent: _Node | None
+    route: str
+    children: dict[Tokens, _Node] = field(default_factory=dict)
+    used: int = 0  # when it was used last
+
+
+@dataclass(eq=False)
+class KeptPrompts:
+    """A tree of parts. The part that was used least recently, and that no other follows, goes
+    first. One thread.
+
+    most_states: parts that keep what does not grow by the token (recurrent states, windows), where
+                 a model has it: a prompt can go on after such a part only
+    """
+
+    most_states: int
+    hits: int = counter(
+        "flashmoe_node_kept_prompts", "Prompts that began like one kept", key="kept_hits"
+    )
+    tokens_saved: int = counter(
+        "flashmoe_node_kept_tokens_saved", "Prompt tokens not computed again", key="tokens_saved"
+    )
+    num_tokens: int = gauge(
+        "flashmoe_node_kept_tokens", "Prompt tokens whose state is kept", key="kept_tokens", start=0
+    )
+    _roots: dict[tuple[str, Tokens], _Node] = field(default_factory=dict)
+    _nodes: dict[_Node, None] = field(default_factory=dict)  # the least recently used first
+    _states: dict[_Node, None] = field(default_factory=dict)  # with a rest that takes memory
+
+    def longest(self, token_ids: Sequence[int], cuts: Sequence[int], route: str) -> Found:
+        """What is kept of the prompt's beginning, up to one of its cuts.
+
+        route: that the prompt goes by; state of another is never used
+        """
+        path, best = list[_Node](), 0
+        for part in _parts(token_ids, cuts):
+            node = self._child(path[-1] if path else None, part, route)
+            if node is None:
+                break
+            path.append(node)
+            self._touch(node)
+            if node.saved.rest is not None:
+                best = len(path)
+        path = path[:best]
+        for node in path:
+            if node in self._states:
+                self._states[node] = self._states.pop(node)
+        found = Found([node.saved for node in path], sum(len(node.token_ids) for node in path))
+        self.hits += bool(path)
+        self.tokens_saved += found.num_tokens
+        return found
+
+    def keep(
+        self, token_ids: Sequence[int], cuts: Sequence[int], route: str, saved: SavedPart
+    ) -> None:
+        """The part that ends at the last of `cuts`. Those before it are kept already; else nothing
+        happens: they were given up meanwhile.
+        """
+        *before, part = _parts(token_ids, cuts)
+        parent = None
+        for earlier in before:
+            parent = self._child(parent, earlier, route)
+            if parent is None:
+                return
+        if (node := self._child(parent, part, route)) is None:
+            node = _Node(part, saved, parent, route)
+            siblings = self._roots if parent is None else parent.children
+            siblings[(route, part) if parent is None else part] = node  # type: ignore[index]
+            self.num_tokens += len(part)
+        elif node.saved.rest is None:
+            node.saved = saved
+        self._touch(node)
+        self._limit_states(node)
+
+    def give_up_one(self) -> bool:
+        """Whether there was any."""
+        node = next((one for one in self._nodes if not one.children), None)
+        if node is None:
+            return False
+        del self._nodes[node]
+        self._states.pop(node, None)
+        self.num_tokens -= len(node.token_ids)
+        if node.parent is None:
+            del self._roots[node.route, node.token_ids]
+        else:
+            del node.parent.children[node.token_ids]
+        return True
+
+    def _child(self, parent: _Node | None, part: Tokens, route: str) -> _Node | None:
+        return self._roots.get((route, part)) if parent is None else parent.children.get(part)
+
+    def _touch(self, node: _Node) -> None:
+        self._nodes.pop(node, None)
+        self._nodes[node] = None
+
+    def _limit_states(self, node: _Node) -> None:
+        if node.saved.rest_bytes == 0:
+            return
+        self._states.pop(node, None)
+        self._states[node] = None
+        while len(self._states) > self.most_states:
+            oldest = next(iter(self._states))
+            del self._states[oldest]
+            oldest.saved = oldest.saved.without_rest()
+
+
+@dataclass(frozen=True)
+class Found:
+    """parts: of a prompt, from its beginning on, num_tokens long together"""
+
+    parts: list[SavedPart]
+    num_tokens: int
+
+
+def _parts(token_ids: Sequence[int], cuts: Sequence[int]) -> Iterator[Tokens]:
+    start = 0
+    for end in cuts:
+        yield tuple(token_ids[start:end])
+        start = end
