@@ -14,8 +14,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from compute_node.client import arguments
+from compute_node.client.description import Description
 from compute_node.client.generates import Generates
 from compute_node.client.result import Collected, Piece, Result
 from proto import compute_node_pb2 as pb
@@ -80,6 +82,22 @@ class AsyncNodeClient(Generates[AsyncGeneration]):
         deadline_s = arguments.timeout_of(timeout_s)
         call = self._stub.Stats(stats_pb.StatsRequest(), timeout=deadline_s)
         return Stats.from_pb(await _reply(call))
+
+    async def describe(self, timeout_s: float = 5.0) -> Description:
+        """As NodeClient.describe."""
+        deadline_s = arguments.timeout_of(timeout_s)
+        call = self._stub.Describe(pb.NodeDescriptionRequest(), timeout=deadline_s)
+        return Description.from_pb(await _reply(call))
+
+    async def is_serving(self, timeout_s: float = 5.0) -> bool:
+        """Whether the node is there and takes requests."""
+        stub: Any = health_pb2_grpc.HealthStub(self._channel)
+        request = health_pb2.HealthCheckRequest()
+        try:
+            reply = await stub.Check(request, timeout=arguments.timeout_of(timeout_s))
+        except grpc.RpcError:
+            return False
+        return bool(reply.status == rpc.SERVING)
 
 
 async def _reply(call: Awaitable[Reply]) -> Reply:

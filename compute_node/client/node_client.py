@@ -18,6 +18,7 @@ from typing import Any, Self
 import grpc
 
 from compute_node.client import arguments
+from compute_node.client.description import Description
 from compute_node.client.generates import Generates
 from compute_node.client.result import Generation, ScoredToken, scored_of
 from proto import compute_node_pb2 as pb
@@ -125,5 +126,15 @@ class NodeClient(Generates[Generation]):
         deadline_s = arguments.timeout_of(timeout_s)
         try:
             return Stats.from_pb(self._stub.Stats(stats_pb.StatsRequest(), timeout=deadline_s))
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error) from None
+
+    def describe(self, timeout_s: float = 5.0) -> Description:
+        """What the node serves. Raises Unavailable, InvalidRequest."""
+        deadline_s = arguments.timeout_of(timeout_s)
+        try:
+            return Description.from_pb(
+                self._stub.Describe(pb.NodeDescriptionRequest(), timeout=deadline_s)
+            )
         except grpc.RpcError as error:
             raise errors.from_rpc(error) from None

@@ -115,7 +115,7 @@ class Result:
     steps:    one for each decode step, when recorded
     stop:     the stop string that ended it; empty: something else did
     reused_tokens: of the prompt, whose state was kept from an earlier request
-    waited_s: while others had their turns, after its first token
+    waited_s: in which others had their turns, since its first
     """
 
     text: str

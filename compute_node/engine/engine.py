@@ -44,6 +44,7 @@ class Finished:
     routes:   decode steps by what they went by
     estimate: of the guard that said so; None: there was none, or nothing is checked yet
     reused_tokens: of the prompt, whose state was kept from another
+    stop:     the stop string that ended it; empty: something else did
     """
 
     reason: str
@@ -55,6 +56,7 @@ class Finished:
     routes: Mapping[str, int] = field(default_factory=dict)
     estimate: QualityEstimate | None = None
     reused_tokens: int = 0
+    stop: str = ""
 
     @property
     def tokens_per_s(self) -> float:
@@ -82,7 +84,7 @@ class Engine(Passes):
         room = room or KvRoom(KeptPrompts(2), 2 * max_context_tokens, 2)
         parts = _prompt_parts(loaded, cache, prefill_chunk_tokens)
         super().__init__(loaded, cache, parts, room, evidence, run_ahead)
-        self._eos_ids = _eos_ids(loaded.model, model_dir)
+        self.model_dir, self.eos_ids = model_dir, _eos_ids(loaded.model, model_dir)
         self.limits = Limits(loaded, max_context_tokens, prefill_chunk_tokens)
         layers = run_ahead.layers if run_ahead is not None else None
         self.lossy = LossyCounts()
@@ -125,7 +127,7 @@ class Engine(Passes):
         yield from self._prompt(sequence, seat, prefill)
         assert sequence.logits is not None
         logits = sequence.logits
-        writer = Writer(request, self.loaded.tokenizer, self._eos_ids)
+        writer = Writer(request, self.loaded.tokenizer, self.eos_ids)
         ttft_s = time.perf_counter() - start_s
         lossy = self.lossy_decode(request.turns, decode)
         while True:
@@ -162,6 +164,7 @@ class Engine(Passes):
             lossy.routes,
             estimate,
             sequence.num_reused,
+            writer.stop,
         )
 
     def _prompt(self, sequence: SequenceState, seat: Seat, usage: Usage) -> Iterator[PromptPart]:

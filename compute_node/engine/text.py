@@ -153,20 +153,6 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer(prompt)["input_ids"])
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Through the tokenizer's own template. Raises InvalidRequest when it has none, or refuses
-    the messages.
-    """
-    need_tokenizer(tokenizer)
-    if not getattr(tokenizer, "chat_template", None):
-        raise errors.InvalidRequest("this model's tokenizer has no chat template: send a prompt")
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:
-        raise errors.InvalidRequest(f"the chat template refuses these messages: {error}") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
 def need_tokenizer(tokenizer: Any) -> None:
     """Raises InvalidRequest when there is none."""
     if tokenizer is None:

@@ -12,12 +12,14 @@ import torch
 from compute_node.client.result import ScoredToken
 from compute_node.client.sampling_options import SamplingOptions
 from compute_node.engine import engine as core
+from compute_node.engine.chat import Chat, encode_chat, template_of
 from compute_node.engine.compute_thread import ComputeThread
 from compute_node.engine.job import Job, PromptPart, Work
+from compute_node.engine.log_probs import MAX_LIKELIEST, LogProb
 from compute_node.engine.request import Request
 from compute_node.engine.scoring import ScoredText, check_text, score
 from compute_node.engine.seat import Seat
-from compute_node.engine.text import encode_chat, encode_prompt
+from compute_node.engine.text import encode_prompt, end_texts
 from compute_node.engine.writer import Token
 from compute_node.evidence.accesses import Recording
 from compute_node.face.stats import NodeStats
@@ -60,16 +62,18 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: Any
     ) -> AsyncIterator[pb.GenerateReply]:
-        wanted = await self._translate(request)
+        wanted, prompt_end = await self._translate(request, context.peer())
         self._engine.limits.check(wanted)
         self._stats.requests += 1
 
         def answer(seat: Seat) -> Iterator[core.Event | PromptPart]:
             return self._engine.answer(wanted, seat)
 
-        work = Work(answer, context.peer(), wanted.num_tokens)
+        work = Work(answer, wanted.client, wanted.num_tokens)
         jobs = self._compute.run(work, context.time_remaining())
-        yield pb.GenerateReply(started=pb.Started(prompt_token_ids=wanted.token_ids))
+        yield pb.GenerateReply(
+            started=pb.Started(prompt_token_ids=wanted.token_ids, prompt_end=prompt_end)
+        )
         try:
             async for job, event in jobs:
                 yield _reply(event, job, wanted)
@@ -123,22 +127,33 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
     async def Stats(self, request: stats_pb.StatsRequest, context: Any) -> stats_pb.Snapshot:
         return self._stats.snapshot()
 
-    async def _translate(self, request: pb.GenerateRequest) -> Request:
+    async def Describe(
+        self, request: pb.NodeDescriptionRequest, context: Any
+    ) -> pb.NodeDescription:
+        engine, tokenizer = self._engine, self._engine.loaded.tokenizer
+        return pb.NodeDescription(
+            model=engine.model_dir.name,
+            fingerprint=engine.loaded.spec.fingerprint,
+            max_context_tokens=engine.limits.max_context_tokens,
+            trained_tokens=engine.limits.trained_tokens or 0,
+            chat_template=template_of(tokenizer),
+            end_texts=end_texts(tokenizer, engine.eos_ids),
+            quality=self._quality,
+        )
+
+    async def _translate(self, request: pb.GenerateRequest, peer: str) -> tuple[Request, str]:
+        """What is wanted, and the last characters of a chat's prompt."""
         if len(request.stop) > _MAX_STOPS:
             raise errors.InvalidRequest(f"{len(request.stop)} stop strings, at most {_MAX_STOPS}")
-        sampling = request.sampling
+        if request.json_schema:
+            raise errors.InvalidRequest("json_schema: this node forms no answers: leave it out")
         # Tokenising megabytes takes seconds: not on the event loop.
-        token_ids = await asyncio.to_thread(self._prompt_ids, request)
-        return Request(
-            token_ids=tuple(token_ids[: request.max_prompt_tokens or None]),
-            max_tokens=_max_tokens(request),
-            sampling=SamplingOptions(
-                sampling.temperature,
-                sampling.top_k,
-                sampling.top_p,
-                sampling.repetition_penalty,
-                _seed(sampling),
-            ),
+        token_ids, prompt_end = await asyncio.to_thread(self._prompt_ids, request)
+        token_ids = token_ids[: request.max_prompt_tokens or None]
+        wanted = Request(
+            token_ids=tuple(token_ids),
+            max_tokens=self._max_tokens(request, len(token_ids)),
+            sampling=_sampling(request.sampling),
             stop=tuple(request.stop),
             stop_token_ids=frozenset(request.stop_token_ids),
             ignore_eos=request.ignore_eos,
@@ -148,7 +163,16 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             route=request.route,
             guard=self._guard(request),
             route_prompts=request.route_prompts,
+            client=request.client or peer,
+            log_probs=_log_probs(request),
         )
+        return wanted, prompt_end
+
+    def _max_tokens(self, request: pb.GenerateRequest, num_prompt: int) -> int:
+        given = request.max_tokens if request.HasField("max_tokens") else None
+        if request.fits_context:
+            return self._engine.limits.fitting_tokens(num_prompt, given)
+        return _DEFAULT_MAX_TOKENS if given is None else given
 
     def _guard(self, request: pb.GenerateRequest | pb.ScoreRequest) -> Guard | None:
         """None: it is exact, or goes by a route. Raises InvalidRequest."""
@@ -169,20 +193,18 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             )
         return guard
 
-    def _prompt_ids(self, request: pb.GenerateRequest) -> list[int]:
+    def _prompt_ids(self, request: pb.GenerateRequest) -> tuple[list[int], str]:
+        """And the last characters of a chat's prompt."""
         tokenizer = self._engine.loaded.tokenizer
         match request.WhichOneof("input"):
             case "prompt":
                 self._engine.limits.check_characters(len(request.prompt))
-                return encode_prompt(tokenizer, request.prompt)
+                return encode_prompt(tokenizer, request.prompt), ""
             case "token_ids":
-                return list(request.token_ids.ids)
+                return list(request.token_ids.ids), ""
             case "chat":
-                self._engine.limits.check_characters(
-                    sum(len(m.content) for m in request.chat.messages)
-                )
-                messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
-                return encode_chat(tokenizer, messages)
+                self._engine.limits.check_characters(_num_characters(request.chat))
+                return encode_chat(tokenizer, Chat.from_pb(request.chat))
         raise errors.InvalidRequest("give a prompt, token_ids or chat messages")
 
     def _scored_ids(self, request: pb.ScoreRequest) -> list[int]:
@@ -223,12 +245,34 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         )
 
 
-def _max_tokens(request: pb.GenerateRequest) -> int:
-    return request.max_tokens if request.HasField("max_tokens") else _DEFAULT_MAX_TOKENS
+def _num_characters(chat: pb.ChatMessages) -> int:
+    messages = (m.content + m.tool_calls + m.reasoning for m in chat.messages)
+    return len(chat.tools) + sum(map(len, messages))
 
 
-def _seed(sampling: pb.Sampling) -> int | None:
-    return sampling.seed if sampling.HasField("seed") else None
+def _sampling(sampling: pb.Sampling) -> SamplingOptions:
+    return SamplingOptions(
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.repetition_penalty,
+        sampling.seed if sampling.HasField("seed") else None,
+        sampling.frequency_penalty,
+        sampling.presence_penalty,
+        dict(sampling.logit_bias),
+        sampling.min_p,
+    )
+
+
+def _log_probs(request: pb.GenerateRequest) -> int | None:
+    if not request.HasField("log_probs"):
+        return None
+    if request.log_probs > MAX_LIKELIEST:
+        raise errors.InvalidRequest(
+            f"log_probs of {request.log_probs} tokens at each place: ask for at most "
+            f"{MAX_LIKELIEST}"
+        )
+    return request.log_probs
 
 
 def _recording(request: pb.GenerateRequest) -> Recording | None:
@@ -245,9 +289,24 @@ def _quality(wanted: Request) -> str:
     return EXACT_NAME if is_exact(wanted.policy) else ""
 
 
+def _token(token: Token) -> pb.Token:
+    if token.log_probs is None:
+        return pb.Token(id=token.token_id, text=token.text)
+    return pb.Token(
+        id=token.token_id,
+        text=token.text,
+        drawn=_log_prob(token.log_probs.drawn),
+        likeliest=map(_log_prob, token.log_probs.likeliest),
+    )
+
+
+def _log_prob(one: LogProb) -> pb.TokenLogProb:
+    return pb.TokenLogProb(id=one.token_id, text=one.text, log_prob=one.log_prob)
+
+
 def _reply(event: core.Event, job: Job, wanted: Request) -> pb.GenerateReply:
     if isinstance(event, Token):
-        return pb.GenerateReply(token=pb.Token(id=event.token_id, text=event.text))
+        return pb.GenerateReply(token=_token(event))
     if isinstance(event, RecordedStep):
         return pb.GenerateReply(step_access=event.to_pb())
     return pb.GenerateReply(
@@ -263,5 +322,8 @@ def _reply(event: core.Event, job: Job, wanted: Request) -> pb.GenerateReply:
             quality=_quality(wanted),
             routes=[pb.RouteUse(route=name, tokens=num) for name, num in event.routes.items()],
             estimate=pb.QualityEstimate(**asdict(event.estimate)) if event.estimate else None,
+            stop=event.stop,
+            reused_tokens=event.reused_tokens,
+            waited_s=job.waited_s,
         )
     )
