@@ -62,23 +62,26 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: Any
     ) -> AsyncIterator[pb.GenerateReply]:
-        wanted, prompt_end = await self._translate(request, context.peer())
-        self._engine.limits.check(wanted)
-        self._stats.requests += 1
+        with self._stats.traffic.request() as counted:
+            wanted, prompt_end = await self._translate(request, context.peer())
+            self._engine.limits.check(wanted)
+            self._stats.traffic.requests += 1
 
-        def answer(seat: Seat) -> Iterator[core.Event | PromptPart]:
-            return self._engine.answer(wanted, seat)
+            def answer(seat: Seat) -> Iterator[core.Event | PromptPart]:
+                return self._engine.answer(wanted, seat)
 
-        work = Work(answer, wanted.client, wanted.num_tokens)
-        jobs = self._compute.run(work, context.time_remaining())
-        yield pb.GenerateReply(
-            started=pb.Started(prompt_token_ids=wanted.token_ids, prompt_end=prompt_end)
-        )
-        try:
-            async for job, event in jobs:
-                yield _reply(event, job, wanted)
-        finally:
-            await jobs.aclose()  # type: ignore[attr-defined]
+            work = Work(answer, wanted.client, wanted.num_tokens)
+            jobs = self._compute.run(work, context.time_remaining())
+            yield pb.GenerateReply(
+                started=pb.Started(prompt_token_ids=wanted.token_ids, prompt_end=prompt_end)
+            )
+            try:
+                async for job, event in jobs:
+                    if isinstance(event, Token):
+                        counted.token(job.queued_s, len(wanted.token_ids))
+                    yield _reply(event, job, wanted)
+            finally:
+                await jobs.aclose()  # type: ignore[attr-defined]
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncIterator[pb.ScoreReply]:
         token_ids = await asyncio.to_thread(self._scored_ids, request)
@@ -88,7 +91,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         )
         check_text(self._engine, text)
         turns = self._turns(request)
-        self._stats.requests += 1
+        self._stats.traffic.requests += 1
 
         def scored(seat: Seat) -> Iterator[ScoredToken]:
             return score(self._engine, text, turns, seat.check)

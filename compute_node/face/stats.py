@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from compute_node.engine.compute_thread import ComputeThread
 from compute_node.engine.engine import Engine
 from compute_node.evidence import learning
 from compute_node.evidence.advice import AdviceFeed
 from compute_node.evidence.log import AccessLog
+from compute_node.face.traffic import Traffic
 from compute_node.kernels.counts import KernelCounts
 from compute_node.quality.guards import Guards
 from compute_node.run_ahead.run_ahead import RunAhead
@@ -28,7 +29,7 @@ class NodeStats:
     access_log: AccessLog | None
     advice: AdviceFeed | None
     guards: Guards
-    requests: int = fact("since the start", start=0)
+    traffic: Traffic = field(default_factory=Traffic)
 
     def snapshot(self) -> pb.Snapshot:
         cache, loaded = self.engine.cache, self.engine.loaded
@@ -36,6 +37,7 @@ class NodeStats:
         foresight, stalls = loaded.prefetcher.foresight, [*loaded.timer.stalls.by_layer.items()]
         return stats.snapshot(
             self,
+            self.traffic,
             *(labelled(counters, layer=layer) for layer, counters in layers),
             cache,
             cache.waits,
