@@ -57,6 +57,10 @@ class Residents:
     def get(self, key: ExpertKey) -> Borrowed | None:
         return self._held[key.layer].get(key.expert)
 
+    def held_in(self, layer: int) -> list[int]:
+        """Experts of one layer, for any thread: the interpreter copies them in one step."""
+        return list(self._held[layer])
+
     def occupancy(self, layer: int | None = None) -> Occupancy:
         """Of one layer, where all are exact, or of all. A copy."""
         if layer is None:

@@ -19,6 +19,7 @@ class Room:
     num_spare: slots of the store beside those that nodes may borrow, where guesses lie
     under_way: misses that were asked for and have not come
     used:      by the layer that a step is at
+    used_in:   by layer, what its latest step used
     """
 
     capacity: Capacity
@@ -27,6 +28,7 @@ class Room:
     num_spare: int = 0
     under_way: set[RecordKey] = field(default_factory=set)
     used: Sequence[ExpertKey] = ()
+    used_in: dict[int, Sequence[ExpertKey]] = field(default_factory=dict)
     _expected: dict[int, frozenset[ExpertKey]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -35,7 +37,7 @@ class Room:
 
     def reach(self, layer: int, used: Sequence[ExpertKey]) -> None:
         """A step is at `layer`: what was expected there is known now."""
-        self.used = used
+        self.used = self.used_in[layer] = used
         self._expected.pop(layer, None)
 
     def expect(self, layer: int, keys: Collection[ExpertKey]) -> None:

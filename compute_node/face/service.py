@@ -22,6 +22,7 @@ from compute_node.engine.seat import Seat
 from compute_node.engine.text import encode_prompt, end_texts
 from compute_node.engine.writer import Token
 from compute_node.evidence.accesses import Recording
+from compute_node.face.heat import heat_of
 from compute_node.face.stats import NodeStats
 from compute_node.moe.route import is_exact
 from compute_node.moe.routes.rules import policy_of
@@ -143,6 +144,9 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             end_texts=end_texts(tokenizer, engine.eos_ids),
             quality=self._quality,
         )
+
+    async def Heat(self, request: pb.HeatRequest, context: Any) -> pb.HeatReply:
+        return heat_of(self._engine)
 
     async def _translate(self, request: pb.GenerateRequest, peer: str) -> tuple[Request, str]:
         """What is wanted, and the last characters of a chat's prompt."""

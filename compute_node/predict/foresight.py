@@ -104,6 +104,10 @@ class Foresight:
         """Experts that are guessed now."""
         return len(self._open)
 
+    def open(self) -> list[ExpertKey]:
+        """Experts that are guessed now, for any thread: copied in one step."""
+        return list(self._open)
+
     def about(self, layer: int) -> list[ExpertKey]:
         """Experts of `layer` that are guessed now."""
         return [key for key in self._open if key.layer == layer]
