@@ -30,6 +30,7 @@ VERBS = {
     "run": "Start a stack of its own, generate once, print a summary, stop.",
     "generate": "Stream text from a running stack.",
     "status": "Tell how every daemon of a running stack is.",
+    "top": "Watch a running stack live: speed, clients, policies, disk, memory, every expert.",
     "record": "Write which experts every decode step chose, as a trace.",
     "replay": "Tell what each eviction policy would have missed on a trace.",
     "calibrate": "Learn ahead which experts a model uses after which.",

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from compute_node.live.words import STALL_CAUSES, called
 from deploy.terminal import console
 
 _HEALTH = {"SERVING": "serving", "NOT_SERVING": "not serving: it is starting or stopping"}
@@ -149,19 +150,10 @@ def _run_ahead(facts: Facts) -> str:
     return f"on; it used {used_s:,.1f} s of waits, starting {times(starts)}"
 
 
-_CAUSES = {
-    "not_foreseen": "for experts that nobody had guessed",
-    "too_late": "for guessed ones that were not read yet",
-    "disk_busy": "while the disk read something else",
-    "message": "for the store's answer",
-    "no_decode": "in prompts",
-}
-
-
 def _stalls(stall_s: Mapping[str, float]) -> str:
     """What compute waited for experts, by cause, the most first."""
     causes = sorted(stall_s.items(), key=lambda one: -one[1])
-    parts = [f"{waited_s:,.1f} s {_CAUSES.get(name, name)}" for name, waited_s in causes]
+    parts = [f"{waited_s:,.1f} s {called(STALL_CAUSES, name)}" for name, waited_s in causes]
     return ", ".join(parts) or "not yet"
 
 
