@@ -54,9 +54,13 @@ class ServeSettings(BaseModel):
     source: Path | None = None
     policy: PolicySetting = "auto"
     quality: str = EXACT_NAME
+    http: str | None = None
+    api_key_file: Path | None = None
+    cors_origins: tuple[str, ...] = ()
     expert_store: dict[str, Any] = Field(default_factory=dict)
     compute_node: dict[str, Any] = Field(default_factory=dict)
     scheduler: dict[str, Any] = Field(default_factory=dict)
+    gateway: dict[str, Any] = Field(default_factory=dict)
     _is_calibrated: bool = PrivateAttr(default=True)
     _is_tuned: bool = PrivateAttr(default=True)
 

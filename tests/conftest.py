@@ -47,8 +47,8 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chat_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped model with a chat template, indexed in place."""
     folder = tmp_path_factory.mktemp("chat")
-    index(make_chat_model(folder / "tiny-chat"), folder / "store")
-    return folder / "store"
+    index(make_chat_model(folder / "checkpoints" / "tiny-chat"), folder / "tiny-chat")
+    return folder / "tiny-chat"
 
 
 @pytest.fixture

@@ -66,12 +66,18 @@ class ServedStack:
     def address(self) -> str:
         return self.run.address("compute_node")
 
+    @property
+    def url(self) -> str:
+        """Of its gateway, where it has one."""
+        return f"http://{self.run.http.read_text().strip()}"
+
     def client(self) -> NodeClient:
         return NodeClient(self.address)
 
     def pid(self, name: str) -> int:
         """Of the daemon that runs now."""
-        marker = "valkey-server" if name == "valkey" else f"-m {name} "
+        markers = {"valkey": "valkey-server", "gateway": "-m compute_node.gateway "}
+        marker = markers.get(name, f"-m {name} ")
         for child in psutil.Process(self.process.pid).children():
             with suppress(psutil.NoSuchProcess):
                 if marker in " ".join(child.cmdline()) + " " and child.status() != "zombie":

@@ -29,6 +29,7 @@ OVERHEAD_BYTES = {
     "scheduler": 80 * MIB,
     "launcher": 52 * MIB,
     "valkey": 16 * MIB,
+    "gateway": 60 * MIB,
 }
 
 
@@ -81,6 +82,7 @@ def plan_memory(
     chunk_tokens: int,
     spare_bytes: int,
     embedded_valkey: bool = True,
+    serves_http: bool = False,
     forecaster_bytes: int = 0,
     router_map_bytes: int = 0,
     vocabulary_bytes: int = 0,
@@ -96,6 +98,8 @@ def plan_memory(
     """
     spec, slot_bytes = manifest.spec, manifest.slot_bytes
     parts = _fixed_parts(manifest, context_tokens, chunk_tokens, spare_bytes, embedded_valkey)
+    if not serves_http:
+        del parts["gateway"]
     parts["scheduler"] += forecaster_bytes
     parts["compute_node"] += router_map_bytes
     parts["tokenizer"] = _tokenizer_bytes(vocabulary_bytes, parts)

@@ -13,6 +13,7 @@ from proto import errors, rpc
 from proto import stats_pb2 as pb
 from proto.compute_node_pb2_grpc import ComputeNodeStub
 from proto.expert_store_pb2_grpc import ExpertStoreStub
+from proto.gateway_pb2_grpc import GatewayStub
 from proto.memory_report import MemoryReport
 from proto.scheduler_pb2_grpc import SchedulerStub
 from proto.stats import Stats
@@ -35,7 +36,8 @@ def check_health(address: str, tls: rpc.TlsFiles | None = None) -> str:
 
 def collect_status(run: RunDir) -> dict[str, Facts]:
     """Facts by daemon; one that does not answer has health `away` and nothing else."""
-    found = {name: _ask(run, name) for name in _DAEMONS}
+    asked = [name for name in _DAEMONS if name != "gateway" or run.socket(name).exists()]
+    found = {name: _ask(run, name) for name in asked}
     report = MemoryReport.read(run.path)
     if report is not None:
         found["memory"] = {
@@ -207,6 +209,11 @@ def _shadow_facts(shadows: Stats) -> Facts:
     }
 
 
+def _gateway_facts(stats: Stats) -> Facts:
+    answered = {status: one.answered for status, one in stats.by("status").items()}
+    return {**_pick(stats, ("url", "under_way", "gone")), "answered": answered}
+
+
 def _pick(stats: Stats, keys: Iterable[str]) -> Facts:
     return {key: getattr(stats, key) for key in keys}
 
@@ -223,4 +230,5 @@ _DAEMONS: dict[str, tuple[type[Any], Callable[[Stats], Facts]]] = {
     "expert_store": (ExpertStoreStub, _store_facts),
     "compute_node": (ComputeNodeStub, _node_facts),
     "scheduler": (SchedulerStub, _scheduler_facts),
+    "gateway": (GatewayStub, _gateway_facts),
 }

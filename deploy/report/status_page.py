@@ -24,6 +24,8 @@ def status_rows(
     """
     pages: dict[str, dict[str, str]] = {}
     for name, show in _DAEMONS.items():
+        if name not in found:
+            continue
         facts = found[name]
         rows = {"health": _health(facts, absences.get(name, ""))}
         if facts.keys() - {"health", "metrics", "problem"}:
@@ -229,8 +231,18 @@ def times(number: int) -> str:
     return {0: "never", 1: "once"}.get(number, f"{number:,} times")
 
 
+def _gateway_rows(facts: Facts) -> dict[str, str]:
+    answered = [f"{num:,} with {status}" for status, num in facts["answered"].items()]
+    return {
+        "serves": facts["url"],
+        "requests": f"{facts['under_way']:,} under way, {', '.join(answered) or 'none'} answered",
+        "left early": count(facts["gone"], "client"),
+    }
+
+
 _DAEMONS: dict[str, Callable[[Facts], dict[str, str]]] = {
     "expert_store": _store_rows,
     "compute_node": _node_rows,
     "scheduler": _scheduler_rows,
+    "gateway": _gateway_rows,
 }

@@ -46,6 +46,14 @@ def commands(run: RunDir, settings: ServeSettings) -> dict[str, list[str]]:
         found["valkey"] = valkey_command(run)
     for name in ("expert_store", "compute_node", "scheduler"):
         found[name] = [sys.executable, "-m", name, "--config", str(run.config)]
+    if settings.http is not None:
+        found["gateway"] = [
+            sys.executable,
+            "-m",
+            "compute_node.gateway",
+            "--config",
+            str(run.config),
+        ]
     return found
 
 
@@ -142,7 +150,8 @@ def _clear(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
         run.config.write_text(tomli_w.dumps(tables))
         for name in ("valkey", *tables):
             log_files.clear(run.log(name))
-        for file in (run.socket("valkey"), run.path / FILE_NAME):
+        stale = (run.socket("valkey"), run.socket("gateway"), run.http, run.path / FILE_NAME)
+        for file in stale:
             file.unlink(missing_ok=True)
     except OSError as error:
         raise run.unusable(error) from error

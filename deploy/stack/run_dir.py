@@ -65,6 +65,11 @@ class RunDir:
         return self.path / CONFIG_NAME
 
     @property
+    def http(self) -> Path:
+        """Where the gateway writes host and port that it serves."""
+        return self.path / "gateway.http"
+
+    @property
     def lock(self) -> Path:
         """Held by the launcher, which writes the stack's state into it."""
         return self.path / "lock"

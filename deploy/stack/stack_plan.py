@@ -70,6 +70,7 @@ def plan_stack_memory(
         chunk_tokens=settings.chunk_tokens(manifest.sizing),
         spare_bytes=settings.spare_slots(manifest.slot_bytes) * manifest.slot_bytes,
         embedded_valkey=settings.redis is None,
+        serves_http=settings.http is not None,
         forecaster_bytes=forecaster_room(settings.forecaster(store_dir)),
         router_map_bytes=router_map_room(settings.router_map(store_dir)),
         vocabulary_bytes=vocabulary_bytes(manifest.root(store_dir, settings.source)),

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from compute_node.config import ComputeNodeConfig
+from compute_node.gateway.config import GatewayConfig
 from deploy.plan.budget import MemoryPlan
 from deploy.settings import ServeSettings
 from deploy.stack.run_dir import RunDir
@@ -20,6 +21,7 @@ _CONFIGS: dict[str, type[BaseModel]] = {
     "expert_store": ExpertStoreConfig,
     "compute_node": ComputeNodeConfig,
     "scheduler": SchedulerConfig,
+    "gateway": GatewayConfig,
 }
 _OVERRIDABLE = {
     "read_depth",
@@ -33,13 +35,14 @@ _OVERRIDABLE = {
     "verdicts_path",
     "metrics_port",
     "metrics_port_file",
+    "model",
 }
 
 
 def compose(
     run: RunDir, settings: ServeSettings, store_dir: Path, manifest: Manifest, plan: MemoryPlan
 ) -> dict[str, dict[str, Any]]:
-    """The table of every daemon. What flashmoe.toml sets for a daemon wins.
+    """The table of every daemon that runs. What flashmoe.toml sets for a daemon wins.
 
     Raises ConfigInvalid for a setting that the launcher derives, or that the daemon refuses.
     """
@@ -48,6 +51,8 @@ def compose(
         "compute_node": _node_table(run, settings, manifest, plan),
         "scheduler": _scheduler_table(run, settings, manifest),
     }
+    if settings.http is not None:
+        tables["gateway"] = _gateway_table(run, settings, store_dir)
     _check_overrides(settings, tables)
     _name_files(tables, settings, store_dir)
     if settings.source:
@@ -118,6 +123,21 @@ def _scheduler_table(run: RunDir, settings: ServeSettings, manifest: Manifest) -
     }
 
 
+def _gateway_table(run: RunDir, settings: ServeSettings, store_dir: Path) -> dict[str, Any]:
+    table = _face(run, "gateway") | {
+        "http": settings.http,
+        "http_port_file": str(run.http),
+        "node_address": run.address("compute_node"),
+        "store_address": run.address("expert_store"),
+        "scheduler_address": run.address("scheduler"),
+        "model": store_dir.name,
+        "cors_origins": list(settings.cors_origins),
+    }
+    if settings.api_key_file is not None:
+        table["api_key_file"] = str(settings.api_key_file.resolve())
+    return table
+
+
 def _face(run: RunDir, name: str) -> dict[str, Any]:
     """Where a daemon can be reached: its socket, and its metrics page on any free port."""
     return {
@@ -136,5 +156,5 @@ def _check_overrides(settings: ServeSettings, tables: dict[str, dict[str, Any]])
         if derived:
             raise errors.ConfigInvalid(
                 f"table [{name}] sets {sorted(derived)[0]!r}, which the launcher derives: "
-                "remove it, and use --experts-memory, --run-dir or --redis"
+                "remove it, and use --experts-memory, --run-dir, --redis or --http"
             )

@@ -1,4 +1,4 @@
-"""deploy/flashmoe.toml against the four models it documents."""
+"""deploy/flashmoe.toml against the models it documents."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from compute_node.config import ComputeNodeConfig
+from compute_node.gateway.config import GatewayConfig
 from deploy.settings import ServeSettings
 from expert_store.config import ExpertStoreConfig
 from scheduler.config import SchedulerConfig
@@ -22,6 +23,7 @@ DAEMONS: dict[str, type[BaseModel]] = {
     "expert_store": ExpertStoreConfig,
     "compute_node": ComputeNodeConfig,
     "scheduler": SchedulerConfig,
+    "gateway": GatewayConfig,
 }
 MODELS: dict[str, type[BaseModel]] = {"serve": ServeSettings, **DAEMONS}
 NOT_EXPANDED = "run_dir"  # its default begins with the user's home folder

@@ -1,0 +1,50 @@
+"""The gateway daemon, HTTP over a node: `python -m compute_node.gateway --config flashmoe.toml`."""
+
+from __future__ import annotations
+
+from proto.process import last_words
+
+if __name__ == "__main__":
+    last_words.report_failed_imports("gateway")
+
+import proto.process.quiet_grpc  # noqa: F401  isort: skip  before grpc
+
+import logging
+
+from compute_node.client.async_client import AsyncNodeClient
+from compute_node.gateway import server
+from compute_node.gateway.app import new_app
+from compute_node.gateway.config import GatewayConfig
+from compute_node.gateway.node import Node
+from compute_node.gateway.service import SERVICE_NAME, GatewayService
+from compute_node.gateway.stats import GatewayStats
+from proto import rpc
+from proto.process import daemon
+
+logger = logging.getLogger("gateway")
+
+
+async def run(config: GatewayConfig) -> None:
+    """Serve until signalled. The order of lines is the order of start, reversed for stop."""
+    rpc.check_socket_free(config.address)
+    stats = GatewayStats()
+    async with AsyncNodeClient(config.node_address, config.node_tls) as client:
+        app = new_app(Node(client, config.model))
+        with daemon.serving_metrics(stats.snapshot, config.metrics_port, config.metrics_port_file):
+            async with (
+                server.serving(app, config) as where,
+                rpc.serving(
+                    config.listen, GatewayService(stats).register, [SERVICE_NAME], grace_s=1.0
+                ),
+            ):
+                stats.url = f"http://{where}"
+                logger.info("ready", extra={"url": stats.url})
+                await rpc.until_signalled()
+
+
+def main() -> int:
+    return daemon.main("gateway", __doc__ or "", GatewayConfig.load, run)
+
+
+if __name__ == "__main__":
+    daemon.leave(main())

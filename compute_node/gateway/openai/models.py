@@ -1,0 +1,48 @@
+"""/v1/models: the one that the node serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from compute_node.client.description import Description
+from compute_node.gateway.node import Node
+from compute_node.gateway.refusals import Refused
+
+
+def models_routes(node: Node) -> list[Route]:
+    async def all_models(request: Request) -> Response:
+        found = _document(await node.model(), await node.describe())
+        return JSONResponse({"object": "list", "data": [found]})
+
+    async def one_model(request: Request) -> Response:
+        name = await check_model(node, request.path_params["name"])
+        return JSONResponse(_document(name, await node.describe()))
+
+    return [Route("/v1/models", all_models), Route("/v1/models/{name:path}", one_model)]
+
+
+async def check_model(node: Node, asked: str | None) -> str:
+    """The name of the model that is served. Raises Refused (404) for another one, Unavailable."""
+    name = await node.model()
+    if asked is not None and asked != name:
+        raise Refused(
+            f"the model {asked!r} is not served here: use {name!r}",
+            status=404,
+            code="model_not_found",
+            param="model",
+        )
+    return name
+
+
+def _document(name: str, description: Description) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "flashmoe",
+        "max_model_len": description.max_context_tokens,
+    }
