@@ -16,8 +16,11 @@ from compute_node.gateway import server
 from compute_node.gateway.app import new_app
 from compute_node.gateway.config import GatewayConfig
 from compute_node.gateway.node import Node
+from compute_node.gateway.page.feed import Feed
+from compute_node.gateway.page.routes import page_routes
 from compute_node.gateway.service import SERVICE_NAME, GatewayService
 from compute_node.gateway.stats import GatewayStats
+from compute_node.live.look import Asker
 from proto import rpc
 from proto.process import daemon
 
@@ -28,11 +31,16 @@ async def run(config: GatewayConfig) -> None:
     """Serve until signalled. The order of lines is the order of start, reversed for stop."""
     rpc.check_socket_free(config.address)
     stats = GatewayStats()
-    async with AsyncNodeClient(config.node_address, config.node_tls) as client:
-        app = new_app(Node(client, config.model))
+    async with (
+        AsyncNodeClient(config.node_address, config.node_tls) as client,
+        Asker(config.daemons, config.run_dir, config.node_tls) as asker,
+    ):
+        feed = Feed(asker)
+        app = new_app(Node(client, config.model), page_routes(asker, feed))
         with daemon.serving_metrics(stats.snapshot, config.metrics_port, config.metrics_port_file):
             async with (
                 server.serving(app, config) as where,
+                feed,
                 rpc.serving(
                     config.listen, GatewayService(stats).register, [SERVICE_NAME], grace_s=1.0
                 ),

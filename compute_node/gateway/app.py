@@ -18,8 +18,8 @@ from proto import errors
 logger = logging.getLogger(__name__)
 
 
-def new_app(node: Node) -> Starlette:
-    """HTTP over one node."""
+def new_app(node: Node, page: list[Route]) -> Starlette:
+    """HTTP over one node. page: routes of the live page"""
 
     async def ready(request: Request) -> Response:
         """The node behind it takes requests."""
@@ -31,6 +31,7 @@ def new_app(node: Node) -> Starlette:
         Route("/health/live", live),
         Route("/health/ready", ready),
         *models_routes(node),
+        *page,
     ]
     return Starlette(
         routes=routes,

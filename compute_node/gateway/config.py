@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from compute_node.gateway.host_port import HostPort
+from compute_node.live.look import NODE, SCHEDULER, STORE
 from proto.process import daemon
 from proto.rpc import Listen, TlsFiles, is_loopback
 
@@ -23,6 +24,7 @@ class GatewayConfig(BaseModel):
     node_tls: TlsFiles | None = None
     store_address: str | None = None
     scheduler_address: str | None = None
+    run_dir: Path | None = None
     model: str | None = None
     api_key_file: Path | None = None
     cors_origins: tuple[str, ...] = ()
@@ -48,6 +50,16 @@ class GatewayConfig(BaseModel):
     def listen(self) -> Listen:
         """Of its gRPC face: health and counters."""
         return Listen(self.address)
+
+    @property
+    def daemons(self) -> dict[str, str]:
+        """Addresses of those whose figures the live page shows, by name."""
+        found = {
+            NODE: self.node_address,
+            STORE: self.store_address,
+            SCHEDULER: self.scheduler_address,
+        }
+        return {name: address for name, address in found.items() if address is not None}
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from proto import compute_node_pb2 as node_pb
-from proto import errors, rpc
+from proto import errors, rpc, stats
 from proto import stats_pb2 as pb
 from proto.compute_node_pb2_grpc import ComputeNodeStub
 from proto.expert_store_pb2_grpc import ExpertStoreStub
@@ -19,7 +19,7 @@ from proto.memory_report import MemoryReport
 from proto.scheduler_pb2_grpc import SchedulerStub
 from proto.stats import Stats
 
-NODE, STORE, SCHEDULER = "compute_node", "expert_store", "scheduler"
+NODE, STORE, SCHEDULER, MEMORY = "compute_node", "expert_store", "scheduler", "memory"
 _STUBS: Mapping[str, type[Any]] = {
     NODE: ComputeNodeStub,
     STORE: ExpertStoreStub,
@@ -43,23 +43,44 @@ class Look:
 
 
 class Asker:
-    """Holds a channel to each daemon of a stack. Use on one event loop; close at the end.
+    """Holds a channel to each daemon of a stack. Use as an async context manager.
 
     addresses: by daemon; one that is not named is not asked
+    node_tls: what the node is shown; the others are on this host
     run_dir: where the launcher writes what the stack's memory holds; None: nowhere
     """
 
-    def __init__(self, addresses: Mapping[str, str], run_dir: Path | None) -> None:
-        self._channels = {name: rpc.connect_aio(to) for name, to in addresses.items()}
+    def __init__(
+        self,
+        addresses: Mapping[str, str],
+        run_dir: Path | None,
+        node_tls: rpc.TlsFiles | None = None,
+    ) -> None:
+        self._channels = {
+            name: rpc.connect_aio(address, node_tls if name == NODE else None)
+            for name, address in addresses.items()
+        }
         self._stubs = {name: _STUBS[name](channel) for name, channel in self._channels.items()}
         self._run_dir = run_dir
 
-    async def close(self) -> None:
+    async def __aenter__(self) -> Asker:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
         for channel in self._channels.values():
             await channel.close()
 
+    @property
+    def names(self) -> Sequence[str]:
+        """What `snapshot` takes."""
+        return [*self._stubs, *([] if self._run_dir is None else [MEMORY])]
+
     async def snapshot(self, name: str) -> pb.Snapshot:
-        """What one daemon shows. Raises Unavailable and what else it ends with."""
+        """What one daemon shows, or what the stack's memory holds. Raises Unavailable, and what
+        else the daemon ends with.
+        """
+        if name == MEMORY:
+            return self._memory_snapshot()
         try:
             reply = await self._stubs[name].Stats(pb.StatsRequest(), timeout=_TIMEOUT_S)
         except grpc.RpcError as error:
@@ -77,8 +98,17 @@ class Asker:
             {name: one for name, one in answers.items() if isinstance(one, Stats)},
             {name: one for name, one in answers.items() if isinstance(one, str)},
             heat,
-            None if self._run_dir is None else MemoryReport.read(self._run_dir),
+            self._memory(),
         )
+
+    def _memory(self) -> MemoryReport | None:
+        return None if self._run_dir is None else MemoryReport.read(self._run_dir)
+
+    def _memory_snapshot(self) -> pb.Snapshot:
+        report = self._memory()
+        if report is None:
+            raise errors.Unavailable("no launcher writes what the stack's memory holds")
+        return stats.snapshot(*report.sources())
 
     async def _stats(self, name: str) -> Stats | str:
         """What it shows, or why it does not answer."""

@@ -193,7 +193,9 @@ def _policies(scheduler: Stats) -> Policies | None:
         if score.get("hit_ratio") is not None
     ]
     scores.sort(key=lambda score: -score.hit_ratio)
-    return Policies(node, found.in_charge, found.why, found.switches, found.steps, tuple(scores))
+    return Policies(
+        node, found.in_charge, words.reason(found.why), found.switches, found.steps, tuple(scores)
+    )
 
 
 def _guards(node: Stats) -> Iterator[Guarded]:

@@ -36,3 +36,10 @@ DAEMONS = {"compute_node": "node", "expert_store": "store", "scheduler": "schedu
 def called(words: dict[str, str], name: str) -> str:
     """A name that is new here stands for itself."""
     return words.get(name, name.replace("_", " "))
+
+
+def reason(why: str) -> str:
+    """Why a policy is in charge, as the end of a sentence: the scheduler says `led lru of late`."""
+    if why == "configured":
+        return "it is configured"
+    return f"it {why}" if why.startswith("led ") else why

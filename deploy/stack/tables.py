@@ -130,6 +130,7 @@ def _gateway_table(run: RunDir, settings: ServeSettings, store_dir: Path) -> dic
         "node_address": run.address("compute_node"),
         "store_address": run.address("expert_store"),
         "scheduler_address": run.address("scheduler"),
+        "run_dir": str(run.path),
         "model": store_dir.name,
         "cors_origins": list(settings.cors_origins),
     }

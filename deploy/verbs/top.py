@@ -59,17 +59,16 @@ async def _watch(
     run: RunDir, show: Show, stopped: Callable[[], bool], num_looks: int | None = None
 ) -> None:
     """Look each second and show, until it is stopped; or only what the last of `num_looks` saw."""
-    asker = Asker({name: run.address(name) for name in (NODE, STORE, SCHEDULER)}, run.path)
     looks, number = Looks(), 0
-    try:
+    async with Asker(
+        {name: run.address(name) for name in (NODE, STORE, SCHEDULER)}, run.path
+    ) as asker:
         while not stopped() and number != num_looks:
             looks.add(await asker.look())
             number += 1
             if num_looks in (None, number):
                 show(looks.figures())
             await _pause(stopped, 0 if number == num_looks else _INTERVAL_S)
-    finally:
-        await asker.close()
 
 
 async def _pause(stopped: Callable[[], bool], pause_s: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import Metric
+from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -30,6 +30,13 @@ class SnapshotCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         return families_of(self._snapshot())
+
+
+def page_of(snapshot: pb.Snapshot) -> bytes:
+    """As Prometheus scrapes it."""
+    registry = CollectorRegistry()
+    registry.register(SnapshotCollector(lambda: snapshot))
+    return generate_latest(registry)
 
 
 def families_of(snapshot: pb.Snapshot) -> Iterable[Metric]:

@@ -154,7 +154,7 @@ def test_policies_are_of_the_node_that_was_followed_most() -> None:
     scheduler = Stats([*followed("old", 3, min=0.5), *followed("new", 9, lfu=0.75, min=0.875)])
     policies = looks((0.0, {SCHEDULER: scheduler})).figures().policies
     assert policies is not None
-    assert (policies.node, policies.in_charge, policies.why) == ("new", "lfu", "led lru")
+    assert (policies.node, policies.in_charge, policies.why) == ("new", "lfu", "it led lru")
     assert policies.scores == (
         Policy("min", "optimum (MIN)", 0.875, None),
         Policy("lfu", "least frequently used", 0.75, 0.125),
