@@ -86,7 +86,13 @@ async def run(config: ComputeNodeConfig) -> None:
 
         if config.verdicts_path:  # once more when nothing computes: prompts were seen meanwhile
             stack.callback(prober.save, config.verdicts_path)
-        room = KvRoom(KeptPrompts(config.kept_states), config.state_tokens, config.max_sequences)
+        room = KvRoom(
+            config.kv_bytes,
+            config.kv_bytes_per_token,
+            config.kv_bytes_fixed,
+            config.max_sequences,
+            KeptPrompts(config.kept_states),
+        )
         schedule = Schedule(config.max_queued_requests, room)
         compute = stack.enter_context(
             ComputeThread(schedule, idle, config.stop_grace_s, config.max_stall_s)

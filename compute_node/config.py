@@ -55,7 +55,9 @@ class ComputeNodeConfig(BaseModel):
     run_ahead: RunAheadSetting = "auto"
     max_queued_requests: PositiveInt = 16
     max_sequences: PositiveInt = 8
-    kv_tokens: PositiveInt | None = None
+    kv_bytes: Annotated[int, Field(ge=0)] = 0
+    kv_bytes_per_token: Annotated[int, Field(ge=0)] = 0
+    kv_bytes_fixed: Annotated[int, Field(ge=0)] = 0
     kept_states: Annotated[int, Field(ge=0)] = 4
     max_stall_s: PositiveFloat = 0.5
     deadline_s: PositiveFloat = 30.0
@@ -83,11 +85,6 @@ class ComputeNodeConfig(BaseModel):
             return str(Budget.parse(quality))
         except errors.InvalidRequest as error:
             raise ValueError(str(error)) from None
-
-    @property
-    def state_tokens(self) -> int:
-        """Whose state there is room for: of sequences that are alive, and of kept prompts."""
-        return max(self.kv_tokens or 2 * self.max_context_tokens, self.max_context_tokens)
 
     @property
     def weighs(self) -> bool:

@@ -49,6 +49,7 @@ class ServeSettings(BaseModel):
     model: Path | None = None
     memory: str | None = None
     experts_memory: str | None = None
+    kv_memory: str | None = None
     run_dir: Path = DEFAULT_RUN_DIR
     redis: str | None = None
     source: Path | None = None
@@ -96,6 +97,11 @@ class ServeSettings(BaseModel):
     @property
     def context_tokens(self) -> int:
         return self._count("compute_node", "max_context_tokens", 2048)
+
+    @property
+    def kv_memory_bytes(self) -> int | None:
+        """Raises ConfigInvalid."""
+        return parse_bytes(self.kv_memory, "--kv-memory") if self.kv_memory else None
 
     def chunk_tokens(self, sizing: Sizing) -> int:
         """Prompt tokens computed at once, fewer where attention holds a score for each pair of

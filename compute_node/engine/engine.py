@@ -13,7 +13,6 @@ from compute_node.cache.expert_cache import ExpertCache
 from compute_node.client.result import QualityEstimate
 from compute_node.engine.exact_pass import ON, ExactPass
 from compute_node.engine.job import PromptPart
-from compute_node.engine.kept import KeptPrompts
 from compute_node.engine.kv_room import KvRoom
 from compute_node.engine.limits import Limits
 from compute_node.engine.lossy import LossyCounts, LossyDecode
@@ -80,10 +79,9 @@ class Engine(Passes):
         run_ahead: RunAhead | None = None,
         room: KvRoom | None = None,
     ) -> None:
-        """room: None: for two sequences at their longest"""
-        room = room or KvRoom(KeptPrompts(2), 2 * max_context_tokens, 2)
+        """room: None: nothing is kept"""
         parts = _prompt_parts(loaded, cache, prefill_chunk_tokens)
-        super().__init__(loaded, cache, parts, room, evidence, run_ahead)
+        super().__init__(loaded, cache, parts, room or KvRoom(), evidence, run_ahead)
         self.model_dir, self.eos_ids = model_dir, _eos_ids(loaded.model, model_dir)
         self.limits = Limits(loaded, max_context_tokens, prefill_chunk_tokens)
         layers = run_ahead.layers if run_ahead is not None else None

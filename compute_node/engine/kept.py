@@ -35,7 +35,7 @@ class KeptPrompts:
                  a model has it: a prompt can go on after such a part only
     """
 
-    most_states: int
+    most_states: int = 4
     hits: int = counter(
         "flashmoe_node_kept_prompts", "Prompts that began like one kept", key="kept_hits"
     )
@@ -44,6 +44,13 @@ class KeptPrompts:
     )
     num_tokens: int = gauge(
         "flashmoe_node_kept_tokens", "Prompt tokens whose state is kept", key="kept_tokens", start=0
+    )
+    num_bytes: int = gauge(
+        "flashmoe_node_state_bytes",
+        "Memory for the state of sequences",
+        key="kept_bytes",
+        start=0,
+        of="kept",
     )
     _roots: dict[tuple[str, Tokens], _Node] = field(default_factory=dict)
     _nodes: dict[_Node, None] = field(default_factory=dict)  # the least recently used first
@@ -89,24 +96,23 @@ class KeptPrompts:
             siblings = self._roots if parent is None else parent.children
             siblings[(route, part) if parent is None else part] = node  # type: ignore[index]
             self.num_tokens += len(part)
+            self.num_bytes += saved.num_bytes
         elif node.saved.rest is None:
-            node.saved = saved
+            self._replace(node, saved)
         self._touch(node)
         self._limit_states(node)
 
-    def give_up_one(self) -> bool:
-        """Whether there was any."""
-        node = next((one for one in self._nodes if not one.children), None)
-        if node is None:
-            return False
+    def give_up_one(self) -> None:
+        """Some is kept."""
+        node = next(one for one in self._nodes if not one.children)
         del self._nodes[node]
         self._states.pop(node, None)
         self.num_tokens -= len(node.token_ids)
+        self.num_bytes -= node.saved.num_bytes
         if node.parent is None:
             del self._roots[node.route, node.token_ids]
         else:
             del node.parent.children[node.token_ids]
-        return True
 
     def _child(self, parent: _Node | None, part: Tokens, route: str) -> _Node | None:
         return self._roots.get((route, part)) if parent is None else parent.children.get(part)
@@ -123,7 +129,11 @@ class KeptPrompts:
         while len(self._states) > self.most_states:
             oldest = next(iter(self._states))
             del self._states[oldest]
-            oldest.saved = oldest.saved.without_rest()
+            self._replace(oldest, oldest.saved.without_rest())
+
+    def _replace(self, node: _Node, saved: SavedPart) -> None:
+        self.num_bytes += saved.num_bytes - node.saved.num_bytes
+        node.saved = saved
 
 
 @dataclass(frozen=True)

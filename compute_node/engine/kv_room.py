@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from compute_node.engine.kept import KeptPrompts
-from proto.stats import fact
+from proto.stats import gauge
+
+_STATE, _HELP = "flashmoe_node_state_bytes", "Memory for the state of sequences"
 
 
 @dataclass
 class KvRoom:
-    """Counts tokens, all of which take the same memory. What is alive goes before what is kept. One
-    thread.
+    """What is alive goes before what is kept. One thread.
 
-    most_tokens:    of all sequences together
-    most_sequences: alive at once
+    most_bytes:      of all state together; 0: nobody planned for more than one sequence, so no
+                     other is alive beside it and nothing is kept
+    bytes_per_token: of a sequence's state
+    bytes_fixed:     of a sequence's state, however long it is
+    most_sequences:  alive at once
+    reserved_bytes:  that sequences which are alive may come to
     """
 
-    kept: KeptPrompts
-    most_tokens: int = fact("that all sequences' state has room for", key="kv_tokens")
-    most_sequences: int = fact("alive at once", key="most_sequences")
-    reserved_tokens: int = fact("that live sequences may come to", key="kv_reserved", start=0)
+    most_bytes: int = gauge(_STATE, _HELP, key="state_bytes", start=0, of="limit")
+    bytes_per_token: int = 0
+    bytes_fixed: int = 0
+    most_sequences: int = 8
+    kept: KeptPrompts = field(default_factory=KeptPrompts)
+    reserved_bytes: int = gauge(_STATE, _HELP, key="reserved_bytes", start=0, of="reserved")
     _num_alive: int = 0
 
     def reserve(self, num_tokens: int) -> bool:
-        """See `Room`. What was kept goes where it has to."""
+        """See `Room`. What is kept goes where it has to."""
         if num_tokens == 0:
             return True
-        left = self.most_tokens - self.reserved_tokens
-        if num_tokens > left or self._num_alive >= self.most_sequences:
+        if self._num_alive >= (self.most_sequences if self.most_bytes else 1):
             return False
-        self.reserved_tokens += num_tokens
+        left = self.most_bytes - self.reserved_bytes
+        if self.most_bytes and self._bytes_of(num_tokens) > left:
+            return False
+        self.reserved_bytes += self._bytes_of(num_tokens)
         self._num_alive += 1
         self.shrink()
         return True
 
     def free(self, num_tokens: int) -> None:
         if num_tokens:
-            self.reserved_tokens -= num_tokens
+            self.reserved_bytes -= self._bytes_of(num_tokens)
             self._num_alive -= 1
 
     def shrink(self) -> None:
         """What is kept goes as far as it does not fit."""
-        while self.kept.num_tokens > self.most_tokens - self.reserved_tokens:
-            if not self.kept.give_up_one():
-                return
+        while self.kept.num_bytes > max(0, self.most_bytes - self.reserved_bytes):
+            self.kept.give_up_one()
+
+    def _bytes_of(self, num_tokens: int) -> int:
+        return self.bytes_fixed + num_tokens * self.bytes_per_token

@@ -48,6 +48,12 @@ class SavedPart:
     def rest_bytes(self) -> int:
         return state_bytes(self.rest)
 
+    @property
+    def num_bytes(self) -> int:
+        return self.rest_bytes + sum(
+            tensor.nbytes for grown in self.grown if grown is not None for tensor in grown
+        )
+
     def without_rest(self) -> SavedPart:
         """For a part that another one follows."""
         return SavedPart(self.grown, None)

@@ -158,7 +158,9 @@ class Schedule:
         return [job for *_, job in sorted(order, key=lambda entry: entry[:2])]
 
     def _full(self) -> errors.QueueFull:
+        """Half of what is here is through by then, if it takes as long as what was."""
         retry_s = max(1.0, self._job_s * (len(self._waiting) + len(self._alive)) / 2)
         return errors.QueueFull(
-            f"{self.max_queued} requests are waiting already: retry in {retry_s:.0f} s"
+            f"{self.max_queued} requests are waiting already: retry in {retry_s:.0f} s",
+            retry_after_s=retry_s,
         )

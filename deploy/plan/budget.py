@@ -33,6 +33,10 @@ OVERHEAD_BYTES = {
 }
 
 
+_STATES = (8, 4, 2)  # sequences at their longest that there is room for, by default, ...
+_STATES_SHARE = 1 / 16  # ... of what experts would have else; at least one
+
+
 # Of its file, measured with 50, 150 and 200 thousand tokens: once it is loaded, and while it is.
 _TOKENIZER_TIMES = 4, 14
 
@@ -86,8 +90,12 @@ def plan_memory(
     forecaster_bytes: int = 0,
     router_map_bytes: int = 0,
     vocabulary_bytes: int = 0,
+    kv_memory_bytes: int | None = None,
 ) -> MemoryPlan:
     """Where the memory goes.
+
+    kv_memory_bytes: of the state of requests that run, and of prompts that are kept; None: see
+    `default_kv_bytes`
 
     forecaster_bytes: what a calibration adds to the scheduler, see `forecaster_room`
     router_map_bytes: the same to the node, see `router_map_room`
@@ -100,11 +108,17 @@ def plan_memory(
     parts = _fixed_parts(manifest, context_tokens, chunk_tokens, spare_bytes, embedded_valkey)
     if not serves_http:
         del parts["gateway"]
+    all_bytes = spec.num_experts_total * slot_bytes
+    left_bytes = memory_bytes - sum(parts.values()) if memory_bytes is not None else all_bytes
+    longest_bytes = longest_state_bytes(manifest, context_tokens)
+    if kv_memory_bytes is None:
+        kv_memory_bytes = default_kv_bytes(longest_bytes, left_bytes)
+    _check_kv(kv_memory_bytes, longest_bytes, context_tokens)
+    parts["kv_cache"] = kv_memory_bytes
     parts["scheduler"] += forecaster_bytes
     parts["compute_node"] += router_map_bytes
     parts["tokenizer"] = _tokenizer_bytes(vocabulary_bytes, parts)
     fixed = sum(parts.values())
-    all_bytes = spec.num_experts_total * slot_bytes
     if experts_memory is not None:
         wanted_bytes = parse_experts_memory(experts_memory, spec.num_experts_total, slot_bytes)
     elif memory_bytes is not None:
@@ -118,7 +132,7 @@ def plan_memory(
         slot_bytes,
         spec.num_experts_total,
         spare_bytes,
-        fixed + spec.top_k * len(spec.moe_layers) * slot_bytes,
+        fixed - kv_memory_bytes + longest_bytes + spec.top_k * len(spec.moe_layers) * slot_bytes,
         tuple(_beyond_training(context_tokens, manifest.sizing.max_position_embeddings)),
     )
     _check_experts(plan, memory_bytes, experts_memory)
@@ -129,6 +143,29 @@ def plan_memory(
         )
     _check_machine(plan.ceiling_bytes)
     return plan
+
+
+def longest_state_bytes(manifest: Manifest, context_tokens: int) -> int:
+    """Of a sequence at its longest: KV, recurrent and convolution states."""
+    sizing = manifest.sizing
+    return sizing.cache_bytes_fixed + sizing.cache_bytes_per_token * context_tokens
+
+
+def default_kv_bytes(longest_bytes: int, left_bytes: int) -> int:
+    """For eight sequences at their longest, or fewer where that is a large share of what experts
+    would have else.
+    """
+    fitting = (n for n in _STATES if n * longest_bytes <= left_bytes * _STATES_SHARE)
+    return next(fitting, 1) * longest_bytes
+
+
+def _check_kv(kv_memory_bytes: int, longest_bytes: int, context_tokens: int) -> None:
+    """Raises ConfigInvalid where a request at its longest would never fit."""
+    if kv_memory_bytes < longest_bytes:
+        raise errors.ConfigInvalid(
+            f"--kv-memory {_mib(kv_memory_bytes)} cannot hold one sequence of max_context_tokens = "
+            f"{context_tokens}: give at least {_mib(longest_bytes)}, or shorten the context"
+        )
 
 
 def _beyond_training(context_tokens: int, trained_tokens: int) -> Iterator[str]:
@@ -222,7 +259,7 @@ def _fixed_parts(
         del overheads["valkey"]
     return {
         "dense_weights": sizing.dense_bytes,
-        "kv_cache": sizing.cache_bytes_fixed + sizing.cache_bytes_per_token * context_tokens,
+        "kv_cache": 0,  # decided apart
         # [T, K, D] outputs, a dozen [T, D] activations, one expert's inner activations, logits,
         # and where attention is eager its scores, their softmax and a copy
         "prefill_buffers": itemsize * chunk_tokens * sizing.hidden_size * (spec.top_k + 12)

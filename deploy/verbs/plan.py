@@ -88,7 +88,7 @@ def _plan_document(
 
 _PARTS = {
     "dense_weights": "dense weights",
-    "kv_cache": "cache of the context",
+    "kv_cache": "state of requests and kept prompts",
     "prefill_buffers": "buffers of prompts",
     "tokenizer": "tokenizer",
     "spare_slots": "slots for reads under way",

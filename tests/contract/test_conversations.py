@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compute_node.engine.engine import Engine
 from compute_node.engine.kept import KeptPrompts
+from compute_node.engine.kv_room import KvRoom
 from compute_node.engine.seat import Seat
 from compute_node.engine.sequence import SequenceState
 from expert_store.offline.index import index
@@ -64,6 +65,7 @@ def node(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
         root = save(tiny_config(request.param), tmp_path / "checkpoint", torch.float32)
     index(root, tmp_path / "store")
     with engine(tmp_path / "store", tmp_path) as found:
+        found.room = KvRoom(1 << 30)
         found.parts = replace(found.parts, most=16, least=4, ends=frozenset([END]))
         yield found
 

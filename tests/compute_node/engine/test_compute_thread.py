@@ -17,7 +17,6 @@ import pytest
 
 from compute_node.engine.compute_thread import ComputeThread
 from compute_node.engine.job import Work
-from compute_node.engine.kept import KeptPrompts
 from compute_node.engine.kv_room import KvRoom
 from compute_node.engine.schedule import Schedule
 from compute_node.engine.seat import Seat
@@ -27,7 +26,7 @@ MAX_QUEUED = 3
 
 
 def schedule() -> Schedule:
-    return Schedule(MAX_QUEUED, KvRoom(KeptPrompts(0), 1, 1))
+    return Schedule(MAX_QUEUED, KvRoom())
 
 
 class Busy:

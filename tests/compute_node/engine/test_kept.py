@@ -19,6 +19,7 @@ from compute_node.engine.saved_state import SavedPart
 
 ONE, TWO = list(range(12)), [*range(8), 50, 51, 52, 53]
 CUTS = [4, 8, 12]
+BYTES = 2 * 2 * 4  # of a token
 
 
 def part_of(num_tokens: int, *, windows: bool = False) -> SavedPart:
@@ -55,7 +56,7 @@ def test_state_of_another_route_is_not_used() -> None:
 
 
 def test_what_was_used_least_recently_goes_first_but_no_part_that_others_follow() -> None:
-    room = KvRoom(KeptPrompts(0), 24, 2)
+    room = KvRoom(24 * BYTES, BYTES, 0, 2)
     keep(room.kept, ONE)
     assert room.reserve(16) and room.kept.longest([*ONE, 9], CUTS, "").num_tokens == 8
     room.free(16)

@@ -17,7 +17,6 @@ import pytest
 
 from compute_node.engine.compute_thread import ComputeThread
 from compute_node.engine.job import PromptPart, Work
-from compute_node.engine.kept import KeptPrompts
 from compute_node.engine.kv_room import KvRoom
 from compute_node.engine.schedule import Schedule
 from compute_node.engine.seat import Seat
@@ -26,7 +25,7 @@ from proto import errors
 
 
 def new_schedule(most_sequences: int = 4, max_queued: int = 8) -> Schedule:
-    return Schedule(max_queued, KvRoom(KeptPrompts(0), 100, most_sequences))
+    return Schedule(max_queued, KvRoom(100, 1, 0, most_sequences))
 
 
 async def results(compute: ComputeThread, work: Work) -> list[Any]:

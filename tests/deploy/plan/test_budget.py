@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.plan import cgroup
-from deploy.plan.budget import check_room, plan_memory, shortage
+from deploy.plan.budget import check_room, default_kv_bytes, plan_memory, shortage
 from deploy.settings import ServeSettings, parse_bytes, parse_experts_memory
 from deploy.stack.run_dir import RunDir
 from deploy.stack.tables import compose
@@ -42,7 +42,7 @@ def test_parts_sum_to_the_total_and_stay_below(manifest: Manifest) -> None:
     assert found.total_bytes == sum(found.parts.values()) <= 1024 * MIB
     assert found.parts["experts"] == found.experts_bytes == found.slots * manifest.slot_bytes
     assert (found.spare_bytes, found.spare_slots) == (4 * manifest.slot_bytes, 4)
-    assert found.parts["kv_cache"] == 2048 * manifest.sizing.cache_bytes_per_token
+    assert found.parts["kv_cache"] == 2 * 2048 * manifest.sizing.cache_bytes_per_token
     assert found.parts["spare_slots"] >= 4 * manifest.slot_bytes
 
 
@@ -135,6 +135,24 @@ def test_the_smallest_ceiling_named_is_enough(manifest: Manifest) -> None:
     assert plan(manifest, smallest * MIB, None).slots >= 32
     with pytest.raises(errors.MemoryExceeded):
         plan(manifest, (smallest - 2) * MIB, None)
+
+
+@pytest.mark.parametrize(("left", "states"), [(3199, 1), (3200, 2), (6400, 4), (99_999, 8)])
+def test_state_of_one_to_eight_sequences_as_the_rest_allows(left: int, states: int) -> None:
+    assert default_kv_bytes(100, left) == states * 100
+
+
+def test_state_for_less_than_one_sequence_is_refused(manifest: Manifest) -> None:
+    with pytest.raises(errors.ConfigInvalid, match=r"--kv-memory 1 MiB .* at least 8 MiB"):
+        plan_memory(
+            manifest,
+            1024 * MIB,
+            None,
+            context_tokens=2048,
+            chunk_tokens=256,
+            spare_bytes=0,
+            kv_memory_bytes=MIB,
+        )
 
 
 def test_experts_that_do_not_fit_the_ceiling(manifest: Manifest) -> None:
