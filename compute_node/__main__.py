@@ -87,9 +87,9 @@ async def run(config: ComputeNodeConfig) -> None:
         if config.verdicts_path:  # once more when nothing computes: prompts were seen meanwhile
             stack.callback(prober.save, config.verdicts_path)
         room = KvRoom(
-            config.kv_bytes,
-            config.kv_bytes_per_token,
-            config.kv_bytes_fixed,
+            config.kv_bytes or 0,
+            config.kv_bytes_per_token or 0,
+            config.kv_bytes_fixed or 0,
             config.max_sequences,
             KeptPrompts(config.kept_states),
         )

@@ -55,9 +55,9 @@ class ComputeNodeConfig(BaseModel):
     run_ahead: RunAheadSetting = "auto"
     max_queued_requests: PositiveInt = 16
     max_sequences: PositiveInt = 8
-    kv_bytes: Annotated[int, Field(ge=0)] = 0
-    kv_bytes_per_token: Annotated[int, Field(ge=0)] = 0
-    kv_bytes_fixed: Annotated[int, Field(ge=0)] = 0
+    kv_bytes: Annotated[int, Field(ge=0)] | None = None
+    kv_bytes_per_token: Annotated[int, Field(ge=0)] | None = None
+    kv_bytes_fixed: Annotated[int, Field(ge=0)] | None = None
     kept_states: Annotated[int, Field(ge=0)] = 4
     max_stall_s: PositiveFloat = 0.5
     deadline_s: PositiveFloat = 30.0
