@@ -12,7 +12,7 @@ _LENGTHS = (1, 2, 4, 8, _MOST)
 _TAIL = slice(_MOST // 2, _MOST)
 _SMOOTHING = 0.1
 _MOST_LOST = 0.03
-_TURNS_A_LOOK = 64
+_TURNS_A_LOOK = 67  # a prime, or it would always be the same sequence
 
 
 @dataclass

@@ -36,6 +36,8 @@ OVERHEAD_BYTES = {
 _STATES = (8, 4, 2)  # sequences at their longest that there is room for, by default, ...
 _STATES_SHARE = 1 / 16  # ... of what experts would have else; at least one
 
+_LEAST_BYTES = 1 << 30  # taken for what is left where no ceiling is given
+
 
 # Of its file, measured with 50, 150 and 200 thousand tokens: once it is loaded, and while it is.
 _TOKENIZER_TIMES = 4, 14
@@ -109,7 +111,10 @@ def plan_memory(
     if not serves_http:
         del parts["gateway"]
     all_bytes = spec.num_experts_total * slot_bytes
-    left_bytes = memory_bytes - sum(parts.values()) if memory_bytes is not None else all_bytes
+    if memory_bytes is not None:
+        left_bytes = memory_bytes - sum(parts.values())
+    else:
+        left_bytes = max(all_bytes, _LEAST_BYTES)
     longest_bytes = longest_state_bytes(manifest, context_tokens)
     if kv_memory_bytes is None:
         kv_memory_bytes = default_kv_bytes(longest_bytes, left_bytes)
