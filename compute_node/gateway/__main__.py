@@ -14,7 +14,9 @@ import logging
 from compute_node.client.async_client import AsyncNodeClient
 from compute_node.gateway import server
 from compute_node.gateway.app import new_app
+from compute_node.gateway.bodies import Bodies
 from compute_node.gateway.config import GatewayConfig
+from compute_node.gateway.desk import Desk
 from compute_node.gateway.node import Node
 from compute_node.gateway.page.feed import Feed
 from compute_node.gateway.page.routes import page_routes
@@ -36,7 +38,9 @@ async def run(config: GatewayConfig) -> None:
         Asker(config.daemons, config.run_dir, config.node_tls) as asker,
     ):
         feed = Feed(asker)
-        app = new_app(Node(client, config.model), page_routes(asker, feed))
+        bodies = Bodies(config.max_body_bytes, config.body_timeout_s)
+        desk = Desk(Node(client, config.model), bodies, stats)
+        app = new_app(desk, config, page_routes(asker, feed))
         with daemon.serving_metrics(stats.snapshot, config.metrics_port, config.metrics_port_file):
             async with (
                 server.serving(app, config) as where,

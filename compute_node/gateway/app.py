@@ -2,68 +2,121 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Awaitable, Callable
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
-from compute_node.gateway.node import Node
+from compute_node.gateway.config import GatewayConfig
+from compute_node.gateway.desk import Desk
+from compute_node.gateway.door import GONE, Door
+from compute_node.gateway.failures import failure_response
+from compute_node.gateway.keys import Keys
+from compute_node.gateway.openai.chat import chat
+from compute_node.gateway.openai.completions import completions
 from compute_node.gateway.openai.models import models_routes
-from compute_node.gateway.refusals import Failure, Refused
+from compute_node.gateway.refusals import Refused
+from compute_node.gateway.stats import GatewayStats
 from proto import errors
+from proto.process.metrics_page import page_of
 
-logger = logging.getLogger(__name__)
 
+def new_app(desk: Desk, config: GatewayConfig, page: list[Route]) -> Starlette:
+    """HTTP over one node. page: routes of the live page
 
-def new_app(node: Node, page: list[Route]) -> Starlette:
-    """HTTP over one node. page: routes of the live page"""
-
-    async def ready(request: Request) -> Response:
-        """The node behind it takes requests."""
-        if await node.is_serving():
-            return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": "the node is away or draining"}, 503, {"Retry-After": "2"})
-
-    routes = [
-        Route("/health/live", live),
-        Route("/health/ready", ready),
-        *models_routes(node),
-        *page,
-    ]
+    Raises ConfigInvalid for keys that cannot be read.
+    """
+    door = Middleware(
+        Door, keys=Keys.load(config.api_key_file), origins=config.cors_origins, stats=desk.stats
+    )
     return Starlette(
-        routes=routes,
+        routes=[
+            *_health(desk),
+            Route("/metrics", _metrics(desk.stats)),
+            *models_routes(desk.node),
+            _post("/v1/chat/completions", chat, desk),
+            _post("/v1/completions", completions, desk),
+            *page,
+        ],
+        middleware=[*_cors(config), door],
         exception_handlers={
-            errors.FlashMoEError: answer_error,
-            HTTPException: answer_http_error,
-            Exception: answer_defect,
+            errors.FlashMoEError: _answer_error,
+            HTTPException: _answer_http_error,
+            Exception: _answer_defect,
         },
     )
 
 
-async def live(request: Request) -> Response:
-    """The process runs."""
-    return JSONResponse({"status": "live"})
+def _post(path: str, handle: Callable[[Request, Desk], Awaitable[ASGIApp]], desk: Desk) -> Route:
+    async def endpoint(request: Request) -> ASGIApp:
+        try:
+            return await handle(request, desk)
+        except errors.Cancelled:
+            desk.note_gone()
+            return Response(status_code=GONE)
+
+    return Route(path, endpoint, methods=["POST"])
 
 
-async def answer_error(request: Request, error: Exception) -> Response:
+def _cors(config: GatewayConfig) -> list[Middleware]:
+    """Before keys: a browser asks without them whether it may ask."""
+    if not config.cors_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+    ]
+
+
+def _health(desk: Desk) -> list[Route]:
+    async def live(request: Request) -> Response:
+        """The process runs."""
+        return JSONResponse({"status": "live"})
+
+    async def ready(request: Request) -> Response:
+        """The node behind it takes requests."""
+        if await desk.node.is_serving():
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "the node is away or draining"}, 503, {"Retry-After": "2"})
+
+    return [Route("/health/live", live), Route("/health/ready", ready)]
+
+
+def _metrics(stats: GatewayStats) -> Callable[[Request], Awaitable[Response]]:
+    async def metrics(request: Request) -> Response:
+        """As Prometheus scrapes it."""
+        return Response(page_of(stats.snapshot()), media_type=CONTENT_TYPE_LATEST)
+
+    return metrics
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.FlashMoEError)
-    failure = Failure.of(error)
-    return JSONResponse(failure.document(), failure.status, failure.headers)
+    return failure_response(request.url.path, error)
 
 
-async def answer_http_error(request: Request, error: Exception) -> Response:
+async def _answer_http_error(request: Request, error: Exception) -> Response:
     """What starlette refuses by itself: no such path, no such method."""
     assert isinstance(error, HTTPException)
-    refused = Refused(
-        f"{request.method} {request.url.path}: {error.detail.lower()}", status=error.status_code
-    )
-    headers = dict(error.headers or {})
-    return JSONResponse(Failure.of(refused).document(), error.status_code, headers)
+    path = request.url.path
+    refused = Refused(f"{request.method} {path}: {error.detail.lower()}", status=error.status_code)
+    response = failure_response(path, refused)
+    response.headers.update(error.headers or {})
+    return response
 
 
-async def answer_defect(request: Request, error: Exception) -> Response:
+async def _answer_defect(request: Request, error: Exception) -> Response:
+    """Starlette has it logged."""
     defect = errors.FlashMoEError(f"a defect of FlashMoE's gateway: {type(error).__name__}")
-    return JSONResponse(Failure.of(defect).document(), 500)
+    return failure_response(request.url.path, defect)

@@ -63,9 +63,26 @@ class Failure:
             }
         }
 
+    def anthropic_document(self) -> dict[str, Any]:
+        """In Anthropic's shape."""
+        kind = _ANTHROPIC_KINDS.get(self.status, self.kind)
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
 
+
+_ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _KINDS = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     408: "timeout_error",
     413: "request_too_large",

@@ -8,22 +8,14 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.stack import ServedStack, flashmoe, served
+from tests.stack import ServedStack, flashmoe
 
 pytestmark = pytest.mark.system
-
-
-@pytest.fixture(scope="module")
-def stack(chat_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedStack]:
-    run_dir = tmp_path_factory.mktemp("fm")
-    with served(chat_store, run_dir, "--http", "0") as found:
-        yield found
 
 
 def get(stack: ServedStack, path: str) -> tuple[int, Any]:

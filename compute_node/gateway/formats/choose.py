@@ -1,0 +1,79 @@
+"""Which format a model's answers have, by what its chat template says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from compute_node.gateway.formats import deepseek, glm, hermes, mistral, qwen_coder, thinking
+from compute_node.gateway.formats.arguments import Tools
+from compute_node.gateway.formats.harmony import Harmony
+from compute_node.gateway.formats.llama3 import Llama3
+from compute_node.gateway.formats.plain import Plain
+from compute_node.gateway.formats.said import AnswerFormat
+from compute_node.gateway.formats.tagged_calls import Parse, TaggedCalls
+from compute_node.gateway.refusals import Refused
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one template answer."""
+
+    template: str
+    tools: Tools = ()
+
+    def check(self) -> None:
+        """Raises Refused for tools where nothing says how they are called."""
+        if self.tools and ("tools" not in self.template or self._calls() is None):
+            raise Refused(
+                "tools: this model's chat template does not say how tools are called in a way that "
+                "is known here: leave tools out",
+                param="tools",
+            )
+
+    @property
+    def shows_special_tokens(self) -> bool:
+        """Whether its marks may be special tokens, so that these must be seen."""
+        return self._is_harmony or bool(self.tools) or self._thinks
+
+    def new_format(self, prompt_end: str) -> AnswerFormat:
+        """Of one answer. prompt_end: how the prompt ended"""
+        if self._is_harmony:
+            return Harmony()
+        inner = (self._calls() if self.tools else None) or Plain()
+        if not self._thinks:
+            return inner
+        return thinking.Thinking(inner, opened=prompt_end.rstrip().endswith(thinking.OPENING))
+
+    @property
+    def _is_harmony(self) -> bool:
+        return "<|channel|>" in self.template and "<|message|>" in self.template
+
+    @property
+    def _thinks(self) -> bool:
+        return thinking.OPENING in self.template or thinking.CLOSING in self.template
+
+    def _calls(self) -> AnswerFormat | None:
+        """The most particular first: some templates name marks of others, too."""
+        template = self.template
+        if self._is_harmony:
+            return Harmony()
+        if deepseek.OPENING in template:
+            return TaggedCalls(deepseek.OPENING, deepseek.CLOSING, deepseek.parse)
+        if hermes.OPENING in template:
+            return TaggedCalls(hermes.OPENING, hermes.CLOSING, self._in_tool_call())
+        if mistral.OPENING in template:
+            return TaggedCalls(mistral.OPENING, "", mistral.parse)
+        if "<|start_header_id|>" in template and "parameters" in template:
+            return Llama3()
+        return None
+
+    def _in_tool_call(self) -> Parse:
+        if "<arg_key>" in self.template:
+            return partial(glm.parse, tools=self.tools)
+        if "<function=" in self.template:
+            return partial(qwen_coder.parse, tools=self.tools)
+        return hermes.parse
+
+
+PLAIN = Family("")  # text and nothing else

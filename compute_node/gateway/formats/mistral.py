@@ -1,0 +1,34 @@
+"""Calls as Mistral writes them: [TOOL_CALLS] and a JSON list, or a name and [ARGS] before each
+object.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from compute_node.gateway.formats.arguments import call_of, load
+from compute_node.gateway.formats.said import Call
+
+OPENING = "[TOOL_CALLS]"
+_NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\](.*)", re.DOTALL)
+
+
+def parse(inside: str) -> Sequence[Call]:
+    found = load(inside)
+    if isinstance(found, list):
+        calls = [_call(one) for one in found]
+    else:
+        calls = [_named(one) for one in inside.split(OPENING)]
+    return [call for one in calls for call in one] if all(calls) else []
+
+
+def _call(found: object) -> list[Call]:
+    if not isinstance(found, dict):
+        return []
+    return call_of(found.get("name"), found.get("arguments", {}))
+
+
+def _named(text: str) -> list[Call]:
+    match = _NAMED.fullmatch(text)
+    return call_of(match[1], match[2].strip()) if match else []
