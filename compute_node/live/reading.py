@@ -76,7 +76,7 @@ class Looks:
 
 @dataclass(frozen=True)
 class Change:
-    """Of one daemon, between two looks, so many seconds apart."""
+    """Of one daemon, between two looks."""
 
     before: Stats
     now: Stats
