@@ -57,7 +57,7 @@ def page_routes(asker: Asker, feed: Feed) -> list[Route]:
 
     return [
         Route("/", index),
-        Route("/page/{name}", asset),
+        Route("/assets/{name}", asset),
         Route("/live", live),
         Route("/metrics/{name}", metrics),
     ]

@@ -131,7 +131,7 @@ def test_what_a_browser_is_told_to_keep_to(stack: ServedStack) -> None:
     again = urllib.request.Request(f"{stack.url}/", headers={"If-None-Match": tag})
     with pytest.raises(urllib.error.HTTPError, match="304"):
         urllib.request.urlopen(again, timeout=5)
-    for path in ("/page/nothing.js", "/page/..%2f..%2fapp.py", "/metrics/nothing"):
+    for path in ("/assets/nothing.js", "/assets/..%2froutes.py", "/metrics/nothing"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{stack.url}{path}", timeout=5)
 
