@@ -13,6 +13,7 @@ from pathlib import Path
 from proto import errors
 
 COMPOSE_FILE = Path(__file__).parents[1] / "docker-compose.yml"
+_OBSERVABILITY = COMPOSE_FILE.with_name("observability")  # of the profile of that name
 ENV_NAME = "compose.env"
 RUN_NAME = "run"  # folder of the sockets
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")  # what both generations of compose take
@@ -48,6 +49,11 @@ def write(out: Path, environment: str) -> None:
     """The compose file and what it reads, so that neither needs the source tree."""
     (out / ENV_NAME).write_text(environment)
     (out / COMPOSE_FILE.name).write_bytes(COMPOSE_FILE.read_bytes())
+    for source in (path for path in _OBSERVABILITY.rglob("*") if path.is_file()):
+        target = out / source.relative_to(_OBSERVABILITY.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+        target.chmod(0o644)  # Prometheus and Grafana run as users of their own
 
 
 def command(out: Path) -> str:

@@ -1,5 +1,5 @@
-"""Every query of the dashboard and of the rules, against a real Prometheus that scrapes a stack under
-load, exact and within a lossy budget: each has data.
+"""Every query of the dashboard and of the rules, against a real Prometheus that scrapes a stack
+under load, exact and within a lossy budget: each has data.
 
 Planted faults seen red: a metric that nobody has any more, a label that is spelt otherwise, a rule
 without a bound, a job whose path the gateway does not know.

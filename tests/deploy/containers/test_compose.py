@@ -49,11 +49,15 @@ DURATION = re.compile(r"(\d+)(m|s)")
 
 @dataclass
 class Rendered:
-    """What container-config wrote to `out`, and the compose file with it filled in."""
+    """What container-config wrote to `out`, and the compose file with it filled in.
+
+    services: of the stack; watchers: of the profile observability
+    """
 
     out: Path
     env: dict[str, str] = field(init=False)
     services: dict[str, Any] = field(init=False)
+    watchers: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         lines = (self.out / "compose.env").read_text().splitlines()
@@ -61,7 +65,9 @@ class Rendered:
         self.env = {name: value[1:-1].replace("\\'", "'") for name, value in pairs}
         text = (self.out / "docker-compose.yml").read_text()
         text = VARIABLE.sub(lambda found: self.env[found[1]], text)
-        self.services = yaml.safe_load(text)["services"]
+        found = yaml.safe_load(text)["services"]
+        self.services = {name: one for name, one in found.items() if "profiles" not in one}
+        self.watchers = {name: one for name, one in found.items() if "profiles" in one}
 
     @property
     def run_dir(self) -> Path:
@@ -97,11 +103,16 @@ def compose() -> list[str]:
 
 
 def merged(compose: list[str], out: Path) -> dict[str, Any]:
-    """The file as compose reads it."""
+    """The file as compose reads it, without what only a profile starts: one generation of compose
+    leaves that out by itself.
+    """
     files = ["--env-file", str(out / "compose.env"), "-f", str(out / "docker-compose.yml")]
     full = subprocess.run([*compose, *files, "config"], capture_output=True, text=True)
     assert full.returncode == 0, full.stderr
-    return dict(yaml.safe_load(full.stdout))
+    document = dict(yaml.safe_load(full.stdout))
+    services = document["services"].items()
+    document["services"] = {name: one for name, one in services if "profiles" not in one}
+    return document
 
 
 def seconds(duration: str) -> int:
@@ -137,6 +148,24 @@ def test_containers_can_do_no_more_than_they_need(compose: list[str], rendered: 
             assert writable or mount["read_only"] is True, mount
     assert _segment(services["expert_store"]).get("read_only", False) is False
     assert _segment(services["compute_node"])["read_only"] is True
+
+
+def test_who_watches_is_asked_for_and_hears_this_machine_alone(rendered: Rendered) -> None:
+    """Red for a service without its profile, a port that other hosts reach, and a file that
+    container-config does not write beside the compose file.
+    """
+    assert set(rendered.watchers) == {"prometheus", "grafana"}
+    for service in rendered.watchers.values():
+        assert service["profiles"] == ["observability"]
+        assert service["cap_drop"] == ["ALL"] and "ports" not in service
+        binds = [mount for mount in service["volumes"] if isinstance(mount, dict)]
+        assert all(mount["read_only"] for mount in binds)
+        for mount in binds:
+            file = rendered.out / mount["source"]
+            assert file.is_file() and file.stat().st_mode & stat.S_IROTH
+    command = rendered.watchers["prometheus"]["command"]
+    assert "--web.listen-address=127.0.0.1:9090" in command
+    assert rendered.watchers["grafana"]["environment"]["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
 
 
 def _segment(service: dict[str, Any]) -> dict[str, Any]:
