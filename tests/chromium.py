@@ -27,7 +27,7 @@ _FLAGS = (
     "--no-first-run",
     "--force-color-profile=srgb",
 )
-_ALT, _SHIFT = 1, 8
+_SHIFT = 8
 _KEYS = {
     "Tab": 9,
     "Enter": 13,
@@ -78,13 +78,12 @@ class Page:
     def text(self, selector: str) -> str:
         return str(self.run(f"document.querySelector({selector!r})?.innerText ?? ''"))
 
-    def wait(self, script: str, timeout_s: float = 20.0) -> Any:
-        """The first true value of an expression. Fails after the timeout."""
+    def wait(self, script: str, timeout_s: float = 20.0) -> None:
+        """Until an expression is true. Fails after the timeout."""
         deadline = time.monotonic() + timeout_s
-        while not (value := self.run(script)):
+        while not self.run(f"Boolean({script})"):
             assert time.monotonic() < deadline, f"{script}: {self.run('document.body.innerText')}"
             time.sleep(0.1)
-        return value
 
     def press(self, key: str, times: int = 1, *, back: bool = False) -> None:
         """back: with the shift key"""
@@ -150,6 +149,7 @@ def browsing() -> Iterator[Page]:
             ["bash", "-c", redirect, *command],
             pass_fds=(to_read, from_write),
             stderr=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": profile},
         )
         os.close(to_read)
         os.close(from_write)

@@ -40,7 +40,8 @@ async def run(config: GatewayConfig) -> None:
         feed = Feed(asker)
         bodies = Bodies(config.max_body_bytes, config.body_timeout_s)
         desk = Desk(Node(client, config.model), bodies, stats)
-        app = new_app(desk, config, page_routes(asker, feed))
+        page = page_routes(asker, feed, needs_key=config.api_key_file is not None)
+        app = new_app(desk, config, page)
         with daemon.serving_metrics(stats.snapshot, config.metrics_port, config.metrics_port_file):
             async with (
                 server.serving(app, config) as where,

@@ -32,12 +32,13 @@ class Pond:
 def test_it_comes_through_a_snapshot() -> None:
     pond, other = Pond(), Pond()
     pond.jumps_m.observe(1.5)
+    other.jumps_m.observe(3.0)
     found = Stats.from_pb(stats.snapshot(labelled(pond, place="x"), labelled(other, place="y")))
     assert found.by("place")["x"].jumps_m == of(1.5)
-    assert found.by("place")["y"].jumps_m == of()
-    assert found.jumps_m == of(1.5), "of several, the sum"
+    assert found.by("place")["y"].jumps_m == of(3.0)
+    assert found.jumps_m == of(1.5, 3.0), "of several, the sum"
     (_, shown) = json.loads(json.dumps(found.document())).values()
-    assert shown == {"bounds": [1.0, 2.0, 4.0], "counts": [0, 0, 0, 0], "total": 0.0}
+    assert shown == {"bounds": [1.0, 2.0, 4.0], "counts": [0, 0, 1, 0], "total": 3.0}
 
 
 def test_an_absent_one_has_no_value() -> None:
@@ -56,6 +57,7 @@ def test_what_came_since() -> None:
         ((), 0.5, None),
         ((0.1, 0.2), 0.5, 0.5),
         ((1.5, 1.6, 1.7, 3.0), 0.5, 1 + 2 / 3),
+        ((0.5, 1.5, 1.6, 3.0), 0.75, 2.0),
         ((1.5, 1.6, 1.7, 3.0), 1.0, 4.0),
         ((9.0, 9.0), 0.5, 4.0),
     ],

@@ -45,4 +45,5 @@ def _document(name: str, description: Description) -> dict[str, Any]:
         "created": 0,
         "owned_by": "flashmoe",
         "max_model_len": description.max_context_tokens,
+        "has_chat_template": bool(description.chat_template),
     }

@@ -38,7 +38,6 @@ class Feed:
     async def __aexit__(self, *_: object) -> None:
         self._is_closed = True
         self._end_looking()
-        self._wake()
 
     def check_room(self) -> None:
         """Raises QueueFull when as many watch as may."""

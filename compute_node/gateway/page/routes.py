@@ -28,9 +28,9 @@ _HEADERS = {
 }
 
 
-def page_routes(asker: Asker, feed: Feed) -> list[Route]:
-    """`/` and its files tell nothing of the stack: they need no key. The others do."""
-    assets = load_assets()
+def page_routes(asker: Asker, feed: Feed, *, needs_key: bool) -> list[Route]:
+    """`/` and its files say nothing of the stack, and come without a key; the others need it."""
+    assets = load_assets(needs_key=needs_key)
 
     async def index(request: Request) -> Response:
         return _answer(request, assets["index.html"])
@@ -57,7 +57,7 @@ def page_routes(asker: Asker, feed: Feed) -> list[Route]:
 
     return [
         Route("/", index),
-        Route("/assets/{name}", asset),
+        Route("/page/{name}", asset),
         Route("/live", live),
         Route("/metrics/{name}", metrics),
     ]

@@ -1,7 +1,7 @@
 """What each expert is doing, asked from another thread than the one that computes.
 
 Planted faults seen red: a used expert that was evicted counts as used, a guess hides that its
-expert has come, a read that is under way is left out, rows are copied key by key while they change.
+expert has come, a read that is under way is left out.
 """
 
 from __future__ import annotations
@@ -59,6 +59,13 @@ def test_each_state() -> None:
     assert len(gone) == 1, "one went for the fifth, and is shown nowhere"
     assert found[1] == {({0, 1} - gone).pop(): "resident", 2: "used"}
     assert found[3] == {5: "used", 6: "used", 8: "foreseen", 9: "read"}
+
+
+def test_what_was_used_and_went_is_not_there() -> None:
+    cache = make_cache(LAYERS, NUM_EXPERTS, 4)
+    step(cache, 1, 0, 1)
+    cache.give_up([ExpertKey(1, 0)])
+    assert named(expert_states(cache, Foresight(), NUM_EXPERTS))[1] == {1: "used"}
 
 
 def test_nothing_breaks_while_the_cache_changes() -> None:

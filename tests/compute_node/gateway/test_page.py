@@ -131,7 +131,7 @@ def test_what_a_browser_is_told_to_keep_to(stack: ServedStack) -> None:
     again = urllib.request.Request(f"{stack.url}/", headers={"If-None-Match": tag})
     with pytest.raises(urllib.error.HTTPError, match="304"):
         urllib.request.urlopen(again, timeout=5)
-    for path in ("/assets/nothing.js", "/assets/..%2froutes.py", "/metrics/nothing"):
+    for path in ("/page/nothing.js", "/page/..%2froutes.py", "/metrics/nothing"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{stack.url}{path}", timeout=5)
 
@@ -144,3 +144,65 @@ def test_an_open_page_does_not_hold_the_stack_up(tiny_store: Path, run_dir: Path
         assert stack.stop() == 0
         assert time.monotonic() - start_s < 10
         page.wait("document.getElementById('state').innerText.includes('trying again')")
+
+
+def ask(page: Page, text: str) -> str:
+    """Type into the box, and read the answer once it has come."""
+    page.run("document.getElementById('prompt').focus()")
+    page.type(text)
+    page.press("Enter")
+    page.wait("document.querySelector('#turns .assistant:last-child small')")
+    return page.text("#turns .assistant:last-child span")
+
+
+def test_the_box_answers_as_the_node_does(stack: ServedStack, page: Page) -> None:
+    """Two turns of a conversation by keys alone; Stop, and a new one."""
+    page.run("document.getElementById('longest').value = '64'")
+    first = ask(page, "Hello")
+    assert first and page.text("#chat-note") == ""
+    assert "tokens/s; the first after" in page.text("#turns .assistant small")
+    page.run("document.querySelector('#turns .assistant small').remove()")
+    second = ask(page, "And then?")
+    assert page.run("document.querySelectorAll('#turns li').length") == 4 and second
+    page.run("document.getElementById('longest').value = '1024'")
+    page.type("Go on")
+    page.press("Enter")
+    page.wait(
+        "!document.getElementById('stop').hidden && "
+        "document.querySelector('#turns .assistant:last-child span').innerText"
+    )
+    page.press("Tab", 2)
+    assert page.run("document.activeElement.id") == "stop"
+    page.press("Enter")
+    page.wait("document.getElementById('stop').hidden")
+    page.wait("document.getElementById('open').innerText === '0'")
+    page.run("document.getElementById('reset').click()")
+    assert page.text("#turns") == ""
+
+
+def test_a_model_without_a_template_goes_on_from_the_text(tiny_store: Path, run_dir: Path) -> None:
+    with served(tiny_store, run_dir, "--http", "0") as stack, browsing() as page:
+        page.open(f"{stack.url}/")
+        page.wait("document.getElementById('chat-note')?.innerText.includes('goes on from')")
+        assert ask(page, "In the beginning")
+        assert page.problems == []
+
+
+def test_a_page_behind_keys_asks_for_one(chat_store: Path, run_dir: Path, tmp_path: Path) -> None:
+    """By the keyboard; a wrong key is said to be wrong, and the figures wait for the right one."""
+    (tmp_path / "keys").write_text("open-sesame\n")
+    flags = ["--http", "0", "--api-key-file", str(tmp_path / "keys")]
+    with served(chat_store, run_dir, *flags) as stack, browsing() as page:
+        for path in ("/live", "/metrics/compute_node", "/v1/models"):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(f"{stack.url}{path}", timeout=5)
+        page.open(f"{stack.url}/")
+        page.wait("document.getElementById('key')?.open")
+        assert page.run("document.activeElement.id") == "key-text" and page.problems == []
+        page.type("simsim")
+        page.press("Enter")
+        page.wait("document.getElementById('key-problem').innerText.includes('did not take')")
+        page.type("open-sesame")
+        page.press("Enter")
+        page.wait(LIVE)
+        assert not page.run("document.getElementById('key').open")

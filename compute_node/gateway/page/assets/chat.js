@@ -7,7 +7,7 @@ import { duration } from "./units.js";
 const at = (id) => document.getElementById(id);
 let turns = [];
 let answering = null;  // aborts the answer under way
-let isChat = true;
+let isChat = true;  // else the model has no chat template, and goes on from the text
 
 function addTurn(kind, text) {
   const turn = document.createElement("li"), body = document.createElement("span");
@@ -15,15 +15,22 @@ function addTurn(kind, text) {
   body.textContent = text;
   turn.append(body);
   at("turns").append(turn);
-  turn.scrollIntoView({ block: "nearest" });
+  showLatest();
   return body;
+}
+
+function showLatest() {
+  at("turns").scrollTop = at("turns").scrollHeight;
 }
 
 // The name of the model that is served.
 export async function model() {
   const answer = await fetchWithKey("v1/models");
   if (!answer.ok) throw new Error(await problemOf(answer));
-  return (await answer.json()).data[0].id;
+  const found = (await answer.json()).data[0];
+  isChat = found.has_chat_template;
+  at("chat-note").textContent = isChat ? "" : "This model has no chat template: it goes on from your text.";
+  return found.id;
 }
 
 async function problemOf(answer) {
@@ -31,26 +38,15 @@ async function problemOf(answer) {
   return found.error?.message ?? `the server answers ${answer.status}`;
 }
 
-function request(name, signal) {
-  const more = isChat ? { messages: turns } : { prompt: turns.map((turn) => turn.content).join("") };
-  const body = { model: name, stream: true, max_tokens: Number(at("longest").value), ...more };
-  return fetchWithKey(isChat ? "v1/chat/completions" : "v1/completions", {
-    method: "POST", signal, body: JSON.stringify(body), headers: { "Content-Type": "application/json" },
-  });
-}
-
-// The answer of the endpoint that this model has: its template is missed once.
 async function ask(signal) {
   const name = await model();
-  const answer = await request(name, signal);
-  if (answer.ok) return answer;
-  const problem = await problemOf(answer);
-  if (!isChat || answer.status !== 400 || !/chat template/i.test(problem)) throw new Error(problem);
-  isChat = false;
-  at("chat-note").textContent = "This model has no chat template: it goes on from your text.";
-  const second = await request(name, signal);
-  if (!second.ok) throw new Error(await problemOf(second));
-  return second;
+  const more = isChat ? { messages: turns } : { prompt: turns.map((turn) => turn.content).join("") };
+  const body = { model: name, stream: true, max_tokens: Number(at("longest").value), ...more };
+  const answer = await fetchWithKey(isChat ? "v1/chat/completions" : "v1/completions", {
+    method: "POST", signal, body: JSON.stringify(body), headers: { "Content-Type": "application/json" },
+  });
+  if (!answer.ok) throw new Error(await problemOf(answer));
+  return answer;
 }
 
 // Text and thoughts of one event.
@@ -76,7 +72,7 @@ async function take(answer, body, start) {
     }
     text += more;
     body.textContent = text;
-    body.scrollIntoView({ block: "nearest" });
+    showLatest();
   }
   if (num > 1) note(body, num, first, start);
   return text;
@@ -87,6 +83,7 @@ function note(body, num, first, start) {
   const line = document.createElement("small");
   line.textContent = `${rate.toFixed(1)} tokens/s; the first after ${duration((first - start) / 1000)}`;
   body.parentElement.append(line);
+  showLatest();
 }
 
 function setBusy(isBusy) {

@@ -34,6 +34,7 @@ dialog.addEventListener("cancel", (event) => event.preventDefault());  // nothin
 
 // As fetch does, with the key; asks for one as long as the server wants another.
 export async function fetchWithKey(address, options = {}) {
+  if (document.documentElement.dataset.key === "needed" && !sessionStorage.getItem(NAME)) await askForKey();
   for (;;) {
     const answer = await fetch(address, { ...options, headers: headers(options.headers ?? {}) });
     if (answer.status !== 401) return answer;
