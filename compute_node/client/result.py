@@ -138,11 +138,14 @@ class Result:
 
 
 class Collected:
-    """What a generation has said so far, whatever it is read by; `result` is there at its end."""
+    """What a generation has said so far, whatever it is read by.
+
+    prompt_token_ids, prompt_end: there with the first piece; result: at the end
+    """
 
     def __init__(self, call: Any) -> None:
         self._call = call
-        self._prompt_token_ids: list[int] = []
+        self.prompt_token_ids: list[int] = []
         self._token_ids: list[int] = []
         self._text: list[str] = []
         self._steps: list[RecordedStep] = []
@@ -161,7 +164,7 @@ class Collected:
     def _take(self, reply: pb.GenerateReply) -> Piece | None:
         match reply.WhichOneof("kind"):
             case "started":
-                self._prompt_token_ids = list(reply.started.prompt_token_ids)
+                self.prompt_token_ids = list(reply.started.prompt_token_ids)
                 self.prompt_end = reply.started.prompt_end
             case "token":
                 self._token_ids.append(reply.token.id)
@@ -178,7 +181,7 @@ class Collected:
         self.result = Result(
             text="".join(self._text),
             token_ids=self._token_ids,
-            prompt_token_ids=self._prompt_token_ids,
+            prompt_token_ids=self.prompt_token_ids,
             finish_reason=finished.finish_reason,
             ttft_s=finished.ttft_s,
             tokens_per_s=finished.tokens_per_s,

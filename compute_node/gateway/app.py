@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from compute_node.gateway.anthropic.messages import messages
 from compute_node.gateway.config import GatewayConfig
 from compute_node.gateway.desk import Desk
 from compute_node.gateway.door import GONE, Door
@@ -43,6 +44,7 @@ def new_app(desk: Desk, config: GatewayConfig, page: list[Route]) -> Starlette:
             *models_routes(desk.node),
             _post("/v1/chat/completions", chat, desk),
             _post("/v1/completions", completions, desk),
+            _post("/v1/messages", messages, desk),
             *page,
         ],
         middleware=[*_cors(config), door],

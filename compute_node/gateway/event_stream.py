@@ -32,7 +32,7 @@ class EventStream:
 
     def __init__(
         self,
-        events: AsyncGenerator[str],
+        events: AsyncGenerator[str, None],
         failed: Callable[[Failure], str],
         gone: Callable[[], None],
         close: Callable[[], Awaitable[None]],

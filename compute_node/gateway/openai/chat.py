@@ -78,7 +78,7 @@ async def _whole(answer: Answer, head: Head) -> Response:
     return JSONResponse(head.document([choice], usage=usage_of(result), flashmoe=about(result)))
 
 
-async def _events(answer: Answer, head: Head, wants_usage: bool) -> AsyncGenerator[str]:
+async def _events(answer: Answer, head: Head, wants_usage: bool) -> AsyncGenerator[str, None]:
     """Log probabilities of tokens that show no text yet go with the next text."""
     more: dict[str, Any] = {"usage": None} if wants_usage else {}
     yield event(head.document([_delta({"role": "assistant", "content": ""})], **more))

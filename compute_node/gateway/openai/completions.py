@@ -91,7 +91,7 @@ async def _whole(answer: Answer, head: Head) -> Response:
     return JSONResponse(head.document([choice], usage=usage_of(result), flashmoe=about(result)))
 
 
-async def _events(answer: Answer, head: Head, wants_usage: bool) -> AsyncGenerator[str]:
+async def _events(answer: Answer, head: Head, wants_usage: bool) -> AsyncGenerator[str, None]:
     more: dict[str, Any] = {"usage": None} if wants_usage else {}
     log_probs, pieces = CompletionLogProbs(), list[Piece]()
     async for step in answer.steps():
