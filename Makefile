@@ -22,11 +22,14 @@ TEXT ?= tests/bench/prompts
 PEERS := .flashmoe/peers-venv
 PEERS_READY := $(PEERS)/.ready
 PEERS_PACKAGES := tests/bench/peers/requirements.txt
+CLIENTS := .flashmoe/clients-venv
+CLIENTS_READY := $(CLIENTS)/.ready
+CLIENTS_PACKAGES := tests/compute_node/gateway/real_clients/requirements.txt
 CONFIGURED = test -f '$(CONTAINER)/compose.env' || { echo "no containers were started from here: make up" >&2; exit 2; }
 COMPOSED = $(COMPOSE) --env-file '$(CONTAINER)/compose.env' -f '$(CONTAINER)/docker-compose.yml'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto run serve test system lint format check bench bench-peers bench-scale bench-quality trace policies image up down logs container-test lock clean
+.PHONY: help setup proto run serve test system lint format check bench bench-peers bench-scale bench-quality clients trace policies image up down logs container-test lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -100,6 +103,14 @@ bench-scale: $(STUBS)  ## gpt-oss-20b's geometry on recorded routing (TRACE=FILE
 
 bench-quality: $(STUBS)  ## what lossy routes cost on the shipped model (TEXT=heldout.jsonl, 1 hour)
 	@$(PY) -m tests.bench.quality $(TEXT) $(ARGS)
+
+$(CLIENTS_READY): $(CLIENTS_PACKAGES) $(READY)
+	@$(PY) -m venv --without-pip --clear $(CLIENTS)
+	@$(PY) -m pip --python $(CLIENTS)/bin/python install --quiet --disable-pip-version-check \
+	    -r $(CLIENTS_PACKAGES)
+	@touch $@
+
+clients: $(CLIENTS_READY)  ## the HTTP clients that people use, for their tests
 
 $(TRACES)/tiny-moe-test.npz: tests/bench/record_tiny.py $(wildcard tests/bench/prompts/*.txt $(MODEL)/*) \
     | $(STORE)/manifest.json

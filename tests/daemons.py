@@ -27,7 +27,10 @@ from tests.stack import ROOT, wait_for
 class DaemonProcess:
     """A daemon, its configuration and its log."""
 
-    def __init__(self, name: str, run_dir: Path, table: dict[str, Any], label: str = "") -> None:
+    def __init__(
+        self, name: str, run_dir: Path, table: dict[str, Any], label: str = "", module: str = ""
+    ) -> None:
+        """module: what is run; empty: the one of that name"""
         self.name = name
         self.address: str = table["address"]
         self.log = run_dir / f"{label or name}.log"
@@ -35,7 +38,7 @@ class DaemonProcess:
         config.write_text(tomli_w.dumps({name: table}))
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", name, "--config", str(config)],
+                [sys.executable, "-m", module or name, "--config", str(config)],
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,
@@ -56,10 +59,10 @@ class DaemonProcess:
 
 @contextmanager
 def daemon(
-    name: str, run_dir: Path, table: dict[str, Any], label: str = ""
+    name: str, run_dir: Path, table: dict[str, Any], label: str = "", module: str = ""
 ) -> Iterator[DaemonProcess]:
     """A serving daemon for the block."""
-    started = DaemonProcess(name, run_dir, table, label)
+    started = DaemonProcess(name, run_dir, table, label, module)
     try:
         started.wait_ready()
         yield started
