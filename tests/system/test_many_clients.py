@@ -1,7 +1,7 @@
 """Requests that come, end, stop and leave at random, over the whole stack: each answer is what its
 prompt gives alone.
 
-Planted faults seen red: PLANTS
+Planted faults seen red: state of a lossy prompt kept as exact, room of who left not given back.
 """
 
 from __future__ import annotations
