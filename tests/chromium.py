@@ -24,6 +24,7 @@ _FLAGS = (
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--disable-background-networking",
+    "--hide-scrollbars",
     "--no-first-run",
     "--force-color-profile=srgb",
 )
