@@ -29,6 +29,7 @@ VERBS = {
     "serve": "Run all daemons on this box until interrupted.",
     "run": "Start a stack of its own, generate once, print a summary, stop.",
     "generate": "Stream text from a running stack.",
+    "chat": "Talk with a running stack in the terminal; it remembers what was said.",
     "status": "Tell how every daemon of a running stack is.",
     "top": "Watch a running stack live: speed, clients, policies, disk, memory, every expert.",
     "record": "Write which experts every decode step chose, as a trace.",
