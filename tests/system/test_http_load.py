@@ -1,0 +1,70 @@
+"""The gateway under more connections than the node takes, and while daemons are killed: every
+request ends with the tokens of an undisturbed one, or with an error that its client understands.
+
+Planted faults seen red: a stream that fails and ends with [DONE], generations that go on when their
+client has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.bench.http_load import Outcomes, held, load, undisturbed
+from tests.stack import ServedStack, served, wait_for
+
+pytestmark = pytest.mark.system
+SECONDS, CONNECTIONS = 20.0, 200
+KILL_SECONDS = 8.0
+_LEAK_MIB = 8.0  # what an allocator keeps of 200 connections at once
+
+
+@pytest.fixture
+def stack(tiny_store: Path, run_dir: Path) -> Iterator[ServedStack]:
+    with served(tiny_store, run_dir, "--http", "0", "--experts-memory=100%") as found:
+        yield found
+
+
+def test_two_hundred_connections_on_a_queue_of_sixteen(stack: ServedStack) -> None:
+    expected = undisturbed(stack)
+    asyncio.run(load(stack.url, expected, 4.0, CONNECTIONS))  # what stays allocated is there then
+    wait_for(lambda: held(stack)[0] < 60, 10, "connections to close")
+    before = held(stack)
+    outcomes = asyncio.run(load(stack.url, expected, SECONDS, CONNECTIONS))
+    assert outcomes.wrong == []
+    assert outcomes.by_kind["equal"] > 0
+    assert outcomes.by_kind["429"] > 0
+    assert outcomes.by_kind.keys() <= {"equal", "429"}
+    wait_for(lambda: held(stack)[0] <= before[0], 10, "descriptors to come back")
+    assert held(stack)[1] < before[1] + _LEAK_MIB
+    with stack.client() as node:
+        wait_for(lambda: node.stats().live == node.stats().queued == 0, 10, "the node to rest")
+
+
+@pytest.mark.parametrize("victim", ["compute_node", "gateway", "expert_store"])
+def test_a_killed_daemon_loses_no_request_silently(stack: ServedStack, victim: str) -> None:
+    expected = undisturbed(stack)
+    found: list[Outcomes] = []
+
+    def run() -> None:
+        breaks = victim == "gateway"
+        found.append(asyncio.run(load(stack.url, expected, KILL_SECONDS, 8, breaks)))
+
+    loading = threading.Thread(target=run)
+    loading.start()
+    time.sleep(2)  # under way
+    stack.kill(victim)
+    loading.join()
+    (outcomes,) = found
+    assert outcomes.wrong == []
+    assert outcomes.by_kind["equal"] > 0
+
+    def answers() -> bool:
+        return asyncio.run(load(stack.url, expected, 0.5, 1, True)).by_kind["equal"] > 0
+
+    wait_for(answers, 30, "answers after the restart")
