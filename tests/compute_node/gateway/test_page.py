@@ -1,8 +1,9 @@
 """The live page in a real browser, over a stack that answers.
 
 Planted faults seen red: a script that the policy for contents forbids, figures that never change,
-a heat map without keys, a table that is wider than a phone, colours that do not heed the scheme,
-a stop that waits for an open page.
+a heat map without keys, a table that is wider than a phone, colours that do not heed the scheme, a
+stop that waits for an open page, a key that is asked for and not sent, a chat with a model that has
+no template.
 """
 
 from __future__ import annotations
