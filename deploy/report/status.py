@@ -110,7 +110,9 @@ def _node_facts(stats: Stats) -> Facts:
     return {
         **_pick(stats, ("weights", "policy")),
         "hit_ratio": round(stats.hits / total, 4) if total else None,
-        **_pick(stats, ("resident", "slots", "requests", "queued")),
+        **_pick(stats, ("resident", "slots", "requests", "live", "queued", "turn")),
+        **_pick(stats, ("kept_prompts", "kept_hits", "tokens_saved", "kept_tokens")),
+        **_pick(stats, ("kept_bytes", "reserved_bytes", "state_bytes")),
         "advice_age_s": _rounded(stats.advice_age_s, 3),
         "advice_version": stats.advice_version,
         **_pick(stats, ("advice_used", "advice_fallbacks")),

@@ -85,7 +85,9 @@ def _node_rows(facts: Facts) -> dict[str, str]:
         if facts["hit_ratio"] is None
         else f"{facts['hit_ratio']:.1%} of the experts used were in memory",
         "experts": f"{facts['resident']:,} in memory, room for {facts['slots']:,}",
-        "requests": f"{facts['requests']:,} since the start, {facts['queued']:,} waiting",
+        "requests": f"{facts['requests']:,} since the start, {facts['live']:,} taking turns of "
+        f"{count(facts['turn'], 'token')}, {facts['queued']:,} waiting",
+        "kept prompts": _kept(facts),
         "gives up by": f"policy {facts['policy']}",
         "learning": facts["learning"],
         "advice": _advice(facts),
@@ -96,6 +98,17 @@ def _node_rows(facts: Facts) -> dict[str, str]:
         "waited": _stalls(facts["stall_s"]),
         "store": "never lost" if not reopened else f"lost and opened again {times(reopened)}",
     }
+
+
+def _kept(facts: Facts) -> str:
+    if facts["kept_prompts"] != "on":
+        return str(facts["kept_prompts"])
+    return (
+        f"{count(facts['kept_hits'], 'prompt')} began like one before, "
+        f"{count(facts['tokens_saved'], 'token')} not computed again; "
+        f"{console.size(facts['kept_bytes'])} kept and {console.size(facts['reserved_bytes'])} "
+        f"reserved of {console.size(facts['state_bytes'])}"
+    )
 
 
 def _advice(facts: Facts) -> str:
