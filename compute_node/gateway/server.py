@@ -70,7 +70,8 @@ class _Server(uvicorn.Server):
 def bind(http: HostPort) -> socket.socket:
     """Raises ConfigInvalid when the address cannot be bound."""
     family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
-    listener = socket.socket(family)
+    # asyncio lets small events go at once only where the protocol is named.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(http)
