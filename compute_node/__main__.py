@@ -95,7 +95,9 @@ async def run(config: ComputeNodeConfig) -> None:
         )
         schedule = Schedule(config.max_queued_requests, room)
         compute = stack.enter_context(
-            ComputeThread(schedule, idle, config.stop_grace_s, config.max_stall_s)
+            ComputeThread(
+                schedule, idle, config.stop_grace_s, config.max_stall_s, config.max_turn_tokens
+            )
         )
         loaded = compute.do(lambda: load(config, model_dir, spec, cache, prober, lookahead))
         compute.do(cache.open)

@@ -57,6 +57,7 @@ class ComputeThread:
     idle:    called on the thread now and then while there is nothing to do, with a function that
              says whether there is by now
     max_stall_s: prompts hold the thread no longer while answers wait for their turns
+    max_turn_tokens: of one answer, before another has its turn
     grace_s: after `drain`, when gRPC ends what is left; a little before, jobs end by themselves and
              their callers hear why
     meter:   set once there is something to measure, before there are jobs
@@ -68,6 +69,7 @@ class ComputeThread:
         idle: Callable[[Callable[[], bool]], None] = lambda _: None,
         grace_s: float = threading.TIMEOUT_MAX,
         max_stall_s: float = 0.5,
+        max_turn_tokens: int = 64,
     ) -> None:
         self.schedule, self._max_stall_s = schedule, max_stall_s
         self._idle = idle
@@ -84,7 +86,7 @@ class ComputeThread:
         self._prompts_s = 0.0  # that prompts hold the thread, since an answer had a turn
         self._layer_began_s = 0.0  # of the prompt that is computed
         self.meter = Meter()
-        self.turn_length = TurnLength(lambda: self.meter.read_s())
+        self.turn_length = TurnLength(lambda: self.meter.read_s(), max_turn_tokens)
 
     def __enter__(self) -> ComputeThread:
         self._thread.start()

@@ -122,7 +122,7 @@ async def test_what_fits_no_more_waits_until_room_is_given_back() -> None:
 
 
 def test_turns_are_as_short_as_the_misses_after_a_change_allow() -> None:
-    resident, thrashing = TurnLength(lambda: 0.002), TurnLength(lambda: 0.002)
+    resident, thrashing = TurnLength(lambda: 0.002, 16), TurnLength(lambda: 0.002, 16)
     assert resident.tokens == 16, "nothing is known yet"
     for place in range(16):
         resident.heard(place, 0, 0.02)
