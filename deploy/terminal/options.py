@@ -69,3 +69,9 @@ JSON = typer.Option("--json", help="One JSON object instead of text.")
 CHECKPOINT = typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face checkpoint.")
 STORE = typer.Argument(metavar="STORE", help="Folder made by `flashmoe index` or `pack`.")
 OUT = typer.Option("--out", metavar="STORE", help="Folder to write.")
+HTTP = typer.Option(
+    metavar="[HOST:]PORT", help="Serve OpenAI's interface and a live page there. (default: off)"
+)
+API_KEY_FILE = typer.Option(
+    metavar="FILE", help="Keys that HTTP clients need, one a line; required beyond loopback."
+)

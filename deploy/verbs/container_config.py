@@ -38,6 +38,8 @@ SEGMENT = Path("/segment/experts")
 # A container's limit holds its health check too, which is a process of its own.
 STORE_ROOM_BYTES = 150 * MIB
 ROOM_BYTES = {"compute_node": 64 * MIB, "scheduler": 64 * MIB, "valkey": 88 * MIB}
+GATEWAY_ROOM_BYTES = 64 * MIB
+KEYS_NAME = "api_keys"  # in the run folder
 _NODE_PARTS = ("dense_weights", "kv_cache", "prefill_buffers", "tokenizer", "compute_node")
 
 
@@ -47,6 +49,8 @@ def container_config(
     memory: Annotated[str | None, options.MEMORY] = None,
     experts_memory: Annotated[str | None, options.EXPERTS_MEMORY] = None,
     source: Annotated[Path | None, options.SOURCE] = None,
+    http: Annotated[str | None, options.HTTP] = None,
+    api_key_file: Annotated[Path | None, options.API_KEY_FILE] = None,
     config: Annotated[Path | None, options.CONFIG] = None,
     name: Annotated[str | None, NAME] = None,
 ) -> None:
@@ -57,7 +61,9 @@ def container_config(
 
     Example: flashmoe container-config ~/stores/olmoe --memory 4GiB --out ~/flashmoe
     """
-    given = {"memory": memory, "experts_memory": experts_memory, "source": source}
+    given: dict[str, object] = {"memory": memory, "experts_memory": experts_memory}
+    given |= {"source": source}
+    given |= {"http": http, "api_key_file": api_key_file}
     settings = ServeSettings.load(config).with_flags(model=store, **given)
     settings = settings.model_copy(update={"redis": None})  # the compose file has its own Valkey
     manifest, plan = plan_containers(settings)
@@ -87,14 +93,18 @@ def container_config(
         }
     )
     prepare_run_dir(RunDir(out / compose_project.RUN_NAME), user)
+    if settings.http is not None and settings.api_key_file is not None:
+        copy_keys(settings.api_key_file, out / compose_project.RUN_NAME / KEYS_NAME, user)
     (out / CONFIG_NAME).write_text(configuration)
     user.take(out / CONFIG_NAME)
     compose_project.write(out, environment)
+    used_bytes = sum(limits.values()) - (limits["gateway"] if settings.http is None else 0)
     console.err.print(
         f"{plan.slots} of {plan.num_experts} experts in memory; the containers may use "
-        f"{console.size(sum(limits.values()))} in all; `make image` builds what they run"
+        f"{console.size(used_bytes)} in all; `make image` builds what they run"
     )
-    console.out.print(f"{compose_project.command(out)} up --detach")
+    profile = " --profile http" if settings.http is not None else ""
+    console.out.print(f"{compose_project.command(out)}{profile} up --detach")
 
 
 def check_readable(user: ContainerUser, store: Path, root: Path, manifest: Manifest) -> None:
@@ -119,6 +129,7 @@ def plan_containers(settings: ServeSettings) -> tuple[Manifest, MemoryPlan]:
         + STORE_ROOM_BYTES
         - OVERHEAD_BYTES["expert_store"]
         - OVERHEAD_BYTES["launcher"]
+        + (GATEWAY_ROOM_BYTES if settings.http is not None else 0)
     )
     ceiling_bytes = max(0, parse_bytes(settings.memory, "--memory") - beside_bytes)
     try:
@@ -154,6 +165,8 @@ def container_tables(
         "redis_url": redis_url,
     }
     tables["scheduler"] |= {"redis_url": redis_url}
+    if settings.api_key_file is not None and "gateway" in tables:
+        tables["gateway"]["api_key_file"] = str(RUN.path / KEYS_NAME)
     if settings.model is not None and (settings.model / FORECASTER_NAME).exists():
         for name in ("compute_node", "scheduler"):
             tables[name]["forecaster_path"] = str(STORE_DIR / FORECASTER_NAME)
@@ -174,7 +187,22 @@ def container_limits(plan: MemoryPlan, segment_bytes: int) -> dict[str, int]:
         "expert_store": segment_bytes + STORE_ROOM_BYTES,
         "compute_node": sum(parts[name] for name in _NODE_PARTS) + ROOM_BYTES["compute_node"],
         "scheduler": parts["scheduler"] + ROOM_BYTES["scheduler"],
+        "gateway": OVERHEAD_BYTES["gateway"] + GATEWAY_ROOM_BYTES,
     }
+
+
+def copy_keys(source: Path, target: Path, user: ContainerUser) -> None:
+    """Where the gateway's container finds them; its user alone can read them.
+
+    Raises ConfigInvalid.
+    """
+    try:
+        keys = source.read_bytes()
+    except OSError as error:
+        raise errors.ConfigInvalid(f"--api-key-file {source}: {error.strerror}") from error
+    target.touch(mode=0o600)
+    target.write_bytes(keys)
+    user.take(target)
 
 
 def prepare_run_dir(run: RunDir, user: ContainerUser) -> None:

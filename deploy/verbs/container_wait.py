@@ -6,6 +6,8 @@ import shlex
 import shutil
 import sys
 import time
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +16,7 @@ import typer
 
 from deploy.containers.compose_project import RUN_NAME
 from deploy.report.status import check_health
-from deploy.stack.run_dir import RunDir
+from deploy.stack.run_dir import CONFIG_NAME, RunDir
 from deploy.terminal import console
 from deploy.terminal.options import seconds
 from proto import errors
@@ -36,9 +38,10 @@ def container_wait(out: Annotated[Path, DIR], timeout: Annotated[float, TIMEOUT]
     Example: flashmoe container-wait ~/flashmoe
     """
     run = RunDir(out.resolve() / RUN_NAME)
-    waiting, deadline_s = ["valkey", *_DAEMONS], time.monotonic() + timeout
+    daemons = _daemons(out)
+    waiting, deadline_s = ["valkey", *daemons], time.monotonic() + timeout
     while waiting:
-        _check_refusals(run)
+        _check_refusals(run, daemons)
         for name in [name for name in waiting if _serves(run, name)]:
             console.err.print(f"{name} serves")
             waiting.remove(name)
@@ -60,9 +63,20 @@ def _program() -> str:
     return "flashmoe" if found else shlex.quote(str(own))
 
 
-def _check_refusals(run: RunDir) -> None:
+def _daemons(out: Path) -> list[str]:
+    """With the gateway where it was configured. Raises ConfigInvalid."""
+    try:
+        tables = tomllib.loads((out / CONFIG_NAME).read_text())
+    except FileNotFoundError:
+        raise errors.ConfigInvalid(
+            f"{out} has no {CONFIG_NAME}: give the folder that container-config wrote to"
+        ) from None
+    return [*_DAEMONS, *(["gateway"] if "gateway" in tables else [])]
+
+
+def _check_refusals(run: RunDir, daemons: Sequence[str]) -> None:
     """Raises what a daemon says that refuses to start."""
-    for name in _DAEMONS:
+    for name in daemons:
         try:
             sentence = run.refusal(name).read_text().strip()
         except FileNotFoundError:

@@ -19,12 +19,6 @@ from proto.quality import EXACT_NAME
 from proto.redis_schema import PolicySetting
 from proto.rpc import is_loopback
 
-HTTP = typer.Option(
-    metavar="[HOST:]PORT", help="Serve OpenAI's interface and a live page there. (default: off)"
-)
-API_KEY_FILE = typer.Option(
-    metavar="FILE", help="Keys that HTTP clients need, one a line; required beyond loopback."
-)
 CORS_ORIGIN = typer.Option(
     metavar="ORIGIN", help="A web page's origin that may use HTTP from a browser; repeat for more."
 )
@@ -40,8 +34,8 @@ def serve(
     policy: Annotated[PolicySetting | None, options.POLICY] = None,
     quality: Annotated[str | None, options.DEFAULT_QUALITY] = None,
     forecaster: Annotated[Path | None, options.FORECASTER] = None,
-    http: Annotated[str | None, HTTP] = None,
-    api_key_file: Annotated[Path | None, API_KEY_FILE] = None,
+    http: Annotated[str | None, options.HTTP] = None,
+    api_key_file: Annotated[Path | None, options.API_KEY_FILE] = None,
     cors_origin: Annotated[list[str] | None, CORS_ORIGIN] = None,
     config: Annotated[Path | None, options.CONFIG] = None,
 ) -> None:

