@@ -148,7 +148,7 @@ def _policies(policies: Policies) -> Iterator[tuple[str, RenderableType]]:
     for score in policies.scores:
         is_in_charge = score.name == policies.in_charge
         line = bar(score.hit_ratio, "green" if score.hit_ratio == best else "blue")
-        lost = "points" if score.regret is None else f"{-100 * score.regret:.2f}"
+        lost = "points" if score.regret is None else f"{-100 * score.regret or 0.0:.2f}"
         style = "bold" if is_in_charge else ""
         yield "", line.append(f" {score.hit_ratio:6.2%} {lost:>6}  {score.title}", style)
 
