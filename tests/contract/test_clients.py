@@ -24,6 +24,7 @@ from tests.stack import wait_for
 
 pytestmark = pytest.mark.system
 CHAT = [{"role": "user", "content": "In the beginning"}]
+NOWHERE = "unix:/nobody/listens/here"
 Ask = Callable[..., tuple[list[Piece], Result]]
 
 
@@ -144,7 +145,16 @@ def test_what_the_node_refuses_arrives_typed(
 
 def test_a_node_that_is_away_is_unavailable(ask: Ask) -> None:
     with pytest.raises(errors.Unavailable):
-        ask("unix:/nobody/listens/here", "In")
+        ask(NOWHERE, "In")
+
+
+def test_a_node_that_is_away_cannot_describe_itself() -> None:
+    async def describe() -> None:
+        async with AsyncNodeClient(NOWHERE) as node:
+            await node.describe()
+
+    with pytest.raises(errors.Unavailable):
+        asyncio.run(describe())
 
 
 def test_both_describe_the_node(address: str) -> None:

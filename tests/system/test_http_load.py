@@ -1,8 +1,8 @@
 """The gateway under more connections than the node takes, and while daemons are killed: every
 request ends with the tokens of an undisturbed one, or with an error that its client understands.
 
-Planted faults seen red: a stream that fails and ends with [DONE], generations that go on when their
-client has left.
+It is there for: a stream that fails and still ends with [DONE], and generations that go on when
+their client has left.
 """
 
 from __future__ import annotations

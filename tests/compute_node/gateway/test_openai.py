@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from compute_node.gateway.openai.chat_body import ChatBody
 from tests.compute_node.gateway.conftest import Caller
 from tests.stack import ServedStack, served, wait_for
 
@@ -50,6 +51,18 @@ def test_a_stream_is_the_same(caller: Caller) -> None:
     assert events[-1]["choices"] == []
     assert events[-1]["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
     assert len({event["id"] for event in events}) == 1
+
+
+def test_text_that_was_held_back_comes_at_the_end(caller: Caller, stack: ServedStack) -> None:
+    """`<` begins marks of this model, until nothing follows it."""
+    with stack.client() as node:
+        (mark,) = node.generate("<", max_tokens=1).run().prompt_token_ids
+    *events, _ = caller.events(CHAT, {**GREEDY, "max_tokens": 1, "logit_bias": {mark: 100}})
+    assert "".join(c["delta"].get("content", "") for e in events for c in e["choices"]) == "<"
+
+
+def test_a_chat_without_a_limit_has_none() -> None:
+    assert ChatBody.model_validate({"messages": MESSAGES}).options()["max_tokens"] is None
 
 
 @pytest.mark.parametrize("prompt", ["In the beginning", ["In the beginning"], None])

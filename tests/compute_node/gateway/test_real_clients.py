@@ -1,7 +1,7 @@
 """The clients that people use, from PyPI, in an environment of their own (`make clients`): each
 runs a transcript against a real stack, and against a node whose answers call tools.
 
-Planted faults seen red: no [DONE], calls without an id, an error without a code.
+It is there for: a stream without [DONE], calls of tools without an id, and errors without a code.
 """
 
 from __future__ import annotations

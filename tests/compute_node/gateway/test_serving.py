@@ -1,6 +1,7 @@
 """`flashmoe serve --http`: a process of its own that starts, is seen, and says what it serves.
 
-Planted faults seen red: no gateway in the plan of memory, an address beyond loopback without keys.
+Planted faults seen red: no gateway in the plan of memory, an address beyond loopback without keys
+where neither the launcher nor the gateway refuses it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from deploy.settings import ServeSettings
+from deploy.stack.stack_plan import plan_stack_memory
+from expert_store.manifest.manifest import Manifest
 from tests.stack import ServedStack, flashmoe
 
 pytestmark = pytest.mark.system
@@ -42,6 +46,13 @@ def test_status_shows_it(stack: ServedStack) -> None:
     found = stack.status()["gateway"]
     assert found["health"] == "SERVING"
     assert found["url"] == stack.url
+
+
+def test_memory_is_planned_for_it(chat_store: Path) -> None:
+    manifest = Manifest.load(chat_store)
+    settings = [ServeSettings(experts_memory="100%", http=http) for http in (None, "0")]
+    without, found = (plan_stack_memory(one, chat_store, manifest, None) for one in settings)
+    assert found.parts.keys() - without.parts.keys() == {"gateway"}
 
 
 @pytest.mark.parametrize(
