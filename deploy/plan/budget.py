@@ -111,11 +111,13 @@ def plan_memory(
     if not serves_http:
         del parts["gateway"]
     all_bytes = spec.num_experts_total * slot_bytes
+    least_bytes = spec.top_k * len(spec.moe_layers) * slot_bytes
     if memory_bytes is not None:
-        left_bytes = memory_bytes - sum(parts.values())
+        left_bytes = memory_bytes - sum(parts.values()) - least_bytes
     else:
         left_bytes = max(all_bytes, _LEAST_BYTES)
     longest_bytes = longest_state_bytes(manifest, context_tokens)
+    least_kv_bytes = longest_bytes if kv_memory_bytes is None else kv_memory_bytes
     if kv_memory_bytes is None:
         kv_memory_bytes = default_kv_bytes(longest_bytes, left_bytes)
     _check_kv(kv_memory_bytes, longest_bytes, context_tokens)
@@ -137,10 +139,10 @@ def plan_memory(
         slot_bytes,
         spec.num_experts_total,
         spare_bytes,
-        fixed - kv_memory_bytes + longest_bytes + spec.top_k * len(spec.moe_layers) * slot_bytes,
+        fixed - kv_memory_bytes + least_kv_bytes + least_bytes,
         tuple(_beyond_training(context_tokens, manifest.sizing.max_position_embeddings)),
     )
-    _check_experts(plan, memory_bytes, experts_memory)
+    _check_experts(plan, least_bytes, memory_bytes, experts_memory)
     if plan.total_bytes > plan.ceiling_bytes:
         raise errors.MemoryExceeded(
             f"{plan.slots} expert slots need {_mib(plan.total_bytes)} in all, --memory is "
@@ -308,13 +310,14 @@ def _dequantised_bytes(spec: ModelSpec) -> int:
     return weights * (_own_itemsize(spec) + 1)
 
 
-def _check_experts(plan: MemoryPlan, memory_bytes: int | None, experts_memory: str | None) -> None:
-    """Raises MemoryExceeded when a token's experts do not fit."""
-    if plan.total_bytes >= plan.smallest_bytes:
+def _check_experts(
+    plan: MemoryPlan, least_bytes: int, memory_bytes: int | None, experts_memory: str | None
+) -> None:
+    """Raises MemoryExceeded when a token's experts, of least_bytes, do not fit."""
+    if plan.experts_bytes >= least_bytes:
         return
     if experts_memory is not None:
-        fixed_bytes = plan.total_bytes - plan.experts_bytes
-        smallest = (plan.smallest_bytes - fixed_bytes) // plan.slot_bytes
+        smallest = least_bytes // plan.slot_bytes
         raise errors.MemoryExceeded(
             f"--experts-memory {experts_memory} is {max(0, plan.slots)} slots, one token needs "
             f"{smallest}: give at least {smallest}"

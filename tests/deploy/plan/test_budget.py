@@ -155,6 +155,12 @@ def test_state_for_less_than_one_sequence_is_refused(manifest: Manifest) -> None
         )
 
 
+def test_too_few_slots_are_refused_however_much_state_is_planned(manifest: Manifest) -> None:
+    """Red before: room for the state of eight sequences stood in for the experts of a token."""
+    with pytest.raises(errors.MemoryExceeded, match="31 slots, one token needs 32"):
+        plan(manifest, 4096 * MIB, "31")
+
+
 def test_experts_that_do_not_fit_the_ceiling(manifest: Manifest) -> None:
     with pytest.raises(errors.MemoryExceeded, match="fewer experts memory or a higher ceiling"):
         plan(manifest, 500 * MIB, "100%")
