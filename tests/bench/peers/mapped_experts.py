@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from compute_node.cache.asked import NONE_SMALL, Meanwhile, never, sleep
+from compute_node.cache.capacity import Capacity
 from compute_node.cache.counters import LayerCounters
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.cache.waits import Waits
@@ -36,6 +37,10 @@ class MappedExperts:
         self.counters = {layer: LayerCounters() for layer in manifest.spec.moe_layers}
         self.waits = Waits(self.counters)
         spec = manifest.spec
+        num_bytes = spec.num_experts_total * manifest.slot_bytes
+        self.capacity = Capacity(
+            num_bytes, manifest.slot_bytes, spec.moe_layers, spec.top_k, pooled=True
+        )
         self.chooser = PolicyChooser("lru", 1.0, spec.moe_layers, spec.num_experts, lambda: None)
 
     def __contains__(self, key: ExpertKey) -> bool:

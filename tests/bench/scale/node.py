@@ -199,8 +199,8 @@ class Node:
             hear(step)
             self._routers.set(ids, weights)
             sequence.token_ids.append(7919 * (step + 1) % min(_MAX_TOKEN_ID, self._vocab_size))
-            usage = Usage()
-            with Measure(cache, usage, 1):
+            usage = Usage(tokens=1)
+            with Measure(cache, usage):
                 logits, self.step = engine.forward(sequence, sequence.token_ids[-1:], Phase.DECODE)
             result.steps.append(usage)
             result.digests.append(digest(logits))
