@@ -124,7 +124,8 @@ class ComputeThread:
         Raises QueueFull, Unavailable while draining, and what `work` raises.
         """
         deadline_s = time.monotonic() + timeout_s if timeout_s is not None else None
-        job = Job(work, deadline_s, asyncio.get_running_loop(), self._gives_way)
+        loop = asyncio.get_running_loop()
+        job = Job(work, deadline_s, loop, self._others_wait, self._give_way)
         if self._draining:
             raise errors.Unavailable("the node is stopping: retry elsewhere")
         self.schedule.submit(job)
@@ -192,21 +193,22 @@ class ComputeThread:
 
         return is_last
 
-    def _gives_way(self) -> bool:
-        """Between two layers of a prompt: where prompts would hold the thread too long by the end
-        of the next layer, each answer that waits has a turn. Returns whether one had.
+    def _others_wait(self) -> bool:
+        """Between two layers of a prompt: whether answers wait, and prompts would hold the thread
+        too long by the end of the next layer.
         """
         now_s = time.monotonic()
         layer_s, self._layer_began_s = now_s - self._layer_began_s, now_s
         self._prompts_s += layer_s
-        if self._prompts_s + layer_s < self._max_stall_s:
-            return False
-        answers = self.schedule.answers()
-        for job in answers:
+        is_due = self._prompts_s + layer_s >= self._max_stall_s
+        return is_due and bool(self.schedule.answers())
+
+    def _give_way(self) -> None:
+        """Each answer that waits has a turn, within the prompt's."""
+        for job in self.schedule.answers():
             self._turn(job)
         self._latest = None  # the cache will hold what the prompt used
         self._prompts_s, self._layer_began_s = 0.0, time.monotonic()
-        return bool(answers)
 
     def _has_work(self) -> bool:
         return self._stopping.is_set() or not self.schedule.is_empty

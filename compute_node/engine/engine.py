@@ -169,11 +169,11 @@ class Engine(Passes):
         """What it costs is measured, without the turns that others have meanwhile."""
         measure = Measure(self.cache, usage)
 
-        def gives_way() -> bool:
+        def give_way() -> None:
             with measure.paused():
-                return seat.gives_way()
+                seat.give_way()
 
-        parts = self.prefill_parts(sequence, Seat(seat.check, gives_way), usage)
+        parts = self.prefill_parts(sequence, replace(seat, give_way=give_way), usage)
         while True:
             num_before = sequence.num_computed
             with measure:

@@ -44,7 +44,8 @@ class Job:
     work: Work
     deadline_s: float | None
     loop: asyncio.AbstractEventLoop
-    gives_way: Callable[[], bool]
+    others_wait: Callable[[], bool]
+    give_way: Callable[[], None]
     results: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     is_answering: bool = False
     queued_s: float = 0.0
@@ -60,10 +61,13 @@ class Job:
         return max(0.0, time.monotonic() - self._submitted_s - self.queued_s - self.used_s)
 
     @property
-    def is_ended(self) -> bool:
-        """Nobody waits for results, or its time is over: its next turn ends it."""
-        late = self.deadline_s is not None and time.monotonic() > self.deadline_s
-        return self._end is not None or late
+    def end_reason(self) -> errors.FlashMoEError | None:
+        """Why its next turn ends it: Cancelled, DeadlineExceeded, or what it was ended with; None:
+        it goes on.
+        """
+        if self._end is None and self.deadline_s is not None and time.monotonic() > self.deadline_s:
+            return errors.DeadlineExceeded("the request's deadline passed")
+        return self._end
 
     def cancel(self) -> None:
         """Nobody waits for results any more."""
@@ -75,13 +79,9 @@ class Job:
         self._put(error)
 
     def check(self) -> None:
-        """Raises Cancelled, DeadlineExceeded, or what the job was ended with; called between
-        layers.
-        """
-        if self._end is not None:
-            raise self._end
-        if self.deadline_s is not None and time.monotonic() > self.deadline_s:
-            raise errors.DeadlineExceeded("the request's deadline passed")
+        """Raises `end_reason`; called between layers."""
+        if (reason := self.end_reason) is not None:
+            raise reason
 
     def turn(self, is_over: Callable[[Any], bool]) -> bool:
         """Compute on until `is_over` says so of a result. Returns whether anything is left."""
@@ -110,7 +110,7 @@ class Job:
     def _resumed(self) -> Iterator[Any]:
         if self._results is None:
             self.queued_s = time.monotonic() - self._submitted_s
-            self._results = iter(self.work.run(Seat(self.check, self.gives_way)))
+            self._results = iter(self.work.run(Seat(self.check, self.others_wait, self.give_way)))
         return self._results
 
     def _put(self, result: Any) -> None:

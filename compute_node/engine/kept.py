@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from compute_node.engine.saved_state import SavedPart
 from proto.stats import counter, gauge
 
-Tokens = tuple[int, ...]
+Part = tuple[str, tuple[int, ...]]
+"""The route that a prompt goes by, and token ids. State of another route is another part."""
 
 
 @dataclass(eq=False)
-class _Node:
-    """One part of a prompt, after those before it. Prompts that begin alike share it.
+class _Place:
+    """Where parts begin: at the end of one, or of none."""
 
-    parent: None: it begins a prompt
-    """
+    children: dict[Part, _Node] = field(default_factory=dict)
 
-    token_ids: Tokens
-    saved: SavedPart
-    parent: _Node | None
-    route: str
-    children: dict[Tokens, _Node] = field(default_factory=dict)
-    used: int = 0  # when it was used last
+
+@dataclass(eq=False)
+class _Node(_Place):
+    """One part of a prompt, after those before it. Prompts that begin alike share it."""
+
+    part: Part = field(kw_only=True)
+    saved: SavedPart = field(kw_only=True)
+    parent: _Place = field(kw_only=True)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.part[1])
 
 
 @dataclass(eq=False)
@@ -52,7 +59,7 @@ class KeptPrompts:
         start=0,
         of="kept",
     )
-    _roots: dict[tuple[str, Tokens], _Node] = field(default_factory=dict)
+    _root: _Place = field(default_factory=_Place)
     _nodes: dict[_Node, None] = field(default_factory=dict)  # the least recently used first
     _states: dict[_Node, None] = field(default_factory=dict)  # with a rest that takes memory
 
@@ -62,8 +69,8 @@ class KeptPrompts:
         route: that the prompt goes by; state of another is never used
         """
         path, best = list[_Node](), 0
-        for part in _parts(token_ids, cuts):
-            node = self._child(path[-1] if path else None, part, route)
+        for part in _parts(token_ids, cuts, route):
+            node = (path[-1] if path else self._root).children.get(part)
             if node is None:
                 break
             path.append(node)
@@ -71,10 +78,7 @@ class KeptPrompts:
             if node.saved.rest is not None:
                 best = len(path)
         path = path[:best]
-        for node in path:
-            if node in self._states:
-                self._states[node] = self._states.pop(node)
-        found = Found([node.saved for node in path], sum(len(node.token_ids) for node in path))
+        found = Found([node.saved for node in path], sum(node.num_tokens for node in path))
         self.hits += bool(path)
         self.tokens_saved += found.num_tokens
         return found
@@ -85,47 +89,38 @@ class KeptPrompts:
         """The part that ends at the last of `cuts`. Those before it are kept already; else nothing
         happens: they were given up meanwhile.
         """
-        *before, part = _parts(token_ids, cuts)
-        parent = None
+        *before, part = _parts(token_ids, cuts, route)
+        place = self._root
         for earlier in before:
-            parent = self._child(parent, earlier, route)
-            if parent is None:
+            if (found := place.children.get(earlier)) is None:
                 return
-        if (node := self._child(parent, part, route)) is None:
-            node = _Node(part, saved, parent, route)
-            siblings = self._roots if parent is None else parent.children
-            siblings[(route, part) if parent is None else part] = node  # type: ignore[index]
-            self.num_tokens += len(part)
+            place = found
+        if (node := place.children.get(part)) is None:
+            node = place.children[part] = _Node(part=part, saved=saved, parent=place)
+            self.num_tokens += node.num_tokens
             self.num_bytes += saved.num_bytes
         elif node.saved.rest is None:
             self._replace(node, saved)
         self._touch(node)
-        self._limit_states(node)
+        self._limit_states()
 
     def give_up_one(self) -> None:
         """Some is kept."""
         node = next(one for one in self._nodes if not one.children)
         del self._nodes[node]
         self._states.pop(node, None)
-        self.num_tokens -= len(node.token_ids)
+        self.num_tokens -= node.num_tokens
         self.num_bytes -= node.saved.num_bytes
-        if node.parent is None:
-            del self._roots[node.route, node.token_ids]
-        else:
-            del node.parent.children[node.token_ids]
-
-    def _child(self, parent: _Node | None, part: Tokens, route: str) -> _Node | None:
-        return self._roots.get((route, part)) if parent is None else parent.children.get(part)
+        del node.parent.children[node.part]
 
     def _touch(self, node: _Node) -> None:
         self._nodes.pop(node, None)
         self._nodes[node] = None
+        if node.saved.rest_bytes:
+            self._states.pop(node, None)
+            self._states[node] = None
 
-    def _limit_states(self, node: _Node) -> None:
-        if node.saved.rest_bytes == 0:
-            return
-        self._states.pop(node, None)
-        self._states[node] = None
+    def _limit_states(self) -> None:
         while len(self._states) > self.most_states:
             oldest = next(iter(self._states))
             del self._states[oldest]
@@ -144,8 +139,6 @@ class Found:
     num_tokens: int
 
 
-def _parts(token_ids: Sequence[int], cuts: Sequence[int]) -> Iterator[Tokens]:
-    start = 0
-    for end in cuts:
-        yield tuple(token_ids[start:end])
-        start = end
+def _parts(token_ids: Sequence[int], cuts: Sequence[int], route: str) -> Iterator[Part]:
+    for start, end in itertools.pairwise((0, *cuts)):
+        yield route, tuple(token_ids[start:end])

@@ -34,10 +34,7 @@ class KvRoom:
         """See `Room`. What is kept goes where it has to."""
         if num_tokens == 0:
             return True
-        if self._num_alive >= (self.most_sequences if self.most_bytes else 1):
-            return False
-        left = self.most_bytes - self.reserved_bytes
-        if self.most_bytes and self._bytes_of(num_tokens) > left:
+        if not self._fits(self._bytes_of(num_tokens)):
             return False
         self.reserved_bytes += self._bytes_of(num_tokens)
         self._num_alive += 1
@@ -49,10 +46,20 @@ class KvRoom:
             self.reserved_bytes -= self._bytes_of(num_tokens)
             self._num_alive -= 1
 
+    @property
+    def keeps_prompts(self) -> bool:
+        return self.most_bytes > 0
+
     def shrink(self) -> None:
         """What is kept goes as far as it does not fit."""
         while self.kept.num_bytes > max(0, self.most_bytes - self.reserved_bytes):
             self.kept.give_up_one()
+
+    def _fits(self, num_bytes: int) -> bool:
+        if self.most_bytes == 0:
+            return self._num_alive == 0
+        left = self.most_bytes - self.reserved_bytes
+        return self._num_alive < self.most_sequences and num_bytes <= left
 
     def _bytes_of(self, num_tokens: int) -> int:
         return self.bytes_fixed + num_tokens * self.bytes_per_token

@@ -14,7 +14,7 @@ from compute_node.cache.expert_cache import ExpertCache
 from compute_node.engine.job import PromptPart
 from compute_node.engine.kv_room import KvRoom
 from compute_node.engine.prompt_parts import PromptParts
-from compute_node.engine.saved_state import SavedPart, can_save, restored
+from compute_node.engine.saved_state import SavedPart, restored
 from compute_node.engine.seat import Seat
 from compute_node.engine.sequence import SequenceState
 from compute_node.engine.usage import Usage
@@ -25,6 +25,7 @@ from compute_node.model.loaded import LoadedModel
 from compute_node.moe.route import is_exact
 from compute_node.moe.step import Batch, Keeps, Part, Phase, RunsAhead, Step
 from compute_node.predict.predictor import EMBEDDING, Seen
+from compute_node.run_ahead.fork import can_fork
 from compute_node.run_ahead.run_ahead import RunAhead
 from compute_node.run_ahead.second_pass import Draw
 from proto import errors
@@ -201,9 +202,11 @@ class Passes:
 
     def _give_way(self, seat: Seat) -> None:
         """Between two layers of a prompt. What others leave is put away."""
+        if not seat.others_wait():
+            return
         with heap.kept_buffers():
-            others_ran = seat.gives_way()
-        if others_ran and self.run_ahead is not None:
+            seat.give_way()
+        if self.run_ahead is not None:
             self.run_ahead.drop()
 
     def _resume(self, sequence: SequenceState, cuts: Sequence[int]) -> None:
@@ -219,7 +222,9 @@ class Passes:
         """The part that was computed last, if it ends at a cut."""
         if not cuts or cuts[-1] != sequence.num_computed or self.reuse != "on":
             return
-        if not can_save(sequence.cache):
+        if not self.room.keeps_prompts:
+            return
+        if not can_fork(sequence.cache):
             self.reuse = f"off: a {type(sequence.cache).__name__} cannot be kept by the part"
             return
         saved = SavedPart.of(sequence.cache, num_tokens)

@@ -6,22 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from compute_node.run_ahead.fork import can_fork, copied
+from compute_node.run_ahead.fork import copied
 from proto.checkpoint.sequence_state import state_bytes
 
 Grown = tuple[Tensor, Tensor]
 """Keys and values of some tokens, in one layer."""
-
-
-def can_save(cache: Any) -> bool:
-    """Whether a transformers cache lies in layers."""
-    return can_fork(cache)
 
 
 @dataclass(frozen=True)
@@ -44,11 +40,11 @@ class SavedPart:
         )
         return cls(grown, _without_grown(cache))
 
-    @property
+    @cached_property
     def rest_bytes(self) -> int:
         return state_bytes(self.rest)
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         return self.rest_bytes + sum(
             tensor.nbytes for grown in self.grown if grown is not None for tensor in grown

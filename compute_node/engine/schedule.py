@@ -36,11 +36,10 @@ class Schedule:
     Clients are served by start-time fair queueing (Goyal et al., SIGCOMM 1996): the next turn is
     the client's that used the thread least, where one that comes starts at the least of those that
     are here.
-
     """
 
     def __init__(self, max_queued: int, room: Room) -> None:
-        self.max_queued, self._room = max_queued, room
+        self._max_queued, self._room = max_queued, room
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._alive: list[Job] = []
@@ -70,7 +69,7 @@ class Schedule:
     def submit(self, job: Job) -> None:
         """Raises QueueFull, which says how long to wait."""
         with self._changed:
-            if len(self._waiting) >= self.max_queued:
+            if len(self._waiting) >= self._max_queued:
                 raise self._full()
             self._waiting.append(job)
             self._changed.notify()
@@ -98,7 +97,7 @@ class Schedule:
             if self.is_empty:
                 self._changed.wait(timeout_s)
             self._admit()
-        ended = next((job for job in self._alive if job.is_ended), None)
+        ended = next((job for job in self._alive if job.end_reason is not None), None)
         if ended is not None or not self._alive:
             return ended
         return min(self._alive, key=lambda one: (self._used_s[one.work.client], one.turn_ended_s))
@@ -161,6 +160,6 @@ class Schedule:
         """Half of what is here is through by then, if it takes as long as what was."""
         retry_s = max(1.0, self._job_s * (len(self._waiting) + len(self._alive)) / 2)
         return errors.QueueFull(
-            f"{self.max_queued} requests are waiting already: retry in {retry_s:.0f} s",
+            f"{self._max_queued} requests are waiting already: retry in {retry_s:.0f} s",
             retry_after_s=retry_s,
         )

@@ -15,9 +15,10 @@ def _nobody() -> bool:
 @dataclass(frozen=True)
 class Seat:
     """check:     called between layers and while experts are awaited; raises to give the work up
-    gives_way: called between the layers of a prompt; lets others have their turns on this
-               very stack, and says whether anybody had one
+    others_wait: asked between the layers of a prompt: whether others should have their turns now
+    give_way:    lets them, on this very stack
     """
 
     check: Callable[[], None] = never
-    gives_way: Callable[[], bool] = _nobody
+    others_wait: Callable[[], bool] = _nobody
+    give_way: Callable[[], None] = never

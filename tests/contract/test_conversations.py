@@ -93,13 +93,12 @@ def test_sequences_that_take_turns_give_the_bits_they_give_alone(node: Engine) -
     node.prefill(one)
     found = decoded(node, one, 0)
 
-    def gives_way() -> bool:
+    def give_way() -> None:
         """A token of the first, between two layers of the second's prompt."""
         if len(found) <= STEPS:
             found.extend(decoded(node, one, 1))
-        return True
 
-    for _ in node.prefill_parts(two, Seat(gives_way=gives_way)):
+    for _ in node.prefill_parts(two, Seat(others_wait=lambda: True, give_way=give_way)):
         pass
     others = decoded(node, two, 0)
     for _ in range(STEPS):
