@@ -101,7 +101,7 @@ class ServeSettings(BaseModel):
     @property
     def kv_memory_bytes(self) -> int | None:
         """Raises ConfigInvalid."""
-        return parse_bytes(self.kv_memory, "--kv-memory") if self.kv_memory else None
+        return parse_bytes(self.kv_memory, "kv_memory") if self.kv_memory else None
 
     def chunk_tokens(self, sizing: Sizing) -> int:
         """Prompt tokens computed at once, fewer where attention holds a score for each pair of

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -147,6 +148,24 @@ def served(
             stop_hard(process)
         process.stdout.close()
         process.stderr.close()
+
+
+@contextmanager
+def answering(stack: ServedStack, max_tokens: int) -> Iterator[None]:
+    """An answer after the other, for the block."""
+    stop = threading.Event()
+
+    def answer() -> None:
+        while not stop.is_set():
+            stack.generate(max_tokens=max_tokens)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def stop_hard(process: subprocess.Popen[str]) -> None:

@@ -170,7 +170,7 @@ def _check_kv(kv_memory_bytes: int, longest_bytes: int, context_tokens: int) -> 
     """Raises ConfigInvalid where a request at its longest would never fit."""
     if kv_memory_bytes < longest_bytes:
         raise errors.ConfigInvalid(
-            f"--kv-memory {_mib(kv_memory_bytes)} cannot hold one sequence of max_context_tokens = "
+            f"kv_memory {_mib(kv_memory_bytes)} cannot hold one sequence of max_context_tokens = "
             f"{context_tokens}: give at least {_mib(longest_bytes)}, or shorten the context"
         )
 

@@ -61,10 +61,14 @@ def container_config(
 
     Example: flashmoe container-config ~/stores/olmoe --memory 4GiB --out ~/flashmoe
     """
-    given: dict[str, object] = {"memory": memory, "experts_memory": experts_memory}
-    given |= {"source": source}
-    given |= {"http": http, "api_key_file": api_key_file}
-    settings = ServeSettings.load(config).with_flags(model=store, **given)
+    settings = ServeSettings.load(config).with_flags(
+        model=store,
+        memory=memory,
+        experts_memory=experts_memory,
+        source=source,
+        http=http,
+        api_key_file=api_key_file,
+    )
     settings = settings.model_copy(update={"redis": None})  # the compose file has its own Valkey
     manifest, plan = plan_containers(settings)
     store, out = store.resolve(), out.resolve()

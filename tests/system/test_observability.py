@@ -25,10 +25,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.stack.stack_plan import load_store
-from proto.quality import QUALITY_NAME, QualityCard
-from tests.proto.test_quality import EXACT, setting
 from tests.stack import ServedStack, served, wait_for
+from tests.tuned import tuned_copy
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "observability"
 DASHBOARD = json.loads((FOLDER / "grafana" / "flashmoe.json").read_text())
@@ -122,17 +120,7 @@ def get(url: str) -> bytes:
 
 @pytest.fixture
 def lossy_store(tiny_store: Path, tmp_path: Path) -> Path:
-    """A budget of 50 % buys a lossy route of it."""
-    store = shutil.copytree(tiny_store, tmp_path / "store")
-    QualityCard(
-        fingerprint=load_store(store).spec.fingerprint,
-        experts_bytes=1,
-        texts="planted",
-        num_texts=1,
-        num_tokens=1,
-        settings=(EXACT, setting("skip 1", 1.01, 0.01, 20.0)),
-    ).write(store / QUALITY_NAME)
-    return store
+    return tuned_copy(tiny_store, tmp_path / "store")
 
 
 @pytest.mark.timeout(300)

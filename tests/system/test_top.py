@@ -10,38 +10,17 @@ import os
 import pty
 import signal
 import subprocess
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.stack import FLASHMOE, ROOT, ServedStack, flashmoe, served, wait_for
+from tests.stack import FLASHMOE, ROOT, answering, flashmoe, served, wait_for
 
 pytestmark = pytest.mark.system
 
 
-@contextmanager
-def answering(stack: ServedStack) -> Iterator[None]:
-    """An answer after the other, for the block."""
-    stop = threading.Event()
-
-    def answer() -> None:
-        while not stop.is_set():
-            stack.generate(max_tokens=400)
-
-    thread = threading.Thread(target=answer)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
 def test_a_frame_has_the_figures_of_what_runs(tiny_store: Path, run_dir: Path) -> None:
-    with served(tiny_store, run_dir) as stack, answering(stack):
+    with served(tiny_store, run_dir) as stack, answering(stack, 400):
         wait_for(lambda: stack.status()["compute_node"]["stats"]["generated_tokens"], 20, "tokens")
         once = flashmoe("top", "--once", "--run-dir", str(run_dir))
         assert once.returncode == 0, once.stderr

@@ -8,18 +8,16 @@ no template.
 
 from __future__ import annotations
 
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.chromium import BINARY, Page, browsing
-from tests.stack import ServedStack, served
+from tests.stack import ServedStack, answering, served
 
 pytestmark = [
     pytest.mark.system,
@@ -45,26 +43,8 @@ def page(stack: ServedStack) -> Iterator[Page]:
         assert found.problems == []
 
 
-@contextmanager
-def answering(stack: ServedStack) -> Iterator[None]:
-    """An answer after the other, for the block."""
-    stop = threading.Event()
-
-    def answer() -> None:
-        while not stop.is_set():
-            stack.generate(max_tokens=100)
-
-    thread = threading.Thread(target=answer)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
 def test_figures_are_those_of_now(stack: ServedStack, page: Page) -> None:
-    with answering(stack):
+    with answering(stack, 100):
         page.wait("parseFloat(document.getElementById('speed').innerText) > 1")
         page.wait("document.getElementById('open').innerText === '1'")
         page.wait("document.querySelectorAll('#policies tbody tr').length >= 5")

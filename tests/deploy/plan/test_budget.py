@@ -143,7 +143,7 @@ def test_state_of_one_to_eight_sequences_as_the_rest_allows(left: int, states: i
 
 
 def test_state_for_less_than_one_sequence_is_refused(manifest: Manifest) -> None:
-    with pytest.raises(errors.ConfigInvalid, match=r"--kv-memory 1 MiB .* at least 8 MiB"):
+    with pytest.raises(errors.ConfigInvalid, match=r"^kv_memory 1 MiB .* at least 8 MiB"):
         plan_memory(
             manifest,
             1024 * MIB,

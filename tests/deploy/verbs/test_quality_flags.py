@@ -6,33 +6,18 @@ Planted fault seen red: the card beside the manifest not handed to the node.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deploy.stack.stack_plan import load_store
-from proto.quality import QUALITY_NAME, QualityCard
-from tests.proto.test_quality import EXACT, setting
 from tests.stack import ServedStack, flashmoe, served
-
-ROUTE = "skip 1"
+from tests.tuned import ROUTE, tuned_copy
 
 
 @pytest.fixture
 def tuned(tiny_store: Path, tmp_path: Path) -> Path:
-    """A store whose card lies beside its manifest; a budget of 50 % buys ROUTE."""
-    store = shutil.copytree(tiny_store, tmp_path / "store")
-    QualityCard(
-        fingerprint=load_store(store).spec.fingerprint,
-        experts_bytes=1,
-        texts="planted",
-        num_texts=1,
-        num_tokens=1,
-        settings=(EXACT, setting(ROUTE, 1.01, 0.01, 20.0)),
-    ).write(store / QUALITY_NAME)
-    return store
+    return tuned_copy(tiny_store, tmp_path / "store")
 
 
 def generate(stack: ServedStack, *flags: str) -> dict[str, Any]:
