@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from compute_node.client.async_client import AsyncNodeClient
 from compute_node.client.description import Description
+from compute_node.gateway.refusals import Refused
 from proto import errors
 
 _RETRY_AFTER_S = 2.0  # of a node that is away: about as long as a small one takes to start
@@ -30,6 +31,18 @@ class Node:
     async def model(self) -> str:
         """The name that clients use. Raises Unavailable."""
         return self._name or (await self.describe()).model
+
+    async def checked(self, asked: str | None) -> str:
+        """The name of the model that is served. Raises Refused (404) for another, Unavailable."""
+        name = await self.model()
+        if asked is not None and asked != name:
+            raise Refused(
+                f"the model {asked!r} is not served here: use {name!r}",
+                status=404,
+                code="model_not_found",
+                param="model",
+            )
+        return name
 
     async def is_serving(self) -> bool:
         return await self.client.is_serving(_TIMEOUT_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -11,30 +12,23 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from compute_node.client.result import Result
-from compute_node.gateway.answer import Answer, Asked, begin
+from compute_node.gateway.answer import Answer, Asked
 from compute_node.gateway.anthropic.blocks import Blocks, event, failed
 from compute_node.gateway.anthropic.body import MessagesBody
 from compute_node.gateway.desk import Desk
-from compute_node.gateway.event_stream import EventStream
 from compute_node.gateway.formats.choose import Family
-from compute_node.gateway.openai.models import check_model
-from compute_node.gateway.presence import while_present
+from compute_node.gateway.reply import reply
 
 
 async def messages(request: Request, desk: Desk) -> ASGIApp:
     """Raises what the request is refused for, before any status is sent."""
     async with desk.bodies.parsed(request, MessagesBody) as body:
         body.check()
-        model = await check_model(desk.node, body.model)
+        model = await desk.node.checked(body.model)
         family = Family((await desk.node.describe()).chat_template, body.offered())
         asked = Asked(body.prompt(), body.options(), family)
-    answer = await while_present(request.receive, begin(desk.node, asked, desk.client(request)))
-    if body.stream:
-        return EventStream(_events(answer, model), failed, desk.note_gone, answer.aclose)
-    try:
-        return await while_present(request.receive, _whole(answer, model))
-    finally:
-        await answer.aclose()
+    events = partial(_events, model=model) if body.stream else None
+    return await reply(request, desk, asked, partial(_whole, model=model), events, failed)
 
 
 async def _whole(answer: Answer, model: str) -> Response:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from compute_node.gateway.answer import Answer, Asked, begin, text_of
+from compute_node.gateway.answer import Answer, Asked, text_of
 from compute_node.gateway.desk import Desk
-from compute_node.gateway.event_stream import EventStream
 from compute_node.gateway.formats.choose import Family
 from compute_node.gateway.formats.said import Call, Said, Text, Thought
 from compute_node.gateway.openai.chat_body import ChatBody
@@ -25,8 +25,7 @@ from compute_node.gateway.openai.documents import (
     usage_of,
 )
 from compute_node.gateway.openai.log_probs import chat_entry
-from compute_node.gateway.openai.models import check_model
-from compute_node.gateway.presence import while_present
+from compute_node.gateway.reply import reply
 
 _PREFIX = "chatcmpl"
 
@@ -35,21 +34,13 @@ async def chat(request: Request, desk: Desk) -> ASGIApp:
     """Raises what the request is refused for, before any status is sent."""
     async with desk.bodies.parsed(request, ChatBody) as body:
         body.check()
-        model = await check_model(desk.node, body.model)
+        model = await desk.node.checked(body.model)
         family = Family((await desk.node.describe()).chat_template, body.offered())
         asked = Asked(body.prompt(), body.options(), family)
-    answer = await while_present(request.receive, begin(desk.node, asked, desk.client(request)))
-    if body.stream:
-        head = Head(_PREFIX, "chat.completion.chunk", model)
-        return EventStream(
-            _events(answer, head, body.wants_usage), failed, desk.note_gone, answer.aclose
-        )
-    try:
-        return await while_present(
-            request.receive, _whole(answer, Head(_PREFIX, "chat.completion", model))
-        )
-    finally:
-        await answer.aclose()
+    whole = partial(_whole, head=Head(_PREFIX, "chat.completion", model))
+    chunk = Head(_PREFIX, "chat.completion.chunk", model)
+    events = partial(_events, head=chunk, wants_usage=body.wants_usage) if body.stream else None
+    return await reply(request, desk, asked, whole, events, failed)
 
 
 async def _whole(answer: Answer, head: Head) -> Response:

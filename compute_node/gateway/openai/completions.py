@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -11,16 +12,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from compute_node.client.result import Piece
-from compute_node.gateway.answer import Answer, Asked, begin, text_of
+from compute_node.gateway.answer import Answer, Asked, text_of
 from compute_node.gateway.desk import Desk
-from compute_node.gateway.event_stream import EventStream
 from compute_node.gateway.formats.choose import PLAIN
 from compute_node.gateway.openai.documents import DONE, Head, about, event, failed, usage_of
 from compute_node.gateway.openai.fields import Generated
 from compute_node.gateway.openai.log_probs import CompletionLogProbs
-from compute_node.gateway.openai.models import check_model
-from compute_node.gateway.presence import while_present
 from compute_node.gateway.refusals import Refused
+from compute_node.gateway.reply import reply
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 _MAX_LIKELIEST = 5
@@ -68,17 +67,10 @@ async def completions(request: Request, desk: Desk) -> ASGIApp:
     """Raises what the request is refused for, before any status is sent."""
     async with desk.bodies.parsed(request, CompletionBody) as body:
         body.check()
-        head = Head(_PREFIX, _KIND, await check_model(desk.node, body.model))
+        head = Head(_PREFIX, _KIND, await desk.node.checked(body.model))
         asked = Asked(body.one_prompt(), body.options(), PLAIN)
-    answer = await while_present(request.receive, begin(desk.node, asked, desk.client(request)))
-    if body.stream:
-        return EventStream(
-            _events(answer, head, body.wants_usage), failed, desk.note_gone, answer.aclose
-        )
-    try:
-        return await while_present(request.receive, _whole(answer, head))
-    finally:
-        await answer.aclose()
+    events = partial(_events, head=head, wants_usage=body.wants_usage) if body.stream else None
+    return await reply(request, desk, asked, partial(_whole, head=head), events, failed)
 
 
 async def _whole(answer: Answer, head: Head) -> Response:

@@ -10,7 +10,6 @@ from starlette.routing import Route
 
 from compute_node.client.description import Description
 from compute_node.gateway.node import Node
-from compute_node.gateway.refusals import Refused
 
 
 def models_routes(node: Node) -> list[Route]:
@@ -19,23 +18,10 @@ def models_routes(node: Node) -> list[Route]:
         return JSONResponse({"object": "list", "data": [found]})
 
     async def one_model(request: Request) -> Response:
-        name = await check_model(node, request.path_params["name"])
+        name = await node.checked(request.path_params["name"])
         return JSONResponse(_document(name, await node.describe()))
 
     return [Route("/v1/models", all_models), Route("/v1/models/{name:path}", one_model)]
-
-
-async def check_model(node: Node, asked: str | None) -> str:
-    """The name of the model that is served. Raises Refused (404) for another one, Unavailable."""
-    name = await node.model()
-    if asked is not None and asked != name:
-        raise Refused(
-            f"the model {asked!r} is not served here: use {name!r}",
-            status=404,
-            code="model_not_found",
-            param="model",
-        )
-    return name
 
 
 def _document(name: str, description: Description) -> dict[str, Any]:
