@@ -48,7 +48,7 @@ class AsyncGeneration(Collected):
         """Exhaust the iterator and return the result. Raises as iterating does."""
         async for _ in self:
             pass
-        return self._whole()
+        return self.whole()
 
 
 class AsyncNodeClient(Generates[AsyncGeneration]):

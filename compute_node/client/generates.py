@@ -50,7 +50,6 @@ class Generates(ABC, Generic[Running]):
         route_prompts: bool = False,
         quality: str = "",
         log_probs: int | None = None,
-        json_schema: str = "",
         tools: Sequence[Mapping[str, Any]] = (),
         template_options: Mapping[str, Any] = _NO_OPTIONS,
         fits_context: bool = False,
@@ -75,7 +74,6 @@ class Generates(ABC, Generic[Running]):
         quality: by how much perplexity may rise, as in "1%"; "exact"; empty: the node's, unless a
                  route is given
         log_probs: each piece carries its probability, and those of this many likeliest tokens
-        json_schema: JSON; the answer is a text that this schema allows
         tools: what a chat's answer may call, as its template has them
         template_options: variables of the chat's template, as {"enable_thinking": False}
         fits_context: cut max_tokens to what the context leaves
@@ -110,7 +108,6 @@ class Generates(ABC, Generic[Running]):
             route_prompts=arguments.flag_of("route_prompts", route_prompts),
             quality=arguments.text_of("quality", quality),
             log_probs=None if log_probs is None else arguments.count_of("log_probs", log_probs),
-            json_schema=arguments.text_of("json_schema", json_schema),
             fits_context=arguments.flag_of("fits_context", fits_context) or max_tokens is None,
             client=arguments.text_of("client", client),
         )

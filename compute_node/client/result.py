@@ -156,7 +156,8 @@ class Collected:
         """Tell the node to stop; it does so between layers."""
         self._call.cancel()
 
-    def _whole(self) -> Result:
+    def whole(self) -> Result:
+        """Once it is exhausted. Raises Unavailable where it ended early."""
         if self.result is None:
             raise errors.Unavailable("the node ended the stream before the result: retry")
         return self.result
@@ -220,7 +221,7 @@ class Generation(Collected):
         """Exhaust the iterator and return the result. Raises as iterating does."""
         for _ in self:
             pass
-        return self._whole()
+        return self.whole()
 
 
 def _piece(token: pb.Token) -> Piece:

@@ -152,8 +152,6 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         """What is wanted, and the last characters of a chat's prompt."""
         if len(request.stop) > _MAX_STOPS:
             raise errors.InvalidRequest(f"{len(request.stop)} stop strings, at most {_MAX_STOPS}")
-        if request.json_schema:
-            raise errors.InvalidRequest("json_schema: this node forms no answers: leave it out")
         # Tokenising megabytes takes seconds: not on the event loop.
         token_ids, prompt_end = await asyncio.to_thread(self._prompt_ids, request)
         token_ids = token_ids[: request.max_prompt_tokens or None]

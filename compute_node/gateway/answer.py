@@ -36,6 +36,11 @@ class Step:
     said: Sequence[Said]
     piece: Piece | None = None
 
+    @property
+    def scored(self) -> Piece | None:
+        """The piece, where log probabilities were asked for."""
+        return self.piece if self.piece is not None and self.piece.drawn is not None else None
+
 
 @dataclass
 class Answer:
@@ -70,9 +75,7 @@ class Answer:
 
     @property
     def result(self) -> Result:
-        if self.generation.result is None:
-            raise errors.Unavailable("the node ended the stream before the result: retry")
-        return self.generation.result
+        return self.generation.whole()
 
     async def _steps(self, node: Node) -> AsyncIterator[Step]:
         spelling = _Spelling(self.family, self.end_texts)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.responses import JSONResponse
 
 from compute_node.gateway.refusals import Failure
@@ -12,14 +10,8 @@ from proto import errors
 _ANTHROPIC = "/v1/messages"
 
 
-def is_anthropic(path: str) -> bool:
-    return path.startswith(_ANTHROPIC)
-
-
 def failure_response(path: str, error: errors.FlashMoEError) -> JSONResponse:
     failure = Failure.of(error)
-    return JSONResponse(document(path, failure), failure.status, failure.headers)
-
-
-def document(path: str, failure: Failure) -> dict[str, Any]:
-    return failure.anthropic_document() if is_anthropic(path) else failure.document()
+    is_anthropic = path.startswith(_ANTHROPIC)
+    body = failure.anthropic_document() if is_anthropic else failure.document()
+    return JSONResponse(body, failure.status, failure.headers)

@@ -112,9 +112,9 @@ async def serving(app: Any, config: GatewayConfig) -> AsyncIterator[HostPort]:
         )
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    task = asyncio.create_task(server.serve(sockets=[listener]))
     if config.http_port_file is not None:
         _write_port(config.http_port_file, where)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield where
     finally:

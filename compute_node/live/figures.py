@@ -61,7 +61,6 @@ class Experts:
     hit_ratio_ever: float | None
     resident: int
     slots: int
-    weights: str
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,6 @@ class Policies:
     node: str
     in_charge: str
     why: str
-    switches: int
-    steps: int
     scores: tuple[Policy, ...]
 
 

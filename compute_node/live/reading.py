@@ -129,7 +129,6 @@ def _experts(recent: Change) -> Experts:
         hit_ratio_ever=_ratio(node.hits, node.misses),
         resident=node.resident,
         slots=node.slots,
-        weights=node.weights,
     )
 
 
@@ -180,8 +179,7 @@ def _policies(scheduler: Stats) -> Policies | None:
     nodes = scheduler.by("node")
     if not nodes:
         return None
-    node = max(nodes, key=lambda name: int(nodes[name].steps))
-    found = nodes[node]
+    node, found = max(nodes.items(), key=lambda one: int(one[1].steps))
     scores = [
         Policy(
             name,
@@ -193,9 +191,7 @@ def _policies(scheduler: Stats) -> Policies | None:
         if score.get("hit_ratio") is not None
     ]
     scores.sort(key=lambda score: -score.hit_ratio)
-    return Policies(
-        node, found.in_charge, words.reason(found.why), found.switches, found.steps, tuple(scores)
-    )
+    return Policies(node, found.in_charge, words.reason(found.why), tuple(scores))
 
 
 def _guards(node: Stats) -> Iterator[Guarded]:

@@ -107,24 +107,25 @@ def plan_memory(
     ConfigInvalid.
     """
     spec, slot_bytes = manifest.spec, manifest.slot_bytes
-    parts = _fixed_parts(manifest, context_tokens, chunk_tokens, spare_bytes, embedded_valkey)
-    if not serves_http:
-        del parts["gateway"]
-    all_bytes = spec.num_experts_total * slot_bytes
-    least_bytes = spec.top_k * len(spec.moe_layers) * slot_bytes
-    if memory_bytes is not None:
-        left_bytes = memory_bytes - sum(parts.values()) - least_bytes
-    else:
-        left_bytes = max(all_bytes, _LEAST_BYTES)
-    longest_bytes = longest_state_bytes(manifest, context_tokens)
-    least_kv_bytes = longest_bytes if kv_memory_bytes is None else kv_memory_bytes
-    if kv_memory_bytes is None:
-        kv_memory_bytes = default_kv_bytes(longest_bytes, left_bytes)
-    _check_kv(kv_memory_bytes, longest_bytes, context_tokens)
-    parts["kv_cache"] = kv_memory_bytes
+    parts = _fixed_parts(
+        manifest, context_tokens, chunk_tokens, spare_bytes, embedded_valkey, serves_http
+    )
     parts["scheduler"] += forecaster_bytes
     parts["compute_node"] += router_map_bytes
+    all_bytes = spec.num_experts_total * slot_bytes
+    least_bytes = spec.top_k * len(spec.moe_layers) * slot_bytes
+    longest_bytes = longest_state_bytes(manifest, context_tokens)
+    if kv_memory_bytes is not None:
+        _check_kv(kv_memory_bytes, longest_bytes, context_tokens)
+    parts["kv_cache"] = longest_bytes if kv_memory_bytes is None else kv_memory_bytes
     parts["tokenizer"] = _tokenizer_bytes(vocabulary_bytes, parts)
+    smallest_bytes = sum(parts.values()) + least_bytes
+    if kv_memory_bytes is None:
+        left_bytes = max(all_bytes, _LEAST_BYTES)
+        if memory_bytes is not None:
+            left_bytes = memory_bytes - smallest_bytes
+        parts["kv_cache"] = default_kv_bytes(longest_bytes, left_bytes)
+        parts["tokenizer"] = _tokenizer_bytes(vocabulary_bytes, parts)
     fixed = sum(parts.values())
     if experts_memory is not None:
         wanted_bytes = parse_experts_memory(experts_memory, spec.num_experts_total, slot_bytes)
@@ -139,7 +140,7 @@ def plan_memory(
         slot_bytes,
         spec.num_experts_total,
         spare_bytes,
-        fixed - kv_memory_bytes + least_kv_bytes + least_bytes,
+        smallest_bytes,
         tuple(_beyond_training(context_tokens, manifest.sizing.max_position_embeddings)),
     )
     _check_experts(plan, least_bytes, memory_bytes, experts_memory)
@@ -252,6 +253,7 @@ def _fixed_parts(
     chunk_tokens: int,
     spare_bytes: int,
     embedded_valkey: bool,
+    serves_http: bool,
 ) -> dict[str, int]:
     """Everything but the experts' slots."""
     spec, sizing = manifest.spec, manifest.sizing
@@ -264,6 +266,8 @@ def _fixed_parts(
     overheads = dict(OVERHEAD_BYTES)
     if not embedded_valkey:
         del overheads["valkey"]
+    if not serves_http:
+        del overheads["gateway"]
     return {
         "dense_weights": sizing.dense_bytes,
         "kv_cache": 0,  # decided apart

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+import itertools
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,9 @@ from compute_node.gateway.formats.choose import Family
 from compute_node.gateway.formats.said import Call, Said, Text, Thought
 from compute_node.gateway.openai.chat_body import ChatBody
 from compute_node.gateway.openai.documents import (
-    DONE,
     Head,
     about,
+    ending,
     event,
     failed,
     new_call_id,
@@ -48,8 +49,8 @@ async def _whole(answer: Answer, head: Head) -> Response:
     entries: list[dict[str, Any]] = []
     async for step in answer.steps():
         said += step.said
-        if step.piece is not None and step.piece.drawn is not None:
-            entries.append(chat_entry(step.piece))
+        if step.scored is not None:
+            entries.append(chat_entry(step.scored))
     calls = [_call(one) for one in said if isinstance(one, Call)]
     message: dict[str, Any] = {
         "role": "assistant",
@@ -62,7 +63,7 @@ async def _whole(answer: Answer, head: Head) -> Response:
     choice = {
         "index": 0,
         "message": message,
-        "logprobs": {"content": entries, "refusal": None} if entries else None,
+        "logprobs": _log_probs(entries),
         "finish_reason": _finish_reason(answer),
     }
     result = answer.result
@@ -74,35 +75,29 @@ async def _events(answer: Answer, head: Head, wants_usage: bool) -> AsyncGenerat
     more: dict[str, Any] = {"usage": None} if wants_usage else {}
     yield event(head.document([_delta({"role": "assistant", "content": ""})], **more))
     entries: list[dict[str, Any]] = []
-    num_calls = 0
+    numbers = itertools.count()
     async for step in answer.steps():
-        if step.piece is not None and step.piece.drawn is not None:
-            entries.append(chat_entry(step.piece))
-        deltas, num_calls = _deltas(step.said, num_calls)
-        for delta in deltas:
+        if step.scored is not None:
+            entries.append(chat_entry(step.scored))
+        for delta in _deltas(step.said, numbers):
             yield event(head.document([_delta(delta, entries)], **more))
             entries = []
     result = answer.result
     last = _delta({}, entries, _finish_reason(answer))
-    yield event(head.document([last], flashmoe=about(result), **more))
-    if wants_usage:
-        yield event(head.document([], usage=usage_of(result)))
-    yield DONE
+    for one in ending(head, last, result, wants_usage):
+        yield one
 
 
-def _deltas(said: Sequence[Said], num_calls: int) -> tuple[list[dict[str, Any]], int]:
-    """And how many calls there were by now."""
-    deltas: list[dict[str, Any]] = []
+def _deltas(said: Sequence[Said], numbers: Iterator[int]) -> Iterator[dict[str, Any]]:
+    """numbers: of calls"""
     for one in said:
         match one:
             case Text(text):
-                deltas.append({"content": text})
+                yield {"content": text}
             case Thought(text):
-                deltas.append({"reasoning_content": text})
+                yield {"reasoning_content": text}
             case Call():
-                deltas.append({"tool_calls": [{"index": num_calls, **_call(one)}]})
-                num_calls += 1
-    return deltas, num_calls
+                yield {"tool_calls": [{"index": next(numbers), **_call(one)}]}
 
 
 def _delta(
@@ -113,9 +108,13 @@ def _delta(
     return {
         "index": 0,
         "delta": delta,
-        "logprobs": {"content": list(entries), "refusal": None} if entries else None,
+        "logprobs": _log_probs(entries),
         "finish_reason": finish_reason,
     }
+
+
+def _log_probs(entries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    return {"content": list(entries), "refusal": None} if entries else None
 
 
 def _call(call: Call) -> dict[str, Any]:

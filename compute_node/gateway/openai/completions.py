@@ -15,7 +15,7 @@ from compute_node.client.result import Piece
 from compute_node.gateway.answer import Answer, Asked, text_of
 from compute_node.gateway.desk import Desk
 from compute_node.gateway.formats.choose import PLAIN
-from compute_node.gateway.openai.documents import DONE, Head, about, event, failed, usage_of
+from compute_node.gateway.openai.documents import Head, about, ending, event, failed, usage_of
 from compute_node.gateway.openai.fields import Generated
 from compute_node.gateway.openai.log_probs import CompletionLogProbs
 from compute_node.gateway.refusals import Refused
@@ -76,7 +76,7 @@ async def completions(request: Request, desk: Desk) -> ASGIApp:
 async def _whole(answer: Answer, head: Head) -> Response:
     steps = [step async for step in answer.steps()]
     text = "".join(text_of(step.said) for step in steps)
-    pieces = [s.piece for s in steps if s.piece is not None and s.piece.drawn is not None]
+    pieces = [step.scored for step in steps if step.scored is not None]
     log_probs = CompletionLogProbs().document(pieces) if pieces else None
     result = answer.result
     choice = _choice(text, log_probs, result.finish_reason)
@@ -87,18 +87,16 @@ async def _events(answer: Answer, head: Head, wants_usage: bool) -> AsyncGenerat
     more: dict[str, Any] = {"usage": None} if wants_usage else {}
     log_probs, pieces = CompletionLogProbs(), list[Piece]()
     async for step in answer.steps():
-        if step.piece is not None and step.piece.drawn is not None:
-            pieces.append(step.piece)
+        if step.scored is not None:
+            pieces.append(step.scored)
         if text := text_of(step.said):
             choice = _choice(text, log_probs.document(pieces) if pieces else None)
             yield event(head.document([choice], **more))
             pieces = []
     result = answer.result
     last = _choice("", log_probs.document(pieces) if pieces else None, result.finish_reason)
-    yield event(head.document([last], flashmoe=about(result), **more))
-    if wants_usage:
-        yield event(head.document([], usage=usage_of(result)))
-    yield DONE
+    for one in ending(head, last, result, wants_usage):
+        yield one
 
 
 def _choice(text: str, log_probs: Any, finish_reason: str | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,3 +68,12 @@ def event(document: Mapping[str, Any]) -> str:
 def failed(failure: Failure) -> str:
     """An event that OpenAI's clients raise on."""
     return event(failure.document())
+
+
+def ending(head: Head, last: dict[str, Any], result: Result, wants_usage: bool) -> Iterator[str]:
+    """The events after the last text. last: the choice with the reason why it ended"""
+    more: dict[str, Any] = {"usage": None} if wants_usage else {}
+    yield event(head.document([last], flashmoe=about(result), **more))
+    if wants_usage:
+        yield event(head.document([], usage=usage_of(result)))
+    yield DONE

@@ -33,15 +33,13 @@ FULL = Figures(
     away={},
     speed=Speed(32.44, 410.0, Spread(0.21, 1.5, 3), SPREAD, SPREAD),
     clients=Clients(3, 1, 40, 1, 2, 2, 5, 4100),
-    experts=Experts(0.913, 0.94, 96, 96, "exact"),
+    experts=Experts(0.913, 0.94, 96, 96),
     disk=Disk(220e6, 0.31, Spread(0.0004, 0.003, 9), 0),
     memory=Memory(1 << 30, 812 << 20, 900 << 20, {"expert slots": 300 << 20}, 0.1),
     policies=Policies(
         "node0",
         "lfu",
         "led lru of late, by 2.10 points in 80 steps, at step 120",
-        1,
-        300,
         (
             Policy("min", "optimum (MIN)", 0.95, None),
             Policy("lfu", "least frequently used", 0.9, 0.05),

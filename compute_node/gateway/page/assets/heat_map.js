@@ -129,7 +129,8 @@ export class HeatMap {
   point(event) {
     const [width, height] = this.size, box = this.canvas.getBoundingClientRect();
     const cell = [Math.floor((event.clientY - box.top) / height), Math.floor((event.clientX - box.left - LABEL_PX) / width)];
-    if (cell[0] in this.rows && cell[1] >= 0 && cell[1] < this.columns) this.go(cell);
+    const isNew = String(cell) !== String(this.cell);
+    if (isNew && cell[0] in this.rows && cell[1] >= 0 && cell[1] < this.columns) this.go(cell);
   }
 
   go(cell) {
