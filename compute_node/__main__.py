@@ -28,11 +28,12 @@ from compute_node.cache.policies.heard import Heard
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.config import ComputeNodeConfig
 from compute_node.engine.ahead import new_run_ahead
-from compute_node.engine.compute_thread import ComputeThread, Meter
+from compute_node.engine.compute_thread import ComputeThread
 from compute_node.engine.engine import Engine
 from compute_node.engine.kept import KeptPrompts
 from compute_node.engine.kv_room import KvRoom
 from compute_node.engine.schedule import Schedule
+from compute_node.engine.turns import Meter
 from compute_node.evidence import learning
 from compute_node.evidence.advice import AdviceFeed
 from compute_node.evidence.log import AccessLog
@@ -120,7 +121,7 @@ async def run(config: ComputeNodeConfig) -> None:
             run_ahead,
             room,
         )
-        compute.meter = Meter(
+        compute.turns.meter = Meter(
             lambda: sum(one.misses for one in cache.counters.values()), lambda: cache.waits.read_s
         )
         guards = Guards(quality_card_of(config, spec), engine.limits.check_route)

@@ -60,7 +60,7 @@ class ComputeNodeConfig(BaseModel):
     kv_bytes_fixed: Annotated[int, Field(ge=0)] | None = None
     kept_states: Annotated[int, Field(ge=0)] = 4
     max_stall_s: PositiveFloat = 0.5
-    max_turn_tokens: PositiveInt = 64
+    max_turn_tokens: PositiveInt = 256
     deadline_s: PositiveFloat = 30.0
     threads: Annotated[int, Field(ge=0)] = 0
     verdicts_path: Path | None = None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from compute_node.cache.capacity import Capacity
+from compute_node.cache.latest_use import LatestUse
 from compute_node.cache.occupancy import Coming
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.cache.residents import Residents, Wanted
 from proto.expert import ExpertKey, RecordKey
+
+_SPARED_RATIO = 0.5  # of the slots, that hold what answers use while a prompt is computed
 
 
 @dataclass
@@ -20,6 +24,7 @@ class Room:
     under_way: misses that were asked for and have not come
     used:      by the layer that a step is at
     used_in:   by layer, what its latest step used
+    answers:   what the answers that are under way used
     """
 
     capacity: Capacity
@@ -29,7 +34,9 @@ class Room:
     under_way: set[RecordKey] = field(default_factory=set)
     used: Sequence[ExpertKey] = ()
     used_in: dict[int, Sequence[ExpertKey]] = field(default_factory=dict)
+    answers: LatestUse = field(default_factory=LatestUse)
     _expected: dict[int, frozenset[ExpertKey]] = field(default_factory=dict)
+    _spares_answers: bool = False
 
     def __post_init__(self) -> None:
         layers = self.capacity.moe_layers
@@ -44,6 +51,17 @@ class Room:
         """Steps will soon use these of a later layer: they go last."""
         self._expected[layer] = frozenset(keys)
 
+    @contextmanager
+    def sparing_answers(self) -> Iterator[None]:
+        """For a prompt: what answers used last goes only if nothing else is left, up to half of the
+        slots.
+        """
+        self._spares_answers = True
+        try:
+            yield
+        finally:
+            self._spares_answers = False
+
     def for_misses(
         self, layer: int, misses: Collection[RecordKey], pinned: Collection[ExpertKey]
     ) -> list[ExpertKey]:
@@ -56,6 +74,9 @@ class Room:
             return []
         wanted = Wanted(coming, self.slots[layer], self._scope(layer), replaced)
         policy, kept = self.chooser.choose(), self._all_expected().union(pinned)
+        if self._spares_answers:
+            most = int(_SPARED_RATIO * self.slots[layer])
+            kept |= self.answers.latest(most, self._scope(layer))
         going, num_missing = self.residents.victims(policy, wanted, kept)
         if num_missing:
             going, _ = self.residents.victims(policy, wanted, pinned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
@@ -13,8 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from compute_node.engine.job import Job, Work
+from compute_node.engine.prompt_pace import PromptPace
 from compute_node.engine.schedule import Schedule
-from compute_node.engine.turn_length import TurnLength
+from compute_node.engine.seat import Seat
+from compute_node.engine.turns import Turns
 from proto import errors
 
 logger = logging.getLogger(__name__)
@@ -39,18 +42,6 @@ class _Errand:
             self.done.set_exception(error)
 
 
-@dataclass
-class Meter:
-    """What the thread measures of the tokens it computes.
-
-    num_misses: of the cache, since it began
-    read_s:     seconds that a miss takes
-    """
-
-    num_misses: Callable[[], int] = lambda: 0
-    read_s: Callable[[], float] = lambda: 0.0
-
-
 class ComputeThread:
     """Gives jobs their turns, one at a time. Use as a context manager.
 
@@ -60,7 +51,6 @@ class ComputeThread:
     max_turn_tokens: of one answer, before another has its turn
     grace_s: after `drain`, when gRPC ends what is left; a little before, jobs end by themselves and
              their callers hear why
-    meter:   set once there is something to measure, before there are jobs
     """
 
     def __init__(
@@ -69,9 +59,15 @@ class ComputeThread:
         idle: Callable[[Callable[[], bool]], None] = lambda _: None,
         grace_s: float = threading.TIMEOUT_MAX,
         max_stall_s: float = 0.5,
-        max_turn_tokens: int = 64,
+        max_turn_tokens: int = 256,
     ) -> None:
-        self.schedule, self._max_stall_s = schedule, max_stall_s
+        self.schedule, self.turns = schedule, Turns(schedule, max_turn_tokens)
+        self._pace = PromptPace(max_stall_s)
+        self._seat = Seat(
+            others_wait=self._others_wait,
+            give_way=self._give_way,
+            num_portions=self._num_portions,
+        )
         self._idle = idle
         finish_s = max(grace_s - _TELLING_S, grace_s / 2)
         self._end_of_grace = threading.Timer(finish_s, self._end_all)
@@ -81,12 +77,6 @@ class ComputeThread:
         self._draining = False
         self._stopping = threading.Event()
         self._inner_s = 0.0  # turns within the turn that runs
-        self._latest: Job | None = None  # who had the latest turn
-        self._place = 0  # tokens it computed since others had theirs
-        self._prompts_s = 0.0  # that prompts hold the thread, since an answer had a turn
-        self._layer_began_s = 0.0  # of the prompt that is computed
-        self.meter = Meter()
-        self.turn_length = TurnLength(lambda: self.meter.read_s(), max_turn_tokens)
 
     def __enter__(self) -> ComputeThread:
         self._thread.start()
@@ -125,7 +115,7 @@ class ComputeThread:
         """
         deadline_s = time.monotonic() + timeout_s if timeout_s is not None else None
         loop = asyncio.get_running_loop()
-        job = Job(work, deadline_s, loop, self._others_wait, self._give_way)
+        job = Job(work, deadline_s, loop, self._seat)
         if self._draining:
             raise errors.Unavailable("the node is stopping: retry elsewhere")
         self.schedule.submit(job)
@@ -155,60 +145,46 @@ class ComputeThread:
             else:
                 self._run_idle()
 
-    def _turn(self, job: Job) -> None:
-        """One turn, perhaps within another's."""
+    def _turn(self, job: Job, most_s: float = math.inf) -> None:
+        """One turn, perhaps within another's. most_s: of an answer's, but for its first token"""
         if self._stopping.is_set():  # looked at after the job can be found
             job.cancel()
         is_prompt = not job.is_answering
-        if self._latest is not job:
-            self._latest, self._place = job, 0
+        if is_prompt:
+            self._pace.begin()
         self.schedule.begin(job)
         outer_s, self._inner_s = self._inner_s, 0.0
-        began_s = self._layer_began_s = time.monotonic()
-        goes_on = job.turn(self._count_of(job))
-        now_s = time.monotonic()
-        self._prompts_s = self._prompts_s + now_s - self._layer_began_s if is_prompt else 0.0
-        spent_s = now_s - began_s
+        began_s = time.monotonic()
+        goes_on = job.turn(self.turns.begin(job, most_s))
+        spent_s = time.monotonic() - began_s
+        if is_prompt:
+            self._pace.end_portion()
+        else:
+            self._pace.end()
         self.schedule.end(job, spent_s - self._inner_s, goes_on=goes_on)
         self._inner_s = outer_s + spent_s
 
-    def _count_of(self, job: Job) -> Callable[[Any], bool]:
-        """Says of each result whether it is the last of the turn. A job that is alone gives the
-        thread back after each, so that who comes is heard at once.
-        """
-        length = self.turn_length.next() if self.schedule.is_shared else 1
-        misses, since_s = self.meter.num_misses(), time.monotonic()
-        knows_token = job.is_answering  # the first comes from the prompt
-        done = 0
-
-        def is_last(_: Any) -> bool:
-            nonlocal misses, since_s, knows_token, done
-            misses_now, now_s = self.meter.num_misses(), time.monotonic()
-            if knows_token:
-                self.turn_length.heard(self._place, misses_now - misses, now_s - since_s)
-                self._place += 1
-            misses, since_s, knows_token = misses_now, now_s, True
-            done += 1
-            return done >= length
-
-        return is_last
-
     def _others_wait(self) -> bool:
-        """Between two layers of a prompt: whether answers wait, and prompts would hold the thread
-        too long by the end of the next layer.
+        """Between two portions of a prompt: whether answers wait, and prompts would hold the thread
+        too long by the end of the next portion.
         """
-        now_s = time.monotonic()
-        layer_s, self._layer_began_s = now_s - self._layer_began_s, now_s
-        self._prompts_s += layer_s
-        is_due = self._prompts_s + layer_s >= self._max_stall_s
-        return is_due and bool(self.schedule.answers())
+        self._pace.end_portion()
+        return self._pace.is_due and bool(self.schedule.answers())
 
     def _give_way(self) -> None:
-        """Each answer that waits has a turn, within the prompt's."""
-        for job in self.schedule.answers():
-            self._turn(job)
-        self._latest = None  # the cache will hold what the prompt used
-        self._prompts_s, self._layer_began_s = 0.0, time.monotonic()
+        """Answers that wait have turns within the prompt's: together as long, each, as prompts
+        held the thread; the one that waited longest comes first.
+        """
+        held_s = self._pace.held_s
+        end_s = time.monotonic() + held_s * len(self.schedule.answers())
+        while (answers := self.schedule.answers()) and time.monotonic() < end_s:
+            self._turn(answers[0], min(held_s, end_s - time.monotonic()))
+        self.turns.change()
+        self._pace.begin()
+
+    def _num_portions(self) -> int:
+        num_portions = self._pace.num_portions()
+        return num_portions if self.schedule.answers() else 1
 
     def _has_work(self) -> bool:
         return self._stopping.is_set() or not self.schedule.is_empty

@@ -118,15 +118,26 @@ class Engine(Passes):
             routes_prompt=request.route_prompts,
             prompt_route=request.route if request.route_prompts else "",
         )
+        prefill, start_s = Usage(), time.perf_counter()
+        yield from self._prompt(sequence, seat, prefill)
+        ttft_s = time.perf_counter() - start_s
+        with self.cache.room.answers.answering():
+            yield from self._decode(request, sequence, seat, prefill, ttft_s)
+
+    def _decode(
+        self,
+        request: Request,
+        sequence: SequenceState,
+        seat: Seat,
+        prefill: Usage,
+        ttft_s: float,
+    ) -> Iterator[Event]:
+        """From the prompt's logits on. prefill, ttft_s: what the prompt cost"""
+        assert sequence.logits is not None
+        logits, decode = sequence.logits, Usage()
         recording = request.recording or Recording()
         keeps = Keeps(recording.router_scores, recording.predictions)
-        prefill, decode = Usage(), Usage()
-        start_s = time.perf_counter()
-        yield from self._prompt(sequence, seat, prefill)
-        assert sequence.logits is not None
-        logits = sequence.logits
         writer = Writer(request, self.loaded.tokenizer, self.eos_ids)
-        ttft_s = time.perf_counter() - start_s
         lossy = self.lossy_decode(request.turns, decode)
         while True:
             token = writer.next(sequence.token_ids, logits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compute_node.engine.seat import Seat
@@ -35,6 +35,7 @@ class Work:
 class Job:
     """One thread computes it, the event loop of its caller takes results out.
 
+    seat:         of the thread's jobs; its check is the job's own
     is_answering: its prompt is computed
     queued_s:     from its submission to its first turn
     used_s:       of the thread, its own turns
@@ -44,8 +45,7 @@ class Job:
     work: Work
     deadline_s: float | None
     loop: asyncio.AbstractEventLoop
-    others_wait: Callable[[], bool]
-    give_way: Callable[[], None]
+    seat: Seat
     results: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     is_answering: bool = False
     queued_s: float = 0.0
@@ -54,6 +54,11 @@ class Job:
     _end: errors.FlashMoEError | None = None
     _submitted_s: float = field(default_factory=time.monotonic)
     _results: Iterator[Any] | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """It had a turn."""
+        return self._results is not None
 
     @property
     def waited_s(self) -> float:
@@ -110,7 +115,7 @@ class Job:
     def _resumed(self) -> Iterator[Any]:
         if self._results is None:
             self.queued_s = time.monotonic() - self._submitted_s
-            self._results = iter(self.work.run(Seat(self.check, self.others_wait, self.give_way)))
+            self._results = iter(self.work.run(replace(self.seat, check=self.check)))
         return self._results
 
     def _put(self, result: Any) -> None:

@@ -158,6 +158,7 @@ class Passes:
             step = Step(Batch(part), seat.check, keeps, run_ahead, policy=policy)
             if phase is Phase.PREFILL:
                 step.give_way = lambda: self._give_way(seat)
+                step.num_portions = seat.num_portions
             with step.running():
                 if phase is Phase.DECODE:
                     self._look_first(step, chunk)
@@ -201,7 +202,7 @@ class Passes:
         return self.run_ahead.during(chunk[0], sequence.cache, new_draw)
 
     def _give_way(self, seat: Seat) -> None:
-        """Between two layers of a prompt. What others leave is put away."""
+        """Between two portions of a prompt. What others leave is put away."""
         if not seat.others_wait():
             return
         with heap.kept_buffers():

@@ -109,6 +109,20 @@ class Schedule:
         idle = [job for job in self._alive if job.is_answering and job not in self._running]
         return sorted(idle, key=lambda job: job.turn_ended_s)
 
+    def comes_another(self, job: Job, used_s: float) -> bool:
+        """Whether one that came since has its first turn before `job` goes on. used_s: of the
+        thread, in the turn that `job` has, which is within no other's
+        """
+        if len(self._running) > 1:
+            return False
+        if self._waiting:
+            with self._changed:
+                self._admit()
+        most_s = self._used_s[job.work.client] + used_s
+        return any(
+            not one.has_begun and self._used_s[one.work.client] <= most_s for one in self._alive
+        )
+
     def begin(self, job: Job) -> None:
         """Its turn begins, perhaps within another's."""
         self._running.append(job)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from compute_node.cache.asked import never
+from compute_node.moe.step import undivided
 
 
 def _nobody() -> bool:
@@ -15,10 +16,12 @@ def _nobody() -> bool:
 @dataclass(frozen=True)
 class Seat:
     """check:     called between layers and while experts are awaited; raises to give the work up
-    others_wait: asked between the layers of a prompt: whether others should have their turns now
+    others_wait: asked between the portions of a prompt: whether others should have their turns now
     give_way:    lets them, on this very stack
+    num_portions: asked as a prompt's layer begins: into how many portions its experts are cut
     """
 
     check: Callable[[], None] = never
     others_wait: Callable[[], bool] = _nobody
     give_way: Callable[[], None] = never
+    num_portions: Callable[[], int] = undivided

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from proto.stats import gauge
 
-_LEAST_LOOK = 8  # places at the end of the longest turn: what misses settle to
+_FIRST = 16  # tokens of a turn while nothing is measured
 _SMOOTHING = 0.1
 _MOST_LOST = 0.04
 _TURNS_A_LOOK = 67  # a prime, or it would always be the same sequence
@@ -24,40 +25,41 @@ class TurnLength:
     """
 
     read_s: Callable[[], float]
-    most: int = 64
+    most: int = 256
+    _misses: list[float] = field(default_factory=list)  # by place within a turn, running means
     _token_s: float = 0.0
     _num_turns: int = 0
-
-    def __post_init__(self) -> None:
-        self._misses: list[float | None] = [None] * self.most  # by place within a turn
 
     @property
     @gauge("flashmoe_node_turn_tokens", "Tokens that a sequence computes in a turn", key="turn")
     def tokens(self) -> int:
-        """The most where too little is measured yet."""
-        misses = [one for one in self._misses if one is not None]
-        if len(misses) < self.most:
-            return self.most
-        tail = misses[-_LEAST_LOOK:]
-        settled = sum(tail) / len(tail)
-        allowed = _MOST_LOST * self._token_s / self.read_s() if self.read_s() else float("inf")
-        lengths = [1 << power for power in range(self.most.bit_length()) if 1 << power < self.most]
-        lost = [sum(misses[:length]) / length - settled for length in lengths]
-        fitting = (n for n, one in zip(lengths, lost, strict=True) if one <= allowed)
-        return next(fitting, self.most)
+        """What the misses over those that tokens settle to come to, of one turn, over what a token
+        may lose. Longer turns are measured by and by: what tokens settle to is seen in the second
+        half of those that were.
+        """
+        half = len(self._misses) // 2
+        if len(self._misses) < min(_FIRST, self.most) or not half:
+            return min(_FIRST, self.most)
+        if not self.read_s() or not self._token_s:
+            return 1
+        settled = sum(self._misses[half:]) / len(self._misses[half:])
+        lost_s = (sum(self._misses[:half]) - half * settled) * self.read_s()
+        return max(1, min(self.most, math.ceil(lost_s / (_MOST_LOST * self._token_s))))
 
     def next(self) -> int:
-        """Of the turn that begins. Now and then the most, to see whether the misses of its last
-        places are what they were.
+        """Of the turn that begins. Now and then a longer one, to see whether misses settle to what
+        they did.
         """
         self._num_turns += 1
-        return self.tokens if self._num_turns % _TURNS_A_LOOK else self.most
+        tokens = self.tokens
+        longer = min(self.most, max(_FIRST, 2 * tokens))
+        del self._misses[longer:]  # measured long ago
+        return tokens if self._num_turns % _TURNS_A_LOOK else longer
 
     def heard(self, place: int, num_misses: int, token_s: float) -> None:
-        """A token was computed. place: within its turn, from 0; beyond the last it counts as it"""
-        at = min(place, self.most - 1)
-        before = self._misses[at]
-        self._misses[at] = (
-            num_misses if before is None else before + _SMOOTHING * (num_misses - before)
-        )
+        """A token was computed. place: within its turn, from 0"""
+        if place < len(self._misses):
+            self._misses[place] += _SMOOTHING * (num_misses - self._misses[place])
+        elif place == len(self._misses) < self.most:
+            self._misses.append(num_misses)
         self._token_s += (_SMOOTHING if self._token_s else 1.0) * (token_s - self._token_s)

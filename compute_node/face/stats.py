@@ -44,7 +44,7 @@ class NodeStats:
             cache.capacity,
             cache.chooser,
             self.compute.schedule,
-            self.compute.turn_length,
+            self.compute.turns.length,
             self.engine.room,
             self.engine.room.kept,
             *(labelled(distance, layers_ahead=number) for number, distance in distances),

@@ -10,6 +10,7 @@ from torch import Tensor
 from compute_node.cache.asked import Meanwhile, sleep
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.moe.looks import Looks
+from compute_node.moe.portions import portions
 from compute_node.moe.step import Step
 from compute_node.moe.sums import Sum
 from compute_node.predict.layer_timer import LayerTimer
@@ -50,6 +51,25 @@ class LocalBackend:
         if step.gates is not None:
             gates = step.gates[self._layer].double().mean(dim=0)  # one step, whatever its rows
             self._cache.chooser.weigh(self._layer, gates.numpy())
+        if step.batch.is_decode:
+            self._cache.room.answers.note(ExpertKey(self._layer, expert) for expert in experts)
+            return self._run(step, hidden, experts, sums, small)
+        hits = set[int]()
+        for number, portion in enumerate(portions(experts, self.resident, step.num_portions())):
+            if number:
+                step.give_way()
+            with self._cache.room.sparing_answers():
+                hits |= self._run(step, hidden, portion, sums, small)
+        return hits
+
+    def _run(
+        self,
+        step: Step,
+        hidden: Tensor,
+        experts: Sequence[int],
+        sums: Sequence[Sum],
+        small: Collection[int],
+    ) -> set[int]:
         meanwhile = self._meanwhile(step, sums)
         variants = dict.fromkeys(small, self._small_variant)
         hits, waves = self._borrow(step, experts, hidden, sums, meanwhile, variants)

@@ -119,7 +119,8 @@ class Step:
     policy:    chooses among experts; what it goes by is kept
     streams:   [T, D] by model layer number, the residual stream before the experts' block, where it
                is recognised; in decode
-    give_way:  called between layers of a prompt, where others may have turns
+    give_way:  called between portions of a prompt, where others may have turns
+    num_portions: called as a prompt's layer begins: into how many portions its experts are cut
     loans:     lends its experts, beside the true pass of the same token; None: it is the true one
     num_substituted, num_skipped: chosen experts that gave way to others, that were left out
     num_small: experts computed with a record of fewer bits
@@ -148,6 +149,7 @@ class Step:
         self.streams: dict[int, Tensor] = {}
         self.loans = loans
         self.give_way: Callable[[], None] = never
+        self.num_portions: Callable[[], int] = undivided
         self.num_substituted = self.num_skipped = 0
         self.num_small = 0
 
@@ -182,6 +184,11 @@ class Step:
         if self.gates is not None:
             step.gates = {layer: gates[rows] for layer, gates in self.gates.items()}
         return step
+
+
+def undivided() -> int:
+    """Into one portion."""
+    return 1
 
 
 _running: ContextVar[Step] = ContextVar("step")

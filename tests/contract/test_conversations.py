@@ -2,7 +2,7 @@
 bits it gives alone, from nothing.
 
 Planted faults seen red: state handed out without a copy, windows joined as if they grew, parts cut
-otherwise in longer prompts.
+otherwise in longer prompts, a portion of a layer's experts left out.
 """
 
 from __future__ import annotations
@@ -94,11 +94,12 @@ def test_sequences_that_take_turns_give_the_bits_they_give_alone(node: Engine) -
     found = decoded(node, one, 0)
 
     def give_way() -> None:
-        """A token of the first, between two layers of the second's prompt."""
+        """A token of the first, between two portions of the second's prompt."""
         if len(found) <= STEPS:
             found.extend(decoded(node, one, 1))
 
-    for _ in node.prefill_parts(two, Seat(others_wait=lambda: True, give_way=give_way)):
+    seat = Seat(others_wait=lambda: True, give_way=give_way, num_portions=lambda: 3)
+    for _ in node.prefill_parts(two, seat):
         pass
     others = decoded(node, two, 0)
     for _ in range(STEPS):

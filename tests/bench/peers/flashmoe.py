@@ -41,6 +41,7 @@ class FlashMoE:
             ignore_eos=True,
             route=self._route,
             route_prompts=True,
+            client=str(seed),  # who asks at once asks with different seeds
         )
         for piece in generation:
             yield Token(piece.token_id, time.monotonic())

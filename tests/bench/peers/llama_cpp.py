@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 from tests.bench.peers.engine import (
     THREADS,
     Setup,
+    Start,
     Token,
     end_input,
     first_line,
@@ -78,12 +79,16 @@ class LlamaCpp:
 
 
 @contextmanager
-def llama_cpp(setup: Setup, threads: int = THREADS) -> Iterator[LlamaCpp]:
-    """For the block."""
+def llama_cpp(setup: Setup, threads: int = THREADS, slots: int = 1) -> Iterator[LlamaCpp]:
+    """For the block. slots: sequences that it computes at once"""
     module = [str(setup.python), "-m", "tests.bench.peers.llama_server"]
-    with process(setup, [*module, str(setup.folder / GGUF), str(threads)]) as started:
+    with process(setup, [*module, str(setup.folder / GGUF), str(threads), str(slots)]) as started:
         yield LlamaCpp(first_line(started, "http", setup.log))
         end_input(started)
+
+
+def llama_cpp_slots(slots: int) -> Start:
+    return lambda setup: llama_cpp(setup, slots=slots)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """llama.cpp's own server on a GGUF file, memory-mapped, until its standard input closes.
 
-Run by the peers' own environment: `python -m tests.bench.peers.llama_server FILE THREADS`. Its
-first line is the address that it listens on.
+Run by the peers' own environment: `python -m tests.bench.peers.llama_server FILE THREADS [SLOTS]`.
+Its first line is the address that it listens on. SLOTS: sequences that it computes at once
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ def main() -> None:
     params = xllamacpp.CommonParams()
     params.model.path = sys.argv[1]
     params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
-    params.n_ctx = CONTEXT_TOKENS
-    params.n_parallel = 1
+    slots = int(sys.argv[3]) if len(sys.argv) > 3 else 1
+    params.n_ctx = CONTEXT_TOKENS * slots  # shared by them
+    params.n_parallel = slots
     params.cpuparams.n_threads = int(sys.argv[2])
     params.cpuparams_batch.n_threads = int(sys.argv[2])
     params.warmup = False  # it would read every expert

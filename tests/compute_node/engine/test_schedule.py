@@ -133,4 +133,4 @@ def test_turns_are_as_short_as_the_misses_after_a_change_allow() -> None:
     for _ in range(200):
         for place in range(16):
             thrashing.heard(place, 5 if place < 2 else 4, 0.02)
-    assert thrashing.tokens == 8
+    assert thrashing.tokens in (5, 6), "two misses a change cost 4 ms; a token may lose .8 ms"
