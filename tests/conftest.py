@@ -1,4 +1,6 @@
-"""What every test shares: the shipped model's store, short run directories, one compute thread."""
+"""What every test shares: the shipped model's store, short run directories, one compute thread, the
+same random numbers for a test each time.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +35,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     binding.use(config.getoption("--native"))
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_each_time() -> None:
+    """What a test draws from torch depends neither on the order of tests nor on their number, so
+    that a comparison within a tolerance holds every time or never.
+    """
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
