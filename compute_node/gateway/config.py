@@ -32,6 +32,7 @@ class GatewayConfig(BaseModel):
     max_body_bytes: PositiveInt = 4 * 1024 * 1024
     header_timeout_s: PositiveFloat = 10.0
     body_timeout_s: PositiveFloat = 30.0
+    send_timeout_s: PositiveFloat = 30.0
     keep_alive_s: PositiveFloat = 30.0
     stop_grace_s: PositiveFloat = 20.0
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
