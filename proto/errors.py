@@ -45,6 +45,10 @@ class ChatRefused(InvalidRequest):
     """The model's chat template does not take these messages."""
 
 
+class GrammarRefused(InvalidRequest):
+    """An answer cannot be held to this grammar exactly, or not by this model's tokenizer."""
+
+
 class UnknownExpert(InvalidRequest):
     """No such (layer, expert) in this model."""
 

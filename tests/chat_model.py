@@ -28,7 +28,9 @@ Answer with <tool_call>{"name": ..., "arguments": ...}</tool_call> to call one.<
 {{- "<|im_end|>\n" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}
-{%- if enable_thinking is defined and enable_thinking %}{{ "<think>\n" }}{% endif %}
+{%- if enable_thinking is defined %}{{ "<think>\n" }}
+{%- if not enable_thinking %}{{ "\n</think>\n\n" }}{% endif %}
+{%- endif %}
 {%- endif %}"""
 
 

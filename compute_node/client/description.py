@@ -17,6 +17,7 @@ class Description:
     chat_template:      empty: the tokenizer has none
     end_texts:          special tokens that end a text
     quality:            of requests that name neither budget nor route
+    grammar:            "on": answers can be held to one; else why not
     """
 
     model: str
@@ -26,6 +27,7 @@ class Description:
     chat_template: str
     end_texts: tuple[str, ...]
     quality: str
+    grammar: str
 
     @classmethod
     def from_pb(cls, message: pb.NodeDescription) -> Self:
@@ -37,4 +39,5 @@ class Description:
             message.chat_template,
             tuple(message.end_texts),
             message.quality,
+            message.grammar or "off: the node is too old",
         )

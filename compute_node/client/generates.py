@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from compute_node.client import arguments
+from compute_node.client.grammar import Grammar
 from proto import compute_node_pb2 as pb
 
 Running = TypeVar("Running")
@@ -50,6 +51,7 @@ class Generates(ABC, Generic[Running]):
         route_prompts: bool = False,
         quality: str = "",
         log_probs: int | None = None,
+        grammar: Grammar | Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         template_options: Mapping[str, Any] = _NO_OPTIONS,
         fits_context: bool = False,
@@ -74,6 +76,7 @@ class Generates(ABC, Generic[Running]):
         quality: by how much perplexity may rise, as in "1%"; "exact"; empty: the node's, unless a
                  route is given
         log_probs: each piece carries its probability, and those of this many likeliest tokens
+        grammar: what the answer is held to, whatever the sampling: a JSON schema, or a Grammar
         tools: what a chat's answer may call, as its template has them
         template_options: variables of the chat's template, as {"enable_thinking": False}
         fits_context: cut max_tokens to what the context leaves
@@ -110,6 +113,7 @@ class Generates(ABC, Generic[Running]):
             log_probs=None if log_probs is None else arguments.count_of("log_probs", log_probs),
             fits_context=arguments.flag_of("fits_context", fits_context) or max_tokens is None,
             client=arguments.text_of("client", client),
+            grammar=None if grammar is None else Grammar.of(grammar).to_pb(),
         )
         arguments.set_prompt(request, prompt)
         arguments.set_template(request, tools, template_options)

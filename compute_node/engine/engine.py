@@ -12,6 +12,7 @@ from compute_node.cache.asked import never
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.client.result import QualityEstimate
 from compute_node.engine.exact_pass import ON, ExactPass
+from compute_node.engine.grammar import Grammars
 from compute_node.engine.job import PromptPart
 from compute_node.engine.kv_room import KvRoom
 from compute_node.engine.limits import Limits
@@ -84,6 +85,7 @@ class Engine(Passes):
         super().__init__(loaded, cache, parts, room or KvRoom(), evidence, run_ahead)
         self.model_dir, self.eos_ids = model_dir, _eos_ids(loaded.model, model_dir)
         self.limits = Limits(loaded, max_context_tokens, prefill_chunk_tokens)
+        self.grammars = Grammars(loaded.tokenizer, self.limits.vocab_size, self.eos_ids)
         layers = run_ahead.layers if run_ahead is not None else None
         self.lossy = LossyCounts()
         self.exact_pass = ExactPass(loaded.forward, cache, layers)

@@ -25,7 +25,7 @@ class Limits:
         self._tokenizer = loaded.tokenizer
         self.max_context_tokens = max_context_tokens
         self._max_rows = max_rows
-        self._vocab_size = int(config.get_text_config().vocab_size)
+        self.vocab_size = int(config.get_text_config().vocab_size)
         self._has_small_records = bool(loaded.spec.variants)
         self.trained_tokens = trained_context_tokens(config)
         if self.trained_tokens and max_context_tokens > self.trained_tokens:
@@ -48,11 +48,9 @@ class Limits:
                 f"exceed max_context_tokens = {self.max_context_tokens}: shorten one, or raise "
                 "the limit in flashmoe.toml and start again"
             )
-        if (
-            largest := max(*request.token_ids, *request.sampling.logit_bias, 0)
-        ) >= self._vocab_size:
+        if (largest := max(*request.token_ids, *request.sampling.logit_bias, 0)) >= self.vocab_size:
             raise errors.InvalidRequest(
-                f"token id {largest} is beyond the vocabulary of {self._vocab_size}"
+                f"token id {largest} is beyond the vocabulary of {self.vocab_size}"
             )
         self.check_route(request.policy)
         check_stops(self._tokenizer, request.stop, request.skip_special_tokens)

@@ -31,8 +31,9 @@ class LogProbs:
 def log_probs_of(
     tokenizer: Any, before: Sequence[int], logits: Tensor, drawn: int, num_likeliest: int
 ) -> LogProbs:
-    """By the model's logits as they are, whatever the sampling. before: what it follows; logits:
-    [1, V]
+    """By the model's logits as they are, whatever the sampling, and whatever a grammar bars.
+
+    before: what it follows; logits: [1, V]
     """
     all_of_them = logits[0].double().log_softmax(dim=-1)  # [V]
     chosen = [drawn, *all_of_them.topk(num_likeliest).indices.tolist()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from compute_node.client.sampling_options import SamplingOptions
+from compute_node.engine.grammar import HeldAnswer
 from compute_node.evidence.accesses import Recording
 from compute_node.moe.route import EXACT, RoutePolicy
 from compute_node.quality.guard import Guard
@@ -24,6 +25,7 @@ class Request:
     route_prompts: and of the prompt
     client: whose turn it is, for fair shares
     log_probs: of how many likeliest tokens, at each place; None: not even of the one drawn
+    held: to a grammar, before its first token; None: it says what it likes
     """
 
     token_ids: tuple[int, ...]
@@ -40,6 +42,7 @@ class Request:
     guard: Guard | None = None
     client: str = ""
     log_probs: int | None = None
+    held: HeldAnswer | None = None
 
     @property
     def turns(self) -> Turns:

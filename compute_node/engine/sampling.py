@@ -64,12 +64,15 @@ class Sampler:
         copy._generator = self._generator.clone_state()
         return copy
 
-    def draw(self, token_ids: list[int], logits: Tensor) -> int:
-        """token_ids: so far, prompt included. logits: [1, V], of the last position.
+    def draw(self, token_ids: list[int], logits: Tensor, allowed: Tensor | None = None) -> int:
+        """token_ids: so far, prompt included. logits: [1, V], of the last position. allowed: [V]
+        bool, the others are never drawn, whatever the options; None: all
 
         Raises InvalidRequest for options that make them infinite.
         """
         scores = logits.to(torch.float32)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -torch.inf)
         if self._processors:
             scores = self._processors(torch.tensor([token_ids]), scores)
             if not scores.max().isfinite():

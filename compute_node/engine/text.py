@@ -140,6 +140,11 @@ def _special_tokens(tokenizer: Any) -> frozenset[str]:
     return frozenset((*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)))
 
 
+def special_token_ids(tokenizer: Any) -> frozenset[int]:
+    """Of tokens that are marks and no text."""
+    return frozenset(tokenizer.convert_tokens_to_ids(sorted(_special_tokens(tokenizer))))
+
+
 def end_texts(tokenizer: Any, eos_ids: frozenset[int]) -> list[str]:
     """How tokens that end a text are spelled, where a text shows them."""
     if tokenizer is None:

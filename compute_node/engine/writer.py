@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from compute_node.engine.grammar import HeldAnswer
 from compute_node.engine.log_probs import LogProbs, log_probs_of
 from compute_node.engine.request import Request
 from compute_node.engine.sampling import Sampler
@@ -26,6 +27,17 @@ class Token:
     log_probs: LogProbs | None = None
 
 
+def _draw(sampler: Sampler, held: HeldAnswer | None, token_ids: list[int], logits: Tensor) -> int:
+    """logits: [1, V]. What is held hears of the token; once it is complete it bars none, for a
+    forecast goes on.
+    """
+    if held is None or held.is_complete:
+        return sampler.draw(token_ids, logits)
+    token_id = sampler.draw(token_ids, logits, held.allowed())
+    held.accept(token_id)
+    return token_id
+
+
 class Writer:
     """Draws tokens, spells them, and knows when to stop."""
 
@@ -41,11 +53,12 @@ class Writer:
             self._silent_ids |= self._eos_ids
         self._tokenizer, self._num_likeliest = tokenizer, request.log_probs
         self._left = request.max_tokens
+        self._held = request.held.copy() if request.held is not None else None
         self.finish_reason, self._stop_token = "", ""
 
     def next(self, token_ids: list[int], logits: Tensor) -> Token:
         """The token after `token_ids`, which it joins. logits: [1, V]"""
-        token_id = self._sampler.draw(token_ids, logits)
+        token_id = _draw(self._sampler, self._held, token_ids, logits)
         log_probs = self._log_probs(token_ids, logits, token_id)
         token_ids.append(token_id)
         self._left -= 1
@@ -58,7 +71,8 @@ class Writer:
             self._stop_token = self._stop_tokens.get(token_id, "")
             return ""
         text = self._stops.add(self._detokenizer.add(token_id))
-        if self._stops.found or token_id in self._eos_ids:
+        is_complete = self._held is not None and self._held.is_complete
+        if self._stops.found or is_complete or token_id in self._eos_ids:
             self.finish_reason = "stop"
         elif self._left == 0:
             self.finish_reason = "length"
@@ -80,9 +94,10 @@ class Writer:
         token_ids: so far, prompt included
         """
         sampler, ids = self._sampler.copy(), list(token_ids)
+        held = self._held.copy() if self._held is not None else None
 
         def draw(logits: Tensor) -> int:
-            ids.append(sampler.draw(ids, logits))
+            ids.append(_draw(sampler, held, ids, logits))
             return ids[-1]
 
         return draw

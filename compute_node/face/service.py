@@ -14,6 +14,7 @@ from compute_node.client.sampling_options import SamplingOptions
 from compute_node.engine import engine as core
 from compute_node.engine.chat import Chat, encode_chat, template_of
 from compute_node.engine.compute_thread import ComputeThread
+from compute_node.engine.grammar import HeldAnswer
 from compute_node.engine.job import Job, PromptPart, Work
 from compute_node.engine.log_probs import MAX_LIKELIEST, LogProb
 from compute_node.engine.request import Request
@@ -143,6 +144,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             chat_template=template_of(tokenizer),
             end_texts=end_texts(tokenizer, engine.eos_ids),
             quality=self._quality,
+            grammar=engine.grammars.status,
         )
 
     async def Heat(self, request: pb.HeatRequest, context: Any) -> pb.HeatReply:
@@ -152,8 +154,9 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         """What is wanted, and the last characters of a chat's prompt."""
         if len(request.stop) > _MAX_STOPS:
             raise errors.InvalidRequest(f"{len(request.stop)} stop strings, at most {_MAX_STOPS}")
-        # Tokenising megabytes takes seconds: not on the event loop.
+        # Tokenising megabytes takes seconds: not on the event loop. Nor a grammar's milliseconds.
         token_ids, prompt_end = await asyncio.to_thread(self._prompt_ids, request)
+        held = await asyncio.to_thread(self._held, request, prompt_end)
         token_ids = token_ids[: request.max_prompt_tokens or None]
         wanted = Request(
             token_ids=tuple(token_ids),
@@ -170,8 +173,14 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
             route_prompts=request.route_prompts,
             client=request.client or peer,
             log_probs=_log_probs(request),
+            held=held,
         )
         return wanted, prompt_end
+
+    def _held(self, request: pb.GenerateRequest, prompt_end: str) -> HeldAnswer | None:
+        if not request.HasField("grammar"):
+            return None
+        return self._engine.grammars.begin(request.grammar, prompt_end, request.ignore_eos)
 
     def _max_tokens(self, request: pb.GenerateRequest, num_prompt: int) -> int:
         given = request.max_tokens if request.HasField("max_tokens") else None

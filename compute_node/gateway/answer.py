@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compute_node.client.async_client import AsyncGeneration
@@ -12,6 +12,7 @@ from compute_node.client.result import Piece, Result
 from compute_node.gateway.formats.choose import Family
 from compute_node.gateway.formats.said import AnswerFormat, Call, Said, Text
 from compute_node.gateway.formats.scan import Scan
+from compute_node.gateway.held import Held
 from compute_node.gateway.node import Node
 from compute_node.gateway.system_role import has_system, merged
 from proto import errors
@@ -22,11 +23,13 @@ class Asked:
     """What a client wants of the node, whatever interface it came by.
 
     prompt, options: as the node's client takes them
+    held: what the answer is held to; None: to nothing
     """
 
     prompt: Any
     options: Mapping[str, Any]
     family: Family
+    held: Held | None = None
 
 
 @dataclass(frozen=True)
@@ -132,23 +135,27 @@ async def begin(node: Node, asked: Asked, client: str) -> Answer:
     except errors.ChatRefused:
         if not has_system(asked.prompt):
             raise
-        return await _begin(node, Asked(merged(asked.prompt), asked.options, asked.family), client)
+        return await _begin(node, replace(asked, prompt=merged(asked.prompt)), client)
 
 
 async def _begin(node: Node, asked: Asked, client: str) -> Answer:
     asked.family.check()
     description = await node.describe()
+    held = asked.held
     generation = node.client.generate(
         asked.prompt,
         client=client,
         skip_special_tokens=not asked.family.shows_special_tokens,
+        grammar=held.grammar(asked.family, description) if held is not None else None,
         **asked.options,
     )
     answer = Answer(generation, asked.family, description.end_texts)
     try:
         await answer.begin(node)
-    except BaseException:
+    except BaseException as error:
         await answer.aclose()
+        if held is not None and isinstance(error, errors.GrammarRefused):
+            raise held.refused(error) from None
         raise
     return answer
 

@@ -41,6 +41,8 @@ _LEAST_BYTES = 1 << 30  # taken for what is left where no ceiling is given
 
 # Of its file, measured with 50, 150 and 200 thousand tokens: once it is loaded, and while it is.
 _TOKENIZER_TIMES = 4, 14
+# Measured with 8 and 151 thousand tokens: a library and some answers, and of the tokenizer's file.
+_GRAMMAR_BYTES, _GRAMMAR_TIMES = 12 * MIB, 4
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def plan_memory(
     longest_bytes = longest_state_bytes(manifest, context_tokens)
     if kv_memory_bytes is not None:
         _check_kv(kv_memory_bytes, longest_bytes, context_tokens)
+    parts["grammar"] = _grammar_bytes(vocabulary_bytes)
     parts["kv_cache"] = longest_bytes if kv_memory_bytes is None else kv_memory_bytes
     parts["tokenizer"] = _tokenizer_bytes(vocabulary_bytes, parts)
     smallest_bytes = sum(parts.values()) + least_bytes
@@ -291,6 +294,13 @@ def _tokenizer_bytes(vocabulary_bytes: int, parts: dict[str, int]) -> int:
     unused_yet = parts["prefill_buffers"] + parts["kv_cache"]
     kept, at_most = (times * vocabulary_bytes for times in _TOKENIZER_TIMES)
     return max(kept, at_most - unused_yet)
+
+
+def _grammar_bytes(vocabulary_bytes: int) -> int:
+    """Of what holds answers to a grammar, from the first request that asks for it."""
+    if not vocabulary_bytes:
+        return 0
+    return _GRAMMAR_BYTES + _GRAMMAR_TIMES * vocabulary_bytes
 
 
 def _own_itemsize(spec: ModelSpec) -> int:

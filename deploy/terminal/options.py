@@ -54,6 +54,12 @@ QUALITY = typer.Option(
     "tune` measured; or exact. (default: as the stack is served)",
     show_default=False,
 )
+JSON_SCHEMA = typer.Option(
+    "--json-schema",
+    metavar="FILE",
+    help="The answer is JSON that keeps to the schema in FILE.",
+    show_default=False,
+)
 DEFAULT_QUALITY = typer.Option(
     metavar="BUDGET",
     help="Lossy unless a request says otherwise: the fastest decoding by which perplexity rises no "

@@ -40,7 +40,14 @@ STORE_ROOM_BYTES = 150 * MIB
 ROOM_BYTES = {"compute_node": 64 * MIB, "scheduler": 64 * MIB, "valkey": 88 * MIB}
 GATEWAY_ROOM_BYTES = 64 * MIB
 KEYS_NAME = "api_keys"  # in the run folder
-_NODE_PARTS = ("dense_weights", "kv_cache", "prefill_buffers", "tokenizer", "compute_node")
+_NODE_PARTS = (
+    "dense_weights",
+    "kv_cache",
+    "prefill_buffers",
+    "tokenizer",
+    "grammar",
+    "compute_node",
+)
 
 
 def container_config(

@@ -11,6 +11,7 @@ from deploy.stack.connection import connected
 from deploy.stack.run_dir import RunDir
 from deploy.terminal import console, options
 from deploy.terminal.prompts import as_text, choose_prompt
+from deploy.terminal.schema_file import read_schema
 from proto import errors
 from proto.memory_report import MemoryReport
 
@@ -29,6 +30,7 @@ def generate(
     route: Annotated[str, options.ROUTE] = "",
     route_prompts: Annotated[bool, options.ROUTE_PROMPTS] = False,
     quality: Annotated[str, options.QUALITY] = "",
+    json_schema: Annotated[Path | None, options.JSON_SCHEMA] = None,
     timeout: Annotated[float | None, options.TIMEOUT] = None,
     as_json: Annotated[bool, options.JSON] = False,
     config: Annotated[Path | None, options.CONFIG] = None,
@@ -53,6 +55,7 @@ def generate(
             route=route,
             route_prompts=route_prompts,
             quality=quality,
+            grammar=None if json_schema is None else read_schema(json_schema),
             timeout_s=timeout,
         )
         try:

@@ -91,6 +91,7 @@ _PARTS = {
     "kv_cache": "state of requests and kept prompts",
     "prefill_buffers": "buffers of prompts",
     "tokenizer": "tokenizer",
+    "grammar": "holding answers to a schema",
     "spare_slots": "slots for reads under way",
     "compute_node": "compute node itself",
     "expert_store": "expert store itself",

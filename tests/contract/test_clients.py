@@ -7,14 +7,17 @@ without the template, log probabilities after the temperature.
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from compute_node.client.async_client import AsyncNodeClient
+from compute_node.client.grammar import Grammar
 from compute_node.client.node_client import NodeClient
 from compute_node.client.result import Piece, Result
 from proto import errors
@@ -83,6 +86,54 @@ def test_log_probs_are_of_the_models_logits(address: str, ask: Ask) -> None:
     assert warm[0].likeliest == pieces[0].likeliest
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "integer", "minimum": 0, "maximum": 99},
+        "b": {"enum": ["x", "é y"]},
+    },
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_answer_keeps_to_a_schema(address: str, ask: Ask, seed: int) -> None:
+    """Log probabilities stay the model's: a schema bars the likeliest first token."""
+    options = {"temperature": 1.5, "seed": seed, "max_tokens": 300, "log_probs": 1}
+    pieces, result = ask(address, CHAT, grammar=SCHEMA, **options)
+    assert result.finish_reason == "stop"
+    jsonschema.validate(json.loads(result.text), SCHEMA)
+    assert "".join(piece.text for piece in pieces) == result.text
+    plain, _ = ask(address, CHAT, **{**options, "max_tokens": 1})
+    assert pieces[0].likeliest == plain[0].likeliest
+    assert pieces[0].drawn is not None
+    assert pieces[0].drawn.log_prob < pieces[0].likeliest[0].log_prob
+
+
+def test_a_schema_is_kept_whatever_else_is_asked(address: str, ask: Ask) -> None:
+    """Greedy, within few tokens, with a stop string, lossily, and ignoring what ends a text."""
+    _, greedy = ask(address, CHAT, grammar=SCHEMA, max_tokens=150)
+    jsonschema.validate(json.loads(greedy.text), SCHEMA)
+    _, again = ask(address, CHAT, grammar=SCHEMA, max_tokens=150, ignore_eos=True)
+    assert again.token_ids == greedy.token_ids
+    _, cut = ask(address, CHAT, grammar=SCHEMA, max_tokens=4)
+    assert (cut.token_ids, cut.finish_reason) == (greedy.token_ids[:4], "length")
+    _, stopped = ask(address, CHAT, grammar=SCHEMA, max_tokens=150, stop='"b"')
+    assert (stopped.stop, stopped.text) == ('"b"', greedy.text[: greedy.text.index('"b"')])
+    words = {"enum": ["light", "é y"]}
+    for more in ({"route": "skip .5"}, {"logit_bias": {77: 100.0}}):
+        _, result = ask(address, CHAT, grammar=words, max_tokens=20, **more)
+        assert json.loads(result.text) in ("light", "é y")
+    _, prompted = ask(address, "In the beginning", grammar={"enum": [1, 2]}, max_tokens=9)
+    assert prompted.text in ("1", "2")
+
+
+def test_a_node_says_whether_it_holds_answers(address: str) -> None:
+    with NodeClient(address) as node:
+        assert node.describe().grammar == "on"
+
+
 def test_a_stop_string_is_named(address: str, ask: Ask) -> None:
     _, whole = ask(address, "In the beginning", max_tokens=16, ignore_eos=True)
     stop = whole.text[5:8]
@@ -127,6 +178,10 @@ def test_a_template_sees_tools_and_options(address: str, ask: Ask) -> None:
     ("prompt", "options", "kind", "message"),
     [
         ("In", {"log_probs": 21}, errors.InvalidRequest, "at most 20"),
+        ("In", {"grammar": {"not": {}}}, errors.GrammarRefused, "Unimplemented keys"),
+        ("In", {"grammar": "{}"}, errors.InvalidRequest, "grammar is of type str"),
+        ("In", {"grammar": {"const": {1}}}, errors.InvalidRequest, "the JSON schema is no JSON"),
+        ("In", {"grammar": Grammar(())}, errors.InvalidRequest, "0 forms"),
         (CHAT, {"template_options": {"tokenize": True}}, errors.InvalidRequest, "no variable"),
         (
             [*CHAT, {"role": "system", "content": "x"}],

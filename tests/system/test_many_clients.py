@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Ask:
     stop_token_ids: tuple[int, ...] = ()
     leaves_after: int | None = None
     route: str = ""
+    is_held: bool = False
 
 
 def random_ask(dice: random.Random, alone: list[list[int]]) -> Ask:
@@ -51,6 +53,13 @@ def expected(ask: Ask, alone: list[int]) -> list[int]:
     return tokens[: min(ends, default=len(tokens))][: ask.leaves_after]
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "array", "items": {"type": "integer"}}, "b": {"type": "string"}},
+    "required": ["a", "b"],
+}
+
+
 def answered(stack: ServedStack, ask: Ask) -> list[int]:
     with stack.client() as node:
         answer = node.generate(
@@ -59,6 +68,7 @@ def answered(stack: ServedStack, ask: Ask) -> list[int]:
             stop_token_ids=ask.stop_token_ids,
             ignore_eos=True,
             route=ask.route,
+            grammar=SCHEMA if ask.is_held else None,
             timeout_s=120,
         )
         tokens = list[int]()
@@ -68,6 +78,17 @@ def answered(stack: ServedStack, ask: Ask) -> list[int]:
                 break
             tokens.append(piece.token_id)
     return tokens
+
+
+def test_answers_that_are_held_are_the_same_in_turns(tiny_store: Path, run_dir: Path) -> None:
+    """Beside others that are not."""
+    asks = [Ask(number, TOKENS, is_held=number % 4 != 3) for number in range(len(PROMPTS))]
+    with served(tiny_store, run_dir, "--experts-memory", "37.5%") as stack:
+        alone = [answered(stack, ask) for ask in asks]
+        with ThreadPoolExecutor(len(asks)) as pool:
+            together = list(pool.map(lambda ask: answered(stack, ask), asks))
+    assert together == alone
+    assert len({tuple(tokens) for tokens in alone}) > 1
 
 
 @pytest.mark.parametrize("share", ["37.5%", "100%"])

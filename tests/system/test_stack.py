@@ -53,6 +53,10 @@ def test_serve_generate_status_stop(tiny_store: Path, run_dir: Path) -> None:
         assert found["token_ids"] == eager_tokens(PROMPT, 48)
         assert text.stdout.strip() == found["text"][: len(text.stdout.strip())]
         assert found["finish_reason"] == "length"
+        schema = run_dir / "schema.json"
+        schema.write_text('{"enum": ["light", "dark"]}')
+        held = ["generate", PROMPT, "--run-dir", str(run_dir), "--json-schema", str(schema)]
+        assert flashmoe(*held).stdout.strip() in ('"light"', '"dark"')
         assert 0 < found["hit_ratio"]["decode"] < 1
         assert found["bytes_read"]["decode"] > 0
         assert found["ttft_s"] > 0 and found["tokens_per_s"] > 0

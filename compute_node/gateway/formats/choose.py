@@ -46,6 +46,16 @@ class Family:
         return thinking.Thinking(inner, opened=prompt_end.rstrip().endswith(thinking.OPENING))
 
     @property
+    def answers_in_one_place(self) -> bool:
+        """Whether all of an answer but its thoughts is one text."""
+        return not self._is_harmony
+
+    @property
+    def thoughts(self) -> tuple[str, str] | None:
+        """The marks between which it may think first."""
+        return (thinking.OPENING, thinking.CLOSING) if self._thinks else None
+
+    @property
     def _is_harmony(self) -> bool:
         return "<|channel|>" in self.template and "<|message|>" in self.template
 

@@ -8,10 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from compute_node.client.grammar import Form
+from compute_node.gateway.held import Held
 from compute_node.gateway.openai.fields import Generated
 from compute_node.gateway.refusals import Refused
 
 MAX_LIKELIEST = 20
+_FORMAT = "response_format"
+_ANY_OBJECT = {"type": "object"}
 
 
 class Part(BaseModel):
@@ -48,10 +52,30 @@ class Message(BaseModel):
     reasoning_content: str | None = None
 
 
-class ResponseFormat(BaseModel):
+class JsonSchema(BaseModel):
+    """strict and description change nothing: every schema is kept."""
+
     model_config = ConfigDict(extra="allow")
 
+    definition: dict[str, Any] | None = Field(default=None, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
     type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def form(self) -> Form | None:
+        """None: text. Raises Refused without a schema."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return Form(_ANY_OBJECT)
+        if self.json_schema is None:
+            name = f"{_FORMAT}.json_schema"
+            raise Refused(f"{name} is missing: give a schema", param=name)
+        return Form(self.json_schema.definition or _ANY_OBJECT)
 
 
 class ChatBody(Generated):
@@ -72,11 +96,11 @@ class ChatBody(Generated):
                 "tool_choice: only none and auto are supported: the model decides",
                 param="tool_choice",
             )
-        if self.response_format is not None and self.response_format.type != "text":
+        if self.offered() and self.held() is not None:
             raise Refused(
-                f"response_format {self.response_format.type} is not supported: ask for JSON in a "
-                "message",
-                param="response_format",
+                f"{_FORMAT} with tools: an answer is held to a format or calls a tool: set "
+                "tool_choice to none, or leave one out",
+                param=_FORMAT,
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise Refused("top_logprobs are for logprobs = true", param="top_logprobs")
@@ -92,6 +116,11 @@ class ChatBody(Generated):
             if not isinstance(function.get("name"), str):
                 raise Refused(f"tools.{number}.function has no name", param="tools")
         return self.tools or []
+
+    def held(self) -> Held | None:
+        """What the answer is held to."""
+        form = self.response_format.form() if self.response_format is not None else None
+        return Held((form,), _FORMAT) if form is not None else None
 
     def template_options(self) -> dict[str, Any]:
         effort = {} if self.reasoning_effort is None else _effort(self.reasoning_effort)

@@ -68,6 +68,17 @@ def test_a_tokenizer_is_planned_as_loaded_and_as_being_loaded(manifest: Manifest
     assert large == 140 * MIB - room > 40 * MIB
 
 
+def test_a_grammar_is_planned_where_there_is_a_tokenizer(manifest: Manifest) -> None:
+    """Red where it is not counted: it comes with the first request that asks for it."""
+
+    def grammar(vocabulary_bytes: int) -> int:
+        common = {"context_tokens": 2048, "chunk_tokens": 256, "spare_bytes": 0}
+        found = plan_memory(manifest, 1024 * MIB, None, vocabulary_bytes=vocabulary_bytes, **common)
+        return found.parts["grammar"]
+
+    assert (grammar(0), grammar(10 * MIB)) == (0, 52 * MIB)
+
+
 @pytest.mark.parametrize(("trained_tokens", "is_told"), [(2047, True), (2048, False)])
 def test_a_context_beyond_what_the_model_was_trained_for_is_told(
     trained_tokens: int, is_told: bool, manifest: Manifest
