@@ -7,7 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from compute_node.gateway.formats.choose import Family
+from compute_node.gateway.held import Held
 from compute_node.gateway.refusals import Refused
+from compute_node.gateway.tool_choice import forced
 
 _HARMLESS = {"metadata", "service_tier", "container", "betas"}
 _DEFAULT_TEMPERATURE = 1.0
@@ -45,9 +48,12 @@ class Tool(BaseModel):
 
 
 class Choice(BaseModel):
+    """disable_parallel_tool_use changes nothing: a call that is insisted on is one."""
+
     model_config = ConfigDict(extra="allow")
 
-    type: str
+    type: Literal["auto", "any", "tool", "none"]
+    name: str = ""
 
 
 class Thinking(BaseModel):
@@ -80,11 +86,6 @@ class MessagesBody(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name not in _HARMLESS and value not in (None, [], {}):
                 raise Refused(f"{name} is not supported: leave it out", param=name)
-        if self.tool_choice is not None and self.tool_choice.type not in ("auto", "none"):
-            raise Refused(
-                f"tool_choice {self.tool_choice.type}: only auto and none are supported",
-                param="tool_choice",
-            )
         if self.messages[-1].role == "assistant":
             raise Refused(
                 "the last message is the assistant's: answers are not gone on from",
@@ -96,6 +97,12 @@ class MessagesBody(BaseModel):
         if self.tool_choice is not None and self.tool_choice.type == "none":
             return []
         return [_tool(number, tool) for number, tool in enumerate(self.tools or ())]
+
+    def held(self, family: Family) -> Held | None:
+        """The call that the answer is held to. Raises Refused."""
+        if self.tool_choice is None or self.tool_choice.type in ("auto", "none"):
+            return None
+        return forced(family, self.tool_choice.name if self.tool_choice.type == "tool" else None)
 
     def options(self) -> dict[str, Any]:
         """As the node's client takes them."""

@@ -26,7 +26,7 @@ async def messages(request: Request, desk: Desk) -> ASGIApp:
         body.check()
         model = await desk.node.checked(body.model)
         family = Family((await desk.node.describe()).chat_template, body.offered())
-        asked = Asked(body.prompt(), body.options(), family)
+        asked = Asked(body.prompt(), body.options(), family, body.held(family))
     events = partial(_events, model=model) if body.stream else None
     return await reply(request, desk, asked, partial(_whole, model=model), events, failed)
 

@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from compute_node.gateway.formats import deepseek, glm, hermes, mistral, qwen_coder, thinking
+from compute_node.gateway.formats import (
+    deepseek,
+    glm,
+    hermes,
+    llama3,
+    mistral,
+    qwen_coder,
+    thinking,
+)
 from compute_node.gateway.formats.arguments import Tools
+from compute_node.gateway.formats.calls import Calls, FormOf
 from compute_node.gateway.formats.harmony import Harmony
 from compute_node.gateway.formats.llama3 import Llama3
 from compute_node.gateway.formats.plain import Plain
 from compute_node.gateway.formats.said import AnswerFormat
-from compute_node.gateway.formats.tagged_calls import Parse, TaggedCalls
+from compute_node.gateway.formats.tagged_calls import TaggedCalls
 from compute_node.gateway.refusals import Refused
 
 
@@ -40,7 +49,8 @@ class Family:
         """Of one answer. prompt_end: how the prompt ended"""
         if self._is_harmony:
             return Harmony()
-        inner = (self._calls() if self.tools else None) or Plain()
+        calls = self._calls() if self.tools else None
+        inner = calls.new_format() if calls is not None else Plain()
         if not self._thinks:
             return inner
         return thinking.Thinking(inner, opened=prompt_end.rstrip().endswith(thinking.OPENING))
@@ -63,27 +73,36 @@ class Family:
     def _thinks(self) -> bool:
         return thinking.OPENING in self.template or thinking.CLOSING in self.template
 
-    def _calls(self) -> AnswerFormat | None:
+    def form_of_call(self) -> FormOf | None:
+        """How one call is written; None: not in a way that a grammar can say."""
+        calls = self._calls()
+        return calls.form if calls is not None else None
+
+    def _calls(self) -> Calls | None:
         """The most particular first: some templates name marks of others, too."""
         template = self.template
         if self._is_harmony:
-            return Harmony()
+            return Calls(Harmony)
         if deepseek.OPENING in template:
-            return TaggedCalls(deepseek.OPENING, deepseek.CLOSING, deepseek.parse)
+            marks = deepseek.OPENING, deepseek.CLOSING
+            form = partial(deepseek.form, template)
+            return Calls(partial(TaggedCalls, *marks, deepseek.parse), form)
         if hermes.OPENING in template:
-            return TaggedCalls(hermes.OPENING, hermes.CLOSING, self._in_tool_call())
+            return self._in_tool_call()
         if mistral.OPENING in template:
-            return TaggedCalls(mistral.OPENING, "", mistral.parse)
+            form = partial(mistral.form, template)
+            return Calls(partial(TaggedCalls, mistral.OPENING, "", mistral.parse), form)
         if "<|start_header_id|>" in template and "parameters" in template:
-            return Llama3()
+            return Calls(Llama3, llama3.form)
         return None
 
-    def _in_tool_call(self) -> Parse:
+    def _in_tool_call(self) -> Calls:
+        tagged = partial(TaggedCalls, hermes.OPENING, hermes.CLOSING)
         if "<arg_key>" in self.template:
-            return partial(glm.parse, tools=self.tools)
+            return Calls(partial(tagged, partial(glm.parse, tools=self.tools)))
         if "<function=" in self.template:
-            return partial(qwen_coder.parse, tools=self.tools)
-        return hermes.parse
+            return Calls(partial(tagged, partial(qwen_coder.parse, tools=self.tools)))
+        return Calls(partial(tagged, hermes.parse), hermes.form)
 
 
 PLAIN = Family("")  # text and nothing else

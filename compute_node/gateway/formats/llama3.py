@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from compute_node.client.grammar import Form
 from compute_node.gateway.formats.arguments import call_of
 from compute_node.gateway.formats.said import Call, Said, Text
 
@@ -32,6 +34,10 @@ class Llama3:
     def _give_up(self) -> Sequence[Said]:
         text, self._held = self._held, None
         return [Text(text)] if text else []
+
+
+def form(name: str, parameters: Mapping[str, Any]) -> Form:
+    return Form(parameters, f'{{"name": {json.dumps(name)}, "parameters": ', "}")
 
 
 def _parse(text: str) -> Sequence[Call]:

@@ -4,14 +4,26 @@ object.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from compute_node.client.grammar import Form
 from compute_node.gateway.formats.arguments import call_of, load
 from compute_node.gateway.formats.said import Call
 
-OPENING = "[TOOL_CALLS]"
+OPENING, _ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
 _NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\](.*)", re.DOTALL)
+
+
+def form(template: str, name: str, parameters: Mapping[str, Any]) -> Form:
+    """As the template writes it."""
+    if _ARGUMENTS in template:
+        return Form(parameters, f"{OPENING}{name}{_ARGUMENTS}")
+    space = " " if f"{OPENING} [" in template else ""
+    head = f'{OPENING}{space}[{{"name": {json.dumps(name)}, "arguments": '
+    return Form(parameters, head, "}]")
 
 
 def parse(inside: str) -> Sequence[Call]:

@@ -37,7 +37,7 @@ async def chat(request: Request, desk: Desk) -> ASGIApp:
         body.check()
         model = await desk.node.checked(body.model)
         family = Family((await desk.node.describe()).chat_template, body.offered())
-        asked = Asked(body.prompt(), body.options(), family, body.held())
+        asked = Asked(body.prompt(), body.options(), family, body.held(family))
     whole = partial(_whole, head=Head(_PREFIX, "chat.completion", model))
     chunk = Head(_PREFIX, "chat.completion.chunk", model)
     events = partial(_events, head=chunk, wants_usage=body.wants_usage) if body.stream else None

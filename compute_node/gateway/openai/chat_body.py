@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from compute_node.client.grammar import Form
+from compute_node.gateway.formats.choose import Family
 from compute_node.gateway.held import Held
 from compute_node.gateway.openai.fields import Generated
 from compute_node.gateway.refusals import Refused
+from compute_node.gateway.tool_choice import forced
 
 MAX_LIKELIEST = 20
 _FORMAT = "response_format"
@@ -91,12 +93,7 @@ class ChatBody(Generated):
 
     def check(self) -> None:
         super().check()
-        if self.tool_choice not in (None, "none", "auto"):
-            raise Refused(
-                "tool_choice: only none and auto are supported: the model decides",
-                param="tool_choice",
-            )
-        if self.offered() and self.held() is not None:
+        if self.offered() and self._form() is not None:
             raise Refused(
                 f"{_FORMAT} with tools: an answer is held to a format or calls a tool: set "
                 "tool_choice to none, or leave one out",
@@ -117,10 +114,22 @@ class ChatBody(Generated):
                 raise Refused(f"tools.{number}.function has no name", param="tools")
         return self.tools or []
 
-    def held(self) -> Held | None:
-        """What the answer is held to."""
-        form = self.response_format.form() if self.response_format is not None else None
-        return Held((form,), _FORMAT) if form is not None else None
+    def held(self, family: Family) -> Held | None:
+        """What the answer is held to: a format, or a call. Raises Refused."""
+        match self.tool_choice:
+            case None | "none" | "auto":
+                form = self._form()
+                return Held((form,), _FORMAT) if form is not None else None
+            case "required":
+                return forced(family, None)
+            case {"type": "function", "function": {"name": str(name)}}:
+                return forced(family, name)
+        raise Refused(
+            "tool_choice: none, auto, required and a function are supported", param="tool_choice"
+        )
+
+    def _form(self) -> Form | None:
+        return self.response_format.form() if self.response_format is not None else None
 
     def template_options(self) -> dict[str, Any]:
         effort = {} if self.reasoning_effort is None else _effort(self.reasoning_effort)

@@ -171,3 +171,22 @@ def test_tools_are_taken_where_it_does(template: str) -> None:
     Family(template, TOOLS).check()
     found: Any = Family(template, TOOLS)
     assert found.shows_special_tokens
+
+
+FENCED = DEEPSEEK + "```json"
+WRITTEN = [HERMES, THINKING, MISTRAL, f"{MISTRAL} [", f"{MISTRAL}[ARGS]", LLAMA, DEEPSEEK, FENCED]
+
+
+@pytest.mark.parametrize("template", WRITTEN)
+def test_a_call_that_is_asked_for_is_read_back(template: str) -> None:
+    """Red where a form and its reader disagree about a mark."""
+    new_form = Family(template, TOOLS).form_of_call()
+    assert new_form is not None
+    form = new_form("weather", {"type": "object"})
+    assert form.json_schema == {"type": "object"}
+    assert read(template, "", [form.opening + ARGUMENTS + form.closing]) == [PARIS]
+
+
+@pytest.mark.parametrize("template", [CODER, GLM, HARMONY, ""])
+def test_calls_that_no_grammar_says_are_not_asked_for(template: str) -> None:
+    assert Family(template, TOOLS).form_of_call() is None

@@ -31,6 +31,18 @@ except anthropic.NotFoundError as error:
 else:
     raise AssertionError("an unknown model was answered")
 
+WORD = {"type": "object", "properties": {"word": {"enum": ["light", "dark"]}}, "required": ["word"]}
+insisted = client.messages.create(
+    model="tiny-chat",
+    max_tokens=300,
+    messages=PROMPT,
+    tools=[{"name": "say", "input_schema": {**WORD, "additionalProperties": False}}],
+    tool_choice={"type": "tool", "name": "say"},
+    thinking={"type": "disabled"},
+)
+assert insisted.stop_reason == "tool_use"
+assert insisted.content[-1].input["word"] in ("light", "dark")
+
 TOOLS = [{"name": "weather", "description": "", "input_schema": {"type": "object"}}]
 agent = anthropic.Anthropic(base_url=scripted, api_key="none", max_retries=0)
 ask = {"model": "scripted", "max_tokens": 99, "tools": TOOLS}

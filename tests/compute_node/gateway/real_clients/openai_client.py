@@ -6,8 +6,10 @@ arguments: the URLs of a real gateway and of a scripted one
 import asyncio
 import json
 import sys
+from typing import Literal
 
 import openai
+import pydantic
 
 real, scripted = sys.argv[1:]
 CHAT = [{"role": "user", "content": "In the beginning"}]
@@ -59,6 +61,42 @@ for change, kind in [
     else:
         raise AssertionError(change)
 assert refused.code == "context_length_exceeded"
+
+
+class Day(pydantic.BaseModel):
+    word: Literal["light", "dark"]
+    number: Literal[1, 2, 3]
+
+
+HELD = {
+    "model": "tiny-chat",
+    "messages": CHAT,
+    "max_tokens": 300,
+    "seed": 1,
+    "reasoning_effort": "none",
+}
+parsed = client.chat.completions.parse(**HELD, response_format=Day)
+assert isinstance(parsed.choices[0].message.parsed, Day)
+with client.chat.completions.stream(**HELD, response_format=Day) as stream:
+    assert stream.get_final_completion().choices[0].message.parsed == (
+        parsed.choices[0].message.parsed
+    )
+loose = client.chat.completions.create(
+    **{**HELD, "max_tokens": 8}, response_format={"type": "json_object"}
+)
+assert loose.choices[0].message.content.startswith("{")
+insisted = client.chat.completions.parse(
+    **HELD, tools=[openai.pydantic_function_tool(Day)], tool_choice="required"
+)
+(call,) = insisted.choices[0].message.tool_calls
+assert isinstance(call.function.parsed_arguments, Day)
+try:
+    wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}
+    client.chat.completions.create(**HELD, response_format=wrong)
+except openai.BadRequestError as error:
+    assert error.param == "response_format"
+else:
+    raise AssertionError("a schema that cannot be kept was taken")
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 agent = openai.OpenAI(base_url=f"{scripted}/v1", api_key="none", max_retries=0)
