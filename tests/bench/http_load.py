@@ -10,11 +10,13 @@ import asyncio
 import json
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -25,6 +27,13 @@ from tests.stack import MODEL, ServedStack, served
 PROMPTS = ("In the beginning", "The use of", "A file is", "He said", "When the", "#include")
 BROKEN = "broken off"  # the gateway itself died: clients raise a connection error
 _MIB = 1024 * 1024
+
+
+class Held(NamedTuple):
+    """By the gateway."""
+
+    descriptors: int
+    pss_mib: float
 
 
 @dataclass
@@ -39,15 +48,21 @@ class Outcomes:
 
 
 async def load(
-    url: str, expected: dict[str, str], seconds: float, connections: int, may_break: bool = False
+    url: str,
+    expected: dict[str, str],
+    until: float | threading.Event,
+    connections: int,
+    may_break: bool = False,
 ) -> Outcomes:
-    """Streams over so many connections at once, one after the other on each. may_break: the gateway
-    is killed meanwhile
+    """Streams over `connections` at once, one after the other on each.
+
+    until:     seconds, or what is set at the end
+    may_break: the gateway is killed meanwhile
     """
-    outcomes, end_s = Outcomes(), time.monotonic() + seconds
+    outcomes, is_over = Outcomes(), _ending(until)
 
     async def go_on(number: int) -> None:
-        while time.monotonic() < end_s:
+        while not is_over():
             number += 1
             prompt = PROMPTS[number % len(PROMPTS)]
             try:
@@ -64,6 +79,13 @@ async def load(
 
     await asyncio.gather(*(go_on(number) for number in range(connections)))
     return outcomes
+
+
+def _ending(until: float | threading.Event) -> Callable[[], bool]:
+    if isinstance(until, threading.Event):
+        return until.is_set
+    end_s = time.monotonic() + until
+    return lambda: time.monotonic() >= end_s
 
 
 def _judge(outcomes: Outcomes, status: str, text: str, expected: str, may_break: bool) -> None:
@@ -122,10 +144,22 @@ def undisturbed(stack: ServedStack) -> dict[str, str]:
         }
 
 
-def held(stack: ServedStack) -> tuple[int, float]:
-    """Descriptors of the gateway, and MiB of its PSS."""
+def held(stack: ServedStack) -> Held:
     process = psutil.Process(stack.pid("gateway"))
-    return process.num_fds(), process.memory_full_info().pss / _MIB
+    return Held(process.num_fds(), process.memory_full_info().pss / _MIB)
+
+
+def loaded(stack: ServedStack, seconds: float, connections: int) -> tuple[Outcomes, Held]:
+    """A load, and what the gateway held in the middle of it."""
+
+    async def both() -> tuple[Outcomes, Held]:
+        running = asyncio.create_task(load(stack.url, expected, seconds, connections))
+        await asyncio.sleep(seconds / 2)
+        middle = held(stack)
+        return await running, middle
+
+    expected = undisturbed(stack)
+    return asyncio.run(both())
 
 
 def main(seconds: float = 300.0, connections: int = 200) -> None:
@@ -133,13 +167,14 @@ def main(seconds: float = 300.0, connections: int = 200) -> None:
         store, run = Path(folder) / "tiny-moe", Path(folder) / "run"
         index(MODEL, store)
         with served(store, run, "--http", "0", "--experts-memory=100%") as stack:
-            expected, before = undisturbed(stack), held(stack)
-            outcomes = asyncio.run(load(stack.url, expected, seconds, connections))
+            before = held(stack)
+            outcomes, middle = loaded(stack, seconds, connections)
             time.sleep(2)
             after = held(stack)
     rows = [[kind, str(num)] for kind, num in outcomes.by_kind.most_common()]
-    rows += [["descriptors before, after", f"{before[0]}, {after[0]}"]]
-    rows += [["PSS before, after, MiB", f"{before[1]:.1f}, {after[1]:.1f}"]]
+    facts = list(zip(before, middle, after, strict=True))
+    rows += [["descriptors before, amid, after", ", ".join(str(num) for num in facts[0])]]
+    rows += [["PSS before, amid, after, MiB", ", ".join(f"{mib:.1f}" for mib in facts[1])]]
     rows += [["wrong", str(outcomes.wrong[:3])]]
     show(
         f"HTTP load: {connections} connections, {seconds:g} s; {machine()}",
