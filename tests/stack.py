@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from compute_node.client.node_client import NodeClient
+from deploy.report.status import collect_status
 from deploy.stack.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,8 +100,8 @@ class ServedStack:
             return node.generate(prompt, **options).run().token_ids
 
     def status(self) -> dict[str, Any]:
-        result = flashmoe("status", "--run-dir", str(self.run.path), "--json")
-        return dict(json.loads(result.stdout))
+        """What `flashmoe status --json` prints, without a process of its own for each look."""
+        return dict(json.loads(json.dumps(collect_status(self.run))))
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
