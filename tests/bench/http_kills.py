@@ -13,10 +13,10 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -54,7 +54,7 @@ def killed(stack: ServedStack, kills_each: int, seed: int) -> tuple[Outcomes, li
 
 
 def takes_requests(stack: ServedStack) -> bool:
-    with suppress(OSError):
+    with suppress(OSError, LookupError, HTTPException):
         for name in VICTIMS:
             stack.pid(name)
         with urllib.request.urlopen(f"{stack.url}/health/ready", timeout=5) as reply:
