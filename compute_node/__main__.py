@@ -22,6 +22,9 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from transformers.utils import logging as transformers_logging
 
+from compute_node.boxes.boxes import Boxes
+from compute_node.boxes.joined import joined
+from compute_node.boxes.probe import Probe
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policies.heard import Heard
@@ -49,6 +52,7 @@ from compute_node.predict.router_map import RouterMap
 from compute_node.quality.guards import Guards
 from compute_node.store.borrow import StoreClient
 from compute_node.store.session import StoreDescription
+from compute_node.worker.lent_experts import LentExperts
 from proto import correction, rpc
 from proto.compute_node_pb2_grpc import add_ComputeNodeServicer_to_server
 from proto.expert import EXACT_VARIANT, ModelSpec
@@ -100,8 +104,15 @@ async def run(config: ComputeNodeConfig) -> None:
                 schedule, idle, config.stop_grace_s, config.max_stall_s, config.max_turn_tokens
             )
         )
-        loaded = compute.do(lambda: load(config, model_dir, spec, cache, prober, lookahead))
+        boxes = Boxes(spec.num_experts, cache.capacity.slots) if config.workers else None
+        loaded = compute.do(lambda: load(config, model_dir, spec, cache, prober, lookahead, boxes))
         compute.do(cache.open)
+        if boxes is not None:
+            probe = compute.do(lambda: probe_of(loaded, cache))
+            boxes.links = stack.enter_context(
+                joined(config.workers, spec.fingerprint, probe, config.worker_tls)
+            )
+            cache.elsewhere = boxes
         slots, chooser = cache.capacity.slots, cache.chooser
         evidence = None
         if access_log:
@@ -126,7 +137,7 @@ async def run(config: ComputeNodeConfig) -> None:
         )
         guards = Guards(quality_card_of(config, spec), engine.limits.check_route)
         check_default(config, guards)
-        stats = NodeStats(engine, compute, store, access_log, advice, guards)
+        stats = NodeStats(engine, compute, store, access_log, advice, guards, boxes)
         service = ComputeNodeService(engine, compute, stats, guards, config.quality)
         stack.enter_context(
             daemon.serving_metrics(stats.snapshot, config.metrics_port, config.metrics_port_file)
@@ -238,6 +249,7 @@ def load(
     cache: ExpertCache,
     prober: Prober,
     lookahead: Lookahead,
+    boxes: Boxes | None,
 ) -> LoadedModel:
     """On the thread that computes: kernels are tried out with as many threads as they are used
     with, and OpenMP has one team in this process (DECISIONS.md).
@@ -246,13 +258,20 @@ def load(
     binding.use(config.native)
     if config.verdicts_path:
         prober.load(config.verdicts_path)
-    loaded = load_model(model_dir, spec, cache, prober, lookahead)
+    loaded = load_model(model_dir, spec, cache, prober, lookahead, boxes)
     if lookahead.router_map is not None and config.router_map_path is not None:
         lookahead.router_map.check_reads(config.router_map_path, loaded.hidden_size)
     if config.verdicts_path:
         prober.save(config.verdicts_path)
     heap.trim()  # a tokenizer leaves ten times its file
     return loaded
+
+
+def probe_of(loaded: LoadedModel, cache: ExpertCache) -> Probe:
+    """What a worker must give the same bits of. On the thread that computes."""
+    spec = loaded.spec
+    here = LentExperts(loaded.kernels, spec.num_experts, cache)
+    return Probe.of(here.compute, spec, loaded.hidden_size, loaded.dtype)
 
 
 def connect_store(config: ComputeNodeConfig) -> StoreClient:

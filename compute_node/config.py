@@ -43,6 +43,8 @@ class ComputeNodeConfig(BaseModel):
     policy: PolicySetting = "auto"
     half_life_tokens: PositiveFloat = 16.0
     importance: bool = False
+    workers: tuple[str, ...] = ()
+    worker_tls: TlsFiles | None = None
     redis_url: str | None = None
     advice_poll_s: PositiveFloat = 0.02
     forecaster_path: Path | None = None

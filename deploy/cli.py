@@ -27,6 +27,7 @@ VERBS = {
     "verify": "Read and check every expert and dense weight of a store.",
     "plan": "Tell whether a model fits a memory ceiling, and how fast it should decode.",
     "serve": "Run all daemons on this box until interrupted.",
+    "worker": "Compute experts for a main node on another box, until interrupted.",
     "run": "Start a stack of its own, generate once, print a summary, stop.",
     "generate": "Stream text from a running stack.",
     "chat": "Talk with a running stack in the terminal; it remembers what was said.",

@@ -58,10 +58,13 @@ class ServeSettings(BaseModel):
     http: str | None = None
     api_key_file: Path | None = None
     cors_origins: tuple[str, ...] = ()
+    workers: tuple[str, ...] = ()
+    listen: str | None = None
     expert_store: dict[str, Any] = Field(default_factory=dict)
     compute_node: dict[str, Any] = Field(default_factory=dict)
     scheduler: dict[str, Any] = Field(default_factory=dict)
     gateway: dict[str, Any] = Field(default_factory=dict)
+    worker: dict[str, Any] = Field(default_factory=dict)
     _is_calibrated: bool = PrivateAttr(default=True)
     _is_tuned: bool = PrivateAttr(default=True)
 
@@ -81,6 +84,11 @@ class ServeSettings(BaseModel):
             raise errors.ConfigInvalid.of(str(path), error) from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise errors.ConfigInvalid(f"cannot read {path}: {error}") from error
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether this box only computes experts for a main node on another."""
+        return self.listen is not None
 
     @property
     def read_depth(self) -> int:

@@ -131,6 +131,12 @@ class VersionMismatch(FlashMoEError):
     status = grpc.StatusCode.FAILED_PRECONDITION
 
 
+class OtherBits(FlashMoEError):
+    """Another box's processor gives other numbers than the main node's."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
 class MemoryExceeded(FlashMoEError):
     """The ceiling cannot be kept."""
 

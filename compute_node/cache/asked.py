@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from compute_node.cache.lender import Arrivals
 from proto.expert import ExpertKey, RecordKey
 
 Meanwhile = Callable[[Callable[[], bool]], None]
 """Called when a step is about to wait, with a function that says whether it need not any more."""
+
+
+class Elsewhere(Protocol):
+    """Which experts other boxes compute now."""
+
+    def __contains__(self, key: ExpertKey, /) -> bool: ...
 
 
 NONE_SMALL: Mapping[int, str] = {}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from compute_node.cache.asked import (
     NONE_SMALL,
     Asked,
+    Elsewhere,
     Meanwhile,
     Needs,
     Waiter,
@@ -43,6 +44,7 @@ class ExpertCache:
     waits: how long it waited
     room:  what goes when room is needed
     upgrades: what is read while nobody waits
+    elsewhere: experts that other boxes compute: they are not read ahead
     """
 
     lender: Lender
@@ -52,6 +54,7 @@ class ExpertCache:
     waits: Waits = field(init=False)
     room: Room = field(init=False)
     upgrades: Upgrades = field(init=False)
+    elsewhere: Elsewhere = frozenset()
     _resident: Residents = field(init=False)
     _asked: list[Asked] = field(default_factory=list)  # not all of it has come
 

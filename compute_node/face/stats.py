@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from compute_node.boxes.boxes import Boxes
 from compute_node.engine.compute_thread import ComputeThread
 from compute_node.engine.engine import Engine
 from compute_node.evidence import learning
@@ -29,6 +30,7 @@ class NodeStats:
     access_log: AccessLog | None
     advice: AdviceFeed | None
     guards: Guards
+    boxes: Boxes | None = None
     traffic: Traffic = field(default_factory=Traffic)
 
     def snapshot(self) -> pb.Snapshot:
@@ -46,6 +48,10 @@ class NodeStats:
             self.compute.schedule,
             self.compute.turns.length,
             self.engine.room,
+            *(
+                labelled(link, box=link.address)
+                for link in (self.boxes.links if self.boxes else ())
+            ),
             self.engine.room.kept,
             *(labelled(distance, layers_ahead=number) for number, distance in distances),
             loaded.prefetcher,

@@ -45,6 +45,16 @@ class Prompt:
         weighted = output * self._weights[token, place, None]
         self.outputs[token, place] = weighted.to(self.hidden.dtype)
 
+    def made(self, expert: int) -> Tensor:
+        """What the expert made of its tokens, weighted: [t, D], in the order of `places`."""
+        places = self.places(expert)
+        return self.outputs[places % len(self.hidden), places // len(self.hidden)]
+
+    def take(self, expert: int, made: Tensor) -> None:
+        """Keep what another box made of `inputs_of` the expert."""
+        places = self.places(expert)
+        self.outputs[places % len(self.hidden), places // len(self.hidden)] = made
+
     def total(self) -> Tensor:
         """[T, D], each token's sum, once all its experts were computed."""
         ordered = self._ids.sort(dim=1).values

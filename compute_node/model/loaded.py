@@ -21,6 +21,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
+from compute_node.boxes.boxes import Boxes
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.kernels import expert_kernels, one_token_linear, one_token_norm
 from compute_node.kernels.expert_kernels import ExpertKernels
@@ -32,6 +33,7 @@ from compute_node.model.lookahead import NO_LOOKAHEAD, Lookahead, new_prefetcher
 from compute_node.moe.first_look import FirstLook
 from compute_node.moe.layer import IMPLEMENTATION, RoutedExperts, register
 from compute_node.moe.local import LocalBackend
+from compute_node.moe.owned import OwnedBackend
 from compute_node.moe.router_watch import RouterWatch
 from compute_node.predict.layer_timer import LayerTimer
 from compute_node.predict.prefetcher import Prefetcher
@@ -94,9 +96,10 @@ def load_model(
     cache: ExpertCache,
     prober: Prober,
     lookahead: Lookahead = NO_LOOKAHEAD,
+    boxes: Boxes | None = None,
 ) -> LoadedModel:
     """Build the checkpoint's own model class around borrowed experts. Native entries are compared
-    with torch unless the prober knows how that comes out.
+    with torch unless the prober knows how that comes out. boxes: that compute experts, too
 
     Raises CheckpointUnsupported, ManifestInvalid, WeightsDamaged, ConfigInvalid.
     """
@@ -110,10 +113,11 @@ def load_model(
         routers.watch(model, layer, path)
     prefetcher = new_prefetcher(spec, cache, routers, lookahead)
     timer = LayerTimer(cache, prefetcher.computed)
-    model_id = xxhash.xxh3_64_hexdigest((model_dir / "config.json").read_bytes())
+    model_id = _model_id(model_dir)
     kernels = _kernels(spec, modules, Gates(prober, model_id), prober)
     for layer, (_, module) in modules.items():
-        backend = LocalBackend(layer, cache, prefetcher, timer, spec.small_variant)
+        local = LocalBackend(layer, cache, prefetcher, timer, spec.small_variant)
+        backend = local if boxes is None else OwnedBackend(layer, local, boxes)
         module.flashmoe = RoutedExperts(layer, kernels[layer], backend)
     register()
     model.set_experts_implementation(IMPLEMENTATION)
@@ -133,6 +137,33 @@ def load_model(
         experts_modules={layer: module for layer, (_, module) in modules.items()},
         dense_bytes=sum(_bytes(p) for p in model.parameters() if not p.is_meta),
     )
+
+
+@dataclass(frozen=True)
+class ExpertsOnly:
+    """What computes a model's experts, without a dense weight.
+
+    kernels: by model layer number; dtype: of activations
+    """
+
+    kernels: dict[int, VariantKernels]
+    hidden_size: int
+    dtype: torch.dtype
+
+
+def load_experts(model_dir: Path, spec: ModelSpec, prober: Prober) -> ExpertsOnly:
+    """As `load_model` computes them. Of the checkpoint only its config is read.
+
+    Raises CheckpointUnsupported, ManifestInvalid.
+    """
+    model, modules = _build(model_dir, spec)
+    gates = Gates(prober, _model_id(model_dir))
+    hidden_size = int(model.config.get_text_config().hidden_size)
+    return ExpertsOnly(_kernels(spec, modules, gates, prober), hidden_size, model.dtype)
+
+
+def _model_id(model_dir: Path) -> str:
+    return xxhash.xxh3_64_hexdigest((model_dir / "config.json").read_bytes())
 
 
 def _build(model_dir: Path, spec: ModelSpec) -> tuple[Any, dict[int, tuple[str, Any]]]:

@@ -10,7 +10,7 @@ from compute_node.predict.mapped_routers import MappedRouters
 from compute_node.predict.predictor import Predictor
 from compute_node.predict.prefetcher import Prefetcher
 from compute_node.predict.router_map import RouterMap
-from proto.expert import ModelSpec
+from proto.expert import ExpertKey, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,16 @@ class Lookahead:
 NO_LOOKAHEAD = Lookahead()
 
 
+@dataclass(frozen=True)
+class _Near:
+    """What need not be read ahead."""
+
+    cache: ExpertCache
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        return key in self.cache or key in self.cache.elsewhere
+
+
 def new_prefetcher(
     spec: ModelSpec, cache: ExpertCache, routers: RouterWatch, lookahead: Lookahead
 ) -> Prefetcher:
@@ -44,7 +54,7 @@ def new_prefetcher(
         predictors=predictors,
         truth=routers.next_routers.truth,
         top_k=spec.top_k,
-        resident=cache,
+        resident=_Near(cache),
         read_s=lambda: cache.waits.read_s,
         piece_s=lambda: cache.waits.read_s * piece_share,
         max_guesses=lookahead.max_guesses,

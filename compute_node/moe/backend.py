@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from compute_node.moe.route import Route
 from compute_node.moe.step import Step
 from compute_node.moe.sums import Sum
 
@@ -25,6 +26,7 @@ class ExpertBackend(Protocol):
         self,
         step: Step,
         hidden: Tensor,
+        route: Route,
         experts: Sequence[int],
         sums: Sequence[Sum],
         small: Collection[int] = (),
@@ -32,8 +34,8 @@ class ExpertBackend(Protocol):
         """Add each of these experts to the sums of the sequences that chose it. Blocks until all
         are computed.
 
-        hidden: [T, D], of all sequences; experts: distinct, ascending; sums: one a
-        sequence; small: experts that a record of fewer bits will do for
+        hidden: [T, D], of all sequences; route: theirs; experts: of it, distinct, ascending; sums:
+        one a sequence; small: experts that a record of fewer bits will do for
 
         Returns those that were resident. Raises what `step.check` raises, StoreUnavailable,
         ExpertDamaged and StaleLease; sums are then worth nothing.

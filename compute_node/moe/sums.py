@@ -4,7 +4,7 @@ and place they were computed in.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from compute_node.kernels.prompt import Prompt
 from compute_node.kernels.variant_kernels import VariantKernels
 from compute_node.moe.route import Route
 from compute_node.store.memory import Borrowed
+from proto import errors
 
 
 class Sum(Protocol):
@@ -26,8 +27,18 @@ class Sum(Protocol):
     def add(self, wave: list[Borrowed]) -> None:
         """Compute with these, each of which some token chose; they stay valid only for the call."""
 
+    def made(self, experts: Sequence[int]) -> Tensor:
+        """What was added of these, ascending, for the sum of another box to take: [n, D], weighted,
+        each expert's tokens, expert by expert.
+        """
+
+    def take(self, experts: Sequence[int], rows: Tensor) -> None:
+        """What another box `made` of these, as if they had been added. Raises MessageInvalid for
+        another number of rows.
+        """
+
     def result(self) -> Tensor:
-        """[T, D], once all were added."""
+        """[T, D], once all were added or taken."""
 
     def so_far(self) -> Tensor | None:
         """[1, D], an estimate of the result from what was added; None: there is none."""
@@ -68,6 +79,14 @@ class OneTokenSum:
             self._parts.append(kernels.one_token(tensors, self._hidden, weights))
             self._added += chosen
 
+    def made(self, experts: Sequence[int]) -> Tensor:
+        return torch.cat(self._parts)[[self._added.index(expert) for expert in experts]]
+
+    def take(self, experts: Sequence[int], rows: Tensor) -> None:
+        check_rows(rows, len(experts))
+        self._parts.append(rows)
+        self._added += experts
+
     def result(self) -> Tensor:
         if not self._added:
             return torch.zeros_like(self._hidden)
@@ -104,11 +123,26 @@ class ManyTokensSum:
             tensors = {borrowed.key.expert: borrowed.tensors for borrowed in records}
             self._kernels.of(variant).many_tokens(self._prompt, tensors)
 
+    def made(self, experts: Sequence[int]) -> Tensor:
+        return torch.cat([self._prompt.made(expert) for expert in experts])
+
+    def take(self, experts: Sequence[int], rows: Tensor) -> None:
+        counts = [len(self._prompt.places(expert)) for expert in experts]
+        check_rows(rows, sum(counts))
+        for expert, part in zip(experts, torch.split(rows, counts), strict=True):
+            self._prompt.take(expert, part)
+
     def result(self) -> Tensor:
         return self._prompt.total()
 
     def so_far(self) -> None:
         return None
+
+
+def check_rows(rows: Tensor, num_rows: int) -> None:
+    """Raises MessageInvalid."""
+    if len(rows) != num_rows:
+        raise errors.MessageInvalid(f"another box made {len(rows)} rows, not {num_rows}")
 
 
 def _by_variant(wave: list[Borrowed]) -> dict[str, list[Borrowed]]:

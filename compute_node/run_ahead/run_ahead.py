@@ -201,7 +201,8 @@ class RunAhead:
         wrong = [key for key in self.foresight.about(layer) if key not in chosen]
         for key in wrong:
             self.foresight.retract(key)
-        missing = [key for key in chosen if key not in self.cache]
+        elsewhere = self.cache.elsewhere
+        missing = [key for key in chosen if key not in self.cache and key not in elsewhere]
         fresh = [key for key in missing if key not in self.foresight]
         asked = self.cache.read_ahead(layer, fresh, wrong, len(self.foresight) + len(fresh))
         for key in missing:

@@ -30,7 +30,9 @@ OVERHEAD_BYTES = {
     "launcher": 52 * MIB,
     "valkey": 16 * MIB,
     "gateway": 60 * MIB,
+    "worker": 300 * MIB,
 }
+_OF_A_WORKER = ("expert_store", "worker", "launcher")
 
 
 _STATES = (8, 4, 2)  # sequences at their longest that there is room for, by default, ...
@@ -95,6 +97,7 @@ def plan_memory(
     router_map_bytes: int = 0,
     vocabulary_bytes: int = 0,
     kv_memory_bytes: int | None = None,
+    is_worker: bool = False,
 ) -> MemoryPlan:
     """Where the memory goes.
 
@@ -104,6 +107,7 @@ def plan_memory(
     forecaster_bytes: what a calibration adds to the scheduler, see `forecaster_room`
     router_map_bytes: the same to the node, see `router_map_room`
     vocabulary_bytes: of the tokenizer's file
+    is_worker: it computes experts for another box, and nothing else
     memory_bytes: the ceiling; None: what experts_memory needs
     Raises MemoryExceeded, naming what would be enough, when the ceiling cannot be kept;
     ConfigInvalid.
@@ -123,7 +127,10 @@ def plan_memory(
     parts["kv_cache"] = longest_bytes if kv_memory_bytes is None else kv_memory_bytes
     parts["tokenizer"] = _tokenizer_bytes(vocabulary_bytes, parts)
     smallest_bytes = sum(parts.values()) + least_bytes
-    if kv_memory_bytes is None:
+    if is_worker:
+        parts = _of_a_worker(parts)
+        smallest_bytes = sum(parts.values()) + least_bytes
+    elif kv_memory_bytes is None:
         left_bytes = max(all_bytes, _LEAST_BYTES)
         if memory_bytes is not None:
             left_bytes = memory_bytes - smallest_bytes
@@ -154,6 +161,13 @@ def plan_memory(
         )
     _check_machine(plan.ceiling_bytes)
     return plan
+
+
+def _of_a_worker(parts: dict[str, int]) -> dict[str, int]:
+    """Without what only a main node has; its buffers are those of a prompt's experts."""
+    needless = {*OVERHEAD_BYTES, "dense_weights", "kv_cache", "tokenizer"} - {*_OF_A_WORKER}
+    left = {name: size for name, size in parts.items() if name not in needless}
+    return {**left, "worker": OVERHEAD_BYTES["worker"]}
 
 
 def longest_state_bytes(manifest: Manifest, context_tokens: int) -> int:
@@ -267,6 +281,7 @@ def _fixed_parts(
     itemsize = 4
     inner_itemsize = _own_itemsize(spec)
     overheads = dict(OVERHEAD_BYTES)
+    del overheads["worker"]
     if not embedded_valkey:
         del overheads["valkey"]
     if not serves_http:

@@ -17,6 +17,7 @@ from proto.gateway_pb2_grpc import GatewayStub
 from proto.memory_report import MemoryReport
 from proto.scheduler_pb2_grpc import SchedulerStub
 from proto.stats import Stats
+from proto.worker_pb2_grpc import WorkerStub
 
 _TIMEOUT_S = 3.0
 
@@ -36,7 +37,9 @@ def check_health(address: str, tls: rpc.TlsFiles | None = None) -> str:
 
 def collect_status(run: RunDir) -> dict[str, Facts]:
     """Facts by daemon; one that does not answer has health `away` and nothing else."""
-    asked = [name for name in _DAEMONS if name != "gateway" or run.socket(name).exists()]
+    asked = [name for name in _DAEMONS if name not in _NOT_ALWAYS or run.socket(name).exists()]
+    if "worker" in asked:
+        asked = ["expert_store", "worker"]
     found = {name: _ask(run, name) for name in asked}
     report = MemoryReport.read(run.path)
     if report is not None:
@@ -103,6 +106,9 @@ def _store_facts(stats: Stats) -> Facts:
     }
 
 
+_OF_A_BOX = ("up", "answered", "late", "failed", "bytes_sent", "bytes_received")
+
+
 def _node_facts(stats: Stats) -> Facts:
     """Without Redis nothing is known of advice and evidence."""
     total = stats.hits + stats.misses
@@ -128,6 +134,7 @@ def _node_facts(stats: Stats) -> Facts:
         **_pick(stats, ("exact_pass", "lossy_tokens")),
         "quality": _quality(stats),
         "stall_s": {cause: round(s.stall_cause_s, 3) for cause, s in stats.by("cause").items()},
+        "boxes": {box: _pick(one, _OF_A_BOX) for box, one in stats.by("box").items()},
     }
 
 
@@ -216,6 +223,14 @@ def _gateway_facts(stats: Stats) -> Facts:
     return {**_pick(stats, ("url", "under_way", "gone")), "answered": answered}
 
 
+def _worker_facts(stats: Stats) -> Facts:
+    total = stats.hits + stats.misses
+    return {
+        "hit_ratio": round(stats.hits / total, 4) if total else None,
+        **_pick(stats, ("resident", "answered", "experts_computed")),
+    }
+
+
 def _pick(stats: Stats, keys: Iterable[str]) -> Facts:
     return {key: getattr(stats, key) for key in keys}
 
@@ -233,4 +248,6 @@ _DAEMONS: dict[str, tuple[type[Any], Callable[[Stats], Facts]]] = {
     "compute_node": (ComputeNodeStub, _node_facts),
     "scheduler": (SchedulerStub, _scheduler_facts),
     "gateway": (GatewayStub, _gateway_facts),
+    "worker": (WorkerStub, _worker_facts),
 }
+_NOT_ALWAYS = ("gateway", "worker")

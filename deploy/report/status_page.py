@@ -37,7 +37,7 @@ def status_rows(
         pages[name.replace("_", " ")] = rows
     if "memory" in found:
         pages["memory"] = _memory_rows(found["memory"])
-    for node, shadows in found["scheduler"].get("nodes", {}).items():
+    for node, shadows in found.get("scheduler", {}).get("nodes", {}).items():
         pages[f"policies of {node}"] = shadow_rows(shadows)
     return pages
 
@@ -97,7 +97,17 @@ def _node_rows(facts: Facts) -> dict[str, str]:
         "run-ahead": _run_ahead(facts),
         "waited": _stalls(facts["stall_s"]),
         "store": "never lost" if not reopened else f"lost and opened again {times(reopened)}",
+        **{f"box {address}": _box(box) for address, box in facts.get("boxes", {}).items()},
     }
+
+
+def _box(box: Facts) -> str:
+    """Of a worker that computes experts for the node."""
+    return (
+        f"{'is given work' if box['up'] else 'away'}; {box['answered']:,} answered, "
+        f"{box['late']:,} late, {box['failed']:,} failed; {console.size(box['bytes_sent'])} sent, "
+        f"{console.size(box['bytes_received'])} received"
+    )
 
 
 def _kept(facts: Facts) -> str:
@@ -253,9 +263,17 @@ def _gateway_rows(facts: Facts) -> dict[str, str]:
     }
 
 
+def _worker_rows(facts: Facts) -> dict[str, str]:
+    rows = {"answered": f"{facts['answered']:,} requests, {facts['experts_computed']:,} experts"}
+    if facts["hit_ratio"] is not None:
+        rows["hit ratio"] = f"{facts['hit_ratio']:.1%} of the experts used were in memory"
+    return {**rows, "experts": f"{facts['resident']:,} in memory"}
+
+
 _DAEMONS: dict[str, Callable[[Facts], dict[str, str]]] = {
     "expert_store": _store_rows,
     "compute_node": _node_rows,
     "scheduler": _scheduler_rows,
     "gateway": _gateway_rows,
+    "worker": _worker_rows,
 }

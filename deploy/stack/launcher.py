@@ -32,7 +32,9 @@ _DRAIN_S = 30.0  # longer than a daemon may take to stop
 
 def _check_redis(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
     """Raises ConfigInvalid when the user's Redis cannot carry evidence and advice."""
-    for url in {tables[name]["redis_url"] for name in ("compute_node", "scheduler")}:
+    for url in {
+        tables[name]["redis_url"] for name in ("compute_node", "scheduler") if name in tables
+    }:
         if url != run.redis_url:
             from deploy.stack.redis_check import check_redis  # imports redis, which few need
 
@@ -41,19 +43,17 @@ def _check_redis(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
 
 def commands(run: RunDir, settings: ServeSettings) -> dict[str, list[str]]:
     """The command line of every process, in the order of start."""
+    modules = ["expert_store", "compute_node", "scheduler"]
+    if settings.is_worker:
+        modules = ["expert_store", "compute_node.worker"]
+    elif settings.http is not None:
+        modules.append("compute_node.gateway")
     found: dict[str, list[str]] = {}
-    if settings.redis is None:
+    if settings.redis is None and not settings.is_worker:
         found["valkey"] = valkey_command(run)
-    for name in ("expert_store", "compute_node", "scheduler"):
-        found[name] = [sys.executable, "-m", name, "--config", str(run.config)]
-    if settings.http is not None:
-        found["gateway"] = [
-            sys.executable,
-            "-m",
-            "compute_node.gateway",
-            "--config",
-            str(run.config),
-        ]
+    for module in modules:
+        name = module.rpartition(".")[2]
+        found[name] = [sys.executable, "-m", module, "--config", str(run.config)]
     return found
 
 
@@ -150,8 +150,8 @@ def _clear(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
         run.config.write_text(tomli_w.dumps(tables))
         for name in ("valkey", *tables):
             log_files.clear(run.log(name))
-        stale = (run.socket("valkey"), run.socket("gateway"), run.http, run.path / FILE_NAME)
-        for file in stale:
+        sockets = (run.socket(name) for name in ("valkey", "gateway", "worker"))
+        for file in (*sockets, run.http, run.path / FILE_NAME):
             file.unlink(missing_ok=True)
     except OSError as error:
         raise run.unusable(error) from error

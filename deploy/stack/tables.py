@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from compute_node.config import ComputeNodeConfig
 from compute_node.gateway.config import GatewayConfig
+from compute_node.worker.config import WorkerConfig
 from deploy.plan.budget import MemoryPlan
 from deploy.settings import ServeSettings
 from deploy.stack.run_dir import RunDir
@@ -22,6 +23,7 @@ _CONFIGS: dict[str, type[BaseModel]] = {
     "compute_node": ComputeNodeConfig,
     "scheduler": SchedulerConfig,
     "gateway": GatewayConfig,
+    "worker": WorkerConfig,
 }
 _OVERRIDABLE = {
     "read_depth",
@@ -46,15 +48,16 @@ def compose(
 
     Raises ConfigInvalid for a setting that the launcher derives, or that the daemon refuses.
     """
-    tables = {
-        "expert_store": _store_table(run, settings, store_dir, plan),
-        "compute_node": _node_table(run, settings, manifest, plan),
-        "scheduler": _scheduler_table(run, settings, manifest),
-    }
+    tables = {"expert_store": _store_table(run, settings, store_dir, plan)}
+    if settings.is_worker:
+        tables["worker"] = _worker_table(run, settings, plan)
+    else:
+        tables["compute_node"] = _node_table(run, settings, manifest, plan)
+        tables["scheduler"] = _scheduler_table(run, settings, manifest)
+        _name_files(tables, settings, store_dir)
     if settings.http is not None:
         tables["gateway"] = _gateway_table(run, settings, store_dir)
     _check_overrides(settings, tables)
-    _name_files(tables, settings, store_dir)
     if settings.source:
         tables["expert_store"]["source_root"] = str(settings.source.resolve())
     for name, table in tables.items():
@@ -109,6 +112,17 @@ def _node_table(
         "prefill_chunk_tokens": settings.chunk_tokens(manifest.sizing),
         "policy": settings.policy,
         "redis_url": settings.redis or run.redis_url,
+        "workers": list(settings.workers),
+    }
+
+
+def _worker_table(run: RunDir, settings: ServeSettings, plan: MemoryPlan) -> dict[str, Any]:
+    return _face(run, "worker") | {
+        "listen": settings.listen,
+        "store_address": run.address("expert_store"),
+        "session_dir": str(run.path / "sessions"),
+        "slots": plan.slots,
+        "verdicts_path": str(run.path / "kernels.json"),
     }
 
 

@@ -75,6 +75,13 @@ JSON = typer.Option("--json", help="One JSON object instead of text.")
 CHECKPOINT = typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face checkpoint.")
 STORE = typer.Argument(metavar="STORE", help="Folder made by `flashmoe index` or `pack`.")
 OUT = typer.Option("--out", metavar="STORE", help="Folder to write.")
+WORKER = typer.Option(
+    metavar="ADDRESS",
+    help="A box where `flashmoe worker` listens, as 10.0.0.2:9400; repeat for more.",
+)
+LISTEN = typer.Option(
+    metavar="HOST:PORT", help="Where main nodes reach it; beyond loopback its table needs tls."
+)
 HTTP = typer.Option(
     metavar="[HOST:]PORT", help="Serve OpenAI's interface and a live page there. (default: off)"
 )

@@ -37,6 +37,7 @@ def serve(
     http: Annotated[str | None, options.HTTP] = None,
     api_key_file: Annotated[Path | None, options.API_KEY_FILE] = None,
     cors_origin: Annotated[list[str] | None, CORS_ORIGIN] = None,
+    worker: Annotated[list[str] | None, options.WORKER] = None,
     config: Annotated[Path | None, options.CONFIG] = None,
 ) -> None:
     """Run all daemons on this box until interrupted; prints one line when ready.
@@ -55,6 +56,7 @@ def serve(
         http=http,
         api_key_file=api_key_file,
         cors_origins=tuple(cors_origin) if cors_origin else None,
+        workers=tuple(worker) if worker else None,
     )
     check_http(settings)
     if forecaster is not None:

@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from compute_node.config import ComputeNodeConfig
 from compute_node.gateway.config import GatewayConfig
+from compute_node.worker.config import WorkerConfig
 from deploy.settings import ServeSettings
 from expert_store.config import ExpertStoreConfig
 from scheduler.config import SchedulerConfig
@@ -24,6 +25,7 @@ DAEMONS: dict[str, type[BaseModel]] = {
     "compute_node": ComputeNodeConfig,
     "scheduler": SchedulerConfig,
     "gateway": GatewayConfig,
+    "worker": WorkerConfig,
 }
 MODELS: dict[str, type[BaseModel]] = {"serve": ServeSettings, **DAEMONS}
 NOT_EXPANDED = "run_dir"  # its default begins with the user's home folder

@@ -54,6 +54,7 @@ class Backend:
         self,
         step: Step,
         hidden: Tensor,
+        route: Route,
         experts: Sequence[int],
         sums: Sequence[Sum],
         small: Collection[int] = (),

@@ -1,0 +1,86 @@
+"""Experts computed on another box, through the messages of the wire: on every architecture the
+bits of one box.
+
+Planted fault seen red: a token's experts added in the order in which they came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compute_node.boxes.boxes import Boxes
+from compute_node.boxes.link import Answer
+from compute_node.boxes.work import Work, bytes_of, tensor_of
+from compute_node.engine.engine import Engine
+from compute_node.moe.local import LocalBackend
+from compute_node.moe.owned import OwnedBackend
+from compute_node.worker.lent_experts import LentExperts
+from expert_store.offline.index import index
+from proto import worker_pb2 as pb
+from tests.architectures import causal_types, tiny_config
+from tests.checkpoints import ARCHITECTURES, make, save
+from tests.contract.test_conversations import SECOND, alone, answered, equal
+from tests.contract.test_every_architecture import REFUSED
+from tests.contract.test_exactness import engine
+
+
+class BoxInProcess:
+    """A worker without a stream. num_answered: requests; loses: it answers none"""
+
+    def __init__(self, worker: Engine, loses: bool = False) -> None:
+        loaded = worker.loaded
+        self.address, self.is_up, self.slots = "box", True, worker.cache.capacity.slots
+        self.num_answered, self._loses = 0, loses
+        self._shape = loaded.hidden_size, loaded.dtype
+        self._lent = LentExperts(loaded.kernels, loaded.spec.num_experts, worker.cache)
+
+    def ask(self, work: Work) -> Answer:
+        return Answer(work, 0.0, 0.0)
+
+    def wait(self, answer: Answer, check: Callable[[], None]) -> Tensor | None:
+        work = answer.work
+        if self._loses:
+            return None
+        sent = pb.WorkRequest.FromString(work.to_pb(1).SerializeToString())
+        made = self._lent.compute(Work.from_pb(sent, *self._shape), check)
+        self.num_answered += 1
+        return tensor_of(bytes_of(made), work.hidden.dtype, len(made))
+
+
+def joined(node: Engine, box: BoxInProcess) -> None:
+    """The node gives work to the box."""
+    spec, loaded = node.loaded.spec, node.loaded
+    boxes = Boxes(spec.num_experts, node.cache.capacity.slots)
+    boxes.links = [box]  # type: ignore[list-item]
+    node.cache.elsewhere = boxes
+    for layer, module in loaded.experts_modules.items():
+        local = LocalBackend(layer, node.cache, loaded.prefetcher, loaded.timer, spec.small_variant)
+        module.flashmoe._backend = OwnedBackend(layer, local, boxes)
+
+
+@pytest.mark.parametrize(
+    "name", [*ARCHITECTURES, *(one for one in causal_types() if one not in REFUSED)]
+)
+def test_another_box_gives_the_bits_of_one(name: str, tmp_path: Path) -> None:
+    if name in ARCHITECTURES:
+        root = make(name, tmp_path / "checkpoint", torch.bfloat16, seed=3)
+    else:
+        root = save(tiny_config(name), tmp_path / "checkpoint", torch.float32)
+    index(root, tmp_path / "store")
+    (tmp_path / "there").mkdir()
+    with (
+        engine(tmp_path / "store", tmp_path) as node,
+        engine(tmp_path / "store", tmp_path / "there") as there,
+    ):
+        expected = alone(node, SECOND)
+        box = BoxInProcess(there)
+        joined(node, box)
+        assert equal(answered(node, SECOND)[0], expected)
+        assert box.num_answered > len(node.loaded.experts_modules), "it had work"
+        joined(node, BoxInProcess(there, loses=True))
+        assert equal(answered(node, SECOND)[0], expected), "what never comes is computed here"
