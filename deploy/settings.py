@@ -35,6 +35,7 @@ def _default_run_dir() -> Path:
 
 
 DEFAULT_RUN_DIR = _default_run_dir()
+DEFAULT_LISTEN = "127.0.0.1:9400"
 _LOCAL_FILE = Path("flashmoe.toml")
 _BYTES = TypeAdapter(ByteSize)
 _CALIBRATED = ("forecaster_path", "router_map_path")  # what daemons' tables call it
@@ -59,7 +60,7 @@ class ServeSettings(BaseModel):
     api_key_file: Path | None = None
     cors_origins: tuple[str, ...] = ()
     workers: tuple[str, ...] = ()
-    listen: str | None = None
+    listen: str = DEFAULT_LISTEN
     expert_store: dict[str, Any] = Field(default_factory=dict)
     compute_node: dict[str, Any] = Field(default_factory=dict)
     scheduler: dict[str, Any] = Field(default_factory=dict)
@@ -67,6 +68,7 @@ class ServeSettings(BaseModel):
     worker: dict[str, Any] = Field(default_factory=dict)
     _is_calibrated: bool = PrivateAttr(default=True)
     _is_tuned: bool = PrivateAttr(default=True)
+    _is_worker: bool = PrivateAttr(default=False)
 
     @classmethod
     def load(cls, path: Path | None) -> Self:
@@ -88,7 +90,13 @@ class ServeSettings(BaseModel):
     @property
     def is_worker(self) -> bool:
         """Whether this box only computes experts for a main node on another."""
-        return self.listen is not None
+        return self._is_worker
+
+    def of_worker(self) -> Self:
+        """These settings, for a box that only computes experts for a main node on another."""
+        left = self.model_copy(update={"http": None, "redis": None})
+        left._is_worker = True
+        return left
 
     @property
     def read_depth(self) -> int:

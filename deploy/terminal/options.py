@@ -80,7 +80,8 @@ WORKER = typer.Option(
     help="A box where `flashmoe worker` listens, as 10.0.0.2:9400; repeat for more.",
 )
 LISTEN = typer.Option(
-    metavar="HOST:PORT", help="Where main nodes reach it; beyond loopback its table needs tls."
+    metavar="HOST:PORT",
+    help="Where main nodes reach it; TLS beyond loopback. (default: 127.0.0.1:9400)",
 )
 HTTP = typer.Option(
     metavar="[HOST:]PORT", help="Serve OpenAI's interface and a live page there. (default: off)"

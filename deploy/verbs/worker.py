@@ -11,12 +11,10 @@ from deploy.stack.stack_plan import StackPlan
 from deploy.terminal import console, options
 from deploy.terminal.signals import stop_flag
 
-DEFAULT_LISTEN = "127.0.0.1:9400"
-
 
 def worker(
     model: Annotated[Path | None, options.MODEL] = None,
-    listen: Annotated[str, options.LISTEN] = DEFAULT_LISTEN,
+    listen: Annotated[str | None, options.LISTEN] = None,
     memory: Annotated[str | None, options.MEMORY] = None,
     experts_memory: Annotated[str | None, options.EXPERTS_MEMORY] = None,
     run_dir: Annotated[Path | None, options.RUN_DIR] = None,
@@ -36,7 +34,7 @@ def worker(
         run_dir=run_dir,
         source=source,
     )
-    plan, stopped = StackPlan.of(settings), stop_flag()
+    plan, stopped = StackPlan.of(settings.of_worker()), stop_flag()
     with serving(plan, stopped, say=console.say) as stack:
         if not stopped():
             console.out.print(
