@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillWorking
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.02
 _CALL_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
-_MOST_LATE = 3  # answers in a row, then it is left alone for a while
+_MOST_MISSED = 3  # answers in a row, then it is left alone for a while
 _REFUSALS = (errors.VersionMismatch, errors.OtherBits)
 _WORK, _HELP = "flashmoe_node_worker_requests", "Work given to other boxes"
 _BYTES, _BYTES_HELP = "flashmoe_node_worker_bytes", "Activations to and from other boxes"
@@ -41,6 +40,7 @@ _BYTES, _BYTES_HELP = "flashmoe_node_worker_bytes", "Activations to and from oth
 class Answer:
     """Of a worker, to be waited for."""
 
+    number: int
     work: Work
     asked_s: float
     late_s: float
@@ -74,7 +74,7 @@ class WorkerLink:
         self._requests: queue.SimpleQueue[pb.WorkRequest | None] = queue.SimpleQueue()
         self._open: dict[int, Answer] = {}
         self._lock = threading.Lock()
-        self._number = self._num_late_in_a_row = 0
+        self._number = self._num_missed_in_a_row = 0
         self.slots = 0  # experts that it holds at once; 0: it never joined
         self._takes_work, self._closing = threading.Event(), threading.Event()
         self._rested_s = 0.0
@@ -112,12 +112,11 @@ class WorkerLink:
     def ask(self, work: Work) -> Answer:
         """Send it. Blocks for nothing."""
         latency = self._latency[len(work.hidden) == 1]
-        answer = Answer(work, time.monotonic(), latency.late_s)
+        self._number += 1
+        request = work.to_pb(self._number)
+        answer = Answer(self._number, work, time.monotonic(), latency.late_s)
         with self._lock:
-            self._number += 1
-            number = self._number
-            self._open[number] = answer
-        request = work.to_pb(number)
+            self._open[answer.number] = answer
         self.bytes_sent += request.ByteSize()
         self._requests.put(request)
         if not self._takes_work.is_set():
@@ -138,30 +137,34 @@ class WorkerLink:
                     self._late(answer)
                     return None
             except errors.FlashMoEError as error:
-                self.num_failed += 1
-                logger.warning("worker failed", extra={"box": self.address, "reason": str(error)})
+                self.refuse(error)
                 return None
             else:
                 self._latency[len(answer.work.hidden) == 1].heard(time.monotonic() - answer.asked_s)
                 self.num_answered += 1
-                self._num_late_in_a_row = 0
+                self._num_missed_in_a_row = 0
                 return rows
 
     def refuse(self, error: errors.FlashMoEError) -> None:
-        """What it answered is no answer: it is left alone for a while."""
+        """What it answered is no answer."""
         self.num_failed += 1
-        self._rested_s = time.monotonic() + _LONGEST_PAUSE_S
-        logger.warning("worker answers wrongly", extra={"box": self.address, "reason": str(error)})
+        logger.warning("worker failed", extra={"box": self.address, "reason": str(error)})
+        self._missed()
 
     def _late(self, answer: Answer) -> None:
-        """What is late several times in a row is left alone for a while."""
+        with self._lock:
+            self._open.pop(answer.number, None)
         self.num_late += 1
-        self._num_late_in_a_row += 1
         self._latency[len(answer.work.hidden) == 1].heard(answer.late_s)
-        if self._num_late_in_a_row >= _MOST_LATE:
+        self._missed()
+
+    def _missed(self) -> None:
+        """A box that misses several times in a row is left alone for a while."""
+        self._num_missed_in_a_row += 1
+        if self._num_missed_in_a_row >= _MOST_MISSED:
             self._rested_s = time.monotonic() + _LONGEST_PAUSE_S
-            self._num_late_in_a_row = 0
-            logger.warning("worker is slow", extra={"box": self.address})
+            self._num_missed_in_a_row = 0
+            logger.warning("worker rests", extra={"box": self.address, "for_s": _LONGEST_PAUSE_S})
 
     def _run(self) -> None:
         pause_s = _FIRST_PAUSE_S
@@ -209,9 +212,10 @@ class WorkerLink:
     def _try_out(self, requests: queue.SimpleQueue[Any], replies: Iterator[pb.WorkReply]) -> None:
         """Raises OtherBits, Unavailable, RpcError."""
         for work in self._probe.works:
-            self._number += 1
-            requests.put(work.to_pb(self._number))
-            reply = next(replies)
+            requests.put(work.to_pb(0))
+            reply = next(replies, None)
+            if reply is None:
+                raise errors.Unavailable(f"{self.address} ended the stream")
             if reply.error:
                 raise errors.Unavailable(f"{self.address} cannot compute: {reply.error}")
             self._probe.check(self.address, work, reply.rows)
@@ -237,8 +241,7 @@ class WorkerLink:
         with self._lock:
             left, self._open = list(self._open.values()), {}
         for answer in left:
-            with suppress(Exception):
-                answer.rows.set_exception(errors.Unavailable(why))
+            answer.rows.set_exception(errors.Unavailable(why))
 
 
 def _until_none(requests: queue.SimpleQueue[Any]) -> Iterator[pb.WorkRequest]:

@@ -75,7 +75,7 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 def tensor_of(data: bytes, dtype: torch.dtype, num_rows: int) -> Tensor:
     """[num_rows, n], memory of its own. Raises InvalidRequest when the bytes are no such rows."""
-    row_bytes, rest = divmod(len(data), num_rows)
-    if rest or not row_bytes or row_bytes % dtype.itemsize:
+    row_bytes, rest = divmod(len(data), max(1, num_rows))
+    if num_rows < 1 or rest or not row_bytes or row_bytes % dtype.itemsize:
         raise errors.InvalidRequest(f"{len(data)} bytes are not {num_rows} rows of {dtype}")
     return torch.frombuffer(bytearray(data), dtype=dtype).view(num_rows, -1)

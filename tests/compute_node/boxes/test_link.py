@@ -1,0 +1,171 @@
+"""A link to a worker that does everything wrong: the main node computes by itself, and nothing
+hangs or leaks.
+
+Planted faults seen red: a late answer kept for ever, a stream that ends within the probe ending the
+link, rows that are none ending it, a box that fails asked on and on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+
+from compute_node.boxes.link import WorkerLink
+from compute_node.boxes.probe import Probe
+from compute_node.boxes.work import Work, bytes_of, tensor_of
+from compute_node.cache.asked import never
+from proto import errors, rpc
+from proto import worker_pb2 as pb
+from proto.expert import ModelSpec
+from proto.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
+from tests.stack import wait_for
+
+SPEC = ModelSpec("f", "toy", (0, 2), 4, 2, {0: (), 2: ()})
+Reply = Callable[[pb.WorkRequest], pb.WorkReply | None]
+WORK = Work(0, [1], torch.ones(1, 8), torch.tensor([[1, 2]]), torch.ones(1, 2))
+
+
+def doubled(work: Work) -> torch.Tensor:
+    return work.hidden * 2
+
+
+def right(request: pb.WorkRequest) -> pb.WorkReply:
+    hidden = tensor_of(request.hidden, torch.float32, request.num_tokens)
+    return pb.WorkReply(id=request.id, rows=bytes_of(hidden * 2))
+
+
+class Worker(WorkerServicer):
+    """reply: of a request that is not of the probe; None: never. num_probed: before it ends the
+    stream
+    """
+
+    def __init__(self) -> None:
+        self.reply: Reply = right
+        self.num_probed, self.num_streams = 1 << 30, 0
+        self.fingerprint = "f"
+        self.over = threading.Event()
+
+    def Describe(self, request: Any, context: Any) -> pb.WorkerDescription:
+        return pb.WorkerDescription(
+            protocol_version=rpc.PROTOCOL_VERSION, fingerprint=self.fingerprint, slots=5
+        )
+
+    def Compute(self, requests: Iterator[pb.WorkRequest], context: Any) -> Iterator[pb.WorkReply]:
+        self.num_streams += 1
+        for number, request in enumerate(requests):
+            if number >= self.num_probed:
+                return
+            found = right(request) if request.id == 0 else self.reply(request)
+            if found is not None:
+                yield found
+
+
+@contextmanager
+def linked(folder: Path, worker: Worker, probe: Probe | None = None) -> Iterator[WorkerLink]:
+    server = grpc.server(ThreadPoolExecutor(4))
+    add_WorkerServicer_to_server(worker, server)
+    address = f"unix:{folder}/w.sock"
+    server.add_insecure_port(address)
+    server.start()
+    try:
+        probe = probe or Probe.of(doubled, SPEC, 8, torch.float32)
+        with WorkerLink(address, "f", probe) as link:
+            yield link
+    finally:
+        server.stop(0).wait()
+
+
+def test_what_it_answers_is_taken(run_dir: Path) -> None:
+    with linked(run_dir, Worker()) as link:
+        assert link.wait_up(10) and link.is_up and link.slots == 5
+        for _ in range(20):
+            rows = link.wait(link.ask(WORK), never)
+            assert rows is not None and torch.equal(rows, WORK.hidden * 2)
+        assert (link.num_answered, link.num_late, link.num_failed) == (20, 0, 0)
+        assert link.bytes_sent > 20 * 32 < link.bytes_received
+
+
+def test_what_comes_late_is_done_without_and_forgotten(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker()
+    with linked(run_dir, worker) as link:
+        assert link.wait_up(10)
+        for _ in range(32):
+            link.wait(link.ask(WORK), never)
+        worker.reply = lambda _: None
+        for number in range(3):
+            assert link.is_up, number
+            began_s = time.monotonic()
+            assert link.wait(link.ask(WORK), never) is None
+            assert time.monotonic() - began_s < 2
+        assert not link.is_up, "it rests"
+        assert link.num_late == 3 and not link._open
+        monkeypatch.setattr(link, "_rested_s", 0.0)
+        worker.reply = right
+        assert link.is_up and link.wait(link.ask(WORK), never) is not None
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        lambda request: pb.WorkReply(id=request.id, error="the disk is damaged"),
+        lambda request: pb.WorkReply(id=request.id),
+        lambda request: pb.WorkReply(id=request.id, rows=bytes(7)),
+    ],
+    ids=["error", "nothing", "no rows"],
+)
+def test_a_box_that_fails_rests(run_dir: Path, reply: Reply) -> None:
+    worker = Worker()
+    worker.reply = reply
+    with linked(run_dir, worker) as link:
+        assert link.wait_up(10)
+        for _ in range(3):
+            assert link.is_up
+            assert link.wait(link.ask(WORK), never) is None
+        assert not link.is_up and link.num_failed == 3
+
+
+def test_a_stream_that_ends_is_opened_again(run_dir: Path) -> None:
+    worker = Worker()
+    worker.num_probed = 3
+    with linked(run_dir, worker) as link:
+        wait_for(lambda: worker.num_streams >= 2, 10, "the link to try again")
+        assert not link.is_up
+        worker.num_probed = 1 << 30
+        assert link.wait_up(20)
+
+
+def test_another_model_and_other_bits_are_refused(run_dir: Path) -> None:
+    worker = Worker()
+    worker.fingerprint = "g"
+    with linked(run_dir, worker) as link, pytest.raises(errors.VersionMismatch, match="another"):
+        link.wait_up(10)
+    other = Probe.of(lambda work: work.hidden * 3, SPEC, 8, torch.float32)
+    with (
+        linked(run_dir, Worker(), other) as link,
+        pytest.raises(errors.OtherBits, match=r"w\.sock computes"),
+    ):
+        link.wait_up(10)
+
+
+def test_who_waits_may_leave(run_dir: Path) -> None:
+    worker = Worker()
+    worker.reply = lambda _: None
+
+    def leave() -> None:
+        raise errors.Cancelled("the caller went away")
+
+    with linked(run_dir, worker) as link:
+        assert link.wait_up(10)
+        with pytest.raises(errors.Cancelled):
+            link.wait(link.ask(WORK), leave)
