@@ -14,7 +14,6 @@ export PROMPT ?= In the beginning
 MEMORY ?= 1GiB
 EXPERTS_MEMORY ?= 37.5%
 MAX_TOKENS ?= 96
-WORKERS ?= 2
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 CONTAINER ?= $(CURDIR)/.flashmoe/container
 IMAGE := flashmoe:0.1.0
@@ -66,11 +65,8 @@ run: $(STORE)/manifest.json  ## generate once from the shipped model (PROMPT="..
 serve: $(STORE)/manifest.json  ## keep the shipped model up for clients (flashmoe generate "...")
 	@$(BIN)/flashmoe serve --model $(STORE) --memory $(MEMORY) --experts-memory $(EXPERTS_MEMORY)
 
-# OpenMP's idle threads leave the cores to tests beside them, as a node's do.
-test: export GOMP_SPINCOUNT = 1000
-test: $(STUBS)  ## the whole test suite, system tests included (WORKERS=2 at once)
-	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile -m 'not alone and not container'
-	$(PY) -m pytest -q -m 'alone and not container'
+test: $(STUBS)  ## the whole test suite, system tests included
+	$(PY) -m pytest -q
 
 system: $(STUBS)  ## only the tests that start real processes
 	$(PY) -m pytest -q -m system

@@ -54,10 +54,11 @@ def compose(
     else:
         tables["compute_node"] = _node_table(run, settings, manifest, plan)
         tables["scheduler"] = _scheduler_table(run, settings, manifest)
-        _name_files(tables, settings, store_dir)
     if settings.http is not None:
         tables["gateway"] = _gateway_table(run, settings, store_dir)
     _check_overrides(settings, tables)
+    if not settings.is_worker:
+        _name_files(tables, settings, store_dir)
     if settings.source:
         tables["expert_store"]["source_root"] = str(settings.source.resolve())
     for name, table in tables.items():

@@ -67,7 +67,6 @@ def test_quantiles(values: tuple[float, ...], share: float, expected: float | No
     assert found == (None if expected is None else pytest.approx(expected))
 
 
-@pytest.mark.alone
 def test_counting_is_cheap() -> None:
     """A token counts two. Red with a bound of 2 us on a busy machine; that is why it is 20."""
     found = Histogram.empty(tuple(float(bound) for bound in range(16)))

@@ -73,7 +73,6 @@ def test_trace_of_a_running_stack_is_what_its_node_tells(
     assert np.array_equal(trace.router_scores, [step.router_scores for step in steps])
 
 
-@pytest.mark.alone
 def test_stack_of_its_own_records_the_same_and_leaves_nothing(
     stack: ServedStack, tiny_store: Path, prompts: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from compute_node.cache.asked import NONE_SMALL, Meanwhile, never, sleep
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.counters import LayerCounters
+from compute_node.cache.latest_use import LatestUse
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.cache.waits import Waits
 from compute_node.store.memory import TORCH_DTYPES, Borrowed
@@ -27,6 +29,16 @@ from proto.expert import ExpertKey, RecordKey
 _ADVICE_BYTES = 128 * 1024
 
 
+class MappedRoom:
+    """Nothing has to go for anything."""
+
+    def __init__(self) -> None:
+        self.answers = LatestUse()
+
+    def sparing_answers(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 class MappedExperts:
     """Plays the node's ExpertCache: nothing is ever missing, the kernel reads what is touched."""
 
@@ -35,7 +47,7 @@ class MappedExperts:
         self._files = [_map(root / file.path) for file in manifest.files]
         self._manifest = manifest
         self.counters = {layer: LayerCounters() for layer in manifest.spec.moe_layers}
-        self.waits = Waits(self.counters)
+        self.waits, self.room = Waits(self.counters), MappedRoom()
         spec = manifest.spec
         num_bytes = spec.num_experts_total * manifest.slot_bytes
         self.capacity = Capacity(

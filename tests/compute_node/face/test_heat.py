@@ -10,8 +10,6 @@ import statistics
 import threading
 import time
 
-import pytest
-
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
 from compute_node.face.heat import expert_states
@@ -91,7 +89,6 @@ def test_nothing_breaks_while_the_cache_changes() -> None:
     assert all(sum(map(bool, row)) <= 128 for look in looks for row in look.values())
 
 
-@pytest.mark.alone
 def test_a_look_is_cheap() -> None:
     """48 x 128, three quarters resident: 0.6 ms on a quiet machine, hence the bound."""
     layers = tuple(range(48))

@@ -101,7 +101,6 @@ def test_without_a_file_or_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert [record.message for record in caplog.records] == ["kernel verdicts are not kept"]
 
 
-@pytest.mark.alone
 def test_what_is_slower_is_left_to_torch() -> None:
     """Red when a kernel with torch's bits is used whatever it costs."""
     prober = Prober(times=True)
