@@ -6,6 +6,7 @@ down_proj for all.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,4 +79,5 @@ def test_torch_shares_out_no_row_of_several() -> None:
         kernels = bound(module, several[0])
         kernels.one_token(several, torch.ones(1, 64).bfloat16(), [1.0] * 4)
     assert all(rows == 1 or rows * columns < 32768 for rows, columns in seen)
-    assert any(rows == 4 for rows, _ in seen) or binding.obstacle()
+    by_amx = "amx_bf16" in Path("/proc/cpuinfo").read_text()  # torch adds up otherwise there
+    assert any(rows == 4 for rows, _ in seen) or by_amx or binding.obstacle()
