@@ -64,6 +64,8 @@ def _over_http(stack: ServedStack) -> Iterator[float]:
     reply = connection.getresponse()
     assert reply.status == OK, reply.read()
     while line := reply.readline():
-        if line.startswith(b'data: {"'):
-            yield time.monotonic()
+        if line.startswith(b"data: {"):
+            at_s = time.monotonic()
+            if json.loads(line[6:])["choices"][0]["finish_reason"] is None:  # the last has no token
+                yield at_s
     connection.close()
