@@ -20,7 +20,7 @@ class Boxes:
         self._num_experts, self._own_slots = num_experts, slots
         self.links: Sequence[WorkerLink] = ()
         self._slots: tuple[int, ...] = ()
-        self._owners = Owners(num_experts, (slots,))
+        self._owners: Owners
 
     def shares(self, layer: int, experts: Iterable[int]) -> dict[WorkerLink, list[int]]:
         """What other boxes compute of these, in their order."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from compute_node.boxes.work import bytes_of
 from compute_node.client.result import ScoredToken
 from compute_node.client.sampling_options import SamplingOptions
 from compute_node.engine import engine as core
@@ -125,9 +126,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         work = Work(layer, context.peer())
         async for _, result in self._compute.run(work, context.time_remaining()):
             output = result
-        return pb.ForwardReply(
-            hidden_states=output.contiguous().view(torch.uint8).numpy().tobytes()
-        )
+        return pb.ForwardReply(hidden_states=bytes_of(output))
 
     async def Stats(self, request: stats_pb.StatsRequest, context: Any) -> stats_pb.Snapshot:
         return self._stats.snapshot()
