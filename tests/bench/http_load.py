@@ -53,13 +53,16 @@ async def load(
     until: float | threading.Event,
     connections: int,
     may_break: bool = False,
+    outcomes: Outcomes | None = None,
 ) -> Outcomes:
     """Streams over `connections` at once, one after the other on each.
 
     until:     seconds, or what is set at the end
     may_break: the gateway is killed meanwhile
+    outcomes:  filled meanwhile, and returned
     """
-    outcomes, is_over = Outcomes(), _ending(until)
+    outcomes = Outcomes() if outcomes is None else outcomes
+    is_over = _ending(until)
 
     async def go_on(number: int) -> None:
         while not is_over():

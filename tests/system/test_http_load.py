@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from tests.stack import ServedStack, served, wait_for
 
 pytestmark = pytest.mark.system
 SECONDS, CONNECTIONS = 20.0, 200
-KILL_SECONDS = 8.0
 _LEAK_MIB = 8.0  # what an allocator keeps of 200 connections at once
 
 
@@ -48,23 +46,22 @@ def test_two_hundred_connections_on_a_queue_of_sixteen(stack: ServedStack) -> No
 
 @pytest.mark.parametrize("victim", ["compute_node", "gateway", "expert_store"])
 def test_a_killed_daemon_loses_no_request_silently(stack: ServedStack, victim: str) -> None:
-    expected = undisturbed(stack)
-    found: list[Outcomes] = []
+    expected, outcomes, over = undisturbed(stack), Outcomes(), threading.Event()
+    breaks = victim == "gateway"
 
     def run() -> None:
-        breaks = victim == "gateway"
-        found.append(asyncio.run(load(stack.url, expected, KILL_SECONDS, 8, breaks)))
-
-    loading = threading.Thread(target=run)
-    loading.start()
-    time.sleep(2)  # under way
-    stack.kill(victim)
-    loading.join()
-    (outcomes,) = found
-    assert outcomes.wrong == []
-    assert outcomes.by_kind["equal"] > 0
+        asyncio.run(load(stack.url, expected, over, 8, breaks, outcomes))
 
     def answers() -> bool:
         return asyncio.run(load(stack.url, expected, 0.5, 1, True)).by_kind["equal"] > 0
 
-    wait_for(answers, 30, "answers after the restart")
+    loading = threading.Thread(target=run)
+    loading.start()
+    try:
+        wait_for(lambda: outcomes.by_kind["equal"] > 0, 60, "a first answer")
+        stack.kill(victim)
+        wait_for(answers, 60, "answers after the restart")
+    finally:
+        over.set()
+        loading.join()
+    assert outcomes.wrong == []
