@@ -54,13 +54,17 @@ def test_interrupted_it_leaves_nothing(tiny_store: Path, tmp_path: Path, text: P
     out.write_text("an older card")
     command = ["tune", str(tiny_store), "--text", str(text), "--experts-memory", "37.5%"]
     command += ["--max-tokens", "96", "--passage-tokens", "24", "--out", str(out)]
-    tuning = subprocess.Popen([*FLASHMOE, *command], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert tuning.stderr is not None
-    for line in tuning.stderr:
-        if "1/" in line:
-            tuning.send_signal(signal.SIGINT)
-    tuning.stderr.close()
-    assert tuning.wait(60) == 130
+    with subprocess.Popen(
+        [*FLASHMOE, *command], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as tuning:
+        assert tuning.stderr is not None
+        try:
+            for line in tuning.stderr:
+                if "1/" in line:
+                    tuning.send_signal(signal.SIGINT)
+        finally:
+            tuning.terminate()
+    assert tuning.returncode == 130
     assert out.read_text() == "an older card"
     assert {file.name for file in tmp_path.iterdir()} == {"text.txt", "q.json"}
 
