@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
+import psutil
 import pytest
 import torch
 
@@ -35,6 +36,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     binding.use(config.getoption("--native"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """A test that fails, a time limit included, leaves no process that slows the others."""
+    own = psutil.Process()
+    before = own.children()
+    try:
+        yield
+    except BaseException:
+        left = [process for process in own.children() if process not in before]
+        for process in left:
+            process.terminate()
+        for process in psutil.wait_procs(left, timeout=20)[1]:
+            process.kill()
+        raise
 
 
 @pytest.fixture(autouse=True)
