@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from compute_node.boxes.boxes import Boxes
 from compute_node.boxes.joined import joined
+from compute_node.boxes.owners import Rotation, Shares
 from compute_node.boxes.probe import Probe
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
@@ -104,7 +105,7 @@ async def run(config: ComputeNodeConfig) -> None:
                 schedule, idle, config.stop_grace_s, config.max_stall_s, config.max_turn_tokens
             )
         )
-        boxes = Boxes(spec.num_experts, cache.capacity.slots) if config.workers else None
+        boxes = new_boxes(config, spec, cache.capacity.slots) if config.workers else None
         loaded = compute.do(lambda: load(config, model_dir, spec, cache, prober, lookahead, boxes))
         compute.do(cache.open)
         if boxes is not None:
@@ -265,6 +266,14 @@ def load(
         prober.save(config.verdicts_path)
     heap.trim()  # a tokenizer leaves ten times its file
     return loaded
+
+
+def new_boxes(config: ComputeNodeConfig, spec: ModelSpec, own_slots: int) -> Boxes:
+    """Without a link."""
+    if config.placement == "shares":
+        return Boxes(lambda slots: Shares(spec.num_experts, slots), own_slots)
+    num_groups = config.groups or len(config.workers)
+    return Boxes(lambda slots: Rotation(spec.moe_layers, slots, num_groups), own_slots)
 
 
 def probe_of(loaded: LoadedModel, cache: ExpertCache) -> Probe:

@@ -45,6 +45,8 @@ class ComputeNodeConfig(BaseModel):
     importance: bool = False
     workers: tuple[str, ...] = ()
     worker_tls: TlsFiles | None = None
+    placement: Literal["shares", "rotation"] = "shares"
+    groups: Annotated[int, Field(ge=0)] = 0
     redis_url: str | None = None
     advice_poll_s: PositiveFloat = 0.02
     forecaster_path: Path | None = None

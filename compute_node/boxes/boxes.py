@@ -2,46 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from compute_node.boxes.link import WorkerLink
 from compute_node.boxes.owners import Owners
 from proto.expert import ExpertKey
 
+Placement = Callable[[Sequence[int]], Owners]
+"""Given the slots of each box, the main node's first: who owns what."""
+
 
 class Boxes:
-    """One thread. An expert of a box that is away is the main node's own meanwhile; a box that
-    joins gets its share without a restart.
+    """Any thread. An expert of a box that is away is another's, or the main node's own meanwhile; a
+    box that joins gets its share without a restart.
 
-    num_experts: of a layer; slots: of the main node
+    slots: of the main node
     """
 
-    def __init__(self, num_experts: int, slots: int) -> None:
-        self._num_experts, self._own_slots = num_experts, slots
+    def __init__(self, placement: Placement, slots: int) -> None:
+        self._placement, self._own_slots = placement, slots
         self.links: Sequence[WorkerLink] = ()
         self._slots: tuple[int, ...] = ()
-        self._owners: Owners
+        self._owners: Owners = placement([slots])
 
     def shares(self, layer: int, experts: Iterable[int]) -> dict[WorkerLink, list[int]]:
         """What other boxes compute of these, in their order."""
         found: dict[WorkerLink, list[int]] = {}
+        owners, links = self._now()
         for expert in experts:
-            if (link := self._owner(ExpertKey(layer, expert))) is not None:
+            if (link := _first_up(owners, links, ExpertKey(layer, expert))) is not None:
                 found.setdefault(link, []).append(expert)
         return found
 
+    def prepare(self, layer: int, experts: Iterable[int]) -> None:
+        """Steps will likely use these: boxes that compute them read them. Waits for nobody."""
+        for link, part in self.shares(layer, sorted(experts)).items():
+            link.prepare(layer, part)
+
     def __contains__(self, key: ExpertKey, /) -> bool:
         """Whether another box computes it now."""
-        return self._owner(key) is not None
+        owners, links = self._now()
+        return _first_up(owners, links, key) is not None
 
-    def _owner(self, key: ExpertKey) -> WorkerLink | None:
-        if not self.links:
-            return None
-        slots = tuple(link.slots for link in self.links)
+    def _now(self) -> tuple[Owners, Sequence[WorkerLink]]:
+        """Who owns what among the links that there are."""
+        links = self.links
+        slots = tuple(link.slots for link in links)
         if slots != self._slots:
+            self._owners = self._placement((self._own_slots, *slots))
             self._slots = slots
-            self._owners = Owners(self._num_experts, (self._own_slots, *slots))
-        owner = self._owners.owner(key)
-        if owner == 0 or not self.links[owner - 1].is_up:
+        return self._owners, links
+
+
+def _first_up(owners: Owners, links: Sequence[WorkerLink], key: ExpertKey) -> WorkerLink | None:
+    """None: the main node's."""
+    if not links:
+        return None
+    for number in owners.owners(key):
+        if number == 0:
             return None
-        return self.links[owner - 1]
+        if links[number - 1].is_up:
+            return links[number - 1]
+    return None

@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillWorking
 from dataclasses import dataclass, field
@@ -57,6 +57,11 @@ class WorkerLink:
     num_answered: int = counter(_WORK, _HELP, key="answered", outcome="answered")
     num_late: int = counter(_WORK, _HELP, key="late", outcome="late")
     num_failed: int = counter(_WORK, _HELP, key="failed", outcome="failed")
+    num_prepared: int = counter(
+        "flashmoe_node_worker_prepared",
+        "Experts that boxes were asked to read ahead",
+        key="prepared",
+    )
     bytes_sent: int = counter(_BYTES, _BYTES_HELP, key="bytes_sent", way="sent")
     bytes_received: int = counter(_BYTES, _BYTES_HELP, key="bytes_received", way="received")
 
@@ -122,6 +127,13 @@ class WorkerLink:
         if not self._takes_work.is_set():
             self._fail_all("the stream broke")
         return answer
+
+    def prepare(self, layer: int, experts: Sequence[int]) -> None:
+        """Have it read these, ascending. Any thread; blocks for nothing, and nothing comes back."""
+        request = pb.WorkRequest(layer=layer, experts=experts, prepares=True)
+        self.num_prepared += len(experts)
+        self.bytes_sent += request.ByteSize()
+        self._requests.put(request)
 
     def wait(self, answer: Answer, check: Callable[[], None]) -> Tensor | None:
         """Its rows, as `made` of the work's sum gives them; None: it is late or failed, and the

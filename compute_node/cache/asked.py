@@ -18,6 +18,19 @@ class Elsewhere(Protocol):
 
     def __contains__(self, key: ExpertKey, /) -> bool: ...
 
+    def prepare(self, layer: int, experts: Iterable[int]) -> None:
+        """Steps will likely use these: boxes that compute them read them. Waits for nobody."""
+
+
+class Nowhere:
+    """There are no other boxes."""
+
+    def __contains__(self, key: ExpertKey, /) -> bool:
+        return False
+
+    def prepare(self, layer: int, experts: Iterable[int]) -> None:
+        pass
+
 
 NONE_SMALL: Mapping[int, str] = {}
 

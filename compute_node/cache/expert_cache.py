@@ -13,6 +13,7 @@ from compute_node.cache.asked import (
     Elsewhere,
     Meanwhile,
     Needs,
+    Nowhere,
     Waiter,
     exact,
     never,
@@ -54,7 +55,7 @@ class ExpertCache:
     waits: Waits = field(init=False)
     room: Room = field(init=False)
     upgrades: Upgrades = field(init=False)
-    elsewhere: Elsewhere = frozenset()
+    elsewhere: Elsewhere = field(default_factory=Nowhere)
     _resident: Residents = field(init=False)
     _asked: list[Asked] = field(default_factory=list)  # not all of it has come
 

@@ -202,6 +202,7 @@ class RunAhead:
         for key in wrong:
             self.foresight.retract(key)
         elsewhere = self.cache.elsewhere
+        elsewhere.prepare(layer, (key.expert for key in chosen))
         missing = [key for key in chosen if key not in self.cache and key not in elsewhere]
         fresh = [key for key in missing if key not in self.foresight]
         asked = self.cache.read_ahead(layer, fresh, wrong, len(self.foresight) + len(fresh))

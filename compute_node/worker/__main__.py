@@ -33,6 +33,7 @@ from compute_node.store.session import StoreDescription
 from compute_node.worker.config import WorkerConfig
 from compute_node.worker.lent_experts import LentExperts
 from compute_node.worker.service import SERVICE_NAME, WorkerService
+from compute_node.worker.work_queue import WorkQueue
 from proto import rpc, stats
 from proto.expert import EXACT_VARIANT, ModelSpec
 from proto.process import daemon
@@ -54,6 +55,7 @@ async def run(config: WorkerConfig) -> None:
         description = store.describe()
         spec = description.spec
         cache = new_cache(config, description, store)
+        cache.room.num_spare = description.num_spare
         prober = Prober(times=config.native == "auto")
         thread = stack.enter_context(ThreadPoolExecutor(1, "compute"))
         model_dir = config.model_dir or description.model_dir
@@ -65,7 +67,7 @@ async def run(config: WorkerConfig) -> None:
             spec,
             (loaded.hidden_size, loaded.dtype),
             cache.capacity.slots,
-            thread,
+            WorkQueue(thread),
             lambda: stats.snapshot(
                 lent,
                 *(stats.labelled(one, layer=layer) for layer, one in cache.counters.items()),

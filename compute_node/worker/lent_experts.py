@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,45 +16,144 @@ from compute_node.cache.expert_cache import ExpertCache
 from compute_node.kernels.variant_kernels import VariantKernels
 from compute_node.moe.route import Route
 from compute_node.moe.sums import sum_of
+from compute_node.store.session import SessionLost
 from proto import errors
+from proto.expert import ExpertKey
 from proto.stats import counter
+
+logger = logging.getLogger(__name__)
+
+_PORTION = 16  # experts of a prompt's layer, between which more urgent work is done
+_POLL_S = 0.0005
+_PREPARED, _HELP = "flashmoe_worker_prepared", "Experts that were not here and were asked for ahead"
+
+
+def nothing_else() -> bool:
+    """There is no other work."""
+    return False
 
 
 class LentExperts:
     """Experts of one store, through a cache of its own. One thread.
 
     num_works: requests answered; num_experts: computed in them
+    num_right, num_wrong: experts read ahead that were computed then, and that were not
     """
 
     num_works: int = counter("flashmoe_worker_requests", "Requests answered", key="answered")
     num_experts: int = counter(
         "flashmoe_worker_experts", "Experts computed", key="experts_computed"
     )
+    num_right: int = counter(_PREPARED, _HELP, key="prepared_right", outcome="right")
+    num_wrong: int = counter(_PREPARED, _HELP, key="prepared_wrong", outcome="wrong")
 
     def __init__(
         self, kernels: Mapping[int, VariantKernels], num_experts: int, cache: ExpertCache
     ) -> None:
         """kernels: by model layer number; num_experts: of a layer"""
         self._kernels, self._num_experts, self._cache = kernels, num_experts, cache
+        self._prepared: dict[int, set[ExpertKey]] = {}  # read ahead, by layer
+        self._disproved: list[ExpertKey] = []
+        self._is_prepared = False  # by some main node
 
     @torch.inference_mode()
-    def compute(self, work: Work, check: Callable[[], None] = never) -> Tensor:
+    def compute(
+        self,
+        work: Work,
+        check: Callable[[], None] = never,
+        prepare_next: Callable[[], bool] = nothing_else,
+        give_way: Callable[[], None] = never,
+    ) -> Tensor:
         """What these experts make of their tokens, with the bits that the main node's processor
         gives if it is of the same kind: [n, D], as `Sum.made`.
+
+        prepare_next: called while experts are awaited; prepares for one request, if there is one
+        give_way:     called between portions of a prompt's experts; may compute other work
 
         Raises InvalidRequest for a layer or an expert that the model does not have,
         StoreUnavailable, WeightsDamaged, and what `check` raises.
         """
-        kernels = self._kernels.get(work.layer)
-        if kernels is None or not 0 <= work.experts[0] <= work.experts[-1] < self._num_experts:
-            raise errors.InvalidRequest(
-                f"the model has no experts {list(work.experts)} in layer {work.layer}"
-            )
+        self._check(work.layer, work.experts)
         route = Route(work.topk_ids, work.topk_weights)
-        total = sum_of(kernels, self._num_experts, work.hidden, route, work.topk_ids.tolist())
-        _, waves = self._cache.step(work.layer, work.experts, check)
-        for wave in waves:
-            total.add(wave)
+        ids, kernels = work.topk_ids.tolist(), self._kernels[work.layer]
+        total = sum_of(kernels, self._num_experts, work.hidden, route, ids)
+        self._settle(work.layer, work.experts)
+        meanwhile = partial(self._prepare_until, prepare_next)
+        for number, portion in enumerate(_portions(work)):
+            if number:
+                give_way()
+            _, waves = self._cache.step(
+                work.layer, portion, check, self._take_disproved, meanwhile=meanwhile
+            )
+            for wave in waves:
+                total.add(wave)
         self.num_works += 1
         self.num_experts += len(work.experts)
         return total.made(work.experts)
+
+    def prepare(self, layer: int, experts: Sequence[int]) -> None:
+        """Have these read, as far as there is room; they will likely be asked for. What was
+        prepared of the layer and is not named now is withdrawn.
+
+        Raises InvalidRequest for a layer or an expert that the model does not have.
+        """
+        self._check(layer, experts)
+        self._is_prepared = True
+        named = [ExpertKey(layer, expert) for expert in experts]
+        before = self._prepared.pop(layer, set())
+        wrong = before.difference(named)
+        self.num_wrong += len(wrong)
+        self._cache.room.expect(layer, named)
+        fresh = [key for key in named if key not in before and key not in self._cache]
+        asked = self._read_ahead(layer, fresh, wrong)
+        if kept := before.difference(wrong).union(asked):
+            self._prepared[layer] = kept
+
+    def forget_prepared(self) -> None:
+        """Nobody asks for it any more."""
+        for layer in list(self._prepared):
+            self.prepare(layer, [])
+
+    def _read_ahead(
+        self, layer: int, fresh: Sequence[ExpertKey], wrong: Collection[ExpertKey]
+    ) -> Sequence[ExpertKey]:
+        if not fresh and not wrong:
+            return ()
+        num_open = len(fresh) + sum(len(keys) for keys in self._prepared.values())
+        try:
+            return self._cache.read_ahead(layer, fresh, list(wrong), num_open)
+        except SessionLost as error:  # the next work opens another
+            logger.warning("nothing read ahead", extra={"reason": str(error)})
+            return ()
+
+    def _settle(self, layer: int, experts: Sequence[int]) -> None:
+        """What was read ahead of this layer was right or wrong."""
+        prepared = self._prepared.pop(layer, set())
+        wrong = [key for key in prepared if key.expert not in experts]
+        self.num_wrong += len(wrong)
+        self.num_right += len(prepared) - len(wrong)
+        self._disproved += wrong
+
+    def _take_disproved(self) -> Sequence[ExpertKey]:
+        """Wrong guesses that the store still means to read."""
+        taken, self._disproved = self._disproved, []
+        return taken
+
+    def _prepare_until(self, prepare_next: Callable[[], bool], arrived: Callable[[], bool]) -> None:
+        """While experts are awaited. A worker that nobody has prepared sleeps."""
+        while self._is_prepared and not arrived():
+            if not prepare_next():
+                time.sleep(_POLL_S)
+
+    def _check(self, layer: int, experts: Sequence[int]) -> None:
+        if layer not in self._kernels or not all(0 <= e < self._num_experts for e in experts):
+            raise errors.InvalidRequest(
+                f"the model has no experts {list(experts)} in layer {layer}"
+            )
+
+
+def _portions(work: Work) -> Iterator[Sequence[int]]:
+    """One token's at once: they are few."""
+    size = len(work.experts) if len(work.hidden) == 1 else _PORTION
+    for start in range(0, len(work.experts), size):
+        yield work.experts[start : start + size]

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -14,6 +14,7 @@ import torch
 
 from compute_node.boxes.work import Work, bytes_of
 from compute_node.worker.lent_experts import LentExperts
+from compute_node.worker.work_queue import Urgency, WorkQueue
 from proto import errors, rpc
 from proto import stats_pb2 as stats_pb
 from proto import worker_pb2 as pb
@@ -27,7 +28,7 @@ _MOST_OPEN = 256  # requests of one stream without a reply
 
 
 class WorkerService(pb_grpc.WorkerServicer):
-    """thread: the one that computes."""
+    """work: for the one thread that computes."""
 
     def __init__(
         self,
@@ -35,13 +36,13 @@ class WorkerService(pb_grpc.WorkerServicer):
         spec: ModelSpec,
         shape: tuple[int, torch.dtype],
         slots: int,
-        thread: ThreadPoolExecutor,
+        work: WorkQueue,
         snapshot: Callable[[], stats_pb.Snapshot],
     ) -> None:
         """shape: the model's hidden size, and what its activations are made of"""
         self._lent, self._spec, self._slots = lent, spec, slots
         self._hidden_size, self._dtype = shape
-        self._thread, self.snapshot = thread, snapshot
+        self._work, self.snapshot = work, snapshot
 
     def register(self, server: grpc.aio.Server) -> None:
         pb_grpc.add_WorkerServicer_to_server(self, server)
@@ -83,24 +84,39 @@ class WorkerService(pb_grpc.WorkerServicer):
     ) -> None:
         loop, under_way = asyncio.get_running_loop(), set[asyncio.Future[None]]()
 
-        def answer(request: pb.WorkRequest) -> None:
+        def answer(request: pb.WorkRequest, done: asyncio.Future[None]) -> None:
             reply = self._answer(request, gone)
-            loop.call_soon_threadsafe(replies.put_nowait, reply)
+            loop.call_soon_threadsafe(_reply, replies, reply, done)
 
         try:
             async for request in requests:
+                if request.prepares:
+                    self._work.put(Urgency.PREPARE, partial(self._prepare, request, gone))
+                    continue
                 if len(under_way) >= _MOST_OPEN:
                     replies.put_nowait(
                         errors.SlotsExhausted(f"{_MOST_OPEN} requests have no reply yet: wait")
                     )
                     return
-                future = loop.run_in_executor(self._thread, answer, request)
-                under_way.add(future)
-                future.add_done_callback(under_way.discard)
+                done = loop.create_future()
+                under_way.add(done)
+                done.add_done_callback(under_way.discard)
+                urgency = Urgency.TOKEN if request.num_tokens == 1 else Urgency.PROMPT
+                self._work.put(urgency, partial(answer, request, done))
             if under_way:
                 await asyncio.wait(under_way)
         finally:
+            self._work.put(Urgency.PREPARE, self._lent.forget_prepared)
             replies.put_nowait(None)
+
+    def _prepare(self, request: pb.WorkRequest, gone: threading.Event) -> None:
+        """On the compute thread."""
+        if gone.is_set():
+            return
+        try:
+            self._lent.prepare(request.layer, request.experts)
+        except errors.InvalidRequest as error:
+            logger.warning("nothing prepared", extra={"reason": str(error)})
 
     def _answer(self, request: pb.WorkRequest, gone: threading.Event) -> pb.WorkReply:
         """On the compute thread."""
@@ -112,10 +128,24 @@ class WorkerService(pb_grpc.WorkerServicer):
         try:
             check()
             work = Work.from_pb(request, self._hidden_size, self._dtype)
-            return pb.WorkReply(id=request.id, rows=bytes_of(self._lent.compute(work, check)))
+            rows = self._lent.compute(
+                work, check, partial(self._work.run_next, Urgency.PREPARE), self._give_way
+            )
+            return pb.WorkReply(id=request.id, rows=bytes_of(rows))
         except errors.FlashMoEError as error:
             logger.warning("work failed", extra={"layer": request.layer, "reason": str(error)})
             return pb.WorkReply(id=request.id, error=str(error))
         except Exception as error:
             logger.exception("work failed", extra={"layer": request.layer})
             return pb.WorkReply(id=request.id, error=f"{type(error).__name__}: {error}")
+
+    def _give_way(self) -> None:
+        """To what is more urgent than a prompt."""
+        while self._work.run_next(Urgency.TOKEN):
+            pass
+
+
+def _reply(replies: asyncio.Queue[Any], reply: pb.WorkReply, done: asyncio.Future[None]) -> None:
+    replies.put_nowait(reply)
+    if not done.done():
+        done.set_result(None)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compute_node.boxes.boxes import Boxes
 from compute_node.boxes.link import Answer
+from compute_node.boxes.owners import Shares
 from compute_node.boxes.work import Work, bytes_of, tensor_of
 from compute_node.engine.engine import Engine
 from compute_node.moe.local import LocalBackend
@@ -55,7 +56,7 @@ class BoxInProcess:
 def joined(node: Engine, box: BoxInProcess) -> None:
     """The node gives work to the box."""
     spec, loaded = node.loaded.spec, node.loaded
-    boxes = Boxes(spec.num_experts, node.cache.capacity.slots)
+    boxes = Boxes(lambda slots: Shares(spec.num_experts, slots), node.cache.capacity.slots)
     boxes.links = [box]  # type: ignore[list-item]
     node.cache.elsewhere = boxes
     for layer, module in loaded.experts_modules.items():

@@ -19,7 +19,9 @@ import grpc
 import pytest
 import torch
 
+from compute_node.boxes.boxes import Boxes
 from compute_node.boxes.link import WorkerLink
+from compute_node.boxes.owners import Rotation
 from compute_node.boxes.probe import Probe
 from compute_node.boxes.work import Work, bytes_of, tensor_of
 from compute_node.cache.asked import never
@@ -64,7 +66,8 @@ class Worker(WorkerServicer):
         for number, request in enumerate(requests):
             if number >= self.num_probed:
                 return
-            found = right(request) if request.id == 0 else self.reply(request)
+            is_probe = request.id == 0 and not request.prepares
+            found = right(request) if is_probe else self.reply(request)
             if found is not None:
                 yield found
 
@@ -92,6 +95,27 @@ def test_what_it_answers_is_taken(run_dir: Path) -> None:
             assert rows is not None and torch.equal(rows, WORK.hidden * 2)
         assert (link.num_answered, link.num_late, link.num_failed) == (20, 0, 0)
         assert link.bytes_sent > 20 * 32 < link.bytes_received
+
+
+def test_what_is_prepared_is_sent_and_nothing_comes_back(run_dir: Path) -> None:
+    """Planted fault seen red: nothing sent."""
+    worker, heard = Worker(), list[pb.WorkRequest]()
+
+    def reply(request: pb.WorkRequest) -> pb.WorkReply | None:
+        heard.append(request)
+        return None if request.prepares else right(request)
+
+    worker.reply = reply
+    with linked(run_dir, worker) as link:
+        assert link.wait_up(10)
+        boxes = Boxes(lambda slots: Rotation(SPEC.moe_layers, slots, 1), 4)
+        boxes.prepare(2, [3])
+        boxes.links = [link]
+        boxes.prepare(2, [3, 1])
+        assert link.wait(link.ask(WORK), never) is not None
+        first = heard[0]
+        assert (first.layer, list(first.experts), first.prepares) == (2, [1, 3], True)
+        assert len(heard) == 2 and link.num_prepared == 2
 
 
 def test_what_comes_late_is_done_without_and_forgotten(

@@ -1,0 +1,91 @@
+"""Experts that a worker is asked to read ahead: read before they are needed, withdrawn where they
+are not.
+
+Planted faults seen red: nothing read, wrong guesses not counted, a prompt that never gives way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from compute_node.boxes.work import Work
+from compute_node.engine.engine import Engine
+from compute_node.worker.lent_experts import LentExperts
+from proto import errors
+from proto.expert import ExpertKey
+from tests.contract.test_exactness import engine
+from tests.stack import wait_for
+
+LAYER = 2
+
+
+@pytest.fixture
+def node(tiny_store: Path, run_dir: Path) -> Iterator[Engine]:
+    with engine(tiny_store, run_dir) as found:
+        yield found
+
+
+@pytest.fixture
+def lent(node: Engine) -> LentExperts:
+    return LentExperts(node.loaded.kernels, node.loaded.spec.num_experts, node.cache)
+
+
+def work(node: Engine, experts: list[int], num_tokens: int = 1) -> Work:
+    loaded, num = node.loaded, len(experts)
+    hidden = torch.randn(num_tokens, loaded.hidden_size).to(loaded.dtype)
+    ids = torch.tensor([experts] * num_tokens)
+    return Work(LAYER, sorted(experts), hidden, ids, torch.full((num_tokens, num), 1 / num))
+
+
+def test_what_was_prepared_is_read_before_it_is_computed(node: Engine, lent: LentExperts) -> None:
+    wanted = [expert for expert in range(8) if ExpertKey(LAYER, expert) not in node.cache][:2]
+    lent.prepare(LAYER, wanted)
+    wait_for(lambda: len(in_memory(node, wanted)) == 2, 10, "the store to have read them")
+    before = node.cache.counters[LAYER].bytes_read
+    lent.compute(work(node, wanted))
+    assert node.cache.counters[LAYER].bytes_read == before, "the store had them"
+    assert (lent.num_right, lent.num_wrong) == (2, 0)
+
+
+def test_what_is_named_no_more_or_not_used_is_wrong(node: Engine, lent: LentExperts) -> None:
+    lent.prepare(LAYER, [0, 1])
+    lent.prepare(LAYER, [1, 3])
+    assert lent.num_wrong == 1
+    lent.compute(work(node, [4, 5]))
+    assert (lent.num_right, lent.num_wrong) == (0, 3)
+    lent.prepare(LAYER, [6])
+    lent.forget_prepared()
+    assert (lent.num_right, lent.num_wrong) == (0, 4)
+
+
+def test_more_than_fits_is_not_read_ahead(node: Engine, lent: LentExperts) -> None:
+    for _ in range(3):
+        for layer in node.loaded.spec.moe_layers:
+            lent.prepare(layer, range(node.loaded.spec.num_experts))
+    assert torch.equal(*(lent.compute(one) for one in [work(node, [1, 9])] * 2))
+
+
+def test_a_prompt_gives_way_between_its_experts(node: Engine, lent: LentExperts) -> None:
+    experts, done = list(range(node.loaded.spec.num_experts)), list[object]()
+    prompt, token = work(node, experts, num_tokens=4), work(node, [3, 4])
+    expected, expected_token = lent.compute(prompt), lent.compute(token)
+    give_way: Callable[[], None] = lambda: done.append(lent.compute(token))  # noqa: E731
+    assert torch.equal(lent.compute(prompt, give_way=give_way), expected)
+    assert done and all(torch.equal(one, expected_token) for one in done)
+
+
+@pytest.mark.parametrize(("layer", "experts"), [(99, [0]), (LAYER, [0, 4000])])
+def test_what_the_model_does_not_have_is_refused(
+    lent: LentExperts, layer: int, experts: list[int]
+) -> None:
+    with pytest.raises(errors.InvalidRequest, match="the model has no experts"):
+        lent.prepare(layer, experts)
+
+
+def in_memory(node: Engine, experts: list[int]) -> list[int]:
+    held = {record.expert for record in node.cache.lender.resident()}
+    return [expert for expert in experts if ExpertKey(LAYER, expert) in held]
