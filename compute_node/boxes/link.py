@@ -9,15 +9,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillWorking
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 from torch import Tensor
 
-from compute_node.boxes.latency import Latency
+from compute_node.boxes.answer import Answer
+from compute_node.boxes.latency import Latency, slow_s
 from compute_node.boxes.probe import Probe
 from compute_node.boxes.work import Work, tensor_of
 from proto import errors, rpc
@@ -30,26 +29,21 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.02
 _CALL_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
-_MOST_MISSED = 3  # answers in a row, then it is left alone for a while
+_MOST_MISSED = 3  # answers in a row, then it is left alone for a while:
+_TIMES_LOST = 20  # as many times as long as they took, so that a slow box costs a twentieth
+_LONGEST_BEHIND_S = 30.0  # then the stream is opened anew
 _REFUSALS = (errors.VersionMismatch, errors.OtherBits)
 _WORK, _HELP = "flashmoe_node_worker_requests", "Work given to other boxes"
 _BYTES, _BYTES_HELP = "flashmoe_node_worker_bytes", "Activations to and from other boxes"
 
 
-@dataclass(eq=False)
-class Answer:
-    """Of a worker, to be waited for."""
-
-    number: int
-    work: Work
-    asked_s: float
-    late_s: float
-    rows: Future[Tensor] = field(default_factory=Future)
-
-
 class WorkerLink:
     """To one worker. Use as a context manager; it connects in the background, and again whenever
     the stream breaks. `ask` and `wait` are the compute thread's.
+
+    A worker that is late gets no work until it has answered: whatever it were given would wait
+    behind that, and so would the main node, once a layer. One that fails, or takes longer than the
+    main node would by itself, three times in a row, is left alone for a while.
 
     probe: what a worker must compute with the same bits before it is given work
     """
@@ -80,11 +74,14 @@ class WorkerLink:
         self._open: dict[int, Answer] = {}
         self._lock = threading.Lock()
         self._number = self._num_missed_in_a_row = 0
+        self._lost_s = 0.0  # by those
+        self._behind_since_s: float | None = None  # a given-up answer has not come
         self.slots = 0  # experts that it holds at once; 0: it never joined
         self._takes_work, self._closing = threading.Event(), threading.Event()
         self._rested_s = 0.0
         self._latency = {True: Latency(), False: Latency()}  # by whether it is one token
         self._refusal: errors.FlashMoEError | None = None  # why it is given no work
+        self._replies: Any = None  # the open stream
         self._thread = threading.Thread(target=self._run, name=f"worker {address}", daemon=True)
 
     def __enter__(self) -> WorkerLink:
@@ -100,6 +97,9 @@ class WorkerLink:
     @property
     @gauge("flashmoe_node_worker_up", "Whether a box is given work", key="up")
     def is_up(self) -> bool:
+        if self._behind_since_s is not None:
+            self._end_if_lost(self._behind_since_s)
+            return False
         return self._takes_work.is_set() and time.monotonic() >= self._rested_s
 
     def wait_up(self, timeout_s: float) -> bool:
@@ -114,12 +114,12 @@ class WorkerLink:
                 return False
         return True
 
-    def ask(self, work: Work) -> Answer:
-        """Send it. Blocks for nothing."""
-        latency = self._latency[len(work.hidden) == 1]
+    def ask(self, work: Work, own_s: float = 0.0) -> Answer:
+        """Send it. Blocks for nothing. own_s: it takes the main node by itself; 0: not known"""
+        late_s = self._latency_of(work).late_s(work.size)
         self._number += 1
         request = work.to_pb(self._number)
-        answer = Answer(self._number, work, time.monotonic(), latency.late_s)
+        answer = Answer(self._number, work, time.monotonic(), late_s, slow_s(own_s))
         with self._lock:
             self._open[answer.number] = answer
         self.bytes_sent += request.ByteSize()
@@ -145,38 +145,55 @@ class WorkerLink:
             try:
                 rows = answer.rows.result(min(_POLL_S, max(0.0, late_in_s)))
             except StillWorking:
-                if late_in_s <= 0:
-                    self._late(answer)
+                if late_in_s <= 0 and self._give_up(answer):
                     return None
             except errors.FlashMoEError as error:
                 self.refuse(error)
                 return None
             else:
-                self._latency[len(answer.work.hidden) == 1].heard(time.monotonic() - answer.asked_s)
                 self.num_answered += 1
-                self._num_missed_in_a_row = 0
+                if answer.took_s > answer.slow_s:
+                    self._missed(answer.took_s)
+                else:
+                    self._num_missed_in_a_row, self._lost_s = 0, 0.0
                 return rows
 
     def refuse(self, error: errors.FlashMoEError) -> None:
         """What it answered is no answer."""
         self.num_failed += 1
         logger.warning("worker failed", extra={"box": self.address, "reason": str(error)})
-        self._missed()
+        self._missed(0.0)
 
-    def _late(self, answer: Answer) -> None:
-        with self._lock:
-            self._open.pop(answer.number, None)
-        self.num_late += 1
-        self._latency[len(answer.work.hidden) == 1].heard(answer.late_s)
-        self._missed()
-
-    def _missed(self) -> None:
-        """A box that misses several times in a row is left alone for a while."""
+    def _missed(self, lost_s: float) -> None:
         self._num_missed_in_a_row += 1
+        self._lost_s += lost_s
         if self._num_missed_in_a_row >= _MOST_MISSED:
-            self._rested_s = time.monotonic() + _LONGEST_PAUSE_S
-            self._num_missed_in_a_row = 0
-            logger.warning("worker rests", extra={"box": self.address, "for_s": _LONGEST_PAUSE_S})
+            rest_s = max(_LONGEST_PAUSE_S, _TIMES_LOST * self._lost_s)
+            self._rested_s = time.monotonic() + rest_s
+            self._num_missed_in_a_row, self._lost_s = 0, 0.0
+            logger.warning("worker rests", extra={"box": self.address, "for_s": round(rest_s)})
+
+    def _give_up(self, answer: Answer) -> bool:
+        """False: it has come after all."""
+        with self._lock:
+            if answer.number not in self._open:
+                return False
+            answer.given_up = True
+            if self._behind_since_s is None:
+                self._behind_since_s = answer.asked_s
+        self.num_late += 1
+        facts = {"box": self.address, "late_s": round(answer.late_s, 3)}
+        logger.warning("worker is late", extra=facts)
+        self._missed(answer.late_s)
+        return True
+
+    def _end_if_lost(self, since_s: float) -> None:
+        """A stream whose worker has not answered for long; another may do better."""
+        if time.monotonic() - since_s > _LONGEST_BEHIND_S and self._replies is not None:
+            self._replies.cancel()
+
+    def _latency_of(self, work: Work) -> Latency:
+        return self._latency[len(work.hidden) == 1]
 
     def _run(self) -> None:
         pause_s = _FIRST_PAUSE_S
@@ -209,10 +226,10 @@ class WorkerLink:
                 f"{self.address} has another model: give it a store of the same checkpoint"
             )
         requests = self._requests = queue.SimpleQueue()
-        replies = self._stub.Compute(_until_none(requests))
+        replies = self._replies = self._stub.Compute(_until_none(requests))
         try:
             self._try_out(requests, replies)
-            self._refusal, self.slots = None, described.slots
+            self._refusal, self.slots, self._rested_s = None, described.slots, 0.0
             self._takes_work.set()
             logger.info("worker joined", extra={"box": self.address, "slots": described.slots})
             for reply in replies:
@@ -224,6 +241,7 @@ class WorkerLink:
     def _try_out(self, requests: queue.SimpleQueue[Any], replies: Iterator[pb.WorkReply]) -> None:
         """Raises OtherBits, Unavailable, RpcError."""
         for work in self._probe.works:
+            asked_s = time.monotonic()
             requests.put(work.to_pb(0))
             reply = next(replies, None)
             if reply is None:
@@ -231,19 +249,24 @@ class WorkerLink:
             if reply.error:
                 raise errors.Unavailable(f"{self.address} cannot compute: {reply.error}")
             self._probe.check(self.address, work, reply.rows)
+            self._latency_of(work).tried(time.monotonic() - asked_s)
 
     def _receive(self, reply: pb.WorkReply) -> None:
         with self._lock:
             answer = self._open.pop(reply.id, None)
-        if answer is None:  # it was given up
+            if not any(one.given_up for one in self._open.values()):
+                self._behind_since_s = None
+        if answer is None:  # of no request
             return
         self.bytes_received += reply.ByteSize()
         if reply.error:
             answer.rows.set_exception(errors.Unavailable(reply.error))
             return
+        work, answer.took_s = answer.work, time.monotonic() - answer.asked_s
+        self._latency_of(work).heard(min(answer.took_s, answer.slow_s), work.size)
         try:
-            num_rows = len(reply.rows) // (answer.work.hidden[:1].nbytes)
-            rows = tensor_of(reply.rows, answer.work.hidden.dtype, num_rows)
+            num_rows = len(reply.rows) // work.hidden[:1].nbytes
+            rows = tensor_of(reply.rows, work.hidden.dtype, num_rows)
         except errors.InvalidRequest as error:
             answer.rows.set_exception(error)
         else:
@@ -252,6 +275,7 @@ class WorkerLink:
     def _fail_all(self, why: str) -> None:
         with self._lock:
             left, self._open = list(self._open.values()), {}
+            self._behind_since_s = None
         for answer in left:
             answer.rows.set_exception(errors.Unavailable(why))
 

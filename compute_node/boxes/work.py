@@ -12,6 +12,7 @@ from proto import errors
 from proto import worker_pb2 as pb
 
 _MOST_TOKENS = 65_536
+_TOKENS_LIKE_ONE = 64  # reading an expert takes longer than multiplying them
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,11 @@ class Work:
     hidden: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
+
+    @property
+    def size(self) -> float:
+        """How much longer it takes than one expert and one token, roughly."""
+        return len(self.experts) * max(1.0, len(self.hidden) / _TOKENS_LIKE_ONE)
 
     def to_pb(self, number: int) -> pb.WorkRequest:
         """Raises InvalidRequest for weights that are neither float32 nor of the model's dtype."""

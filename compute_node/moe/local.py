@@ -64,6 +64,11 @@ class LocalBackend:
                 hits |= self._run(step, hidden, portion, sums, small)
         return hits
 
+    @property
+    def read_s(self) -> float:
+        """That reading an expert takes; 0: not known yet."""
+        return self._cache.waits.read_s
+
     def run_apart(self, step: Step, experts: Sequence[int], total: Sum) -> set[int]:
         """Once more in a step: add these, too. As `run`, and nothing is guessed."""
         hits, waves = self._cache.step(self._layer, experts, step.check)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from compute_node.boxes.answer import Answer
 from compute_node.boxes.boxes import Boxes
-from compute_node.boxes.link import Answer, WorkerLink
+from compute_node.boxes.link import WorkerLink
 from compute_node.boxes.work import Work
 from compute_node.moe.local import LocalBackend
 from compute_node.moe.route import Route
@@ -43,7 +44,7 @@ class OwnedBackend:
         if not shares:
             return self._local.run(step, hidden, route, experts, sums, small)
         asked = [
-            (link, link.ask(Work(self._layer, part, hidden, route.ids, route.weights)))
+            (link, self._ask(link, Work(self._layer, part, hidden, route.ids, route.weights)))
             for link, part in shares.items()
         ]
         lent = {expert for part in shares.values() for expert in part}
@@ -54,6 +55,9 @@ class OwnedBackend:
                 hits |= self._local.run_apart(step, answer.work.experts, sums[0])
                 lent.difference_update(answer.work.experts)
         return hits | lent
+
+    def _ask(self, link: WorkerLink, work: Work) -> Answer:
+        return link.ask(work, work.size * self._local.read_s)
 
     def _took(self, link: WorkerLink, answer: Answer, step: Step, total: Sum) -> bool:
         rows = link.wait(answer, step.check)

@@ -1,7 +1,8 @@
 """A link to a worker that does everything wrong: the main node computes by itself, and nothing
 hangs or leaks.
 
-Planted faults seen red: a late answer kept for ever, a stream that ends within the probe ending the
+Planted faults seen red: a late answer kept for ever, a box asked again while it is late, one that
+is never asked again, a slow one asked on and on, a stream that ends within the probe ending the
 link, rows that are none ending it, a box that fails asked on and on.
 """
 
@@ -118,25 +119,58 @@ def test_what_is_prepared_is_sent_and_nothing_comes_back(run_dir: Path) -> None:
         assert len(heard) == 2 and link.num_prepared == 2
 
 
-def test_what_comes_late_is_done_without_and_forgotten(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    worker = Worker()
+def test_a_box_that_is_late_gets_no_work_until_it_has_answered(run_dir: Path) -> None:
+    """Whatever came before, one late answer is all that a box which stands still costs."""
+    worker, go_on = Worker(), threading.Event()
     with linked(run_dir, worker) as link:
         assert link.wait_up(10)
         for _ in range(32):
-            link.wait(link.ask(WORK), never)
+            assert link.wait(link.ask(WORK), never) is not None
+
+        def reply(request: pb.WorkRequest) -> pb.WorkReply:
+            go_on.wait(20)
+            return right(request)
+
+        worker.reply = reply
+        began_s = time.monotonic()
+        assert link.is_up and link.wait(link.ask(WORK), never) is None
+        assert time.monotonic() - began_s < 2
+        assert not link.is_up and link.num_late == 1
+        go_on.set()
+        wait_for(lambda: link.is_up, 10, "the late answer")
+        assert not link._open and link.wait(link.ask(WORK), never) is not None
+
+
+def test_a_box_that_is_slower_than_the_main_node_rests(run_dir: Path) -> None:
+    """Its answers come in time, by what it took before."""
+    worker = Worker()
+
+    def reply(request: pb.WorkRequest) -> pb.WorkReply:
+        time.sleep(0.11)
+        return right(request)
+
+    with linked(run_dir, worker) as link:
+        assert link.wait_up(10)
+        worker.reply = reply
+        for _ in range(3):
+            assert link.is_up and link.wait(link.ask(WORK), never) is not None
+        for _ in range(3):
+            assert link.is_up and link.wait(link.ask(WORK, own_s=0.01), never) is not None
+        assert not link.is_up and link.num_late == 0
+
+
+def test_a_stream_without_an_answer_for_long_is_opened_anew(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker()
+    monkeypatch.setattr("compute_node.boxes.link._LONGEST_BEHIND_S", 0.1)
+    with linked(run_dir, worker) as link:
+        assert link.wait_up(10)
         worker.reply = lambda _: None
-        for number in range(3):
-            assert link.is_up, number
-            began_s = time.monotonic()
-            assert link.wait(link.ask(WORK), never) is None
-            assert time.monotonic() - began_s < 2
-        assert not link.is_up, "it rests"
-        assert link.num_late == 3 and not link._open
-        monkeypatch.setattr(link, "_rested_s", 0.0)
+        assert link.wait(link.ask(WORK), never) is None
         worker.reply = right
-        assert link.is_up and link.wait(link.ask(WORK), never) is not None
+        wait_for(lambda: link.is_up, 10, "another stream")
+        assert worker.num_streams == 2 and not link._open
 
 
 @pytest.mark.parametrize(
