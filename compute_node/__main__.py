@@ -12,7 +12,7 @@ import compute_node.model.lean_imports  # noqa: F401  isort: skip  before transf
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
@@ -23,9 +23,11 @@ from redis.retry import Retry
 from transformers.utils import logging as transformers_logging
 
 from compute_node.boxes.boxes import Boxes
-from compute_node.boxes.joined import joined
+from compute_node.boxes.joined import Follower, joined
+from compute_node.boxes.link import WorkerLink
 from compute_node.boxes.owners import Rotation, Shares
 from compute_node.boxes.probe import Probe
+from compute_node.boxes.workers_file import WorkerEntry
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policies.heard import Heard
@@ -105,14 +107,20 @@ async def run(config: ComputeNodeConfig) -> None:
                 schedule, idle, config.stop_grace_s, config.max_stall_s, config.max_turn_tokens
             )
         )
-        boxes = new_boxes(config, spec, cache.capacity.slots) if config.workers else None
+        has_boxes = config.workers or config.workers_file
+        boxes = new_boxes(config, spec, cache.capacity.slots) if has_boxes else None
         loaded = compute.do(lambda: load(config, model_dir, spec, cache, prober, lookahead, boxes))
         compute.do(cache.open)
         if boxes is not None:
             probe = compute.do(lambda: probe_of(loaded, cache))
-            boxes.links = stack.enter_context(
-                joined(config.workers, spec.fingerprint, probe, config.worker_tls)
-            )
+
+            def new_link(entry: WorkerEntry) -> WorkerLink:
+                tls = config.worker_tls
+                return WorkerLink(entry.address, spec.fingerprint, probe, tls, entry.cost)
+
+            boxes.links = stack.enter_context(joined(config.workers, new_link))
+            if config.workers_file:
+                stack.enter_context(Follower(config.workers_file, boxes, new_link))
             cache.elsewhere = boxes
         slots, chooser = cache.capacity.slots, cache.chooser
         evidence = None
@@ -272,8 +280,11 @@ def new_boxes(config: ComputeNodeConfig, spec: ModelSpec, own_slots: int) -> Box
     """Without a link."""
     if config.placement == "shares":
         return Boxes(lambda slots: Shares(spec.num_experts, slots), own_slots)
-    num_groups = config.groups or len(config.workers)
-    return Boxes(lambda slots: Rotation(spec.moe_layers, slots, num_groups), own_slots)
+
+    def rotation(shares: Sequence[float]) -> Rotation:
+        return Rotation(spec.moe_layers, shares, config.groups or len(shares) - 1)
+
+    return Boxes(rotation, own_slots)
 
 
 def probe_of(loaded: LoadedModel, cache: ExpertCache) -> Probe:

@@ -44,6 +44,7 @@ class ComputeNodeConfig(BaseModel):
     half_life_tokens: PositiveFloat = 16.0
     importance: bool = False
     workers: tuple[str, ...] = ()
+    workers_file: Path | None = None
     worker_tls: TlsFiles | None = None
     placement: Literal["shares", "rotation"] = "shares"
     groups: Annotated[int, Field(ge=0)] = 0

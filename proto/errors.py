@@ -59,15 +59,19 @@ class ConfigInvalid(FlashMoEError):
     status = grpc.StatusCode.FAILED_PRECONDITION
 
     @classmethod
-    def of(cls, where: str, error: ValidationError) -> ConfigInvalid:
-        """One sentence that names each wrong key and what to do."""
-        return cls(f"{where}: " + "; ".join(_describe(fault) for fault in error.errors()))
+    def of(
+        cls, where: str, error: ValidationError, example: str = "deploy/flashmoe.toml"
+    ) -> ConfigInvalid:
+        """One sentence that names each wrong key and what to do. example: a file with all keys"""
+        return cls(f"{where}: " + "; ".join(_describe(fault, example) for fault in error.errors()))
 
 
-def _describe(fault: Any) -> str:
+def _describe(fault: Any, example: str) -> str:
     key = ".".join(str(part) for part in fault["loc"])
+    if not key:  # what contradicts itself
+        return str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
-        return f"unknown key {key!r}: remove it, or see deploy/flashmoe.toml for its spelling"
+        return f"unknown key {key!r}: remove it, or see {example} for its spelling"
     if fault["type"] == "missing":
         return f"key {key!r} is missing: add it"
     return f"key {key!r} is {fault['input']!r} ({fault['msg']}): change it"

@@ -66,10 +66,38 @@ class TlsFiles(BaseModel):
 
 
 def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
-    """Raises ConfigInvalid naming the file that cannot be read."""
+    """The files are read again at the first handshake after one changed, so that certificates are
+    renewed without a restart. If one cannot be read then, the former ones stay in use.
+
+    Raises ConfigInvalid naming the file that cannot be read now.
+    """
+    seen = _written_ns(tls)
+
+    def renewed() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal seen
+        if (written_ns := _written_ns(tls)) == seen:
+            return None
+        seen = written_ns
+        try:
+            return _shown(tls)
+        except errors.ConfigInvalid as error:
+            logger.warning("certificates not renewed", extra={"reason": str(error)})
+            return None
+
+    # The stubs forget that None means no change.
+    return grpc.dynamic_ssl_server_credentials(_shown(tls), renewed, tls.ca is not None)  # type: ignore[arg-type]
+
+
+def _shown(tls: TlsFiles) -> grpc.ServerCertificateConfiguration:
     root = _read_pem(tls.ca) if tls.ca else None
-    pair = (_read_pem(tls.key), _read_pem(tls.cert))
-    return grpc.ssl_server_credentials([pair], root, require_client_auth=root is not None)
+    return grpc.ssl_server_certificate_configuration(
+        [(_read_pem(tls.key), _read_pem(tls.cert))], root
+    )
+
+
+def _written_ns(tls: TlsFiles) -> list[int]:
+    paths = (path for path in (tls.cert, tls.key, tls.ca) if path is not None and path.exists())
+    return [path.stat().st_mtime_ns for path in paths]
 
 
 def channel_credentials(tls: TlsFiles) -> grpc.ChannelCredentials:

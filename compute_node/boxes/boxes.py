@@ -8,8 +8,10 @@ from compute_node.boxes.link import WorkerLink
 from compute_node.boxes.owners import Owners
 from proto.expert import ExpertKey
 
-Placement = Callable[[Sequence[int]], Owners]
-"""Given the slots of each box, the main node's first: who owns what."""
+Placement = Callable[[Sequence[float]], Owners]
+"""Given the slots of each box over what an expert costs there, the main node's first: who owns
+what.
+"""
 
 
 class Boxes:
@@ -22,8 +24,7 @@ class Boxes:
     def __init__(self, placement: Placement, slots: int) -> None:
         self._placement, self._own_slots = placement, slots
         self.links: Sequence[WorkerLink] = ()
-        self._slots: tuple[int, ...] = ()
-        self._owners: Owners = placement([slots])
+        self._known: tuple[tuple[float, ...], Owners] = ((), placement([slots]))
 
     def shares(self, layer: int, experts: Iterable[int]) -> dict[WorkerLink, list[int]]:
         """What other boxes compute of these, in their order."""
@@ -47,11 +48,12 @@ class Boxes:
     def _now(self) -> tuple[Owners, Sequence[WorkerLink]]:
         """Who owns what among the links that there are."""
         links = self.links
-        slots = tuple(link.slots for link in links)
-        if slots != self._slots:
-            self._owners = self._placement((self._own_slots, *slots))
-            self._slots = slots
-        return self._owners, links
+        shares = tuple(link.slots / link.cost for link in links)
+        known, owners = self._known
+        if shares != known:
+            owners = self._placement((self._own_slots, *shares))
+            self._known = shares, owners
+        return owners, links
 
 
 def _first_up(owners: Owners, links: Sequence[WorkerLink], key: ExpertKey) -> WorkerLink | None:

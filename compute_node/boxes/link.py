@@ -65,11 +65,13 @@ class WorkerLink:
         fingerprint: str,
         probe: Probe,
         tls: rpc.TlsFiles | None = None,
+        cost: float = 1.0,
     ) -> None:
-        self.address = address
+        """cost: of an expert there, over what it is on the main node"""
+        self.address, self.cost = address, cost
         self._fingerprint, self._probe = fingerprint, probe
+        self._tls = tls
         self._channel = rpc.connect(address, tls)
-        self._stub = pb_grpc.WorkerStub(self._channel)
         self._requests: queue.SimpleQueue[pb.WorkRequest | None] = queue.SimpleQueue()
         self._open: dict[int, Answer] = {}
         self._lock = threading.Lock()
@@ -200,7 +202,7 @@ class WorkerLink:
         while not self._closing.is_set():
             began_s = time.monotonic()
             try:
-                self._serve()
+                self._serve(pb_grpc.WorkerStub(self._channel))
             except (grpc.RpcError, errors.FlashMoEError) as error:
                 self._refusal = error if isinstance(error, _REFUSALS) else None
                 facts = {"box": self.address, "reason": _reason(error)}
@@ -211,11 +213,30 @@ class WorkerLink:
             if time.monotonic() - began_s > _LONGEST_PAUSE_S:
                 pause_s = _FIRST_PAUSE_S
             self._closing.wait(pause_s)
+            self._renew_channel()
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _serve(self) -> None:
+    def _renew_channel(self) -> None:
+        """With certificates as the files have them now; a channel keeps those that it began with.
+        What cannot be read leaves the former ones.
+        """
+        if self._tls is None or self._closing.is_set():
+            return
+        try:
+            new = rpc.connect(self.address, self._tls)
+        except errors.ConfigInvalid as error:
+            logger.warning(
+                "certificates not renewed", extra={"box": self.address, "reason": str(error)}
+            )
+            return
+        former, self._channel = self._channel, new
+        former.close()
+        if self._closing.is_set():  # it came between
+            new.close()
+
+    def _serve(self, stub: pb_grpc.WorkerStub) -> None:
         """One stream, from its beginning to its end. Raises RpcError, VersionMismatch."""
-        described = self._stub.Describe(pb.WorkerDescriptionRequest(), timeout=_CALL_S)
+        described = stub.Describe(pb.WorkerDescriptionRequest(), timeout=_CALL_S)
         if described.protocol_version != rpc.PROTOCOL_VERSION:
             raise errors.VersionMismatch(
                 f"{self.address} speaks protocol {described.protocol_version}, this node "
@@ -226,7 +247,7 @@ class WorkerLink:
                 f"{self.address} has another model: give it a store of the same checkpoint"
             )
         requests = self._requests = queue.SimpleQueue()
-        replies = self._replies = self._stub.Compute(_until_none(requests))
+        replies = self._replies = stub.Compute(_until_none(requests))
         try:
             self._try_out(requests, replies)
             self._refusal, self.slots, self._rested_s = None, described.slots, 0.0

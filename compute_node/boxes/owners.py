@@ -23,10 +23,11 @@ class Shares:
     """Every expert has one owner: in each layer a box owns as large a share as its slots are of all
     slots. Layers begin with different boxes, so that shares come out even over the model.
 
-    slots: of each box, experts that it holds at once; box 0 is the main node
+    slots: of each box, experts that it holds at once, over what one costs there; box 0 is the main
+    node
     """
 
-    def __init__(self, num_experts: int, slots: Sequence[int]) -> None:
+    def __init__(self, num_experts: int, slots: Sequence[float]) -> None:
         self._num_experts = num_experts
         self._ends = list(accumulate(slots))
 
@@ -45,7 +46,7 @@ class Rotation:
     num_groups: at most; boxes without slots are in none
     """
 
-    def __init__(self, moe_layers: Sequence[int], slots: Sequence[int], num_groups: int) -> None:
+    def __init__(self, moe_layers: Sequence[int], slots: Sequence[float], num_groups: int) -> None:
         boxes = [number for number, num in enumerate(slots) if number and num]
         num_groups = min(num_groups, len(boxes)) or 1
         groups = [tuple(boxes[start::num_groups]) for start in range(num_groups)]

@@ -36,7 +36,7 @@ class BoxInProcess:
     def __init__(self, worker: Engine, loses: bool = False) -> None:
         loaded = worker.loaded
         self.address, self.is_up, self.slots = "box", True, worker.cache.capacity.slots
-        self.num_answered, self._loses = 0, loses
+        self.num_answered, self._loses, self.cost = 0, loses, 1.0
         self._shape = loaded.hidden_size, loaded.dtype
         self._lent = LentExperts(loaded.kernels, loaded.spec.num_experts, worker.cache)
 

@@ -1,0 +1,149 @@
+"""Workers that come and go by a file, while the node runs.
+
+Planted faults seen red: see the tests.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compute_node.boxes.boxes import Boxes
+from compute_node.boxes.joined import Follower
+from compute_node.boxes.owners import Shares
+from compute_node.boxes.workers_file import WorkerEntry, read_workers
+from proto import errors
+from proto.expert import ExpertKey
+from tests.stack import wait_for
+
+
+class Link:
+    """A worker that takes work while it is open."""
+
+    def __init__(self, entry: WorkerEntry, refusal: errors.FlashMoEError | None = None) -> None:
+        self.address, self.cost, self.slots = entry.address, entry.cost, 8
+        self.is_up, self._refusal = False, refusal
+
+    def __enter__(self) -> Link:
+        self.is_up = self._refusal is None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.is_up = False
+
+    def wait_up(self, timeout_s: float) -> bool:
+        if self._refusal is not None:
+            raise self._refusal
+        return self.is_up
+
+
+@contextmanager
+def following(path: Path, new_link: Any = Link) -> Iterator[Boxes]:
+    boxes = Boxes(lambda shares: Shares(32, shares), slots=8)
+    with Follower(path, boxes, new_link):
+        yield boxes
+
+
+def write(path: Path, *addresses: str) -> None:
+    lines = [f'[[worker]]\naddress = "{address}"\n' for address in addresses]
+    new = path.with_suffix(".new")
+    new.write_text("".join(lines))
+    new.replace(path)
+
+
+def names(boxes: Boxes) -> list[str]:
+    return [link.address for link in boxes.links if link.is_up]
+
+
+def test_boxes_join_and_leave(tmp_path: Path) -> None:
+    """Seen red: a link of the old file that stays open; one made anew though it stayed."""
+    path = tmp_path / "workers.toml"
+    write(path, "a:1")
+    with following(path) as boxes:
+        [first] = boxes.links
+        write(path, "a:1", "b:1")
+        wait_for(lambda: names(boxes) == ["a:1", "b:1"], 20, "the second to join")
+        assert boxes.links[0] is first
+        write(path, "b:1")
+        wait_for(lambda: names(boxes) == ["b:1"], 20, "the first to leave")
+        assert not first.is_up
+        last = boxes.links[0]
+    assert boxes.links == () and not last.is_up
+
+
+def test_a_file_that_cannot_be_read_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "workers.toml"
+    write(path, "a:1")
+    with following(path) as boxes:
+        path.write_text("[[worker]]\nadress = 'b:1'\n")
+        wait_for(lambda: "workers file unread" in caplog.text, 20, "the file to be refused")
+        assert names(boxes) == ["a:1"]
+        write(path, "c:1")
+        wait_for(lambda: names(boxes) == ["c:1"], 20, "the next file to be taken")
+
+
+def test_a_worker_that_is_refused_stops_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "workers.toml"
+    write(path, "a:1", "b:1")
+
+    def new_link(entry: WorkerEntry) -> Link:
+        bad = errors.OtherBits("b:1 computes other bits") if entry.address == "b:1" else None
+        return Link(entry, bad)
+
+    with following(path, new_link) as boxes:
+        assert names(boxes) == ["a:1"]
+        assert "worker refused" in caplog.text
+
+
+def test_a_file_that_is_wrong_at_the_start_is_named(tmp_path: Path) -> None:
+    with pytest.raises(errors.ConfigInvalid, match="cannot read"):
+        read_workers(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[[worker]]\naddress = 'a:1'\njoules = -1.0\n")
+    with pytest.raises(errors.ConfigInvalid, match="joules"):
+        read_workers(tmp_path / "bad.toml")
+
+
+def test_a_costly_box_owns_fewer_experts(tmp_path: Path) -> None:
+    """Seen red: shares by slots alone."""
+    path = tmp_path / "workers.toml"
+    path.write_text(
+        '[[worker]]\naddress = "a:1"\njoules = 2.0\nlatency = 2.0\n[[worker]]\naddress = "b:1"\n'
+    )
+    with following(path) as boxes:
+        owned = {"a:1": 0, "b:1": 0}
+        for layer in range(32):
+            for expert in range(32):
+                for link in boxes.shares(layer, [expert]):
+                    owned[link.address] += 1
+    ratio = owned["b:1"] / owned["a:1"]
+    assert 3 <= ratio <= 5
+    assert ExpertKey(0, 0) not in boxes
+
+
+def test_links_may_be_replaced_while_they_are_used() -> None:
+    """Seen red: owners of the new links looked up among the old ones (IndexError)."""
+    boxes, stop = Boxes(lambda shares: Shares(32, shares), slots=8), threading.Event()
+    links: list[Any] = [Link(WorkerEntry(address=name)).__enter__() for name in "abc"]
+
+    def replace() -> None:
+        while not stop.is_set():
+            boxes.links = links[:1]
+            boxes.links = links
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(3000):
+            boxes.shares(0, range(32))
+    finally:
+        stop.set()
+        thread.join()
