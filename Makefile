@@ -25,11 +25,14 @@ PEERS_PACKAGES := tests/bench/peers/requirements.txt
 CLIENTS := .flashmoe/clients-venv
 CLIENTS_READY := $(CLIENTS)/.ready
 CLIENTS_PACKAGES := tests/compute_node/gateway/real_clients/requirements.txt
+CLUSTER := .flashmoe/cluster-venv
+CLUSTER_READY := $(CLUSTER)/.ready
+CLUSTER_PACKAGES := tests/deploy/cluster/requirements.txt
 CONFIGURED = test -f '$(CONTAINER)/compose.env' || { echo "no containers were started from here: make up" >&2; exit 2; }
 COMPOSED = $(COMPOSE) --env-file '$(CONTAINER)/compose.env' -f '$(CONTAINER)/docker-compose.yml'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto run serve test system lint format check bench bench-peers bench-scale bench-quality clients trace policies image up down logs container-test lock clean
+.PHONY: help setup proto run serve test system lint format check bench bench-peers bench-scale bench-quality clients cluster trace policies image up down logs container-test lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -111,6 +114,16 @@ $(CLIENTS_READY): $(CLIENTS_PACKAGES) $(READY)
 	@touch $@
 
 clients: $(CLIENTS_READY)  ## the HTTP clients that people use, for their tests
+
+$(CLUSTER_READY): $(CLUSTER_PACKAGES) $(READY)
+	@$(PY) -m venv --without-pip --clear $(CLUSTER)
+	@cd $(CLUSTER)/lib/python3*/site-packages && $(abspath $(PY)) -c \
+	    'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > flashmoe.pth
+	@$(PY) -m pip --python $(CLUSTER)/bin/python install --quiet --disable-pip-version-check \
+	    --no-deps -r $(CLUSTER_PACKAGES)
+	@touch $@
+
+cluster: $(CLUSTER_READY)  ## an environment with flashmoe[cluster], for its tests and demo
 
 $(TRACES)/tiny-moe-test.npz: tests/bench/record_tiny.py $(wildcard tests/bench/prompts/*.txt $(MODEL)/*) \
     | $(STORE)/manifest.json

@@ -28,6 +28,7 @@ VERBS = {
     "plan": "Tell whether a model fits a memory ceiling, and how fast it should decode.",
     "serve": "Run all daemons on this box until interrupted.",
     "worker": "Compute experts for a main node on another box, until interrupted.",
+    "cluster": "Start a main node and its workers on several boxes, on Ray.",
     "run": "Start a stack of its own, generate once, print a summary, stop.",
     "generate": "Stream text from a running stack.",
     "chat": "Talk with a running stack in the terminal; it remembers what was said.",
@@ -52,8 +53,11 @@ def load(verb: str) -> Any:
     name = verb.replace("-", "_")
     with importing():
         module = importlib.import_module(f"deploy.verbs.{name}")
+    found = getattr(module, name)
+    if isinstance(found, typer.Typer):  # a verb with verbs of its own
+        return typer.main.get_command(found)
     alone = typer.Typer(add_completion=False)
-    alone.command(verb, epilog=console.EXIT_CODES)(getattr(module, name))
+    alone.command(verb, epilog=console.EXIT_CODES)(found)
     return typer.main.get_command(alone)
 
 

@@ -20,13 +20,18 @@ PROGRAM = re.compile(r"(?<=^ExecStart=)\S+", re.MULTILINE)
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
 @pytest.mark.parametrize(
-    ("unit", "scope"), [("flashmoe.service", "--system"), ("user/flashmoe.service", "--user")]
+    ("unit", "scope", "name"),
+    [
+        ("flashmoe.service", "--system", "flashmoe.service"),
+        ("flashmoe-ray@.service", "--system", "flashmoe-ray@join.service"),
+        ("user/flashmoe.service", "--user", "flashmoe.service"),
+    ],
 )
 def test_a_unit_is_what_systemd_takes(
-    unit: str, scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unit: str, scope: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a program that is there: verify looks for it."""
-    copy = tmp_path / "flashmoe.service"
+    copy = tmp_path / name
     copy.write_text(PROGRAM.sub("/bin/true", (UNITS / unit).read_text()))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     command = ["systemd-analyze", "verify", "--man=no", scope, str(copy)]

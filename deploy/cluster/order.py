@@ -1,0 +1,104 @@
+"""What a box has to run: made of cluster.toml, sent to the box, written down there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from deploy.cluster.config import ClusterConfig, MainBox, WorkerBox
+
+SETTINGS_NAME, WORKERS_NAME = "box.toml", "workers.toml"
+
+
+@dataclass(frozen=True)
+class Order:
+    """Paths may begin with `~`: the home of the box.
+
+    verb: `serve` or `worker`
+    settings: as flashmoe.toml has them
+    workers: of a main node, as its workers file has them
+    """
+
+    name: str
+    verb: str
+    run_dir: str
+    settings: dict[str, Any]
+    workers: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, config: ClusterConfig, box: MainBox | WorkerBox) -> Order:
+        """Raises ConfigInvalid for memory that is none."""
+        if isinstance(box, WorkerBox):
+            settings = {"serve": _served(config, box) | {"listen": box.address}}
+            tables = {"worker": _protected(config, box, "tls")}
+            return cls(box.name, "worker", str(box.folder), _merged(settings, tables, box.tables))
+        served = _served(config, box) | {
+            "http": box.http,
+            "api_key_file": _text(box.api_key_file),
+            "quality": box.quality,
+            "policy": box.policy,
+        }
+        node = {"workers_file": str(box.folder / WORKERS_NAME)}
+        if config.certs is not None:
+            node |= _protected(config, box, "worker_tls")
+        settings = _merged({"serve": served}, {"compute_node": node}, box.tables)
+        return cls(box.name, "serve", str(box.folder), settings, workers_of(config.workers))
+
+    def settings_text(self) -> str:
+        """On the box: the file that its stack is started with."""
+        return tomli_w.dumps(_at_home(self.settings))
+
+    def workers_text(self) -> str:
+        """On the main box: the file from which its node takes its workers."""
+        return tomli_w.dumps({"worker": list(self.workers)})
+
+
+def workers_of(boxes: Sequence[WorkerBox]) -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {"address": box.address, "joules": box.joules, "latency": box.latency} for box in boxes
+    )
+
+
+def _served(config: ClusterConfig, box: MainBox | WorkerBox) -> dict[str, Any]:
+    return {
+        "model": str(box.model or config.model),
+        "source": _text(box.source),
+        "memory": str(config.stack_memory_bytes(box)),
+        "experts_memory": box.experts_memory,
+        "run_dir": str(box.folder),
+    }
+
+
+def _protected(config: ClusterConfig, box: MainBox | WorkerBox, key: str) -> dict[str, Any]:
+    """What a daemon shows other boxes, and accepts of them."""
+    if config.certs is None:
+        return {"insecure": config.insecure}
+    files = {"cert": f"{box.name}.pem", "key": f"{box.name}.key", "ca": "ca.pem"}
+    return {key: {role: str(config.certs / name) for role, name in files.items()}}
+
+
+def _merged(
+    settings: dict[str, Any], tables: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The file's own tables win."""
+    names = tables.keys() | own.keys()
+    merged = {name: tables.get(name, {}) | own.get(name, {}) for name in sorted(names)}
+    given = {key: value for key, value in settings["serve"].items() if value is not None}
+    return {"serve": given, **merged}
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _at_home(value: Any) -> Any:
+    """With every `~/` written out."""
+    if isinstance(value, dict):
+        return {key: _at_home(one) for key, one in value.items()}
+    if isinstance(value, str) and value.startswith("~/"):
+        return str(Path(value).expanduser())
+    return value

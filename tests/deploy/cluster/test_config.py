@@ -1,0 +1,126 @@
+"""cluster.toml: what it takes, what it refuses and in which words; what a box is told to run.
+
+Planted faults seen red: see the tests.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from compute_node.boxes.workers_file import read_workers
+from compute_node.config import ComputeNodeConfig
+from compute_node.worker.config import WorkerConfig
+from deploy.cli import run
+from deploy.cluster import extra
+from deploy.cluster.config import ClusterConfig
+from deploy.cluster.order import Order
+from deploy.settings import ServeSettings
+from proto import errors
+from tests.stack import ROOT
+
+EXAMPLE = ROOT / "deploy/cluster/cluster.toml"
+MIB = 2**20
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    return {
+        "model": "/stores/tiny",
+        "ray": "127.0.0.2:6379",
+        "main": {"host": "127.0.0.2", "memory": "2GiB"},
+        "worker": [{"name": "w1", "host": "127.0.0.3", "memory": "1GiB"}],
+    } | changes
+
+
+def load(folder: Path, **changes: Any) -> ClusterConfig:
+    file = folder / "cluster.toml"
+    file.write_text(tomli_w.dumps(document(**changes)))
+    return ClusterConfig.load(file)
+
+
+def test_the_example_is_a_cluster() -> None:
+    config = ClusterConfig.load(EXAMPLE)
+    assert [box.name for box in config.boxes] == ["main", "kitchen", "cellar"]
+    assert config.certs == EXAMPLE.parent / "certs"
+    assert config.head_box.name == "main" and config.head_port == 6379
+
+
+W1 = {"name": "w1", "host": "127.0.0.3", "memory": "1GiB"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"wrokers": []}, "unknown key 'wrokers': remove it, or see deploy/cluster/cluster.toml"),
+        ({"main": {"memory": "2GiB"}}, "key 'main.host' is missing"),
+        ({"main": {"host": "127.0.0.1", "memory": "2GiB"}}, "write the one that other boxes reach"),
+        ({"main": {"host": "box1", "memory": "2GiB"}}, "'box1'"),
+        ({"worker": [W1 | {"memory": "lots"}]}, "'lots' is not a size"),
+        ({"worker": [W1 | {"joules": 0}]}, "joules"),
+        ({"worker": [W1 | {"tables": {"wroker": {}}}]}, "no daemon is called 'wroker'"),
+        ({"worker": [W1, W1 | {"port": 9401}]}, "two boxes are called w1"),
+        ({"worker": [W1, W1 | {"name": "w2"}]}, "two workers listen at 127.0.0.3:9400"),
+        ({"worker": [W1 | {"host": "10.0.0.3"}]}, "10.0.0.3 is reachable from other hosts"),
+        ({"ray": "somewhere"}, "write auto, local, or HOST:PORT"),
+        ({"ray": "local", "insecure": True, "worker": [W1 | {"host": "10.0.0.3"}]}, "one machine"),
+    ],
+)
+def test_what_is_wrong_is_named(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(errors.ConfigInvalid) as caught:
+        load(tmp_path, **changes)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_that_is_no_box_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(errors.ConfigInvalid, match="address of none of the boxes"):
+        _ = load(tmp_path, ray="127.0.0.9:6379").head_box
+    with pytest.raises(errors.ConfigInvalid, match="names no head"):
+        _ = load(tmp_path, ray="auto").head_box
+
+
+def test_ray_has_its_share_of_the_ceiling(tmp_path: Path) -> None:
+    """Red when the daemons get the whole ceiling."""
+    config = load(tmp_path)
+    assert config.stack_memory_bytes(config.main) == (2048 - 448) * MIB
+    assert config.stack_memory_bytes(config.workers[0]) == (1024 - 288) * MIB
+    small = load(tmp_path, worker=[W1 | {"memory": "256MiB"}])
+    with pytest.raises(errors.ConfigInvalid, match="box w1: of memory 256MiB Ray needs 288MiB"):
+        small.stack_memory_bytes(small.workers[0])
+
+
+def test_orders_are_settings_that_daemons_take(tmp_path: Path) -> None:
+    worker = W1 | {"tables": {"worker": {"threads": 1}}, "joules": 2.0}
+    config = load(tmp_path, certs="certs", worker=[worker])
+    main, lent = (Order.of(config, box) for box in config.boxes)
+    assert (main.verb, lent.verb) == ("serve", "worker")
+    settings = ServeSettings.model_validate(lent.settings["serve"])
+    assert settings.listen == "127.0.0.3:9400" and settings.memory == str(736 * MIB)
+    assert lent.settings["worker"]["threads"] == 1
+    tls = lent.settings["worker"]["tls"]
+    assert tls["key"] == str(tmp_path.resolve() / "certs/w1.key")
+    assert set(lent.settings["worker"]) <= set(WorkerConfig.model_fields)
+    assert set(main.settings["compute_node"]) <= set(ComputeNodeConfig.model_fields)
+    (tmp_path / "workers.toml").write_text(main.workers_text())
+    [entry] = read_workers(tmp_path / "workers.toml")
+    assert (entry.address, entry.cost) == ("127.0.0.3:9400", 2.0)
+
+
+def test_the_home_is_that_of_the_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = Order.of(load(tmp_path, model="~/stores/tiny"), load(tmp_path).main)
+    monkeypatch.setenv("HOME", str(tmp_path / "elsewhere"))
+    assert f'"{tmp_path}/elsewhere/.flashmoe/cluster/main"' in order.settings_text()
+
+
+@pytest.mark.parametrize("verb", ["up", "status", "down", "head", "join", "certs"])
+def test_without_the_extra_a_sentence_names_it(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(extra, "find_spec", lambda name: None)
+    more = ["--out", str(EXAMPLE.parent / "none")] if verb == "certs" else []
+    assert run(["cluster", verb, str(EXAMPLE), *more]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and 'pip install "flashmoe[cluster]"' in said

@@ -1,0 +1,347 @@
+"""A cluster on real Ray: a head and two more boxes, each with a raylet at an address of its own on
+this machine, a main node and two workers as real daemons.
+
+Planted faults seen red: see the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tomli_w
+
+from compute_node.client.node_client import NodeClient
+from deploy.stack.run_dir import RunDir
+from tests.stack import ROOT, served, wait_for
+
+PYTHON = ROOT / ".flashmoe/cluster-venv/bin/python"
+needs_ray = pytest.mark.skipif(not PYTHON.exists(), reason="`make cluster` was not run")
+pytestmark = [pytest.mark.system, needs_ray, pytest.mark.timeout(1200)]
+PROMPT, TOKENS = "In the beginning God created", 48
+PATIENT_S = 240  # Ray takes seconds to start, and minutes on a machine that is busy
+LONG = 300  # tokens: longer than a fault takes to be noticed
+
+
+class RayCluster:
+    """cluster.toml and what runs by it. The boxes are called main, w1 and w2."""
+
+    def __init__(self, folder: Path, store: Path) -> None:
+        self.folder, self.file = folder, folder / "cluster.toml"
+        self.hosts = dict(zip(("main", "w1", "w2"), loopback_hosts(), strict=True))
+        ray_port, *self.ports = free_ports()
+        self.environment = os.environ | {"RAY_TMPDIR": str(folder)}
+        self.rays: dict[str, RayOfBox] = {}
+        self.document: dict[str, Any] = {
+            "model": str(store),
+            "ray": f"{self.hosts['main']}:{ray_port}",
+            "head": {"state_dir": str(folder / "head"), "state_port": self.ports.pop()},
+            "main": self.box("main", "1700MiB"),
+            "worker": [self.worker("w1"), self.worker("w2")],
+        }
+        self.write()
+
+    def box(self, name: str, memory: str, host: str = "") -> dict[str, Any]:
+        return {
+            "name": name,
+            "host": self.hosts[host or name],
+            "memory": memory,
+            "experts_memory": "25%",
+            "run_dir": str(self.folder / name),
+        }
+
+    def worker(self, name: str, host: str = "") -> dict[str, Any]:
+        return {**self.box(name, "1200MiB", host), "port": self.ports.pop()}
+
+    def write(self) -> None:
+        self.file.write_text(tomli_w.dumps(self.document))
+
+    def call(self, verb: str, *more: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [PYTHON, "-m", "deploy.cli", "cluster", verb, str(self.file), *more],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENT_S,
+        )
+        assert code in (None, done.returncode), done.stdout + done.stderr
+        return done
+
+    def start_ray(self, name: str) -> None:
+        """By the verb that a box is given."""
+        words = ["head", str(self.file)]
+        if name != "main":
+            words = ["join", str(self.file), "--box", name]
+        command = [str(PYTHON), "-m", "deploy.cli", "cluster", *words]
+        self.rays[name] = RayOfBox(command, self.environment, self.folder / f"{name}.ray.log")
+
+    def raylet(self, name: str) -> psutil.Process:
+        return self._of_ray(name, f"--node_ip_address={self.hosts[name]}")
+
+    def gcs(self) -> psutil.Process:
+        return self._of_ray("main", "gcs_server")
+
+    def _of_ray(self, name: str, word: str) -> psutil.Process:
+        def found() -> psutil.Process | None:
+            with suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(self.rays[name].pid).children():
+                    if any(word in part for part in child.cmdline()):
+                        return child
+            return None
+
+        return wait_for(found, PATIENT_S, f"{word} of {name}")
+
+    def keeper(self, name: str) -> int:
+        """Process id of the actor."""
+
+        def found() -> int | None:
+            with suppress(psutil.NoSuchProcess):
+                for child in self.raylet(name).children():
+                    if "Keeper" in " ".join(child.cmdline()):
+                        return child.pid
+            return None
+
+        return int(wait_for(found, PATIENT_S, f"the actor of {name}"))
+
+    def run(self, name: str) -> RunDir:
+        return RunDir((self.folder / name).resolve())
+
+    def daemon(self, name: str, module: str) -> int:
+        """Process id of a daemon of the box."""
+        config = str(self.run(name).config)
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if words[1:3] == ["-m", module] and words[-1] == config:
+                return int(process.pid)
+        raise LookupError(f"{name} {module}")
+
+    def launcher(self, name: str) -> int:
+        return psutil.Process(self.daemon(name, "expert_store")).ppid()
+
+    def status(self, code: int = 0) -> dict[str, Any]:
+        return dict(json.loads(self.call("status", "--json", code=code).stdout))
+
+    def status_of(self, name: str) -> str:
+        """Of one box, whatever the others are."""
+        done = self.call("status", "--json", code=None)
+        return str(json.loads(done.stdout)[name]["state"]) if done.stdout else "away"
+
+    def client(self) -> NodeClient:
+        return NodeClient(self.run("main").address("compute_node"))
+
+    def tokens(self, max_tokens: int = TOKENS) -> list[int]:
+        with self.client() as node:
+            return node.generate(PROMPT, max_tokens=max_tokens, ignore_eos=True).run().token_ids
+
+    def up(self) -> list[str]:
+        """Workers that are given work now."""
+        with self.client() as node:
+            stats = node.stats()
+        boxes = [one["host"] + f":{one['port']}" for one in self.document["worker"]]
+        return [one for one in boxes if stats.of(box=one).up]
+
+    def wait_all_work(self) -> None:
+        count = len(self.document["worker"])
+        wait_for(lambda: len(self.up()) == count, PATIENT_S, "all workers to be given work")
+
+
+class RayOfBox:
+    """Starts the verb again whenever it ends, as systemd does by our unit."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self._command, self._environment, self._log = command, environment, log
+        self._stopping = threading.Event()
+        self.num_started = 0
+        self._start()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def stop(self) -> None:
+        self._stopping.set()
+        while self._thread.is_alive():
+            self._process.terminate()
+            self._thread.join(1.0)
+
+    def _start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, cwd=ROOT, env=self._environment, stdout=log, stderr=log
+            )
+        self.num_started += 1
+
+    def _run(self) -> None:
+        while True:
+            self._process.wait()
+            if self._stopping.wait(0.5):
+                return
+            self._start()
+
+
+@contextmanager
+def generating(cluster: RayCluster, expected: list[int]) -> Iterator[None]:
+    """A generation that runs during the block, and whose tokens are those expected."""
+    begun, tokens = threading.Event(), list[int]()
+
+    def run() -> None:
+        with cluster.client() as node:
+            for piece in node.generate(PROMPT, max_tokens=LONG, ignore_eos=True, timeout_s=600):
+                tokens.append(piece.token_id)
+                if len(tokens) == 8:
+                    begun.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert begun.wait(PATIENT_S)
+    assert len(tokens) < LONG, "the generation ended before the fault"
+    try:
+        yield
+    finally:
+        thread.join()
+    assert tokens == expected
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_store: Path) -> Iterator[list[int]]:
+    """What one box gives."""
+    folder = Path(tempfile.mkdtemp(prefix="fm-"))
+    with served(tiny_store, folder, "--experts-memory=25%") as stack:
+        tokens = stack.generate(PROMPT, max_tokens=LONG)
+    yield tokens
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_store: Path) -> Iterator[RayCluster]:
+    """Afterwards nothing of it may be left."""
+    folder = Path(tempfile.mkdtemp(prefix="fm-"))
+    made = RayCluster(folder, tiny_store)
+    try:
+        made.start_ray("main")
+        wait_for(lambda: is_open(made.document["ray"]), PATIENT_S, "Ray's head")
+        for name in ("w1", "w2"):
+            made.start_ray(name)
+        made.raylet("w1"), made.raylet("w2")
+        made.call("up")
+        yield made
+        made.call("down")
+    finally:
+        for ray in reversed(list(made.rays.values())):
+            ray.stop()
+    for name in made.hosts:
+        assert not made.run(name).segment.exists() and not made.run(name).presence.exists()
+    left = [p for p in psutil.process_iter(["cmdline"]) if str(folder) in str(p.info["cmdline"])]
+    assert left == []
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_open(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with suppress(OSError), socket.create_connection((host, int(port)), 1):
+        return True
+    return False
+
+
+def loopback_hosts() -> list[str]:
+    """Three addresses of this machine that no other run of these tests has."""
+    net = f"127.{100 + os.getpid() % 100}.{os.getpid() // 100 % 250}"
+    return [f"{net}.{last}" for last in (2, 3, 4)]
+
+
+def free_ports() -> list[int]:
+    """The first with two free ones behind it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        first = int(probe.getsockname()[1])
+    first = first - 400 if first > 60000 else first + 400
+    return [first, *(first + 10 * number for number in range(1, 7))]
+
+
+def test_tokens_are_those_of_one_box(cluster: RayCluster, alone: list[int]) -> None:
+    cluster.wait_all_work()
+    assert cluster.tokens() == alone[:TOKENS]
+    boxes = cluster.status()
+    assert [one["state"] for one in boxes.values()] == ["serving"] * 3
+    for one in boxes.values():
+        assert set(one["daemons"].values()) == {"SERVING"}
+        assert 50 * 2**20 < one["ray_bytes"] < one["ceiling_bytes"] - one["stack_bytes"]
+
+
+def test_a_stack_that_is_killed_is_made_again(cluster: RayCluster, alone: list[int]) -> None:
+    before = cluster.status()["w1"]["restarts"]
+    with generating(cluster, alone):
+        os.kill(cluster.launcher("w1"), signal.SIGKILL)
+    cluster.wait_all_work()
+    after = cluster.status()["w1"]
+    assert (after["state"], after["restarts"]) == ("serving", before + 1)
+
+
+def test_daemons_outlive_their_actor_and_are_adopted(cluster: RayCluster, alone: list[int]) -> None:
+    """Seen red: the stack as a child of the actor."""
+    worker, keeper = cluster.daemon("w1", "compute_node.worker"), cluster.keeper("w1")
+    with generating(cluster, alone):
+        os.kill(keeper, signal.SIGKILL)
+        wait_for(lambda: cluster.keeper("w1") != keeper, PATIENT_S, "Ray to make the actor again")
+        assert cluster.daemon("w1", "compute_node.worker") == worker
+    assert cluster.status()["w1"]["state"] == "serving"
+    assert cluster.daemon("w1", "compute_node.worker") == worker
+
+
+def test_daemons_outlive_their_raylet(cluster: RayCluster, alone: list[int]) -> None:
+    worker = cluster.daemon("w2", "compute_node.worker")
+    with generating(cluster, alone):
+        started = cluster.rays["w2"].num_started
+        cluster.raylet("w2").kill()
+        wait_for(lambda: cluster.rays["w2"].num_started > started, PATIENT_S, "Ray to start again")
+    assert cluster.daemon("w2", "compute_node.worker") == worker
+    wait_for(lambda: cluster.status_of("w2") == "serving", PATIENT_S, "the box to be back")
+    assert cluster.daemon("w2", "compute_node.worker") == worker
+
+
+def test_a_head_that_is_killed_knows_its_cluster(cluster: RayCluster, alone: list[int]) -> None:
+    """Seen red: a head whose Valkey keeps nothing."""
+    node = cluster.daemon("main", "compute_node")
+    with generating(cluster, alone):
+        started = cluster.rays["main"].num_started
+        cluster.gcs().kill()
+        wait_for(
+            lambda: cluster.rays["main"].num_started > started, PATIENT_S, "Ray to start again"
+        )
+    names = ("main", "w1", "w2")
+    wait_for(
+        lambda: all(cluster.status_of(name) == "serving" for name in names), PATIENT_S, "all boxes"
+    )
+    assert cluster.daemon("main", "compute_node") == node
+    assert cluster.tokens() == alone[:TOKENS]
+
+
+def test_boxes_join_and_leave_without_a_restart(cluster: RayCluster, alone: list[int]) -> None:
+    node, before = cluster.daemon("main", "compute_node"), list(cluster.document["worker"])
+    cluster.document["worker"] = [*before, cluster.worker("w3", "w2")]
+    cluster.write()
+    cluster.call("up")
+    cluster.wait_all_work()
+    assert len(cluster.up()) == 3
+    with generating(cluster, alone):
+        cluster.document["worker"] = before
+        cluster.write()
+        cluster.call("up")
+    assert not cluster.run("w3").segment.exists()
+    assert cluster.daemon("main", "compute_node") == node
+    assert set(cluster.status()) == {"main", "w1", "w2"}
