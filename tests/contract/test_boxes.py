@@ -40,8 +40,8 @@ class BoxInProcess:
         self._shape = loaded.hidden_size, loaded.dtype
         self._lent = LentExperts(loaded.kernels, loaded.spec.num_experts, worker.cache)
 
-    def ask(self, work: Work) -> Answer:
-        return Answer(1, work, 0.0, 0.0)
+    def ask(self, work: Work, own_s: float = 0.0) -> Answer:
+        return Answer(1, work, 0.0, 0.0, own_s)
 
     def wait(self, answer: Answer, check: Callable[[], None]) -> Tensor | None:
         work = answer.work
