@@ -14,6 +14,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import redis
@@ -23,10 +24,11 @@ from redis.retry import Retry
 from transformers.utils import logging as transformers_logging
 
 from compute_node.boxes.boxes import Boxes
-from compute_node.boxes.joined import Follower, joined
+from compute_node.boxes.joined import JOIN_S, Follower, joined
 from compute_node.boxes.link import WorkerLink
 from compute_node.boxes.owners import Rotation, Shares
 from compute_node.boxes.probe import Probe
+from compute_node.boxes.shadow_link import ShadowLink
 from compute_node.boxes.workers_file import WorkerEntry
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
@@ -50,8 +52,12 @@ from compute_node.kernels import heap, processors
 from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import LoadedModel, load_model
 from compute_node.model.lookahead import Lookahead
+from compute_node.moe.owned import OwnedBackend
 from compute_node.native import binding
+from compute_node.predict.named_reads import NamedReads
 from compute_node.predict.router_map import RouterMap
+from compute_node.predict.shadowed import NAME as SHADOW
+from compute_node.predict.shadowed import Shadowed
 from compute_node.quality.guards import Guards
 from compute_node.store.borrow import StoreClient
 from compute_node.store.session import StoreDescription
@@ -141,6 +147,8 @@ async def run(config: ComputeNodeConfig) -> None:
             run_ahead,
             room,
         )
+        if config.shadow_address is not None:
+            stack.enter_context(shadowed(engine, config, config.shadow_address))
         compute.turns.meter = Meter(
             lambda: sum(one.misses for one in cache.counters.values()), lambda: cache.waits.read_s
         )
@@ -267,7 +275,8 @@ def load(
     binding.use(config.native)
     if config.verdicts_path:
         prober.load(config.verdicts_path)
-    loaded = load_model(model_dir, spec, cache, prober, lookahead, boxes)
+    around = partial(OwnedBackend, boxes=boxes) if boxes is not None else None
+    loaded = load_model(model_dir, spec, cache, prober, lookahead, around)
     if lookahead.router_map is not None and config.router_map_path is not None:
         lookahead.router_map.check_reads(config.router_map_path, loaded.hidden_size)
     if config.verdicts_path:
@@ -285,6 +294,22 @@ def new_boxes(config: ComputeNodeConfig, spec: ModelSpec, own_slots: int) -> Box
         return Rotation(spec.moe_layers, shares, config.groups or len(shares) - 1)
 
     return Boxes(rotation, own_slots)
+
+
+@contextmanager
+def shadowed(engine: Engine, config: ComputeNodeConfig, address: str) -> Iterator[None]:
+    """A shadow node names what decode steps will want, for the block. Raises VersionMismatch for
+    one of another model.
+    """
+    loaded, spec = engine.loaded, engine.loaded.spec
+    reads = NamedReads(SHADOW, engine.cache, loaded.prefetcher.foresight)
+    shadow = Shadowed(spec.moe_layers, reads, config.shadow_align_tokens)
+    with ShadowLink(address, spec, loaded.vocab_size, shadow.hear, config.worker_tls) as link:
+        shadow.link = link
+        if not link.wait_up(JOIN_S):
+            logger.warning("shadow is away", extra={"shadow": address})
+        engine.shadow = shadow
+        yield
 
 
 def probe_of(loaded: LoadedModel, cache: ExpertCache) -> Probe:

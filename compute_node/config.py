@@ -48,6 +48,8 @@ class ComputeNodeConfig(BaseModel):
     worker_tls: TlsFiles | None = None
     placement: Literal["shares", "rotation"] = "shares"
     groups: Annotated[int, Field(ge=0)] = 0
+    shadow_address: str | None = None
+    shadow_align_tokens: Annotated[int, Field(ge=0)] = 1
     redis_url: str | None = None
     advice_poll_s: PositiveFloat = 0.02
     forecaster_path: Path | None = None

@@ -29,6 +29,7 @@ VERBS = {
     "serve": "Run all daemons on this box until interrupted.",
     "worker": "Compute experts for a main node on another box, until interrupted.",
     "cluster": "Start a main node and its workers on several boxes, on Ray.",
+    "shadow": "Name experts for a main node on another box before it wants them.",
     "run": "Start a stack of its own, generate once, print a summary, stop.",
     "generate": "Stream text from a running stack.",
     "chat": "Talk with a running stack in the terminal; it remembers what was said.",

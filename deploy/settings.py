@@ -7,7 +7,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -41,6 +41,9 @@ _BYTES = TypeAdapter(ByteSize)
 _CALIBRATED = ("forecaster_path", "router_map_path")  # what daemons' tables call it
 _TUNED = ("quality_path", "quality")
 
+Role = Literal["main", "worker", "shadow"]
+"""What a box does. worker: compute experts for another; shadow: name experts for another."""
+
 
 class ServeSettings(BaseModel):
     """How one box is served. A flag wins over the file, the file over these defaults."""
@@ -60,15 +63,17 @@ class ServeSettings(BaseModel):
     api_key_file: Path | None = None
     cors_origins: tuple[str, ...] = ()
     workers: tuple[str, ...] = ()
+    shadow_address: str | None = None
     listen: str = DEFAULT_LISTEN
     expert_store: dict[str, Any] = Field(default_factory=dict)
     compute_node: dict[str, Any] = Field(default_factory=dict)
     scheduler: dict[str, Any] = Field(default_factory=dict)
     gateway: dict[str, Any] = Field(default_factory=dict)
     worker: dict[str, Any] = Field(default_factory=dict)
+    shadow: dict[str, Any] = Field(default_factory=dict)
     _is_calibrated: bool = PrivateAttr(default=True)
     _is_tuned: bool = PrivateAttr(default=True)
-    _is_worker: bool = PrivateAttr(default=False)
+    _role: Role = PrivateAttr(default="main")
 
     @classmethod
     def load(cls, path: Path | None) -> Self:
@@ -88,14 +93,14 @@ class ServeSettings(BaseModel):
             raise errors.ConfigInvalid(f"cannot read {path}: {error}") from error
 
     @property
-    def is_worker(self) -> bool:
-        """Whether this box only computes experts for a main node on another."""
-        return self._is_worker
+    def role(self) -> Role:
+        """What this box does."""
+        return self._role
 
-    def of_worker(self) -> Self:
-        """These settings, for a box that only computes experts for a main node on another."""
+    def of_helper(self, role: Role) -> Self:
+        """These settings, for a box that helps a main node on another."""
         left = self.model_copy(update={"http": None, "redis": None})
-        left._is_worker = True
+        left._role = role
         return left
 
     @property

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 NewLink = Callable[[WorkerEntry], WorkerLink]
 
-_JOIN_S = 10.0  # a worker may take to compute the first experts
+JOIN_S = 10.0  # a worker may take to compute the first experts
 _LOOK_S = 0.5
 
 
@@ -32,7 +32,7 @@ def joined(addresses: Sequence[str], new_link: NewLink) -> Iterator[list[WorkerL
             stack.enter_context(new_link(WorkerEntry(address=address))) for address in addresses
         ]
         for link in links:
-            if not link.wait_up(_JOIN_S):
+            if not link.wait_up(JOIN_S):
                 logger.warning("worker is away", extra={"box": link.address})
         yield links
 
@@ -58,7 +58,7 @@ class Follower:
         self._take(read_workers(self._path))
         for link in self._links.values():
             try:
-                link.wait_up(_JOIN_S)
+                link.wait_up(JOIN_S)
             except (errors.VersionMismatch, errors.OtherBits) as error:
                 logger.error("worker refused", extra={"box": link.address, "reason": str(error)})
         self._thread.start()

@@ -16,6 +16,7 @@ import grpc
 from torch import Tensor
 
 from compute_node.boxes.answer import Answer
+from compute_node.boxes.channel import BoxChannel
 from compute_node.boxes.latency import Latency, slow_s
 from compute_node.boxes.probe import Probe
 from compute_node.boxes.work import Work, tensor_of
@@ -70,8 +71,7 @@ class WorkerLink:
         """cost: of an expert there, over what it is on the main node"""
         self.address, self.cost = address, cost
         self._fingerprint, self._probe = fingerprint, probe
-        self._tls = tls
-        self._channel = rpc.connect(address, tls)
+        self._channel = BoxChannel(address, tls)
         self._requests: queue.SimpleQueue[pb.WorkRequest | None] = queue.SimpleQueue()
         self._open: dict[int, Answer] = {}
         self._lock = threading.Lock()
@@ -202,7 +202,7 @@ class WorkerLink:
         while not self._closing.is_set():
             began_s = time.monotonic()
             try:
-                self._serve(pb_grpc.WorkerStub(self._channel))
+                self._serve(pb_grpc.WorkerStub(self._channel.now))
             except (grpc.RpcError, errors.FlashMoEError) as error:
                 self._refusal = error if isinstance(error, _REFUSALS) else None
                 facts = {"box": self.address, "reason": _reason(error)}
@@ -213,26 +213,8 @@ class WorkerLink:
             if time.monotonic() - began_s > _LONGEST_PAUSE_S:
                 pause_s = _FIRST_PAUSE_S
             self._closing.wait(pause_s)
-            self._renew_channel()
+            self._channel.renew()
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-
-    def _renew_channel(self) -> None:
-        """With certificates as the files have them now; a channel keeps those that it began with.
-        What cannot be read leaves the former ones.
-        """
-        if self._tls is None or self._closing.is_set():
-            return
-        try:
-            new = rpc.connect(self.address, self._tls)
-        except errors.ConfigInvalid as error:
-            logger.warning(
-                "certificates not renewed", extra={"box": self.address, "reason": str(error)}
-            )
-            return
-        former, self._channel = self._channel, new
-        former.close()
-        if self._closing.is_set():  # it came between
-            new.close()
 
     def _serve(self, stub: pb_grpc.WorkerStub) -> None:
         """One stream, from its beginning to its end. Raises RpcError, VersionMismatch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ class Engine(Passes):
         prefill, start_s = Usage(), time.perf_counter()
         yield from self._prompt(sequence, seat, prefill)
         ttft_s = time.perf_counter() - start_s
-        with self.cache.room.answers.answering():
+        shadowed = self.shadow.following(sequence.name) if self.shadow else nullcontext()
+        with self.cache.room.answers.answering(), shadowed:
             yield from self._decode(request, sequence, seat, prefill, ttft_s)
 
     def _decode(

@@ -25,7 +25,7 @@ class Limits:
         self._tokenizer = loaded.tokenizer
         self.max_context_tokens = max_context_tokens
         self._max_rows = max_rows
-        self.vocab_size = int(config.get_text_config().vocab_size)
+        self.vocab_size = loaded.vocab_size
         self._has_small_records = bool(loaded.spec.variants)
         self.trained_tokens = trained_context_tokens(config)
         if self.trained_tokens and max_context_tokens > self.trained_tokens:

@@ -23,8 +23,9 @@ from compute_node.kernels import heap
 from compute_node.model.finite import fault_of, is_usable
 from compute_node.model.loaded import LoadedModel
 from compute_node.moe.route import is_exact
-from compute_node.moe.step import Batch, Keeps, Part, Phase, RunsAhead, Step
+from compute_node.moe.step import Batch, Foretells, Keeps, Part, Phase, RunsAhead, Step
 from compute_node.predict.predictor import EMBEDDING, Seen
+from compute_node.predict.shadowed import Shadowed
 from compute_node.run_ahead.fork import can_fork
 from compute_node.run_ahead.run_ahead import RunAhead
 from compute_node.run_ahead.second_pass import Draw
@@ -41,6 +42,7 @@ class Passes:
     room:      memory for sequences' state, and what is kept there
     evidence:  called after every pass; None: nobody learns
     run_ahead: uses the waits of decode steps; None: the thread sleeps
+    shadow:    another node that computes decode steps, too; None: there is none
     """
 
     peak_cache_bytes: int = fact(
@@ -60,6 +62,7 @@ class Passes:
         self.loaded, self.cache = loaded, cache
         self.parts, self.room = parts, room
         self.run_ahead = run_ahead
+        self.shadow: Shadowed | None = None
         self._evidence = evidence
 
     def prefill(
@@ -153,9 +156,11 @@ class Passes:
         num_computed = sequence.num_computed + len(chunk)
         part = Part(sequence.name, phase, len(chunk), num_computed)
         keeps = replace(keeps, gates=self.cache.chooser.weighs)
-        with self._ahead_of(sequence, chunk, phase, new_draw) as run_ahead:
+        shadow = self._shadow_of(sequence, phase)
+        with self._ahead_of(sequence, chunk, phase, new_draw, shadow) as run_ahead:
             policy = sequence.policy_of(phase)
             step = Step(Batch(part), seat.check, keeps, run_ahead, policy=policy)
+            step.shadow = shadow
             if phase is Phase.PREFILL:
                 step.give_way = lambda: self._give_way(seat)
                 step.num_portions = seat.num_portions
@@ -192,14 +197,23 @@ class Passes:
         chunk: list[int],
         phase: Phase,
         new_draw: Callable[[], Draw] | None,
+        shadow: Foretells | None,
     ) -> AbstractContextManager[RunsAhead | None]:
-        """A decode step may be run ahead of, while it waits."""
+        """A decode step may be run ahead of, while it waits, unless a shadow does so."""
         if self.run_ahead is None:
             return nullcontext()
-        if phase is not Phase.DECODE or not is_exact(sequence.policy):
+        if phase is not Phase.DECODE or not is_exact(sequence.policy) or shadow is not None:
             self.run_ahead.drop()
             return nullcontext()
         return self.run_ahead.during(chunk[0], sequence.cache, new_draw)
+
+    def _shadow_of(self, sequence: SequenceState, phase: Phase) -> Foretells | None:
+        """None also while it is away."""
+        if self.shadow is None or phase is not Phase.DECODE or not is_exact(sequence.policy):
+            return None
+        token_ids = sequence.token_ids[: sequence.num_computed + 1]
+        is_there = self.shadow.follow(sequence.name, token_ids, sequence.cache)
+        return self.shadow if is_there else None
 
     def _give_way(self, seat: Seat) -> None:
         """Between two portions of a prompt. What others leave is put away."""

@@ -52,6 +52,15 @@ class NodeStats:
                 labelled(link, box=link.address)
                 for link in (self.boxes.links if self.boxes else ())
             ),
+            *(
+                part
+                for shadow in (self.engine.shadow,)
+                if shadow is not None
+                for part in (
+                    labelled(shadow, shadow=shadow.link.address),
+                    labelled(shadow.link, shadow=shadow.link.address),
+                )
+            ),
             self.engine.room.kept,
             *(labelled(distance, layers_ahead=number) for number, distance in distances),
             loaded.prefetcher,

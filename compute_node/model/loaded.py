@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
-from compute_node.boxes.boxes import Boxes
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.kernels import expert_kernels, one_token_linear, one_token_norm
 from compute_node.kernels.expert_kernels import ExpertKernels
@@ -30,10 +30,10 @@ from compute_node.kernels.prober import Prober
 from compute_node.kernels.variant_kernels import VariantKernels
 from compute_node.model.dense_weights import reading_dense
 from compute_node.model.lookahead import NO_LOOKAHEAD, Lookahead, new_prefetcher
+from compute_node.moe.backend import ExpertBackend
 from compute_node.moe.first_look import FirstLook
 from compute_node.moe.layer import IMPLEMENTATION, RoutedExperts, register
 from compute_node.moe.local import LocalBackend
-from compute_node.moe.owned import OwnedBackend
 from compute_node.moe.router_watch import RouterWatch
 from compute_node.predict.layer_timer import LayerTimer
 from compute_node.predict.prefetcher import Prefetcher
@@ -44,6 +44,8 @@ from proto.expert import EXACT_VARIANT, ModelSpec
 from proto.stats import fact
 
 logger = logging.getLogger(__name__)
+
+Around = Callable[[int, LocalBackend], ExpertBackend]
 
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -85,6 +87,10 @@ class LoadedModel:
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.model.dtype
         return dtype
@@ -96,10 +102,11 @@ def load_model(
     cache: ExpertCache,
     prober: Prober,
     lookahead: Lookahead = NO_LOOKAHEAD,
-    boxes: Boxes | None = None,
+    around: Around | None = None,
 ) -> LoadedModel:
     """Build the checkpoint's own model class around borrowed experts. Native entries are compared
-    with torch unless the prober knows how that comes out. boxes: that compute experts, too
+    with torch unless the prober knows how that comes out. around: what computes a layer's experts,
+    given its number and what computes them here; None: they are all computed here
 
     Raises CheckpointUnsupported, ManifestInvalid, WeightsDamaged, ConfigInvalid.
     """
@@ -117,7 +124,7 @@ def load_model(
     kernels = _kernels(spec, modules, Gates(prober, model_id), prober)
     for layer, (_, module) in modules.items():
         local = LocalBackend(layer, cache, prefetcher, timer, spec.small_variant)
-        backend = local if boxes is None else OwnedBackend(layer, local, boxes)
+        backend = local if around is None else around(layer, local)
         module.flashmoe = RoutedExperts(layer, kernels[layer], backend)
     register()
     model.set_experts_implementation(IMPLEMENTATION)

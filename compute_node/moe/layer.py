@@ -59,6 +59,8 @@ class RoutedExperts:
         chosen = {expert for row in ids for expert in row if expert < num_experts}
         sums = self._sums(step, num_experts, hidden, route, ids)
         small = route.small_experts & chosen
+        if step.shadow is not None:
+            step.shadow.reached(self.layer, sorted(chosen))
         hits = self._backend.run(step, hidden, route, sorted(chosen), sums, small)
         step.accesses[self.layer] = LayerAccess(topk_ids, topk_weights, hits)
         return sums[0].result() if len(sums) == 1 else torch.cat([one.result() for one in sums])

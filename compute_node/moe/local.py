@@ -124,13 +124,14 @@ class LocalBackend:
         has_misses, has_hits = settled.num_misses > 0, settled.num_misses < len(experts)
         seen = Seen(layer, hidden, step.streams.get(layer) if has_hits else None)
         looks = Looks(prefetcher, seen, sums, waits=has_hits and has_misses)
-        runs_ahead = step.run_ahead is not None and has_misses  # its guesses are better
+        # Guesses of these are better.
+        is_foreseen = step.shadow is not None or (step.run_ahead is not None and has_misses)
         return self._cache.step(
             layer,
             experts,
             step.check,
             prefetcher.take_disproved,
-            tuple if runs_ahead else looks.next,
+            tuple if is_foreseen else looks.next,
             meanwhile,
         )
 

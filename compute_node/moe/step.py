@@ -85,6 +85,16 @@ class RunsAhead(Protocol):
         ...
 
 
+class Foretells(Protocol):
+    """Another node computes the same step, and names experts before."""
+
+    def reached(self, layer: int, experts: Sequence[int]) -> None:
+        """The step's router of `layer` chose these. Comes before they are computed. Raises
+        nothing.
+        """
+        ...
+
+
 class Emulates(Protocol):
     """Stands for the experts of a second forward, whose output is only a guess."""
 
@@ -115,6 +125,7 @@ class Step:
     gates:     [T, E] float16 by model layer number, each expert's share; None: not kept
     seen:      by model layer number, what predictors go by; None: not kept
     run_ahead: uses its waits; None: the thread sleeps
+    shadow:    another node computes it, too; None: none does
     emulation: stands for the experts of a second pass; None: it is a true one
     policy:    chooses among experts; what it goes by is kept
     streams:   [T, D] by model layer number, the residual stream before the experts' block, where it
@@ -139,6 +150,7 @@ class Step:
         self.batch = batch
         self.check = check
         self.run_ahead = run_ahead
+        self.shadow: Foretells | None = None
         self.emulation = emulation
         self.policy = policy
         self.accesses: dict[int, LayerAccess] = {}

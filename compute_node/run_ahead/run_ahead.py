@@ -19,6 +19,7 @@ from torch import Tensor
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.kernels.torch_experts import Tensors
 from compute_node.predict.foresight import Foresight
+from compute_node.predict.named_reads import NamedReads
 from compute_node.run_ahead.fork import Fork, Geometry, can_fork
 from compute_node.run_ahead.layers import DecoderLayers
 from compute_node.run_ahead.second_pass import Draw, ModelForward, SecondPass, Start
@@ -89,6 +90,7 @@ class RunAhead:
 
     def __post_init__(self) -> None:
         self._places = {layer: place for place, layer in enumerate(self.moe_layers)}
+        self._reads = NamedReads(NAME, self.cache, self.foresight)
         self._most_open = self.cache.room.num_spare + self.cache.capacity.slots // _SLOTS_A_GUESS
         self._lead = len(self.moe_layers) - 1  # beyond, it would need states that are not there yet
 
@@ -193,22 +195,8 @@ class RunAhead:
             return True
         self.num_layers += 1
         chosen = self._chosen[place] = [ExpertKey(layer, expert) for expert in experts]
-        self.cache.room.expect(layer, chosen)
-        self._read(layer, distance, chosen)
+        self._reads.read(layer, distance, chosen)
         return False
-
-    def _read(self, layer: int, distance: int, chosen: Sequence[ExpertKey]) -> None:
-        wrong = [key for key in self.foresight.about(layer) if key not in chosen]
-        for key in wrong:
-            self.foresight.retract(key)
-        elsewhere = self.cache.elsewhere
-        elsewhere.prepare(layer, (key.expert for key in chosen))
-        missing = [key for key in chosen if key not in self.cache and key not in elsewhere]
-        fresh = [key for key in missing if key not in self.foresight]
-        asked = self.cache.read_ahead(layer, fresh, wrong, len(self.foresight) + len(fresh))
-        for key in missing:
-            if key in asked or key in self.foresight:
-                self.foresight.guessed(key, NAME, distance)
 
     def usable(self, layer: int, experts: Sequence[int]) -> Mapping[int, Tensors]:
         keys = [ExpertKey(layer, expert) for expert in experts]

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from deploy.plan import cgroup
-from deploy.settings import parse_experts_memory
+from deploy.settings import Role, parse_experts_memory
 from expert_store.manifest.manifest import Manifest
 from proto import errors
 from proto.expert import DTYPE_BYTES, ModelSpec
@@ -31,8 +31,10 @@ OVERHEAD_BYTES = {
     "valkey": 16 * MIB,
     "gateway": 60 * MIB,
     "worker": 300 * MIB,
+    "shadow": 320 * MIB,
 }
-_OF_A_WORKER = ("expert_store", "worker", "launcher")
+_HELPERS = ("worker", "shadow")
+_OF_A_HELPER = ("expert_store", "launcher")
 
 
 _STATES = (8, 4, 2)  # sequences at their longest that there is room for, by default, ...
@@ -97,7 +99,7 @@ def plan_memory(
     router_map_bytes: int = 0,
     vocabulary_bytes: int = 0,
     kv_memory_bytes: int | None = None,
-    is_worker: bool = False,
+    role: Role = "main",
 ) -> MemoryPlan:
     """Where the memory goes.
 
@@ -107,7 +109,7 @@ def plan_memory(
     forecaster_bytes: what a calibration adds to the scheduler, see `forecaster_room`
     router_map_bytes: the same to the node, see `router_map_room`
     vocabulary_bytes: of the tokenizer's file
-    is_worker: it computes experts for another box, and nothing else
+    role: of the box
     memory_bytes: the ceiling; None: what experts_memory needs
     Raises MemoryExceeded, naming what would be enough, when the ceiling cannot be kept;
     ConfigInvalid.
@@ -127,9 +129,9 @@ def plan_memory(
     parts["kv_cache"] = longest_bytes if kv_memory_bytes is None else kv_memory_bytes
     parts["tokenizer"] = _tokenizer_bytes(vocabulary_bytes, parts)
     smallest_bytes = sum(parts.values()) + least_bytes
-    if is_worker:
-        parts = _of_a_worker(parts)
-        smallest_bytes = sum(parts.values()) + least_bytes
+    if role != "main":
+        parts = _of_a_helper(role, parts)
+        smallest_bytes = sum(parts.values()) + (all_bytes if role == "shadow" else least_bytes)
     elif kv_memory_bytes is None:
         left_bytes = max(all_bytes, _LEAST_BYTES)
         if memory_bytes is not None:
@@ -163,11 +165,15 @@ def plan_memory(
     return plan
 
 
-def _of_a_worker(parts: dict[str, int]) -> dict[str, int]:
-    """Without what only a main node has; its buffers are those of a prompt's experts."""
-    needless = {*OVERHEAD_BYTES, "dense_weights", "kv_cache", "tokenizer"} - {*_OF_A_WORKER}
+def _of_a_helper(role: Role, parts: dict[str, int]) -> dict[str, int]:
+    """Without what only a main node has. A worker's buffers are those of a prompt's experts; a
+    shadow has the dense weights and a state of its own.
+    """
+    needless = {*OVERHEAD_BYTES, "grammar"} - {*_OF_A_HELPER}
+    if role == "worker":
+        needless |= {"dense_weights", "kv_cache", "tokenizer"}
     left = {name: size for name, size in parts.items() if name not in needless}
-    return {**left, "worker": OVERHEAD_BYTES["worker"]}
+    return {**left, role: OVERHEAD_BYTES[role]}
 
 
 def longest_state_bytes(manifest: Manifest, context_tokens: int) -> int:
@@ -281,7 +287,8 @@ def _fixed_parts(
     itemsize = 4
     inner_itemsize = _own_itemsize(spec)
     overheads = dict(OVERHEAD_BYTES)
-    del overheads["worker"]
+    for name in _HELPERS:
+        del overheads[name]
     if not embedded_valkey:
         del overheads["valkey"]
     if not serves_http:

@@ -16,6 +16,7 @@ from proto.expert_store_pb2_grpc import ExpertStoreStub
 from proto.gateway_pb2_grpc import GatewayStub
 from proto.memory_report import MemoryReport
 from proto.scheduler_pb2_grpc import SchedulerStub
+from proto.shadow_pb2_grpc import ShadowStub
 from proto.stats import Stats
 from proto.worker_pb2_grpc import WorkerStub
 
@@ -38,8 +39,8 @@ def check_health(address: str, tls: rpc.TlsFiles | None = None) -> str:
 def collect_status(run: RunDir) -> dict[str, Facts]:
     """Facts by daemon; one that does not answer has health `away` and nothing else."""
     asked = [name for name in _DAEMONS if name not in _NOT_ALWAYS or run.socket(name).exists()]
-    if "worker" in asked:
-        asked = ["expert_store", "worker"]
+    if helps := [name for name in ("worker", "shadow") if name in asked]:
+        asked = ["expert_store", *helps]
     found = {name: _ask(run, name) for name in asked}
     report = MemoryReport.read(run.path)
     if report is not None:
@@ -106,6 +107,7 @@ def _store_facts(stats: Stats) -> Facts:
     }
 
 
+_OF_A_SHADOW = ("up", "named", "named_late", "unnamed", "unheard", "recall", "bytes_sent")
 _OF_A_BOX = ("up", "answered", "late", "failed", "bytes_sent", "bytes_received")
 
 
@@ -135,6 +137,7 @@ def _node_facts(stats: Stats) -> Facts:
         "quality": _quality(stats),
         "stall_s": {cause: round(s.stall_cause_s, 3) for cause, s in stats.by("cause").items()},
         "boxes": {box: _pick(one, _OF_A_BOX) for box, one in stats.by("box").items()},
+        "shadow_nodes": {at: _pick(one, _OF_A_SHADOW) for at, one in stats.by("shadow").items()},
     }
 
 
@@ -231,6 +234,10 @@ def _worker_facts(stats: Stats) -> Facts:
     }
 
 
+def _shadow_node_facts(stats: Stats) -> Facts:
+    return _pick(stats, ("resident", "followed", "guessed", "guessed_right", "states"))
+
+
 def _pick(stats: Stats, keys: Iterable[str]) -> Facts:
     return {key: getattr(stats, key) for key in keys}
 
@@ -249,5 +256,6 @@ _DAEMONS: dict[str, tuple[type[Any], Callable[[Stats], Facts]]] = {
     "scheduler": (SchedulerStub, _scheduler_facts),
     "gateway": (GatewayStub, _gateway_facts),
     "worker": (WorkerStub, _worker_facts),
+    "shadow": (ShadowStub, _shadow_node_facts),
 }
-_NOT_ALWAYS = ("gateway", "worker")
+_NOT_ALWAYS = ("gateway", "worker", "shadow")

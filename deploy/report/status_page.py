@@ -97,6 +97,10 @@ def _node_rows(facts: Facts) -> dict[str, str]:
         "run-ahead": _run_ahead(facts),
         "waited": _stalls(facts["stall_s"]),
         "store": "never lost" if not reopened else f"lost and opened again {times(reopened)}",
+        **{
+            f"shadow {address}": _shadow(shadow)
+            for address, shadow in facts.get("shadow_nodes", {}).items()
+        },
         **{f"box {address}": _box(box) for address, box in facts.get("boxes", {}).items()},
     }
 
@@ -107,6 +111,15 @@ def _box(box: Facts) -> str:
         f"{'is given work' if box['up'] else 'away'}; {box['answered']:,} answered, "
         f"{box['late']:,} late, {box['failed']:,} failed; {console.size(box['bytes_sent'])} sent, "
         f"{console.size(box['bytes_received'])} received"
+    )
+
+
+def _shadow(shadow: Facts) -> str:
+    """Of a node that names experts for the node."""
+    in_time = shadow["named"] / max(1, shadow["named"] + shadow["unheard"])
+    return (
+        f"{'follows' if shadow['up'] else 'away'}; named {shadow['recall']:.1%} of the experts "
+        f"used, {in_time:.0%} of them in time; {console.size(shadow['bytes_sent'])} sent"
     )
 
 
@@ -270,10 +283,20 @@ def _worker_rows(facts: Facts) -> dict[str, str]:
     return {**rows, "experts": f"{facts['resident']:,} in memory"}
 
 
+def _shadow_rows(facts: Facts) -> dict[str, str]:
+    return {
+        "followed": f"{count(facts['followed'], 'token')}; computed {facts['guessed']:,} before "
+        f"they were said, {facts['guessed_right']:,} rightly",
+        "aligned": f"keys and values of {count(facts['states'], 'token')}",
+        "experts": f"{facts['resident']:,} in memory",
+    }
+
+
 _DAEMONS: dict[str, Callable[[Facts], dict[str, str]]] = {
     "expert_store": _store_rows,
     "compute_node": _node_rows,
     "scheduler": _scheduler_rows,
     "gateway": _gateway_rows,
     "worker": _worker_rows,
+    "shadow": _shadow_rows,
 }

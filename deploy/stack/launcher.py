@@ -44,12 +44,12 @@ def _check_redis(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
 def commands(run: RunDir, settings: ServeSettings) -> dict[str, list[str]]:
     """The command line of every process, in the order of start."""
     modules = ["expert_store", "compute_node", "scheduler"]
-    if settings.is_worker:
-        modules = ["expert_store", "compute_node.worker"]
+    if settings.role != "main":
+        modules = ["expert_store", f"compute_node.{settings.role}"]
     elif settings.http is not None:
         modules.append("compute_node.gateway")
     found: dict[str, list[str]] = {}
-    if settings.redis is None and not settings.is_worker:
+    if settings.redis is None and settings.role == "main":
         found["valkey"] = valkey_command(run)
     for module in modules:
         name = module.rpartition(".")[2]
@@ -104,6 +104,7 @@ def serving(
         activities = {
             "expert_store": f"taking {console.size(slots.segment_bytes)} of shared memory",
             "compute_node": f"loading {console.size(dense_bytes)} of dense weights",
+            "shadow": f"loading {console.size(dense_bytes)} of dense weights",
         }
         daemons = [
             Daemon(name, command, run, presence, activities.get(name, ""))
@@ -150,7 +151,7 @@ def _clear(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
         run.config.write_text(tomli_w.dumps(tables))
         for name in ("valkey", *tables):
             log_files.clear(run.log(name))
-        sockets = (run.socket(name) for name in ("valkey", "gateway", "worker"))
+        sockets = (run.socket(name) for name in ("valkey", "gateway", "worker", "shadow"))
         for file in (*sockets, run.http, run.path / FILE_NAME):
             file.unlink(missing_ok=True)
     except OSError as error:

@@ -75,7 +75,7 @@ def plan_stack_memory(
         router_map_bytes=router_map_room(settings.router_map(store_dir)),
         vocabulary_bytes=vocabulary_bytes(manifest.root(store_dir, settings.source)),
         kv_memory_bytes=settings.kv_memory_bytes,
-        is_worker=settings.is_worker,
+        role=settings.role,
     )
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from compute_node.config import ComputeNodeConfig
 from compute_node.gateway.config import GatewayConfig
+from compute_node.shadow.config import ShadowConfig
 from compute_node.worker.config import WorkerConfig
 from deploy.plan.budget import MemoryPlan
 from deploy.settings import ServeSettings
@@ -24,6 +25,7 @@ _CONFIGS: dict[str, type[BaseModel]] = {
     "scheduler": SchedulerConfig,
     "gateway": GatewayConfig,
     "worker": WorkerConfig,
+    "shadow": ShadowConfig,
 }
 _OVERRIDABLE = {
     "read_depth",
@@ -49,15 +51,15 @@ def compose(
     Raises ConfigInvalid for a setting that the launcher derives, or that the daemon refuses.
     """
     tables = {"expert_store": _store_table(run, settings, store_dir, plan)}
-    if settings.is_worker:
-        tables["worker"] = _worker_table(run, settings, plan)
+    if settings.role != "main":
+        tables[settings.role] = _helper_table(run, settings, plan)
     else:
         tables["compute_node"] = _node_table(run, settings, manifest, plan)
         tables["scheduler"] = _scheduler_table(run, settings, manifest)
     if settings.http is not None:
         tables["gateway"] = _gateway_table(run, settings, store_dir)
     _check_overrides(settings, tables)
-    if not settings.is_worker:
+    if settings.role == "main":
         _name_files(tables, settings, store_dir)
     if settings.source:
         tables["expert_store"]["source_root"] = str(settings.source.resolve())
@@ -114,11 +116,12 @@ def _node_table(
         "policy": settings.policy,
         "redis_url": settings.redis or run.redis_url,
         "workers": list(settings.workers),
+        "shadow_address": settings.shadow_address,
     }
 
 
-def _worker_table(run: RunDir, settings: ServeSettings, plan: MemoryPlan) -> dict[str, Any]:
-    return _face(run, "worker") | {
+def _helper_table(run: RunDir, settings: ServeSettings, plan: MemoryPlan) -> dict[str, Any]:
+    return _face(run, settings.role) | {
         "listen": settings.listen,
         "store_address": run.address("expert_store"),
         "session_dir": str(run.path / "sessions"),

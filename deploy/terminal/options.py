@@ -79,6 +79,9 @@ WORKER = typer.Option(
     metavar="ADDRESS",
     help="A box where `flashmoe worker` listens, as 10.0.0.2:9400; repeat for more.",
 )
+SHADOW = typer.Option(
+    metavar="ADDRESS", help="A box where `flashmoe shadow` listens, as 10.0.0.9:9401."
+)
 LISTEN = typer.Option(
     metavar="HOST:PORT",
     help="Where main nodes reach it; TLS beyond loopback. (default: 127.0.0.1:9400)",

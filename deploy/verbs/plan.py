@@ -11,7 +11,8 @@ import typer
 
 from deploy.plan.budget import MemoryPlan, shortage
 from deploy.plan.disk import DiskSpeed, RecordSpeed, measure_disk, measure_records
-from deploy.plan.estimate import Estimate, estimate
+from deploy.plan.estimate import Estimate, estimate, rotation
+from deploy.plan.rotation import Rotation
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.stack.stack_plan import plan_stack_memory
 from deploy.terminal import console, options
@@ -20,6 +21,8 @@ from deploy.terminal.progress import progress
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest, check_sources
 from expert_store.manifest.sources import resolve_inside
 
+_WORKER_S = 0.0008  # of a message to a worker and back, without the network
+
 
 def plan(
     target: Annotated[Path, typer.Argument(metavar="HF_DIR|STORE", help="Checkpoint or store.")],
@@ -27,6 +30,12 @@ def plan(
     experts_memory: Annotated[
         str | None, typer.Option(help="Bytes, percent of experts, or slots.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Say what so many workers that take turns would give.")
+    ] = 0,
+    round_trip_ms: Annotated[
+        float, typer.Option(min=0, help="To a worker and back, on the network.")
+    ] = 0.3,
     as_json: Annotated[bool, options.JSON] = False,
 ) -> None:
     """Tell whether a model fits a memory ceiling, where the memory goes, and how fast it should
@@ -47,10 +56,17 @@ def plan(
         records = measure_records(manifest, root)
         disk = measure_disk([resolve_inside(root, file.path) for file in manifest.files])
     expected = estimate(manifest, planned, records)
+    turns = rotation(manifest, planned, records, round_trip_ms / 1e3 + _WORKER_S)
     if as_json:
-        console.print_json(_plan_document(manifest, planned, records, expected))
+        document = _plan_document(manifest, planned, records, expected)
+        if workers:
+            document["rotation"] = _rotation_document(turns, workers)
+        console.print_json(document)
     else:
         _print_plan(manifest, planned, expected)
+        if workers:
+            title = f"{workers} workers in turn, each like this machine"
+            console.out.print(console.table(title, _rotation_rows(turns, workers)))
         console.out.print(console.table("The disk", _disk_rows(disk, records)))
 
 
@@ -83,6 +99,30 @@ def _plan_document(
         },
         "likely_hit_ratio": expected.likely_hit_ratio,
         "bytes_per_token": expected.bytes_per_token,
+    }
+
+
+def _rotation_document(turns: Rotation, workers: int) -> dict[str, object]:
+    return {
+        "workers": workers,
+        "tokens_per_s": {
+            "token_unforeseen": 1 / turns.seconds(workers),
+            "token_foreseen": 1 / turns.seconds(workers, knows_next=True),
+            "without_disks": 1 / turns.ideal_s(),
+        },
+        "workers_enough": turns.enough(),
+    }
+
+
+def _rotation_rows(turns: Rotation, workers: int) -> dict[str, str]:
+    unforeseen, foreseen = turns.seconds(workers), turns.seconds(workers, knows_next=True)
+    enough = turns.enough()
+    return {
+        "tokens/s": f"{1 / unforeseen:.2f} where a token is not foreseen, {1 / foreseen:.2f} where "
+        f"it is; {1 / turns.ideal_s():.2f} if no disk were waited for",
+        "enough": "no number up to 64: the disks are too slow"
+        if enough is None
+        else f"{enough} workers wait for no disk",
     }
 
 

@@ -38,6 +38,7 @@ def serve(
     api_key_file: Annotated[Path | None, options.API_KEY_FILE] = None,
     cors_origin: Annotated[list[str] | None, CORS_ORIGIN] = None,
     worker: Annotated[list[str] | None, options.WORKER] = None,
+    shadow: Annotated[str | None, options.SHADOW] = None,
     config: Annotated[Path | None, options.CONFIG] = None,
 ) -> None:
     """Run all daemons on this box until interrupted; prints one line when ready.
@@ -57,6 +58,7 @@ def serve(
         api_key_file=api_key_file,
         cors_origins=tuple(cors_origin) if cors_origin else None,
         workers=tuple(worker) if worker else None,
+        shadow_address=shadow,
     )
     check_http(settings)
     if forecaster is not None:

@@ -34,7 +34,7 @@ def worker(
         run_dir=run_dir,
         source=source,
     )
-    plan, stopped = StackPlan.of(settings.of_worker()), stop_flag()
+    plan, stopped = StackPlan.of(settings.of_helper("worker")), stop_flag()
     with serving(plan, stopped, say=console.say) as stack:
         if not stopped():
             console.out.print(

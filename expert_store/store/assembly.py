@@ -97,16 +97,14 @@ class Assembly:
             if self._hashing or not self._came[self._next]:
                 return False
             self._hashing = True
-        while self._take():
+        while (is_whole := self._take()) is None:
             pass
-        if self._next < len(self.pieces):
-            return False
-        if self._digest.intdigest() != self._record.checksum:
+        if is_whole and self._digest.intdigest() != self._record.checksum:
             raise ChecksumDiffers
-        return True
+        return is_whole
 
-    def _take(self) -> bool:
-        """Hash the next piece; whether the one after it is here too."""
+    def _take(self) -> bool | None:
+        """Hash the next piece. Returns whether it was the last; None: the one after it is here, too."""
         piece = self.pieces[self._next]
         start, end = (
             piece.landing_bytes + piece.skip_bytes,
@@ -119,8 +117,10 @@ class Assembly:
             _move(self._slot, piece.ends.place_bytes, arrived, piece.ends.length_bytes)
         with self._lock:
             self._next += 1
-            self._hashing = self._next < len(self.pieces) and self._came[self._next]
-            return self._hashing
+            if self._next == len(self.pieces):
+                return True
+            self._hashing = self._came[self._next]  # else another thread may go on from here
+            return None if self._hashing else False
 
 
 def _move(slot: memoryview, to: int, start: int, length: int) -> None:

@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from compute_node.config import ComputeNodeConfig
 from compute_node.gateway.config import GatewayConfig
+from compute_node.shadow.config import ShadowConfig
 from compute_node.worker.config import WorkerConfig
 from deploy.settings import ServeSettings
 from expert_store.config import ExpertStoreConfig
@@ -26,6 +27,7 @@ DAEMONS: dict[str, type[BaseModel]] = {
     "scheduler": SchedulerConfig,
     "gateway": GatewayConfig,
     "worker": WorkerConfig,
+    "shadow": ShadowConfig,
 }
 MODELS: dict[str, type[BaseModel]] = {"serve": ServeSettings, **DAEMONS}
 NOT_EXPANDED = "run_dir"  # its default begins with the user's home folder

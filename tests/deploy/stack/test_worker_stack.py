@@ -37,7 +37,7 @@ def test_one_file_serves_a_main_node_and_a_worker(tiny_store: Path, tmp_path: Pa
     main, main_tables, processes = started(settings)
     assert processes == {"valkey", "expert_store", "compute_node", "scheduler", "gateway"}
     assert main_tables["compute_node"]["workers"] == ["10.0.0.2:9400"]
-    worker, tables, processes = started(settings.of_worker())
+    worker, tables, processes = started(settings.of_helper("worker"))
     assert processes == set(tables) == {"expert_store", "worker"}
     assert tables["worker"]["listen"] == "127.0.0.1:9777"
     assert tables["worker"]["slots"] == worker.memory.slots == main.memory.slots

@@ -103,6 +103,6 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat_store: Path, run_dir: 
         process.stdin.flush()
         assert process.stdout.read(6)  # the prompt and the first letters
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate("/quit\n", timeout=30)
+        _, err = process.communicate("/quit\n", timeout=120)
         assert process.returncode == 0, err
         assert "stopped" in err

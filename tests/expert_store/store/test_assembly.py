@@ -136,3 +136,27 @@ def test_many_threads_make_it_whole_once() -> None:
             assembly = Assembly(wanted, slot, PAGE_BYTES)
             with ThreadPoolExecutor(4) as pool:
                 assert sum(pool.map(assembly.arrive, range(200))) == 1
+
+
+def test_who_hashed_before_the_last_piece_came_has_not_made_it_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted fault seen red: whole by what the other thread has hashed meanwhile."""
+    gaps = [(0, 3 * PAGE_BYTES)]
+    data = file_bytes(gaps)
+    with mmap(-1, len(data)) as memory, memoryview(memory) as slot:
+        slot[:] = data
+        assembly, take = Assembly(record(gaps, data), slot, PAGE_BYTES), Assembly._take
+        made_whole = []
+
+        def take_then_the_other(self: Assembly) -> bool | None:
+            found = take(self)
+            if found is False:
+                monkeypatch.undo()
+                made_whole.append(assembly.arrive(2))
+            return found
+
+        monkeypatch.setattr(Assembly, "_take", take_then_the_other)
+        assert not assembly.arrive(1)
+        assert not assembly.arrive(0)
+        assert made_whole == [True]

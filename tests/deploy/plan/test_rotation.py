@@ -1,0 +1,57 @@
+"""Planted faults seen red: PLANTED"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from deploy.plan.rotation import Rotation
+
+# A layer takes 10 ms without waiting, and its experts 40 ms to read.
+ROTATION = Rotation(
+    num_layers=24,
+    top_k=4,
+    expert_bytes=2e6,
+    disk_bytes_per_s=200e6,
+    dense_s=0.004,
+    expert_s=0.001,
+    link_s=0.002,
+    named_s=0.0005,
+    token_s=0.0,
+    slots=8,
+)
+
+
+def test_one_worker_is_as_fast_as_its_disk() -> None:
+    disk_s = 24 * 0.040
+    assert disk_s <= ROTATION.seconds(1, knows_next=True) < 1.03 * disk_s
+
+
+def test_enough_groups_read_while_others_compute() -> None:
+    """The condition of OD-MoE: a group's layer is read in the time of all groups' layers."""
+    assert ROTATION.ideal_s() == pytest.approx(0.24)
+    assert ROTATION.seconds(5, knows_next=True) == pytest.approx(0.24, rel=0.02)
+    assert ROTATION.seconds(3, knows_next=True) > 0.3
+    assert ROTATION.enough() == 4
+    assert replace(ROTATION, disk_bytes_per_s=20e6).enough() is None, "24 layers, 40 would do"
+
+
+def test_a_token_that_nobody_foresaw_waits_for_its_first_layers() -> None:
+    waits_s = ROTATION.seconds(5) - ROTATION.seconds(5, knows_next=True)
+    assert 0.03 < waits_s < 0.08
+
+
+def test_one_buffer_cannot_be_read_into_while_it_is_computed_with() -> None:
+    tight = replace(ROTATION, slots=4)
+    assert tight.seconds(4, knows_next=True) > 1.05 * ROTATION.seconds(4, knows_next=True)
+
+
+def test_a_group_shares_a_layers_reads() -> None:
+    assert ROTATION.seconds(2, 2, True) < 0.7 * ROTATION.seconds(2, 1, True)
+
+
+def test_a_late_shadow_holds_all_up() -> None:
+    late = replace(ROTATION, named_s=0.02)
+    assert late.seconds(8) > 24 * 0.02
+    assert late.enough(knows_next=False) is None
