@@ -1,7 +1,7 @@
 """A shadow node's names of a main node's decode steps: held until the step is near, then read.
 
 The emulative predictor of OD-MoE (arXiv 2512.03927, section 3): a small copy of the model computes
-the same tokens, aligned with every token and, every so many, with their keys and values.
+the same tokens, aligned with every token, and every few tokens with their keys and values.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Shadowed:
     link: ShadowLink = field(init=False)
     _names: dict[_Place, Name] = field(default_factory=dict)  # not read yet
     _read_names: dict[_Place, Name] = field(default_factory=dict)
-    _told: set[_Place] = field(default_factory=set)  # boxes were
+    _prepared: set[_Place] = field(default_factory=set)  # boxes were
     _used: dict[_Place, Sequence[int]] = field(default_factory=dict)  # nothing was heard
     _sequence: str = ""
     _token_id: int = -1
@@ -93,7 +93,7 @@ class Shadowed:
             self._names[place] = name
             if place.position == self._now.position:
                 # Boxes hear at once; the cache is the compute thread's.
-                self._told.add(place)
+                self._prepared.add(place)
                 self.reads.cache.elsewhere.prepare(name.layer, name.experts)
 
     def follow(self, sequence: str, token_ids: Sequence[int], state: Any) -> bool:
@@ -165,14 +165,14 @@ class Shadowed:
             near = sorted(place for place in self._names if self._now < place < next_token)
             names = {place: self._names.pop(place) for place in near}
             self._read_names |= names
-            told = self._told.intersection(names)
-            self._told.clear()
+            prepared = self._prepared.intersection(names)
+            self._prepared.clear()
         for place, name in names.items():
             distance = place.place - self._now.place
             distance += (place.position - self._now.position) * len(self.moe_layers)
             chosen = [ExpertKey(name.layer, expert) for expert in name.experts]
             try:
-                self.reads.read(name.layer, distance, chosen, prepares=place not in told)
+                self.reads.read(name.layer, distance, chosen, prepares=place not in prepared)
             except SessionLost:
                 return  # the step's next layer notices it, says so, and opens another
 

@@ -121,7 +121,7 @@ def plan_memory(
     parts["scheduler"] += forecaster_bytes
     parts["compute_node"] += router_map_bytes
     all_bytes = spec.num_experts_total * slot_bytes
-    least_bytes = spec.top_k * len(spec.moe_layers) * slot_bytes
+    least_bytes = _least_slots(role, spec) * slot_bytes
     longest_bytes = longest_state_bytes(manifest, context_tokens)
     if kv_memory_bytes is not None:
         _check_kv(kv_memory_bytes, longest_bytes, context_tokens)
@@ -131,7 +131,7 @@ def plan_memory(
     smallest_bytes = sum(parts.values()) + least_bytes
     if role != "main":
         parts = _of_a_helper(role, parts)
-        smallest_bytes = sum(parts.values()) + (all_bytes if role == "shadow" else least_bytes)
+        smallest_bytes = sum(parts.values()) + least_bytes
     elif kv_memory_bytes is None:
         left_bytes = max(all_bytes, _LEAST_BYTES)
         if memory_bytes is not None:
@@ -155,7 +155,7 @@ def plan_memory(
         smallest_bytes,
         tuple(_beyond_training(context_tokens, manifest.sizing.max_position_embeddings)),
     )
-    _check_experts(plan, least_bytes, memory_bytes, experts_memory)
+    _check_experts(plan, role, least_bytes, memory_bytes, experts_memory)
     if plan.total_bytes > plan.ceiling_bytes:
         raise errors.MemoryExceeded(
             f"{plan.slots} expert slots need {_mib(plan.total_bytes)} in all, --memory is "
@@ -346,12 +346,28 @@ def _dequantised_bytes(spec: ModelSpec) -> int:
     return weights * (_own_itemsize(spec) + 1)
 
 
+def _least_slots(role: Role, spec: ModelSpec) -> int:
+    """A token's experts; on a worker one layer's; on a shadow, which may wait for nothing, all."""
+    if role == "shadow":
+        return spec.num_experts_total
+    return spec.top_k * (1 if role == "worker" else len(spec.moe_layers))
+
+
 def _check_experts(
-    plan: MemoryPlan, least_bytes: int, memory_bytes: int | None, experts_memory: str | None
+    plan: MemoryPlan,
+    role: Role,
+    least_bytes: int,
+    memory_bytes: int | None,
+    experts_memory: str | None,
 ) -> None:
-    """Raises MemoryExceeded when a token's experts, of least_bytes, do not fit."""
+    """Raises MemoryExceeded when what has to fit, least_bytes, does not."""
     if plan.experts_bytes >= least_bytes:
         return
+    if role == "shadow":
+        raise errors.MemoryExceeded(
+            f"a shadow holds all {plan.num_experts} experts: give it {_mib(plan.smallest_bytes)}, "
+            "or a store that `flashmoe pack` wrote in fewer bits"
+        )
     if experts_memory is not None:
         smallest = least_bytes // plan.slot_bytes
         raise errors.MemoryExceeded(

@@ -66,8 +66,13 @@ class Rotation:
             before_s = began_s
         return now_s - began_s
 
+    def mixed_s(self, num_groups: int, right_ratio: float, group_size: int = 1) -> float:
+        """Of a token, on average. right_ratio: tokens that the shadow thought rightly come next"""
+        known_s, unknown_s = (self.seconds(num_groups, group_size, one) for one in (True, False))
+        return right_ratio * known_s + (1 - right_ratio) * unknown_s
+
     def enough(self, most: int = 64, knows_next: bool = True) -> int | None:
-        """Groups of one worker with which no layer waits; None: not even so many."""
+        """Groups of one worker with which no layer waits; None: `most` are too few."""
         for num_groups in range(1, most + 1):
             if self.seconds(num_groups, 1, knows_next) <= (1 + _FREE) * self.ideal_s():
                 return num_groups

@@ -104,7 +104,7 @@ def _store_table(
 def _node_table(
     run: RunDir, settings: ServeSettings, manifest: Manifest, plan: MemoryPlan
 ) -> dict[str, Any]:
-    return _face(run, "compute_node") | {
+    table = _face(run, "compute_node") | {
         "store_address": run.address("expert_store"),
         "session_dir": str(run.path / "sessions"),
         "slots": plan.slots,
@@ -116,8 +116,10 @@ def _node_table(
         "policy": settings.policy,
         "redis_url": settings.redis or run.redis_url,
         "workers": list(settings.workers),
-        "shadow_address": settings.shadow_address,
     }
+    if settings.shadow_address is not None:
+        table["shadow_address"] = settings.shadow_address
+    return table
 
 
 def _helper_table(run: RunDir, settings: ServeSettings, plan: MemoryPlan) -> dict[str, Any]:

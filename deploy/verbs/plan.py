@@ -31,7 +31,7 @@ def plan(
         str | None, typer.Option(help="Bytes, percent of experts, or slots.")
     ] = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="Say what so many workers that take turns would give.")
+        int, typer.Option(min=0, help="Say what as many workers that take turns would give.")
     ] = 0,
     round_trip_ms: Annotated[
         float, typer.Option(min=0, help="To a worker and back, on the network.")
@@ -122,7 +122,7 @@ def _rotation_rows(turns: Rotation, workers: int) -> dict[str, str]:
         f"it is; {1 / turns.ideal_s():.2f} if no disk were waited for",
         "enough": "no number up to 64: the disks are too slow"
         if enough is None
-        else f"{enough} workers wait for no disk",
+        else f"with {enough} no disk is waited for",
     }
 
 

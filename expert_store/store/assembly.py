@@ -104,7 +104,7 @@ class Assembly:
         return is_whole
 
     def _take(self) -> bool | None:
-        """Hash the next piece. Returns whether it was the last; None: the one after it is here, too."""
+        """Hash the next piece. Returns whether it was the last; None: the next one is here."""
         piece = self.pieces[self._next]
         start, end = (
             piece.landing_bytes + piece.skip_bytes,

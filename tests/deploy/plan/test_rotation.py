@@ -1,4 +1,6 @@
-"""Planted faults seen red: PLANTED"""
+"""Planted faults seen red: a buffer free before its layer was computed, a read that begins before
+its name, disks of a group read one after another.
+"""
 
 from __future__ import annotations
 
