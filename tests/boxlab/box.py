@@ -81,8 +81,7 @@ class Box:
     @contextmanager
     def worker(self, *flags: str) -> Iterator[ServedStack]:
         """`flashmoe worker`, ready, for the block."""
-        listen = ["--listen", self.address, "--config", str(self._insecure())]
-        with self._verb("worker", *listen, *flags) as started:
+        with self._verb("worker", "--listen", self.address, *flags) as started:
             yield started
 
     @contextmanager
@@ -106,10 +105,10 @@ class Box:
         """Of the main node, over its Unix socket."""
         return NodeClient(self.run.address("compute_node"))
 
-    def _insecure(self) -> Path:
-        """The laboratory is a network of its own."""
+    def _config(self) -> Path:
+        """The laboratory is a network of its own; a box has one processor, as all share few."""
         path = self.folder / "flashmoe.toml"
-        path.write_text("[worker]\ninsecure = true\n")
+        path.write_text("[worker]\ninsecure = true\nthreads = 1\n[compute_node]\nthreads = 1\n")
         return path
 
     @contextmanager
@@ -117,6 +116,7 @@ class Box:
         """Raises OSError when it does not start."""
         log = self.folder / f"{verb}.log"
         places = ["--model", str(self.store_dir), "--run-dir", str(self.run.path)]
+        places += ["--config", str(self._config())]
         with log.open("ab") as errors:
             process = subprocess.Popen(
                 self.command([*FLASHMOE, verb, *places, *flags]),
