@@ -5,11 +5,11 @@ Which boxes there are, whether they live, and that an actor that ended is made a
 
 from __future__ import annotations
 
-import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import ray
@@ -25,7 +25,6 @@ from deploy.cluster.config import AUTO, ClusterConfig, MainBox, WorkerBox
 from deploy.cluster.here import here
 from deploy.cluster.keeper import Keeper
 from deploy.cluster.order import Order
-from deploy.cluster.ray_start import protected
 from proto import errors
 
 NAMESPACE = "flashmoe"
@@ -39,10 +38,13 @@ Say = Callable[[str], None]
 
 @contextmanager
 def connected(config: ClusterConfig) -> Iterator[Members]:
-    """A driver of Ray on one of the boxes, for the block. Raises ConfigInvalid, Unavailable."""
+    """A driver of Ray on one of the boxes, for the block. Ray's environment is that of the process,
+    and what Ray prints goes to stderr.
+
+    Raises ConfigInvalid, Unavailable.
+    """
     box = here(config)
     _check_head(config)
-    os.environ.update(protected(config, box.name))
     try:
         ray.init(
             config.ray_address,
@@ -54,7 +56,8 @@ def connected(config: ClusterConfig) -> Iterator[Members]:
     except (ConnectionError, RayError, RuntimeError, TimeoutError, ValueError) as error:
         raise _away(config, error) from error
     try:
-        yield Members(config)
+        with redirect_stdout(sys.stderr):
+            yield Members(config)
     except GetTimeoutError as error:
         raise errors.Unavailable(f"Ray did not answer in time: {_short(error)}") from error
     finally:
@@ -137,6 +140,9 @@ class Members:
             try:
                 has_run = ray.get(actor.stop.remote(), timeout=_STOP_S)
                 say(f"{name}: {'stopped' if has_run else 'nothing ran'}")
+            except errors.FlashMoEError as error:  # as the box says; Ray puts lines around it
+                is_stopped = False
+                say(f"{name}: {str(error).splitlines()[-1]}")
             except (RayActorError, GetTimeoutError) as error:
                 is_stopped = False
                 say(
@@ -219,7 +225,8 @@ def _is_kept(actor: Any, order: Order) -> bool:
     try:
         if ray.get(actor.order.remote(), timeout=_ANSWER_S) != order:
             return False
-        return bool(ray.get(actor.state.remote(), timeout=_ANSWER_S)["state"] != "failed")
+        state = ray.get(actor.state.remote(), timeout=_ANSWER_S)["state"]
+        return state in ("starting", "serving")
     except (RayActorError, GetTimeoutError):
         return False
 

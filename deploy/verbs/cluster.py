@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +19,7 @@ BOX = typer.Option(
     "--box", metavar="NAME", help="Which box of FILE this machine is. (default: by its address)"
 )
 DOWN_BOX = typer.Option(
-    "--box", metavar="NAME", help="End what runs for that box on this machine, without Ray."
+    "--box", metavar="NAME", help="End what runs for that box on this machine, where Ray is gone."
 )
 
 OUT = typer.Option("--out", metavar="DIR", help="Folder to write; made if need be.")
@@ -36,6 +38,15 @@ def _load(file: Path) -> ClusterConfig:
     return ClusterConfig.load(file)
 
 
+def _members(config: ClusterConfig) -> Any:
+    """The module that speaks to Ray, which reads its environment when it is imported."""
+    from deploy.cluster.here import here
+    from deploy.cluster.ray_start import protected
+
+    os.environ.update(protected(config, here(config).name))
+    return importlib.import_module("deploy.cluster.members")
+
+
 @cluster.command()
 def up(file: Annotated[Path, FILE]) -> None:
     """Have every box run what FILE says. Again with a changed FILE: boxes join and leave.
@@ -43,10 +54,11 @@ def up(file: Annotated[Path, FILE]) -> None:
     Example: flashmoe cluster up cluster.toml
     """
     config = _load(file)
-    from deploy.cluster import local, members
+    from deploy.cluster import local
 
     if config.ray == LOCAL:
         local.start(config, file, console.say)
+    members = _members(config)
     with members.connected(config) as found:
         found.bring_up(console.say)
     run_dir = config.main.folder
@@ -62,7 +74,8 @@ def status(file: Annotated[Path, FILE], as_json: Annotated[bool, options.JSON] =
     Example: flashmoe cluster status cluster.toml
     """
     config = _load(file)
-    from deploy.cluster import members, report
+    members = _members(config)
+    from deploy.cluster import report
 
     with members.connected(config) as found:
         boxes = report.collect(config, found)
@@ -82,12 +95,13 @@ def down(file: Annotated[Path, FILE], box: Annotated[str | None, DOWN_BOX] = Non
     Example: flashmoe cluster down cluster.toml
     """
     config = _load(file)
-    from deploy.cluster import local, members
+    from deploy.cluster import local
 
     if box is not None:
         said = "stopped" if local.stop_box(config.box(box)) else "nothing ran"
         console.out.print(f"{box}: {said}")
         return
+    members = _members(config)
     with members.connected(config) as found:
         names = [one.name for one in config.boxes]  # the main node first: it lets workers go
         names += [name for name in found.kept() if name not in names]

@@ -5,7 +5,6 @@ Planted faults seen red: see the tests.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,23 +126,3 @@ def test_a_costly_box_owns_fewer_experts(tmp_path: Path) -> None:
     ratio = owned["b:1"] / owned["a:1"]
     assert 3 <= ratio <= 5
     assert ExpertKey(0, 0) not in boxes
-
-
-def test_links_may_be_replaced_while_they_are_used() -> None:
-    """Seen red: owners of the new links looked up among the old ones (IndexError)."""
-    boxes, stop = Boxes(lambda shares: Shares(32, shares), slots=8), threading.Event()
-    links: list[Any] = [Link(WorkerEntry(address=name)).__enter__() for name in "abc"]
-
-    def replace() -> None:
-        while not stop.is_set():
-            boxes.links = links[:1]
-            boxes.links = links
-
-    thread = threading.Thread(target=replace)
-    thread.start()
-    try:
-        for _ in range(3000):
-            boxes.shares(0, range(32))
-    finally:
-        stop.set()
-        thread.join()

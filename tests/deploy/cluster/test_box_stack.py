@@ -1,7 +1,4 @@
-"""A stack without Ray around it: started by nobody's child, found again, ended, swept.
-
-Planted faults seen red: see the test.
-"""
+"""A stack without Ray around it: nobody's child, found again, replaced, ended, swept."""
 
 from __future__ import annotations
 
@@ -20,7 +17,6 @@ from tests.stack import wait_for
 
 @pytest.mark.system
 def test_a_stack_is_adopted_replaced_and_swept(tiny_store: Path, run_dir: Path) -> None:
-    """Seen red: a second launcher for a stack that lives; shared memory left by one killed."""
     run = RunDir(run_dir.resolve())
     first, second = order(tiny_store, run, "25%"), order(tiny_store, run, "50%")
     pid = BoxStack(run, os.environ).bring_about(first)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import ssl
 import stat
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from deploy.cli import run
 from deploy.cluster.certificates import Authority
 from proto import errors, rpc
 from proto.rpc import Listen, TlsFiles
+from tests.certificates import certificate, files, issued, serial_shown
 
 CLUSTER = """
 model = "/stores/tiny"
@@ -33,22 +33,6 @@ name = "w1"
 host = "10.0.0.2"
 memory = "1GiB"
 """
-
-
-def files(folder: Path, box: str) -> TlsFiles:
-    return TlsFiles(cert=folder / f"{box}.pem", key=folder / f"{box}.key", ca=folder / "ca.pem")
-
-
-def issued(folder: Path, *boxes: str) -> Authority:
-    folder.mkdir(exist_ok=True)
-    authority = Authority.of(folder)
-    for box in boxes:
-        authority.issue(folder, box, ["127.0.0.1", "127.0.0.2"])
-    return authority
-
-
-def certificate(path: Path) -> x509.Certificate:
-    return x509.load_pem_x509_certificate(path.read_bytes())
 
 
 def test_the_verb_writes_keys_for_their_owner_alone(
@@ -143,21 +127,7 @@ async def ask(channel: grpc.aio.Channel) -> str:
 
 async def shown(address: str, tls: TlsFiles) -> int:
     """Serial number of the certificate that a new connection is shown."""
-    return await asyncio.to_thread(_shown, address, tls)
-
-
-def _shown(address: str, tls: TlsFiles) -> int:
-    context = ssl.create_default_context(cafile=str(tls.ca))
-    context.load_cert_chain(tls.cert, tls.key)
-    context.set_alpn_protocols(["h2"])
-    host, _, port = address.rpartition(":")
-    with (
-        socket.create_connection((host, int(port)), 20) as plain,
-        context.wrap_socket(plain, server_hostname=host) as connection,
-    ):
-        der = connection.getpeercert(binary_form=True)
-    assert der is not None
-    return x509.load_der_x509_certificate(der).serial_number
+    return await asyncio.to_thread(serial_shown, address, tls)
 
 
 def free_port() -> int:
