@@ -32,7 +32,7 @@ CONFIGURED = test -f '$(CONTAINER)/compose.env' || { echo "no containers were st
 COMPOSED = $(COMPOSE) --env-file '$(CONTAINER)/compose.env' -f '$(CONTAINER)/docker-compose.yml'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto run serve test system lint format check bench bench-peers bench-scale bench-quality clients cluster trace policies image up down logs container-test lock clean
+.PHONY: help setup proto run serve test system lint format check bench bench-peers bench-scale bench-quality clients cluster cluster-demo trace policies image up down logs container-test lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -122,6 +122,9 @@ $(CLUSTER_READY): $(CLUSTER_PACKAGES) $(READY)
 	@$(PY) -m pip --python $(CLUSTER)/bin/python install --quiet --disable-pip-version-check \
 	    --no-deps -r $(CLUSTER_PACKAGES)
 	@touch $@
+
+cluster-demo: $(STORE)/manifest.json $(CLUSTER_READY)  ## three boxes generate, one is killed, the same text (minutes)
+	@$(CLUSTER)/bin/python -m deploy.cluster.demo $(STORE)
 
 cluster: $(CLUSTER_READY)  ## an environment with flashmoe[cluster], for its tests and demo
 
