@@ -8,12 +8,12 @@ _NUM_KEPT = 256
 _LEAST_KNOWN = 16
 _TIMES = 3.0
 _LEAST_S, _LEAST_AT_FIRST_S, _MOST_S = 0.2, 0.5, 30.0
-_SLOW_S, _SLOW_TIMES = 0.1, 2.0
+_SLOW_S, _SLOW_TIMES = 0.05, 2.0
 
 
 def slow_s(own_s: float) -> float:
     """From when on an answer has taken too long to be worth asking for: twice what the main node
-    takes for the same by itself, at least 0.1 s. own_s: 0 is not known, then 30 s
+    takes for the same by itself, at least 0.05 s. own_s: 0 is not known, then 30 s
     """
     return max(_SLOW_S, _SLOW_TIMES * own_s) if own_s else _MOST_S
 

@@ -1,7 +1,7 @@
 """The laboratory is what it says: links delay and lose, disks are slow, nothing stays behind.
 
-Planted faults seen red: a switch that forwards at once, a throttle on another device, a sweep that
-forgets namespaces.
+Planted faults seen red: a switch that forwards at once, a throttle of a hundred times the rate,
+a sweep that forgets namespaces.
 """
 
 from __future__ import annotations
