@@ -35,7 +35,7 @@ from compute_node.shadow.service import SERVICE_NAME, ShadowService
 from compute_node.store.borrow import StoreClient
 from compute_node.store.session import StoreDescription
 from proto import errors, rpc, stats
-from proto.expert import EXACT_VARIANT
+from proto.expert import EXACT_VARIANT, ModelSpec
 from proto.process import daemon
 from proto.redis_schema import FALLBACK_POLICY
 
@@ -57,7 +57,7 @@ async def run(config: ShadowConfig) -> None:
         prober = Prober(times=config.native == "auto")
         thread = stack.enter_context(ThreadPoolExecutor(1, "compute"))
         loaded = thread.submit(load, config, description, cache, prober, named).result()
-        thread.submit(cache.open).result()
+        thread.submit(read_all, cache, description.spec).result()
         follower = Follower(loaded, named)
         service = ShadowService(
             follower,
@@ -102,6 +102,15 @@ def new_cache(
     num_bytes = spec.num_experts_total * expert_bytes
     capacity = Capacity(num_bytes, expert_bytes, spec.moe_layers, spec.top_k, pooled=True)
     return ExpertCache(store, capacity, chooser)
+
+
+def read_all(cache: ExpertCache, spec: ModelSpec) -> None:
+    """Before the first token. Raises StoreUnavailable, ExpertDamaged."""
+    cache.open()
+    for layer in spec.moe_layers:
+        _, waves = cache.step(layer, range(spec.num_experts))
+        for _ in waves:
+            pass
 
 
 def load(

@@ -56,10 +56,10 @@ class Rotation:
             began_s, named_from_s = now_s, before_s if knows_next else now_s
             for layer in range(self.num_layers):
                 group = layer % num_groups
-                named_s = named_from_s + (layer + 1) * self.named_s
+                asked_s = now_s + self.dense_s
+                named_s = min(asked_s, named_from_s + (layer + 1) * self.named_s)
                 start_s = max(named_s, read_s[group], computed[group].pop(0))
                 read_s[group] = start_s + load_s
-                asked_s = now_s + self.dense_s
                 now_s = max(asked_s, read_s[group]) + self.link_s + share * self.expert_s
                 computed[group].append(now_s)
             now_s += self.token_s

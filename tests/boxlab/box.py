@@ -21,6 +21,7 @@ from tests.stack import FLASHMOE, ROOT, ServedStack
 PORT = 9400
 _CLONE_NEWNET = 0x40000000
 _STOP_S = 60.0
+_HELPERS = ("worker", "shadow")
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,16 @@ class Box:
             yield started
 
     @contextmanager
-    def main(self, workers: Sequence[Box], *flags: str) -> Iterator[ServedStack]:
-        """`flashmoe serve` with these, ready, for the block."""
+    def shadow(self, *flags: str) -> Iterator[ServedStack]:
+        """`flashmoe shadow`, ready, for the block."""
+        with self._verb("shadow", "--listen", self.address, *flags) as started:
+            yield started
+
+    @contextmanager
+    def main(self, workers: Sequence[Box], *flags: str, node: str = "") -> Iterator[ServedStack]:
+        """`flashmoe serve` with these, ready, for the block. node: more of [compute_node]"""
         wanted = [word for box in workers for word in ("--worker", box.address)]
-        with self._verb("serve", *wanted, *flags) as started:
+        with self._verb("serve", *wanted, *flags, node=node) as started:
             yield started
 
     @contextmanager
@@ -105,18 +112,19 @@ class Box:
         """Of the main node, over its Unix socket."""
         return NodeClient(self.run.address("compute_node"))
 
-    def _config(self) -> Path:
+    def _config(self, node: str) -> Path:
         """The laboratory is a network of its own; a box has one processor, as all share few."""
         path = self.folder / "flashmoe.toml"
-        path.write_text("[worker]\ninsecure = true\nthreads = 1\n[compute_node]\nthreads = 1\n")
+        helpers = "".join(f"[{name}]\ninsecure = true\nthreads = 1\n" for name in _HELPERS)
+        path.write_text(f"{helpers}[compute_node]\nthreads = 1\n{node}")
         return path
 
     @contextmanager
-    def _verb(self, verb: str, *flags: str) -> Iterator[ServedStack]:
+    def _verb(self, verb: str, *flags: str, node: str = "") -> Iterator[ServedStack]:
         """Raises OSError when it does not start."""
         log = self.folder / f"{verb}.log"
         places = ["--model", str(self.store_dir), "--run-dir", str(self.run.path)]
-        places += ["--config", str(self._config())]
+        places += ["--config", str(self._config(node))]
         with log.open("ab") as errors:
             process = subprocess.Popen(
                 self.command([*FLASHMOE, verb, *places, *flags]),

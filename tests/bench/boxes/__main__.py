@@ -6,7 +6,7 @@ import argparse
 import subprocess
 from collections.abc import Callable
 
-from tests.bench.boxes import kill, memory, overhead, owned
+from tests.bench.boxes import kill, memory, overhead, owned, rotation
 from tests.bench.table import machine
 from tests.boxlab.laboratory import why_not
 
@@ -15,6 +15,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "overhead": overhead.main,
     "kill": kill.main,
     "memory": memory.main,
+    "rotation": rotation.main,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,7 +31,14 @@ def prompts(count: int) -> list[str]:
     return [path.read_text()[:100] for path in sorted(PROMPTS.glob("*.txt"))[:count]]
 
 
-def ask(client: NodeClient, prompt: str, max_tokens: int, seed: int) -> Answer:
+def ask(
+    client: NodeClient,
+    prompt: str,
+    max_tokens: int,
+    seed: int,
+    on_first: Callable[[], None] = lambda: None,
+) -> Answer:
+    """on_first: called when the first token came, and the prompt is computed"""
     came_s, tokens = [], []
     for piece in client.generate(
         prompt,
@@ -42,4 +50,6 @@ def ask(client: NodeClient, prompt: str, max_tokens: int, seed: int) -> Answer:
     ):
         came_s.append(time.monotonic())
         tokens.append(piece.token_id)
+        if len(tokens) == 1:
+            on_first()
     return Answer(tokens, [b - a for a, b in pairwise(came_s)])

@@ -1,0 +1,149 @@
+"""Groups of workers take layers in turn and read what a shadow names: tokens/s over what the
+formula of `flashmoe plan` (deploy/plan/rotation.py) says, by groups and disks, experts of 24 MiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from deploy.plan.rotation import Rotation
+from proto import rpc
+from proto import stats_pb2 as stats_pb
+from proto.shadow_pb2_grpc import ShadowStub
+from proto.stats import Stats
+from tests.bench.boxes.answers import Answer, ask
+from tests.bench.boxes.models import NUM_EXPERTS, NUM_LAYERS, RECORD_BYTES, widened_image
+from tests.bench.table import show
+from tests.boxlab.box import Box
+from tests.boxlab.group import EDGE_SSD, Throttle
+from tests.boxlab.laboratory import laboratory
+
+PROMPTS = ("In the beginning God", "The file is not")
+TOKENS, TOP_K = 13, 4
+SLOTS = (2 * TOP_K, NUM_EXPERTS // 12)  # a worker's: two layers', and a twelfth of the experts
+FAST = Throttle(2_000_000_000, 100_000)
+GROUPS = (1, 2, 4)
+TOKEN_BYTES = NUM_LAYERS * TOP_K * RECORD_BYTES
+LINK_S = 0.0003
+NODE = 'placement = "rotation"\n'
+
+
+@dataclass(frozen=True)
+class Run:
+    """token_s: of decode; read_bytes: a token, of all workers; in_time: of the experts used, that
+    were named before; right: guessed tokens that came
+    """
+
+    token_s: float
+    read_bytes: float
+    recall: float
+    in_time: float
+    right: float
+    answer: Answer
+
+
+def main() -> None:
+    resident = _resident()
+    print(f"resident, one worker: {1e3 * resident.token_s:.0f} ms a token", flush=True)
+    rows, tokens = [], {tuple(resident.answer.token_ids)}
+    for slots in SLOTS:
+        for num_groups in GROUPS:
+            run = _run(num_groups, slots)
+            tokens.add(tuple(run.answer.token_ids))
+            said_s = _formula(resident, run, slots).mixed_s(num_groups, run.right)
+            rows.append(
+                [
+                    str(slots),
+                    str(num_groups),
+                    f"{1 / run.token_s:.3f}",
+                    f"{1 / said_s:.3f}",
+                    f"{said_s / run.token_s:.2f}",
+                    f"{num_groups * EDGE_SSD.bytes_per_s / TOKEN_BYTES:.3f}",
+                    f"{run.read_bytes / 2**20:.0f}",
+                    f"{run.recall:.3f}",
+                    f"{run.in_time:.2f}",
+                    f"{run.right:.2f}",
+                ]
+            )
+            print(rows[-1], flush=True)
+    assert len(tokens) == 1, "other tokens"
+    show(
+        "A rotation of workers with disks of 200 MB/s, and a shadow of the same bits; "
+        f"{1 / resident.token_s:.2f} tokens/s when one worker holds all; formula: with the bytes "
+        "that were read",
+        ["slots a worker", "groups", "tokens/s", "formula", "over formula", "if all were read",
+         "MiB read a token", "recall", "in time", "next token right"],
+        rows,
+    )  # fmt: skip
+
+
+def _formula(resident: Run, run: Run, slots: int) -> Rotation:
+    """A layer's time is divided evenly between main node and worker. What hits is not read."""
+    layer_s = resident.token_s / NUM_LAYERS
+    return Rotation(
+        NUM_LAYERS,
+        TOP_K,
+        run.read_bytes / (NUM_LAYERS * TOP_K),
+        EDGE_SSD.bytes_per_s,
+        dense_s=layer_s / 2 - LINK_S,
+        expert_s=layer_s / 2 / TOP_K,
+        link_s=LINK_S,
+        named_s=layer_s,
+        token_s=0.0,
+        slots=slots,
+    )
+
+
+def _resident() -> Run:
+    """One worker that holds all experts."""
+    with laboratory([widened_image()] * 2, speed=FAST) as boxes, ExitStack() as stack:
+        stack.enter_context(boxes[1].worker("--experts-memory", "100%"))
+        flags = ("--experts-memory", "12.5%")
+        stack.enter_context(boxes[0].main(boxes[1:], *flags, node=NODE))
+        client = stack.enter_context(boxes[0].client())
+        for seed, prompt in enumerate(PROMPTS, start=1):  # reads most, and keeps the prompt
+            ask(client, prompt, TOKENS, seed)
+        answer = ask(client, PROMPTS[1], TOKENS, seed=2)
+        return Run(1 / answer.tokens_per_s, 0.0, 1.0, 1.0, 1.0, answer)
+
+
+def _run(num_groups: int, slots: int) -> Run:
+    images = [widened_image()] * (num_groups + 2)
+    with laboratory(images, speed=EDGE_SSD) as boxes, ExitStack() as stack:
+        main, *workers, shadow = boxes
+        shadow.group.throttle(FAST)
+        for box in workers:
+            stack.enter_context(box.worker("--experts-memory", str(slots)))
+        stack.enter_context(shadow.shadow("--experts-memory", "100%"))
+        flags = ("--experts-memory", "12.5%", "--shadow", shadow.address)
+        stack.enter_context(main.main(workers, *flags, node=NODE))
+        client = stack.enter_context(main.client())
+        figures = list[tuple[int, ...]]()
+
+        def look() -> None:
+            figures.append((*_figures(workers, shadow), main.disk.bytes_read))
+
+        ask(client, PROMPTS[1], TOKENS, seed=2)
+        answer = ask(client, PROMPTS[1], TOKENS, seed=2, on_first=look)
+        look()
+        read, followed, right, own = (b - a for a, b in zip(*figures, strict=True))
+        print(f"{num_groups} groups: the main node's disk read {own / 2**20:.0f} MiB", flush=True)
+        seen = client.stats().of(shadow=shadow.address)
+        return Run(
+            1 / answer.tokens_per_s,
+            read / (TOKENS - 1),
+            seen.recall,
+            seen.named / max(1, seen.named + seen.unheard),
+            right / max(1, followed),
+            answer,
+        )
+
+
+def _figures(workers: Sequence[Box], shadow: Box) -> tuple[int, int, int]:
+    """Bytes read by workers, tokens that a shadow followed, and those that it had guessed."""
+    with rpc.connect(shadow.run.address("shadow")) as channel:
+        stats = Stats.from_pb(ShadowStub(channel).Stats(stats_pb.StatsRequest(), timeout=10))
+    read = sum(box.disk.bytes_read for box in workers)
+    return read, stats.followed, stats.guessed_right
