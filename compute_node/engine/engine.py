@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from compute_node.evidence.accesses import Recording, recorded
 from compute_node.evidence.foretold import foretold
 from compute_node.evidence.step import Evidence
 from compute_node.model.loaded import LoadedModel
+from compute_node.moe.route import is_exact
 from compute_node.moe.step import Keeps, Phase, Step
 from compute_node.quality.turns import Turns
 from compute_node.run_ahead.run_ahead import RunAhead
@@ -121,11 +122,22 @@ class Engine(Passes):
             routes_prompt=request.route_prompts,
             prompt_route=request.route if request.route_prompts else "",
         )
+        with self._followed(sequence):
+            yield from self._computed(request, sequence, seat)
+
+    def _followed(self, sequence: SequenceState) -> AbstractContextManager[None]:
+        """By a shadow, for the block; where routers alone choose its experts."""
+        if self.shadow is None or not is_exact(sequence.policy):
+            return nullcontext()
+        return self.shadow.following(sequence.name, sequence.token_ids)
+
+    def _computed(
+        self, request: Request, sequence: SequenceState, seat: Seat
+    ) -> Iterator[Event | PromptPart]:
         prefill, start_s = Usage(), time.perf_counter()
         yield from self._prompt(sequence, seat, prefill)
         ttft_s = time.perf_counter() - start_s
-        shadowed = self.shadow.following(sequence.name) if self.shadow else nullcontext()
-        with self.cache.room.answers.answering(), shadowed:
+        with self.cache.room.answers.answering():
             yield from self._decode(request, sequence, seat, prefill, ttft_s)
 
     def _decode(

@@ -132,8 +132,15 @@ class Shadowed:
         self._read()
 
     @contextmanager
-    def following(self, sequence: str) -> Iterator[None]:
-        """For the block, after which the sequence has ended."""
+    def following(self, sequence: str, token_ids: Sequence[int]) -> Iterator[None]:
+        """For the block, after which the sequence has ended. token_ids: its prompt, which the
+        shadow computes while this node does
+        """
+        with self._lock:
+            if not self._sequence:
+                self._sequence = sequence
+                self._now = _Place(len(token_ids) - 1, len(self.moe_layers))
+        self.link.follow(sequence, token_ids)
         try:
             yield
         finally:
