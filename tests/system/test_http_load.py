@@ -18,7 +18,7 @@ from tests.bench.http_load import Outcomes, held, load, undisturbed
 from tests.stack import ServedStack, served, wait_for
 
 pytestmark = pytest.mark.system
-SECONDS, CONNECTIONS = 20.0, 200
+SECONDS, CONNECTIONS = 8.0, 200
 _LEAK_MIB = 8.0  # what an allocator keeps of 200 connections at once
 
 
