@@ -154,9 +154,9 @@ class RayCluster:
     def up(self) -> list[str]:
         """Workers that are given work now."""
         with self.client() as node:
-            stats = node.stats()
+            known = node.stats().by("box")  # one that was just added comes to it
         boxes = [one["host"] + f":{one['port']}" for one in self.document["worker"]]
-        return [one for one in boxes if stats.of(box=one).up]
+        return [one for one in boxes if one in known and known[one].up]
 
     def wait_all_work(self) -> None:
         count = len(self.document["worker"])
