@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 from deploy.settings import ServeSettings
-from deploy.stack.launcher import serving
-from deploy.stack.stack_plan import StackPlan
-from deploy.terminal import console, options
-from deploy.terminal.signals import stop_flag
+from deploy.stack.helper import help_main_nodes
+from deploy.terminal import options
 
 
 def shadow(
@@ -34,13 +32,6 @@ def shadow(
         run_dir=run_dir,
         source=source,
     )
-    plan, stopped = StackPlan.of(settings.of_helper("shadow")), stop_flag()
-    with serving(plan, stopped, say=console.say) as stack:
-        if not stopped():
-            console.out.print(
-                f"ready: {plan.model_name}, all {plan.memory.num_experts} experts in memory, "
-                f"ceiling {console.size(plan.memory.ceiling_bytes)}, "
-                f"for main nodes at {settings.listen}, run dir {settings.run_dir}"
-            )
-        stack.watch(stopped)
-    console.say("stopped")
+    help_main_nodes(
+        settings.of_helper("shadow"), lambda memory: f"all {memory.num_experts} experts in memory"
+    )

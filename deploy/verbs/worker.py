@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 from deploy.settings import ServeSettings
-from deploy.stack.launcher import serving
-from deploy.stack.stack_plan import StackPlan
-from deploy.terminal import console, options
-from deploy.terminal.signals import stop_flag
+from deploy.stack.helper import help_main_nodes
+from deploy.terminal import options
 
 
 def worker(
@@ -34,13 +32,7 @@ def worker(
         run_dir=run_dir,
         source=source,
     )
-    plan, stopped = StackPlan.of(settings.of_helper("worker")), stop_flag()
-    with serving(plan, stopped, say=console.say) as stack:
-        if not stopped():
-            console.out.print(
-                f"ready: {plan.model_name}, {plan.memory.slots} of {plan.memory.num_experts} "
-                f"experts in memory, ceiling {console.size(plan.memory.ceiling_bytes)}, "
-                f"for main nodes at {settings.listen}, run dir {settings.run_dir}"
-            )
-        stack.watch(stopped)
-    console.say("stopped")
+    help_main_nodes(
+        settings.of_helper("worker"),
+        lambda memory: f"{memory.slots} of {memory.num_experts} experts in memory",
+    )
