@@ -50,10 +50,10 @@ from compute_node.face.service import SERVICE_NAME, ComputeNodeService
 from compute_node.face.stats import NodeStats
 from compute_node.kernels import heap, processors
 from compute_node.kernels.prober import Prober
+from compute_node.kernels.set_up import set_up
 from compute_node.model.loaded import LoadedModel, load_model
 from compute_node.model.lookahead import Lookahead
 from compute_node.moe.owned import OwnedBackend
-from compute_node.native import binding
 from compute_node.predict.named_reads import NamedReads
 from compute_node.predict.router_map import RouterMap
 from compute_node.predict.shadowed import NAME as SHADOW
@@ -268,13 +268,8 @@ def load(
     lookahead: Lookahead,
     boxes: Boxes | None,
 ) -> LoadedModel:
-    """On the thread that computes: kernels are tried out with as many threads as they are used
-    with, and OpenMP has one team in this process (DECISIONS.md).
-    """
-    torch.set_num_threads(config.threads or processors.usable())
-    binding.use(config.native)
-    if config.verdicts_path:
-        prober.load(config.verdicts_path)
+    """On the thread that computes."""
+    set_up(prober, config.threads, config.native, config.verdicts_path)
     around = partial(OwnedBackend, boxes=boxes) if boxes is not None else None
     loaded = load_model(model_dir, spec, cache, prober, lookahead, around)
     if lookahead.router_map is not None and config.router_map_path is not None:

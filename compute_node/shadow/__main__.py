@@ -24,10 +24,10 @@ from transformers.utils import logging as transformers_logging
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
-from compute_node.kernels import heap, processors
+from compute_node.kernels import heap
 from compute_node.kernels.prober import Prober
+from compute_node.kernels.set_up import set_up
 from compute_node.model.loaded import LoadedModel, load_model
-from compute_node.native import binding
 from compute_node.shadow.config import ShadowConfig
 from compute_node.shadow.follower import Follower
 from compute_node.shadow.naming import Named, NamingBackend
@@ -121,10 +121,7 @@ def load(
     named: Named,
 ) -> LoadedModel:
     """On the thread that computes, as a compute node does."""
-    torch.set_num_threads(config.threads or processors.usable())
-    binding.use(config.native)
-    if config.verdicts_path:
-        prober.load(config.verdicts_path)
+    set_up(prober, config.threads, config.native, config.verdicts_path)
     model_dir: Path = config.model_dir or description.model_dir
     loaded = load_model(
         model_dir,

@@ -24,10 +24,10 @@ from transformers.utils import logging as transformers_logging
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
-from compute_node.kernels import heap, processors
+from compute_node.kernels import heap
 from compute_node.kernels.prober import Prober
+from compute_node.kernels.set_up import set_up
 from compute_node.model.loaded import ExpertsOnly, load_experts
-from compute_node.native import binding
 from compute_node.store.borrow import StoreClient
 from compute_node.store.session import StoreDescription
 from compute_node.worker.config import WorkerConfig
@@ -110,10 +110,7 @@ def new_cache(
 
 def load(config: WorkerConfig, model_dir: Path, spec: ModelSpec, prober: Prober) -> ExpertsOnly:
     """On the thread that computes, as a compute node does."""
-    torch.set_num_threads(config.threads or processors.usable())
-    binding.use(config.native)
-    if config.verdicts_path:
-        prober.load(config.verdicts_path)
+    set_up(prober, config.threads, config.native, config.verdicts_path)
     loaded = load_experts(model_dir, spec, prober)
     heap.trim()
     return loaded
