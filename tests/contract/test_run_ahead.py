@@ -20,6 +20,7 @@ from compute_node.client.sampling_options import SamplingOptions
 from compute_node.engine.engine import Engine
 from compute_node.engine.request import Request
 from compute_node.engine.sequence import SequenceState
+from compute_node.predict.named_reads import NamedReads
 from compute_node.run_ahead.fork import Fork
 from compute_node.run_ahead.run_ahead import ON, RunAhead
 from expert_store.offline.index import index
@@ -162,7 +163,7 @@ def test_a_damaged_guess_harms_nobody(
     """An expert that no step uses is damaged, and guessed at every layer."""
     with ahead("olmoe", tmp_path) as (node, run_ahead, expected):
         used = set[ExpertKey]()
-        reached, read = run_ahead.reached, run_ahead._read
+        reached, read = run_ahead.reached, NamedReads.read
 
         def note(layer: int, keys: list[ExpertKey]) -> None:
             used.update(keys)
@@ -178,10 +179,12 @@ def test_a_damaged_guess_harms_nobody(
         damaged = min(everything - used)
         flip_expert(expected.root, tmp_path / "store", damaged)
 
-        def and_damaged(layer: int, distance: int, chosen: list[ExpertKey]) -> None:
-            read(layer, distance, [*chosen, damaged] if layer == damaged.layer else chosen)
+        def and_damaged(
+            reads: NamedReads, layer: int, distance: int, chosen: list[ExpertKey]
+        ) -> None:
+            read(reads, layer, distance, [*chosen, damaged] if layer == damaged.layer else chosen)
 
-        monkeypatch.setattr(run_ahead, "_read", and_damaged)
+        monkeypatch.setattr(NamedReads, "read", and_damaged)
         for _ in range(NUM_STEPS - 1):
             sequence.token_ids.append(int(logits[-1].argmax()))
             logits += node.decode([sequence])
