@@ -212,6 +212,8 @@ class SessionTable:
             session.ended = True
             self._open.discard(session)
             self.release(session, list(session.leases))
+            for part in self._slots.wished_by(session):
+                self._slots.take_back(part, session)
         waiting = self._orphans.pop(session, None)
         if waiting is not None and waiting is not asyncio.current_task():
             waiting.cancel()

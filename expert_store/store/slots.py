@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from expert_store.store.segment import Segment
@@ -50,6 +51,7 @@ class Part:
     start_bytes: where it begins in the slot
     released: when it became reclaimable, in the pool's own time
     ahead_bytes: read before a session waited for the record; 0 once one acquired it
+    wishers: sessions that will likely acquire the record, and have not
     is_speculative: it was filled because a session may want it, and no session has asked for it yet
     """
 
@@ -62,6 +64,7 @@ class Part:
     released: int = 0
     ahead_bytes: int = 0
     is_speculative: bool = False
+    wishers: set[Hashable] = field(default_factory=set)
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -75,24 +78,31 @@ class SizeClass:
 
     num_parts: that each of these slots is divided into
     reclaimable: oldest release first
+    wished: also reclaimable, but some session will likely acquire them: last of all
     """
 
     num_parts: int
     part_bytes: int
     free: dict[Part, None] = field(default_factory=dict)
     reclaimable: OrderedDict[Part, None] = field(default_factory=OrderedDict)
+    wished: OrderedDict[Part, None] = field(default_factory=OrderedDict)
 
     def beside_used(self) -> Part | None:
         """A part without a user in a slot that another part binds, a free one first."""
         if self.num_parts == 1:
             return None
-        unused = itertools.chain(reversed(self.free), self.reclaimable)
+        unused = itertools.chain(reversed(self.free), self.reclaimable, self.wished)
         return next((part for part in unused if part.slot.is_used), None)
+
+    def queue_of(self, part: Part) -> OrderedDict[Part, None]:
+        """Where it stands while it is reclaimable."""
+        return self.wished if part.wishers else self.reclaimable
 
 
 class SlotPool:
     """Every slot of a segment. A reclaimable part keeps its record until its memory is needed,
-    oldest release first. A divided slot is free again once none of its parts holds a record.
+    oldest release first; one that a session wishes for goes when there is no other. A divided slot
+    is free again once none of its parts holds a record.
     """
 
     def __init__(self, segment: Segment) -> None:
@@ -100,6 +110,7 @@ class SlotPool:
         self._slots = [Slot(number) for number in range(segment.layout.num_slots)]
         self._free = self._slots[::-1]
         self._idle: OrderedDict[Slot, None] = OrderedDict()  # by idle_since
+        self._idle_wished: OrderedDict[Slot, None] = OrderedDict()  # the same, with a wished part
         self._classes: dict[int, SizeClass] = {}  # by parts a slot
         self._leases: Counter[Part] = Counter()
         self._by_key: dict[RecordKey, Part] = {}
@@ -111,8 +122,9 @@ class SlotPool:
 
     def lease(self, part: Part) -> None:
         if part not in self._leases:
-            del part.size_class.reclaimable[part]
-            self._idle.pop(part.slot, None)
+            del part.size_class.queue_of(part)[part]
+            part.wishers.clear()
+            self._stop_idling(part.slot)
             part.slot.num_leased += 1
         self._leases[part] += 1
 
@@ -143,18 +155,15 @@ class SlotPool:
         elif self._free:
             part = self._divide(self._free.pop(), size_class)
         else:
-            oldest, idle = next(iter(size_class.reclaimable), None), next(iter(self._idle), None)
-            if oldest is not None and (idle is None or oldest.released <= idle.idle_since):
-                part, unused = oldest, self._forget(oldest)
-            elif idle is not None:
-                unused = self._clear(idle)
-                part = self._divide(idle, size_class)
-            else:
+            taken = self._reclaim(size_class, size_class.reclaimable, self._idle)
+            taken = taken or self._reclaim(size_class, size_class.wished, self._idle_wished)
+            if taken is None:
                 return None
+            part, unused = taken
         part.generation = self._segment.bump_generation(part.slot.number, part.number)
         part.is_speculative = False
         part.slot.num_filling += 1
-        self._idle.pop(part.slot, None)
+        self._stop_idling(part.slot)
         return part, unused
 
     def seal(self, part: Part, key: RecordKey) -> None:
@@ -163,6 +172,18 @@ class SlotPool:
         part.key = key
         self._by_key[key] = part
         self._make_reclaimable(part)
+
+    def wish(self, part: Part, wisher: Hashable) -> None:
+        """`wisher` will likely lease this sealed part: until it does or takes the wish back, the
+        part goes last. A part that is leased stays as it is.
+        """
+        if part not in self._leases:
+            self._change(part, part.wishers | {wisher})
+
+    def take_back(self, part: Part, wisher: Hashable) -> None:
+        """It does not wish for the part any more. What nobody wishes for goes first of all."""
+        if part.wishers:
+            self._change(part, part.wishers - {wisher})
 
     def give_back(self, part: Part) -> None:
         """A filling part that will not be sealed."""
@@ -195,6 +216,11 @@ class SlotPool:
     def resident(self) -> list[RecordKey]:
         return list(self._by_key)
 
+    def wished_by(self, wisher: Hashable) -> list[Part]:
+        return [
+            part for one in self._classes.values() for part in one.wished if wisher in part.wishers
+        ]
+
     def leased(self) -> list[RecordKey]:
         return [part.key for part in self._leases if part.key is not None]
 
@@ -207,13 +233,47 @@ class SlotPool:
 
     def _make_reclaimable(self, part: Part) -> None:
         part.released = next(self._time)
-        part.size_class.reclaimable[part] = None
+        part.size_class.queue_of(part)[part] = None
         if not part.slot.is_used:
             self._make_idle(part.slot, part.released)
 
     def _make_idle(self, slot: Slot, now: int) -> None:
         slot.idle_since = now
-        self._idle[slot] = None
+        is_wished = any(part.wishers for part in slot.parts)
+        (self._idle_wished if is_wished else self._idle)[slot] = None
+
+    def _stop_idling(self, slot: Slot) -> None:
+        self._idle.pop(slot, None)
+        self._idle_wished.pop(slot, None)
+
+    def _change(self, part: Part, wishers: set[Hashable]) -> None:
+        """Of a reclaimable part. One that nobody wishes for any more goes first."""
+        del part.size_class.queue_of(part)[part]
+        part.wishers = wishers
+        queue = part.size_class.queue_of(part)
+        part.released = next(self._time) if wishers else 0
+        queue[part] = None
+        queue.move_to_end(part, last=bool(wishers))
+        if part.slot in self._idle or part.slot in self._idle_wished:
+            self._stop_idling(part.slot)
+            self._make_idle(part.slot, part.released)
+            if part.slot in self._idle:
+                self._idle.move_to_end(part.slot, last=False)
+
+    def _reclaim(
+        self,
+        size_class: SizeClass,
+        reclaimable: OrderedDict[Part, None],
+        idle_slots: OrderedDict[Slot, None],
+    ) -> tuple[Part, list[RecordKey]] | None:
+        """Whichever was not used for longer, as `fill` returns it. None: there is neither."""
+        oldest, idle = next(iter(reclaimable), None), next(iter(idle_slots), None)
+        if oldest is not None and (idle is None or oldest.released <= idle.idle_since):
+            return oldest, self._forget(oldest)
+        if idle is None:
+            return None
+        unused = self._clear(idle)
+        return self._divide(idle, size_class), unused
 
     def _add_class(self, num_parts: int) -> SizeClass:
         part_bytes = self._segment.layout.part_bytes(num_parts)
@@ -240,7 +300,7 @@ class SlotPool:
                 unused += self._forget(part)
                 # Nothing may still be read here: the next division has its generations elsewhere.
                 self._segment.bump_generation(slot.number, part.number)
-        self._idle.pop(slot, None)
+        self._stop_idling(slot)
         slot.parts = []
         return unused
 
@@ -250,6 +310,7 @@ class SlotPool:
         """
         key, part.key = part.key, None
         assert key is not None
-        del part.size_class.reclaimable[part]
+        del part.size_class.queue_of(part)[part]
+        part.wishers.clear()
         del self._by_key[key]
         return [key] if part.is_speculative else []

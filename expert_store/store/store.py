@@ -100,7 +100,10 @@ class ExpertStore:
         with self.lock:
             for key in keys:
                 record = self.manifest.record(key)
-                if self.slots.find(key) or key in self.quarantined:
+                if (part := self.slots.find(key)) is not None:
+                    self.slots.wish(part, session)
+                    continue
+                if key in self.quarantined:
                     continue
                 fill = self._reads.fills.get(key)
                 if fill is not None:
@@ -120,6 +123,9 @@ class ExpertStore:
         """
         with self.lock:
             for key in keys:
+                if (part := self.slots.find(key)) is not None:
+                    self.slots.take_back(part, session)
+                    continue
                 fill = self._reads.fills.get(key)
                 if fill is None or fill.waiters or fill.is_withdrawn:
                     continue
@@ -259,6 +265,9 @@ class ExpertStore:
         assert part is not None
         fill.is_withdrawn = False  # too late: nothing of it is given up any more
         self.slots.seal(part, fill.record.key)
+        for session in fill.wishers:
+            if not session.ended:
+                self.slots.wish(part, session)
         is_guess = fill.priority is Priority.PREFETCH
         part.is_speculative, part.ahead_bytes = is_guess, fill.ahead_bytes
         self.counters.count_read(fill)

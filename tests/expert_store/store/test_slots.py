@@ -196,9 +196,33 @@ def test_the_longest_unused_goes_whatever_its_size(slots: SlotPool) -> None:
     assert begin(slots).slot.number == 2
 
 
+def test_what_a_session_wishes_for_goes_last(slots: SlotPool) -> None:
+    """Red with wishes left out of the order, with a wish that outlives the lease."""
+    first, second, third, fourth = fill(slots, 0, 1, 2, 3)
+    slots.wish(first, "a")
+    slots.wish(second, "a")
+    slots.wish(second, "b")
+    assert begin(slots) is third
+    slots.take_back(second, "a")
+    assert begin(slots) is fourth, "the other still wishes for it"
+    slots.lease(second)
+    slots.release(second)
+    assert slots.wished_by("b") == [] and slots.wished_by("a") == [first]
+    assert begin(slots) is second, "it was had: the wish is over"
+    assert begin(slots) is first, "there is no other"
+
+
+def test_what_nobody_wishes_for_any_more_goes_first(slots: SlotPool) -> None:
+    """Red when it keeps the age that it had."""
+    *_, latest = fill(slots, 0, 1, 2, 3)
+    slots.wish(latest, "a")
+    slots.take_back(latest, "a")
+    assert begin(slots) is latest
+
+
 class AnySequence(RuleBasedStateMachine):
-    """Fills, failures, leases and releases of records of three sizes in any order, against a plain
-    account of them.
+    """Fills, failures, wishes, leases and releases of records of three sizes in any order, against
+    a plain account of them.
     """
 
     def __init__(self) -> None:
@@ -244,6 +268,13 @@ class AnySequence(RuleBasedStateMachine):
             self.slots.lease(part)
             self.leases.append((sized_key(number), part, place(part), part.generation))
 
+    @rule(number=st.integers(0, 40), wisher=st.integers(0, 1), back=st.booleans())
+    def wish(self, number: int, wisher: int, back: bool) -> None:
+        if part := self.slots.find(sized_key(number)):
+            (self.slots.take_back if back else self.slots.wish)(part, wisher)
+            is_leased = part.key in self.slots.leased()
+            assert (part in self.slots.wished_by(wisher)) == (not back and not is_leased)
+
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
@@ -275,6 +306,9 @@ class AnySequence(RuleBasedStateMachine):
     def teardown(self) -> None:
         for _, part, _, _ in self.leases:
             self.slots.release(part)
+        for wisher in range(2):
+            for part in self.slots.wished_by(wisher):
+                self.slots.take_back(part, wisher)
         assert counts_add_up(self.slots, NUM_SLOTS)
         for number in range(NUM_SLOTS):
             self.slots.seal(begin(self.slots), key(number))

@@ -483,6 +483,33 @@ def test_what_is_withdrawn_is_not_read(store_dir: Path, disk: Disk) -> None:
         assert store.counters.prefetches_withdrawn == 2
 
 
+def test_what_was_read_ahead_stays_until_it_is_had_or_withdrawn(
+    store_dir: Path, disk: Disk
+) -> None:
+    """What nodes gave up goes before it, though they gave it up later.
+
+    Planted faults seen red: a record read ahead goes by its age; one that was in memory when it was
+    named goes by its age; a withdrawal forgotten once the record is whole; a session's wishes left
+    behind.
+    """
+    with a_store(store_dir, disk, num_slots=6) as store:
+        borrower, other = Borrower(store, 1), Borrower(store, 1)
+        borrower.get(KEYS[5])
+        store.sessions.release(borrower.session, [KEYS[5]])
+        store.prefetch(other.session, [KEYS[0], KEYS[5]])
+        until(lambda: store.is_idle)
+        for _ in range(3):
+            for number in (1, 2, 3, 4, 6, 7):
+                borrower.get(KEYS[number])
+                store.sessions.release(borrower.session, [KEYS[number]])
+        assert {KEYS[0], KEYS[5]} <= set(store.slots.resident())
+        store.withdraw(other.session, [KEYS[0]])
+        borrower.get(KEYS[1] if KEYS[1] not in store.slots.resident() else KEYS[2])
+        assert KEYS[0] not in store.slots.resident()
+        store.sessions.close(other.session)
+        assert store.slots.wished_by(other.session) == []
+
+
 def test_bytes_read_ahead_are_used_once_a_session_acquires_their_record(
     store_dir: Path, disk: Disk
 ) -> None:
