@@ -47,6 +47,10 @@ class Room:
         self.used = self.used_in[layer] = used
         self._expected.pop(layer, None)
 
+    def leave(self) -> None:
+        """No step is at any layer: what the latest one used may go for guesses."""
+        self.used = ()
+
     def expect(self, layer: int, keys: Collection[ExpertKey]) -> None:
         """Steps will soon use these of a later layer: they go last."""
         self._expected[layer] = frozenset(keys)

@@ -53,8 +53,10 @@ class LentExperts:
         """kernels: by model layer number; num_experts: of a layer"""
         self._kernels, self._num_experts, self._cache = kernels, num_experts, cache
         self._prepared: dict[int, set[ExpertKey]] = {}  # read ahead, by layer
+        self._left_out: dict[int, list[ExpertKey]] = {}  # named, and there was no room
         self._disproved: list[ExpertKey] = []
         self._is_prepared = False  # by some main node
+        self._layer = -1  # of the latest work
 
     @torch.inference_mode()
     def compute(
@@ -77,6 +79,7 @@ class LentExperts:
         route = Route(work.topk_ids, work.topk_weights)
         ids, kernels = work.topk_ids.tolist(), self._kernels[work.layer]
         total = sum_of(kernels, self._num_experts, work.hidden, route, ids)
+        self._layer = work.layer
         self._settle(work.layer, work.experts)
         meanwhile = partial(self._prepare_until, prepare_next)
         for number, portion in enumerate(_portions(work)):
@@ -87,13 +90,14 @@ class LentExperts:
             )
             for wave in waves:
                 total.add(wave)
+        self._cache.room.leave()
         self.num_works += 1
         self.num_experts += len(work.experts)
         return total.made(work.experts)
 
     def prepare(self, layer: int, experts: Sequence[int]) -> None:
-        """Have these read, as far as there is room; they will likely be asked for. What was
-        prepared of the layer and is not named now is withdrawn.
+        """Have these read; they will likely be asked for. What finds no room is read once there is
+        some. What was prepared of the layer and is not named now is withdrawn.
 
         Raises InvalidRequest for a layer or an expert that the model does not have.
         """
@@ -105,14 +109,29 @@ class LentExperts:
         self.num_wrong += len(wrong)
         self._cache.room.expect(layer, named)
         fresh = [key for key in named if key not in before and key not in self._cache]
-        asked = self._read_ahead(layer, fresh, wrong)
-        if kept := before.difference(wrong).union(asked):
-            self._prepared[layer] = kept
+        self._prepared[layer] = before.difference(wrong)
+        self._read_as_fits(layer, fresh, wrong)
+
+    def prepare_left_out(self) -> None:
+        """Have that read which found no room before; the nearest layer's first."""
+        for layer in sorted(self._left_out, key=lambda layer: (layer <= self._layer, layer)):
+            fresh = [key for key in self._left_out[layer] if key not in self._cache]
+            self._read_as_fits(layer, fresh, ())
 
     def forget_prepared(self) -> None:
         """Nobody asks for it any more."""
-        for layer in list(self._prepared):
+        for layer in sorted({*self._prepared, *self._left_out}):
             self.prepare(layer, [])
+
+    def _read_as_fits(
+        self, layer: int, fresh: Sequence[ExpertKey], wrong: Collection[ExpertKey]
+    ) -> None:
+        asked = self._read_ahead(layer, fresh, wrong)
+        self._prepared.setdefault(layer, set()).update(asked)
+        self._left_out[layer] = [key for key in fresh if key not in asked]
+        for kept in (self._prepared, self._left_out):
+            if not kept[layer]:
+                del kept[layer]
 
     def _read_ahead(
         self, layer: int, fresh: Sequence[ExpertKey], wrong: Collection[ExpertKey]
@@ -129,6 +148,7 @@ class LentExperts:
     def _settle(self, layer: int, experts: Sequence[int]) -> None:
         """What was read ahead of this layer was right or wrong."""
         prepared = self._prepared.pop(layer, set())
+        self._left_out.pop(layer, None)
         wrong = [key for key in prepared if key.expert not in experts]
         self.num_wrong += len(wrong)
         self.num_right += len(prepared) - len(wrong)

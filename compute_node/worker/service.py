@@ -87,6 +87,7 @@ class WorkerService(pb_grpc.WorkerServicer):
         def answer(request: pb.WorkRequest, done: asyncio.Future[None]) -> None:
             reply = self._answer(request, gone)
             loop.call_soon_threadsafe(_reply, replies, reply, done)
+            self._lent.prepare_left_out()
 
         try:
             async for request in requests:

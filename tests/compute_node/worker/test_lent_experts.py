@@ -1,7 +1,8 @@
 """Experts that a worker is asked to read ahead: read before they are needed, withdrawn where they
 are not.
 
-Planted faults seen red: nothing read, wrong guesses not counted, a prompt that never gives way.
+Planted faults seen red: nothing read, wrong guesses not counted, a prompt that never gives way,
+what was used kept from guesses, what found no room forgotten.
 """
 
 from __future__ import annotations
@@ -62,6 +63,23 @@ def test_what_is_named_no_more_or_not_used_is_wrong(node: Engine, lent: LentExpe
     assert (lent.num_right, lent.num_wrong) == (0, 4)
 
 
+def test_what_found_no_room_is_read_once_work_is_done(tiny_store: Path, run_dir: Path) -> None:
+    """All slots hold what is expected, until work is done with its part."""
+    with engine(tiny_store, run_dir, pooled=True) as node:
+        lent = LentExperts(node.loaded.kernels, node.loaded.spec.num_experts, node.cache)
+        other, far = LAYER + 1, LAYER + 2
+        num_here = (node.cache.capacity.slots + node.cache.room.num_spare) // 2
+        here = list(range(num_here))
+        lent.prepare(LAYER, here)
+        lent.prepare(other, here)
+        lent.prepare(far, [0, 1, 2])
+        assert lent._left_out == {far: [ExpertKey(far, expert) for expert in range(3)]}
+        lent.compute(work(node, here[:4]))
+        lent.prepare_left_out()
+        wait_for(lambda: in_memory(node, [0, 1, 2], far) == [0, 1, 2], 10, "the store to read them")
+        assert not lent._left_out
+
+
 def test_more_than_fits_is_not_read_ahead(node: Engine, lent: LentExperts) -> None:
     for _ in range(3):
         for layer in node.loaded.spec.moe_layers:
@@ -86,6 +104,6 @@ def test_what_the_model_does_not_have_is_refused(
         lent.prepare(layer, experts)
 
 
-def in_memory(node: Engine, experts: list[int]) -> list[int]:
+def in_memory(node: Engine, experts: list[int], layer: int = LAYER) -> list[int]:
     held = {record.expert for record in node.cache.lender.resident()}
-    return [expert for expert in experts if ExpertKey(LAYER, expert) in held]
+    return [expert for expert in experts if ExpertKey(layer, expert) in held]
