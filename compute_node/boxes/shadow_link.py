@@ -112,9 +112,15 @@ class ShadowLink:
                 return True
         return False
 
-    def follow(self, sequence: str, token_ids: Sequence[int], states: Sequence[State] = ()) -> None:
+    def follow(
+        self,
+        sequence: str,
+        token_ids: Sequence[int],
+        states: Sequence[State] = (),
+        drawing: pb.Drawing | None = None,
+    ) -> None:
         """Say a sequence's tokens, as far as it has not heard them. Blocks for nothing. states: in
-        the place of its own
+        the place of its own; drawing: of the token after these
         """
         if not self.is_up:
             return
@@ -124,6 +130,7 @@ class ShadowLink:
             num_before=num_before,
             token_ids=token_ids[num_before:],
             states=[state.to_pb() for state in states],
+            drawing=drawing,
         )
         self._num_sent[sequence] = len(token_ids)
         self.bytes_sent += request.ByteSize()

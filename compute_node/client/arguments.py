@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from compute_node.client.sampling_options import MAX_UINT32, SamplingOptions
@@ -69,7 +68,7 @@ def sampling_of(
         logit_bias=_biases(logit_bias),
         **{name: _real(name, value) for name, value in reals.items()},
     )
-    return pb.Sampling(**asdict(options))
+    return options.to_pb()
 
 
 def _biases(given: Any) -> dict[int, float]:

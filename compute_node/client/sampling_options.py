@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Self
 
+from proto import compute_node_pb2 as pb
 from proto import errors
 
 MAX_UINT32, MAX_UINT64 = 2**32 - 1, 2**64 - 1  # what the wire's numbers hold
@@ -52,6 +54,24 @@ class SamplingOptions:
         _check_penalty("frequency_penalty", self.frequency_penalty)
         _check_penalty("presence_penalty", self.presence_penalty)
         _check_biases(self.logit_bias)
+
+    def to_pb(self) -> pb.Sampling:
+        return pb.Sampling(**asdict(self))
+
+    @classmethod
+    def from_pb(cls, sampling: pb.Sampling) -> Self:
+        """Raises InvalidRequest naming the option."""
+        return cls(
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            sampling.repetition_penalty,
+            sampling.seed if sampling.HasField("seed") else None,
+            sampling.frequency_penalty,
+            sampling.presence_penalty,
+            dict(sampling.logit_bias),
+            sampling.min_p,
+        )
 
 
 def _check_penalty(name: str, penalty: float) -> None:

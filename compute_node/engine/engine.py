@@ -170,7 +170,7 @@ class Engine(Passes):
                         Phase.DECODE,
                         seat,
                         keeps,
-                        lambda: writer.forecast(sequence.token_ids),
+                        writer.forecast(sequence.token_ids),
                     ),
                     seat.check,
                 )

@@ -18,6 +18,7 @@ from compute_node.engine.saved_state import SavedPart, restored
 from compute_node.engine.seat import Seat
 from compute_node.engine.sequence import SequenceState
 from compute_node.engine.usage import Usage
+from compute_node.engine.writer import Forecast
 from compute_node.evidence.step import Evidence
 from compute_node.kernels import heap
 from compute_node.model.finite import fault_of, is_usable
@@ -28,7 +29,6 @@ from compute_node.predict.predictor import EMBEDDING, Seen
 from compute_node.predict.shadowed import Shadowed
 from compute_node.run_ahead.fork import can_fork
 from compute_node.run_ahead.run_ahead import RunAhead
-from compute_node.run_ahead.second_pass import Draw
 from proto import errors
 from proto.stats import fact
 
@@ -146,18 +146,18 @@ class Passes:
         phase: Phase,
         seat: Seat = Seat(),  # noqa: B008  frozen
         keeps: Keeps = Keeps(),  # noqa: B008  frozen
-        new_draw: Callable[[], Draw] | None = None,
+        forecast: Forecast | None = None,
     ) -> tuple[Tensor, Step]:
-        """Compute the sequence's next tokens. new_draw: makes what draws the tokens after them, to
-        run ahead of them too.
+        """Compute the sequence's next tokens. forecast: of the tokens after them, to run ahead of
+        them too.
 
         Returns the logits of the last, [1, V], and the step that it was.
         """
         num_computed = sequence.num_computed + len(chunk)
         part = Part(sequence.name, phase, len(chunk), num_computed)
         keeps = replace(keeps, gates=self.cache.chooser.weighs)
-        shadow = self._shadow_of(sequence, phase)
-        with self._ahead_of(sequence, chunk, phase, new_draw, shadow) as run_ahead:
+        shadow = self._shadow_of(sequence, phase, forecast)
+        with self._ahead_of(sequence, chunk, phase, forecast, shadow) as run_ahead:
             policy = sequence.policy_of(phase)
             step = Step(Batch(part), seat.check, keeps, run_ahead, policy=policy)
             step.shadow = shadow
@@ -196,7 +196,7 @@ class Passes:
         sequence: SequenceState,
         chunk: list[int],
         phase: Phase,
-        new_draw: Callable[[], Draw] | None,
+        forecast: Forecast | None,
         shadow: Foretells | None,
     ) -> AbstractContextManager[RunsAhead | None]:
         """A decode step may be run ahead of, while it waits, unless a shadow does so."""
@@ -205,14 +205,18 @@ class Passes:
         if phase is not Phase.DECODE or not is_exact(sequence.policy) or shadow is not None:
             self.run_ahead.drop()
             return nullcontext()
+        new_draw = forecast.new_draw if forecast is not None else None
         return self.run_ahead.during(chunk[0], sequence.cache, new_draw)
 
-    def _shadow_of(self, sequence: SequenceState, phase: Phase) -> Foretells | None:
+    def _shadow_of(
+        self, sequence: SequenceState, phase: Phase, forecast: Forecast | None
+    ) -> Foretells | None:
         """None also while it is away."""
         if self.shadow is None or phase is not Phase.DECODE or not is_exact(sequence.policy):
             return None
         token_ids = sequence.token_ids[: sequence.num_computed + 1]
-        is_there = self.shadow.follow(sequence.name, token_ids, sequence.cache)
+        drawing = forecast.drawing if forecast is not None else None
+        is_there = self.shadow.follow(sequence.name, token_ids, sequence.cache, drawing)
         return self.shadow if is_there else None
 
     def _give_way(self, seat: Seat) -> None:

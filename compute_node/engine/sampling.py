@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from compute_node.client.sampling_options import SamplingOptions
+from compute_node.predict.drawing import Drawing
 from proto import errors
 
 
@@ -49,6 +50,7 @@ class Sampler:
     """Draws one sequence's tokens. num_prompt: how many of them it was given"""
 
     def __init__(self, options: SamplingOptions, num_prompt: int = 0) -> None:
+        self._options, self._num_prompt = options, num_prompt
         self._greedy = options.temperature == 0.0
         self._processors = _processors(options, num_prompt)
         self._generator = torch.Generator()
@@ -63,6 +65,23 @@ class Sampler:
         copy.__dict__.update(self.__dict__)
         copy._generator = self._generator.clone_state()
         return copy
+
+    def drawing(self) -> Drawing:
+        """For another process."""
+        state = b"" if self._greedy else self._generator.get_state().numpy().tobytes()
+        return Drawing(self._options, self._num_prompt, state)
+
+    @classmethod
+    def resumed(cls, drawing: Drawing) -> Sampler:
+        """Draws what the other will draw. Raises InvalidRequest for what is no state of one."""
+        sampler = cls(drawing.options, drawing.num_prompt)
+        if not sampler._greedy:
+            state = torch.frombuffer(bytearray(drawing.state or b"?"), dtype=torch.uint8)
+            try:
+                sampler._generator.set_state(state)
+            except RuntimeError as error:
+                raise errors.InvalidRequest(f"no generator has this state: {error}") from error
+        return sampler
 
     def draw(self, token_ids: list[int], logits: Tensor, allowed: Tensor | None = None) -> int:
         """token_ids: so far, prompt included. logits: [1, V], of the last position. allowed: [V]

@@ -13,6 +13,7 @@ from compute_node.engine.log_probs import LogProbs, log_probs_of
 from compute_node.engine.request import Request
 from compute_node.engine.sampling import Sampler
 from compute_node.engine.text import Detokenizer, StopStrings, special_stop_ids
+from compute_node.predict.drawing import Drawing
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,18 @@ def _draw(sampler: Sampler, held: HeldAnswer | None, token_ids: list[int], logit
     token_id = sampler.draw(token_ids, logits, held.allowed())
     held.accept(token_id)
     return token_id
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a step may know of the tokens after it.
+
+    new_draw: makes what draws them here, without a trace; drawing: how, for another process, which
+    knows nothing of what the answer is held to
+    """
+
+    new_draw: Callable[[], Callable[[Tensor], int]]
+    drawing: Callable[[], Drawing]
 
 
 class Writer:
@@ -88,7 +101,11 @@ class Writer:
         """The stop string that ended it; empty: something else did."""
         return self._stops.found or self._stop_token
 
-    def forecast(self, token_ids: list[int]) -> Callable[[Tensor], int]:
+    def forecast(self, token_ids: list[int]) -> Forecast:
+        """token_ids: so far, prompt included"""
+        return Forecast(lambda: self.new_draw(token_ids), self._sampler.drawing)
+
+    def new_draw(self, token_ids: list[int]) -> Callable[[Tensor], int]:
         """Draws what `next` would draw, without a trace: each call one token further.
 
         token_ids: so far, prompt included

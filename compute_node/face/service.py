@@ -160,7 +160,7 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
         wanted = Request(
             token_ids=tuple(token_ids),
             max_tokens=self._max_tokens(request, len(token_ids)),
-            sampling=_sampling(request.sampling),
+            sampling=SamplingOptions.from_pb(request.sampling),
             stop=tuple(request.stop),
             stop_token_ids=frozenset(request.stop_token_ids),
             ignore_eos=request.ignore_eos,
@@ -261,20 +261,6 @@ class ComputeNodeService(pb_grpc.ComputeNodeServicer):
 def _num_characters(chat: pb.ChatMessages) -> int:
     messages = (m.content + m.tool_calls + m.reasoning for m in chat.messages)
     return len(chat.tools) + sum(map(len, messages))
-
-
-def _sampling(sampling: pb.Sampling) -> SamplingOptions:
-    return SamplingOptions(
-        sampling.temperature,
-        sampling.top_k,
-        sampling.top_p,
-        sampling.repetition_penalty,
-        sampling.seed if sampling.HasField("seed") else None,
-        sampling.frequency_penalty,
-        sampling.presence_penalty,
-        dict(sampling.logit_bias),
-        sampling.min_p,
-    )
 
 
 def _log_probs(request: pb.GenerateRequest) -> int | None:

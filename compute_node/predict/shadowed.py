@@ -7,7 +7,7 @@ the same tokens, aligned with every token, and every few tokens with their keys 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from transformers.cache_utils import DynamicLayer
 
 from compute_node.boxes.shadow_link import Name, ShadowLink, State
+from compute_node.predict.drawing import Drawing
 from compute_node.predict.named_reads import NamedReads
 from compute_node.store.session import SessionLost
 from proto.expert import ExpertKey
@@ -96,9 +97,15 @@ class Shadowed:
                 self._prepared.add(place)
                 self.reads.cache.elsewhere.prepare(name.layer, name.experts)
 
-    def follow(self, sequence: str, token_ids: Sequence[int], state: Any) -> bool:
-        """A decode step of the latest token begins. state: of those before. Returns whether the
-        shadow is there.
+    def follow(
+        self,
+        sequence: str,
+        token_ids: Sequence[int],
+        state: Any,
+        drawing: Callable[[], Drawing] | None = None,
+    ) -> bool:
+        """A decode step of the latest token begins. state: of those before; drawing: of the token
+        after it. Returns whether the shadow is there.
         """
         position = len(token_ids) - 1
         with self._lock:
@@ -113,7 +120,9 @@ class Shadowed:
             return False
         if not self.link.num_heard(sequence):
             self._num_aligned.pop(sequence, None)
-        self.link.follow(sequence, token_ids, self._states(sequence, state, position))
+        states = self._states(sequence, state, position)
+        next_one = drawing().to_pb() if drawing is not None else None
+        self.link.follow(sequence, token_ids, states, next_one)
         self._read()
         return True
 

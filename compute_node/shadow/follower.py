@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from compute_node.boxes.work import tensor_of
+from compute_node.engine.sampling import Sampler
 from compute_node.model.loaded import LoadedModel
 from compute_node.moe.step import Batch, Part, Phase, Step
+from compute_node.predict.drawing import Drawing
 from compute_node.shadow.naming import Named
 from proto import errors
 from proto import shadow_pb2 as pb
@@ -50,12 +52,21 @@ class Followed:
 
     guess:  the token that likely comes next; -1: nothing is known
     num_true: of the tokens, that the main node has said
+    sampler: draws what the main node will draw; None: it is not known how that draws
     """
 
     token_ids: list[int] = field(default_factory=list)
     state: Any = None
     guess: int = -1
     num_true: int = 0
+    sampler: Sampler | None = None
+
+    def think(self, logits: Tensor) -> None:
+        """Of the token after the latest. logits: [1, V]"""
+        if self.sampler is None:
+            self.guess = int(logits[0].argmax())
+        else:
+            self.guess = self.sampler.draw(self.token_ids, logits)
 
 
 class Follower:
@@ -88,10 +99,12 @@ class Follower:
         token_ids: Sequence[int],
         tell: Tell,
         states: Sequence[pb.LayerState] = (),
+        drawing: Drawing | None = None,
     ) -> None:
         """Compute these tokens; tell what the latest of them chooses. What was guessed rightly is
         there. states: the main node's keys and values of tokens before the latest: they take the
-        place of the own, where a layer's state grows by its tokens
+        place of the own, where a layer's state grows by its tokens; drawing: of the token after the
+        latest
 
         Raises OutOfStep when fewer tokens than `num_before` are there, InvalidRequest for states
         that do not fit, and what computing raises; the sequence is given up then.
@@ -115,6 +128,7 @@ class Follower:
             self._compute(name, left[start:end], nothing)
         self._align(followed, states)
         if left:
+            followed.sampler = Sampler.resumed(drawing) if drawing is not None else None
             self._compute(name, left[-1:], tell)
 
     def go_on(self, name: str, tell: Tell, check: Callable[[], None]) -> None:
@@ -172,7 +186,7 @@ class Follower:
             self._named.tell = None
         followed.state = output.past_key_values
         followed.token_ids += token_ids
-        followed.guess = int(output.logits[0, -1].argmax())
+        followed.think(output.logits[:, -1])
 
 
 def nothing(token: Token, layer: int, experts: list[int]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import grpc.aio
 
 from compute_node.model.loaded import LoadedModel
+from compute_node.predict.drawing import Drawing
 from compute_node.shadow.follower import Follower, OutOfStep, Tell, Token, nothing
 from proto import errors, rpc
 from proto import shadow_pb2 as pb
@@ -141,7 +142,8 @@ class ShadowService(pb_grpc.ShadowServicer):
 
     def _follow(self, stream: _Stream, request: pb.FollowRequest, name: str, tell: Tell) -> None:
         tokens = list(request.token_ids)
-        self._follower.follow(name, request.num_before, tokens, tell, request.states)
+        drawing = Drawing.from_pb(request.drawing) if request.HasField("drawing") else None
+        self._follower.follow(name, request.num_before, tokens, tell, request.states, drawing)
         with suppress(errors.Cancelled):  # what is true comes next
             if not stream.waiting:
                 self._follower.go_on(name, tell, stream.check)

@@ -262,7 +262,7 @@ def test_a_forecast_draws_what_will_be_drawn(made: dict[str, Grammars]) -> None:
     rows = torch.randn(64, 1, len(tokenizer), generator=torch.Generator().manual_seed(1))
     rows = torch.nn.functional.pad(rows, (0, EXTRA))
     ids = [5]
-    draw = writer.forecast(ids)
+    draw = writer.new_draw(ids)
     foreseen = [draw(row) for row in rows]
     for row in rows:
         writer.next(ids, row)

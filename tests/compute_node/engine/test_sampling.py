@@ -1,16 +1,21 @@
 """What a caller may do to the logits, by OpenAI's formulas.
 
 Planted faults seen red: penalties over the prompt too, a presence penalty for each occurrence,
-min_p left out, a bias that is added in place.
+min_p left out, a bias that is added in place, a generator that another process begins anew.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from compute_node.client.sampling_options import SamplingOptions
 from compute_node.engine.log_probs import log_probs_of
 from compute_node.engine.sampling import Sampler
+from compute_node.predict.drawing import Drawing
+from proto import errors
 
 
 def drawn(logits: list[float], so_far: list[int], num_prompt: int, **options: object) -> int:
@@ -40,6 +45,22 @@ def test_min_p_leaves_what_is_likely_enough() -> None:
     assert found == {0, 1}
     found = {drawn([2.0, 1.9, 0.0], [], 0, temperature=1.0, seed=s) for s in seeds}
     assert found == {0, 1, 2}
+
+
+def test_another_process_draws_the_same() -> None:
+    logits = torch.zeros(1, 50)
+    sampler = Sampler(SamplingOptions(temperature=1.0, presence_penalty=2.0), num_prompt=1)
+    tokens = [4]
+    for _ in range(5):
+        drawing = Drawing.from_pb(sampler.drawing().to_pb())
+        other = Sampler.resumed(drawing)
+        following = sampler.draw(tokens, logits)
+        assert other.draw(tokens, logits) == following
+        tokens.append(following)
+    greedy = Sampler.resumed(Sampler(SamplingOptions()).drawing())
+    assert greedy.draw(tokens, torch.tensor([[0.0, 2.0, 1.0]])) == 1
+    with pytest.raises(errors.InvalidRequest, match="generator"):
+        Sampler.resumed(replace(drawing, state=b"no state"))
 
 
 def test_logits_are_left_as_they_were() -> None:

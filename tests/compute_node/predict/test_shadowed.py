@@ -49,7 +49,13 @@ class Link:
     def num_heard(self, sequence: str) -> int:
         return len(self.said)
 
-    def follow(self, sequence: str, token_ids: Sequence[int], states: Sequence[State] = ()) -> None:
+    def follow(
+        self,
+        sequence: str,
+        token_ids: Sequence[int],
+        states: Sequence[State] = (),
+        drawing: object = None,
+    ) -> None:
         self.said.append((sequence, list(token_ids)))
 
     def forget(self, sequence: str) -> None:

@@ -1,7 +1,7 @@
 """A shadow's sequences: what it names is what its routers choose, however it came to its tokens.
 
 Planted faults seen red: a wrong guess kept, a guess that was given up kept, states put at the wrong
-tokens.
+tokens, the likeliest token guessed where a main node draws.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ import pytest
 import torch
 
 from compute_node.boxes.shadow_link import State
+from compute_node.cache.asked import never
+from compute_node.client.sampling_options import SamplingOptions
 from compute_node.engine.engine import Engine
+from compute_node.engine.sampling import Sampler
 from compute_node.moe.local import LocalBackend
+from compute_node.moe.step import Batch, Part, Phase, Step
 from compute_node.shadow.follower import Follower, OutOfStep, Token, nothing
 from compute_node.shadow.naming import Named, NamingBackend
 from proto import errors
@@ -80,6 +84,37 @@ def test_a_right_guess_is_not_computed_again(follower: Follower) -> None:
     follower.follow("a", len(TOKENS), [guess], heard.tell)
     assert list(guessed) == [len(TOKENS)] and not heard
     assert follower.num_guesses_right == 1
+
+
+def test_it_guesses_what_the_main_node_will_draw(follower: Follower) -> None:
+    """From the same logits; also after a guess that was wrong."""
+    sampler = Sampler(SamplingOptions(temperature=1.5, seed=3), num_prompt=len(TOKENS))
+    tokens, drawn = list(TOKENS), list[int]()
+    for _ in range(6):
+        follower.follow("a", len(drawn), tokens[len(drawn) :], nothing, (), sampler.drawing())
+        logits = logits_of(follower, tokens)
+        drawn = list(tokens)
+        tokens.append(sampler.draw(tokens, logits))
+        assert follower._sequences["a"].guess == tokens[-1]
+        follower.go_on("a", nothing, lambda: None)
+    assert follower.num_guesses_right == 5
+    likeliest = int(logits.argmax())
+    tokens[-1] = likeliest + 1
+    follower.follow("a", len(drawn), tokens[len(drawn) :], nothing, (), sampler.drawing())
+    expected = sampler.draw(tokens, logits_of(follower, tokens))
+    assert follower._sequences["a"].guess == expected
+
+
+def logits_of(follower: Follower, token_ids: list[int]) -> torch.Tensor:
+    """After these, computed one by one: [1, V]"""
+    state = None
+    for token_id in token_ids:
+        part = Part("apart", Phase.DECODE, 1, 1)
+        with torch.inference_mode(), Step(Batch(part), never).running():
+            output = follower._loaded.forward(torch.tensor([[token_id]]), state)
+        state = output.past_key_values
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits
 
 
 def test_a_guess_that_is_given_up_leaves_nothing(follower: Follower) -> None:
