@@ -131,15 +131,16 @@ class Follower:
             followed.sampler = Sampler.resumed(drawing) if drawing is not None else None
             self._compute(name, left[-1:], tell)
 
-    def go_on(self, name: str, tell: Tell, check: Callable[[], None]) -> None:
-        """Compute the token that likely comes next. check: raises to give it up"""
+    def go_on(self, name: str, tell: Tell, check: Callable[[Token], None]) -> None:
+        """Compute the token that likely comes next. check: called with it; raises to give it up"""
         followed = self._sequences.get(name)
         if followed is None or followed.guess < 0 or not _can_crop(followed.state):
             return
         if followed.num_true < len(followed.token_ids):
             return
         self.num_guessed += 1
-        self._compute(name, [followed.guess], tell, check)
+        guess = Token(len(followed.token_ids), followed.guess)
+        self._compute(name, [guess.token_id], tell, partial(check, guess))
 
     def forget(self, name: str) -> None:
         """The sequences whose names begin so have ended."""

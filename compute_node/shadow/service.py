@@ -38,9 +38,11 @@ class _Stream:
     waiting: deque[pb.FollowRequest] = field(default_factory=deque)
     is_gone: threading.Event = field(default_factory=threading.Event)
 
-    def check(self) -> None:
-        """Raises Cancelled once something true waits."""
-        if self.waiting or self.is_gone.is_set():
+    def check(self, sequence: str, guess: Token) -> None:
+        """Raises Cancelled once something waits but that this guess of the sequence is right."""
+        if self.is_gone.is_set():
+            raise errors.Cancelled("the main node went away")
+        if self.waiting and not _says(self.waiting[0], sequence, guess):
             raise errors.Cancelled("the main node has gone on")
 
 
@@ -146,7 +148,13 @@ class ShadowService(pb_grpc.ShadowServicer):
         self._follower.follow(name, request.num_before, tokens, tell, request.states, drawing)
         with suppress(errors.Cancelled):  # what is true comes next
             if not stream.waiting:
-                self._follower.go_on(name, tell, stream.check)
+                self._follower.go_on(name, tell, partial(stream.check, request.sequence))
+
+
+def _says(request: pb.FollowRequest, sequence: str, token: Token) -> bool:
+    """Whether it names this token as the sequence's latest, and nothing else that is new."""
+    is_next = request.sequence == sequence and request.num_before == token.position
+    return is_next and list(request.token_ids) == [token.token_id]
 
 
 def _tell(stream: _Stream, sequence: str, token: Token, layer: int, experts: list[int]) -> None:

@@ -48,6 +48,10 @@ def follower_of(node: Engine) -> Follower:
     return Follower(loaded, named)
 
 
+def unchecked(guess: Token) -> None:
+    """Nothing true has come."""
+
+
 def test_it_names_what_each_layer_chose_for_the_latest_token(follower: Follower) -> None:
     heard = Heard()
     follower.follow("a", 0, TOKENS, heard.tell)
@@ -71,7 +75,7 @@ def test_tokens_may_come_one_by_one_and_a_wrong_guess_is_taken_back(follower: Fo
         follower.follow("alone", number, TOKENS[number : number + 1], at_once.tell)
     for number in range(len(TOKENS)):
         follower.follow("guessing", number, TOKENS[number : number + 1], one_by_one.tell)
-        follower.go_on("guessing", nothing, lambda: None)
+        follower.go_on("guessing", nothing, unchecked)
     assert one_by_one == at_once
     assert follower.num_guessed == len(TOKENS) and follower.num_guesses_right == 0
 
@@ -79,7 +83,7 @@ def test_tokens_may_come_one_by_one_and_a_wrong_guess_is_taken_back(follower: Fo
 def test_a_right_guess_is_not_computed_again(follower: Follower) -> None:
     guessed, heard = Heard(), Heard()
     follower.follow("a", 0, TOKENS, nothing)
-    follower.go_on("a", guessed.tell, lambda: None)
+    follower.go_on("a", guessed.tell, unchecked)
     guess = follower._sequences["a"].token_ids[-1]
     follower.follow("a", len(TOKENS), [guess], heard.tell)
     assert list(guessed) == [len(TOKENS)] and not heard
@@ -96,7 +100,7 @@ def test_it_guesses_what_the_main_node_will_draw(follower: Follower) -> None:
         drawn = list(tokens)
         tokens.append(sampler.draw(tokens, logits))
         assert follower._sequences["a"].guess == tokens[-1]
-        follower.go_on("a", nothing, lambda: None)
+        follower.go_on("a", nothing, unchecked)
     assert follower.num_guesses_right == 5
     likeliest = int(logits.argmax())
     tokens[-1] = likeliest + 1
@@ -118,7 +122,7 @@ def logits_of(follower: Follower, token_ids: list[int]) -> torch.Tensor:
 
 
 def test_a_guess_that_is_given_up_leaves_nothing(follower: Follower) -> None:
-    def check() -> None:
+    def check(guess: Token) -> None:
         raise errors.Cancelled("the main node has gone on")
 
     follower.follow("a", 0, TOKENS, nothing)
