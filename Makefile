@@ -69,10 +69,11 @@ serve: $(STORE)/manifest.json  ## keep the shipped model up for clients (flashmo
 	@$(BIN)/flashmoe serve --model $(STORE) --memory $(MEMORY) --experts-memory $(EXPERTS_MEMORY)
 
 test: $(STUBS)  ## the whole test suite, system tests included
-	$(PY) -m pytest -q
+	@$(PY) -m pytest -q -m "not system and not container" -n 2 --dist loadfile; alone=$$?; \
+	$(PY) -m pytest -q -m "system and not container" && exit $$alone
 
 system: $(STUBS)  ## only the tests that start real processes
-	$(PY) -m pytest -q -m system
+	$(PY) -m pytest -q -m "system and not container"
 
 lint: $(STUBS)  ## style, types, import layers, tests that import; changes nothing
 	$(PY) -m ruff format --check $(SOURCES)
