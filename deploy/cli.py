@@ -26,6 +26,7 @@ VERBS = {
     "pack": "Copy a checkpoint into aligned records that read fastest.",
     "verify": "Read and check every expert and dense weight of a store.",
     "plan": "Tell whether a model fits a memory ceiling, and how fast it should decode.",
+    "simulate": "Tell how fast several boxes would decode a model that is not here.",
     "serve": "Run all daemons on this box until interrupted.",
     "worker": "Compute experts for a main node on another box, until interrupted.",
     "cluster": "Start a main node and its workers on several boxes, on Ray.",

@@ -6,7 +6,7 @@ import argparse
 import subprocess
 from collections.abc import Callable
 
-from tests.bench.boxes import kill, memory, overhead, owned, rotation
+from tests.bench.boxes import kill, memory, overhead, owned, rotation, simulator
 from tests.bench.table import machine
 from tests.boxlab.laboratory import why_not
 
@@ -16,6 +16,8 @@ PARTS: dict[str, Callable[[], None]] = {
     "kill": kill.main,
     "memory": memory.main,
     "rotation": rotation.main,
+    "simulator-inputs": simulator.measure_inputs,
+    "simulator": simulator.main,
 }
 
 

@@ -18,10 +18,11 @@ from tests.bench.boxes.answers import Answer, ask
 from tests.bench.boxes.models import NUM_LAYERS, RECORD_BYTES, widened_image
 from tests.bench.table import show, spread
 from tests.boxlab.box import Box
-from tests.boxlab.group import EDGE_SSD
+from tests.boxlab.group import EDGE_SSD, Throttle
 from tests.boxlab.laboratory import laboratory
+from tests.boxlab.switch import GIGABIT, Link
 
-SHARE = ("--experts-memory", "20%")
+SHARE = "20%"
 COUNTS = (1, 2, 4)
 PROMPTS = ("In the beginning God", "The file is not")
 TOKENS, TOP_K = 17, 4
@@ -57,7 +58,7 @@ def main() -> None:
     runs = defaultdict[int, list[Run]](list)
     for counts in (COUNTS, COUNTS[::-1]):
         for count in counts:
-            runs[count].append(_measure(count))
+            runs[count].append(measure(count))
             print(f"{count}: {runs[count][-1].answer.tokens_per_s:.2f} tokens/s", flush=True)
     one = statistics.median(run.answer.tokens_per_s for run in runs[1])
     assert len({tuple(run.answer.token_ids) for found in runs.values() for run in found}) == 1
@@ -85,12 +86,16 @@ def _row(count: int, runs: Sequence[Run], one: float) -> list[str]:
     ]
 
 
-def _measure(count: int) -> Run:
-    with laboratory([widened_image()] * 4) as boxes, ExitStack() as stack:
+def measure(
+    count: int, share: str = SHARE, link: Link = GIGABIT, speed: Throttle = EDGE_SSD
+) -> Run:
+    """share: of the experts, in the memory of each box"""
+    flags = ("--experts-memory", share)
+    with laboratory([widened_image()] * 4, link, speed) as boxes, ExitStack() as stack:
         main, *workers = boxes[:count]
         for box in workers:
-            stack.enter_context(box.worker(*SHARE))
-        stack.enter_context(main.main(workers, *SHARE))
+            stack.enter_context(box.worker(*flags))
+        stack.enter_context(main.main(workers, *flags))
         client = stack.enter_context(main.client())
         ask(client, PROMPTS[0], TOKENS, seed=1)  # fills the memories
         first = next(iter(client.generate(PROMPTS[1], max_tokens=1, temperature=0.9, seed=2)))

@@ -1,0 +1,135 @@
+"""What `owned` measures beside what the simulator foretells of it, from inputs measured apart."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from deploy.simulator.box import BoxSpec
+from deploy.simulator.decoding import Decoding, Outcome
+from deploy.simulator.geometry import Geometry
+from deploy.simulator.setting import Foresight, Link, Setting
+from tests.bench.boxes import simulator_inputs
+from tests.bench.boxes.models import NUM_EXPERTS, NUM_LAYERS, RECORD_BYTES
+from tests.bench.boxes.owned import TOP_K, Run, measure
+from tests.bench.boxes.simulator_inputs import Inputs
+from tests.bench.table import show, spread
+from tests.boxlab.group import EDGE_SSD, SD_CARD, Throttle
+from tests.boxlab.switch import GIGABIT, WIFI
+from tests.boxlab.switch import Link as LabLink
+
+PROCESSORS = 2  # of this machine, which all boxes share
+GEOMETRY = Geometry("widened", NUM_LAYERS, NUM_EXPERTS // NUM_LAYERS, TOP_K, RECORD_BYTES, 0.0, 256)
+
+
+@dataclass(frozen=True)
+class Place:
+    """share: of the experts, in the memory of each box, %"""
+
+    boxes: int
+    share: float = 20.0
+    speed: Throttle = EDGE_SSD
+    link: LabLink = GIGABIT
+
+    def __str__(self) -> str:
+        return (
+            f"{self.boxes} boxes, {self.share:g} %, {self.speed.bytes_per_s // 10**6} MB/s, "
+            f"{1e3 * self.link.round_trip_s:g} ms"
+        )
+
+
+PLACES = (
+    Place(1),
+    Place(2),
+    Place(4),
+    Place(2, speed=SD_CARD),
+    Place(2, share=14.0),
+    Place(4, link=WIFI),
+    Place(3),
+    Place(2, share=30.0, link=WIFI),
+    Place(4, share=14.0, speed=SD_CARD),
+)
+SEEDS = 20  # of what is named rightly and wrongly
+
+
+def measure_inputs() -> None:
+    inputs = simulator_inputs.measure((EDGE_SSD, SD_CARD))
+    inputs.save()
+    show(
+        "Inputs of the simulator",
+        ["input", "value"],
+        [[name, f"{value:.3f}"] for name, value in simulator_inputs.rows(inputs).items()],
+    )
+
+
+def main() -> None:
+    """In both orders. How fast experts are computed changes from minute to minute on this machine:
+    it is measured before and after, by what nothing else here depends on.
+    """
+    inputs = Inputs.load()
+    speeds = [simulator_inputs.expert_s(inputs.small)]
+    runs: dict[Place, list[Run]] = {place: [] for place in PLACES}
+    for order in (PLACES, PLACES[::-1]):
+        for place in order:
+            found = measure(place.boxes, f"{place.share}%", place.link, place.speed)
+            runs[place].append(found)
+            print(f"{place}: {found.answer.tokens_per_s:.2f} measured", flush=True)
+    speeds.append(simulator_inputs.expert_s(inputs.small))
+    alone_s, shared_s = (statistics.fmean(found) for found in zip(*speeds, strict=True))
+    print(f"an expert alone, beside another, ms: {[(1e3 * a, 1e3 * b) for a, b in speeds]}")
+    now = replace(inputs, expert_s=alone_s, shared_expert_s=shared_s)
+    show(
+        "Tokens/s measured, in both orders, and simulated, experts of 24 MiB",
+        ["place", "measured", "simulated", "error %", "MiB a token, measured", "simulated"],
+        [_row(place, runs[place], simulated(place, now)) for place in PLACES],
+    )
+
+
+def simulated(place: Place, inputs: Inputs) -> list[Outcome]:
+    """The same answers, from empty memories on, as `owned` gives them; by seed of the names."""
+    (first, answer), (second, counted) = simulator_inputs.routing(inputs)
+    found = []
+    for seed in range(SEEDS):
+        decoding = Decoding(_setting(place, inputs), seed)
+        decoding.prompt(first)
+        decoding.decode(answer)
+        decoding.prompt(second)
+        decoding.decode(second[-1:])  # of a prompt that is kept the last token is computed again
+        found.append(decoding.decode(counted))
+    return found
+
+
+def _speed(outcomes: Sequence[Outcome]) -> float:
+    return 1 / statistics.fmean(1 / one.tokens_per_s for one in outcomes)
+
+
+def _setting(place: Place, inputs: Inputs) -> Setting:
+    alone = place.boxes == 1
+    expert_s = inputs.expert_s if alone else inputs.shared_expert_s
+    slots = round(place.share / 100 * NUM_EXPERTS)
+    disk = inputs.disk_bytes_per_s[str(place.speed.bytes_per_s)]
+    box = BoxSpec("box", slots * RECORD_BYTES, disk, RECORD_BYTES / expert_s)
+    return Setting(
+        GEOMETRY,
+        [box] * place.boxes,
+        Link(place.link.round_trip_s, place.link.bits_per_s, inputs.message_s, inputs.serial_s),
+        inputs.layer_s,
+        # The recall is of all misses, those of the next token's first layers included.
+        Foresight(NUM_LAYERS - 1, inputs.recall, inputs.precision, 1.0, while_waiting=True),
+        processors=PROCESSORS,
+    )
+
+
+def _row(place: Place, runs: Sequence[Run], said: Sequence[Outcome]) -> list[str]:
+    speeds = [run.answer.tokens_per_s for run in runs]
+    reads = [sum(run.read_bytes) / 2**20 for run in runs]
+    error = _speed(said) / statistics.median(speeds) - 1
+    return [
+        str(place),
+        spread(speeds, 2),
+        f"{_speed(said):.2f}",
+        f"{100 * error:+.0f}",
+        spread(reads, 0),
+        f"{statistics.fmean(one.read_bytes for one in said) / 2**20:.0f}",
+    ]
