@@ -1,6 +1,7 @@
 """What goes, what is read, and in which order.
 
-Planted faults seen red: FAULTS
+Planted faults seen red: what is read ahead goes first, an event's own experts go, wrong names are
+read all the same, answers that come all at once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Drawn routing: what its parts do, and that its constants are as good as it is said of them.
 
-Planted faults seen red: FAULTS
+Planted faults seen red: one answer for ever, a fading part that is the answer's, nothing popular.
 """
 
 from __future__ import annotations

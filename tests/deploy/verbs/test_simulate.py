@@ -1,6 +1,8 @@
 """`flashmoe simulate` as a user meets it.
 
-Planted faults seen red: FAULTS
+Planted faults seen red: any trace taken, the factor of joules ignored, more boxes than the file
+has, a mistyped key passed over, drawn routing not said to be, lists of boxes and of factors at
+once.
 """
 
 from __future__ import annotations
