@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import tomllib
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from deploy.cluster.box import (
+    NAMED_FOR_RAY,
+    STRICT,
+    AnyBox,
+    Box,
+    HelperBox,
+    MainBox,
+    PathOfBox,
+    Port,
+    ShadowBox,
+    WorkerBox,
 )
-
 from deploy.settings import parse_bytes
 from proto import errors
 from proto.rpc import is_loopback
@@ -26,107 +28,14 @@ LOCAL, AUTO = "local", "auto"
 LOCAL_PORT = 6385
 _RAY_MEMORY, _HEAD_MEMORY = "288MiB", "448MiB"  # a box of Ray, and the one with its head
 _EXAMPLE = "deploy/cluster/cluster.toml"
-_STRICT = ConfigDict(frozen=True, extra="forbid")
-_TABLES = ("expert_store", "compute_node", "scheduler", "gateway", "worker")
-_NAMED_FOR_RAY = {"localhost", "127.0.0.1", "0.0.0.0", "::"}
-
-Port = Annotated[int, Field(ge=1, le=65535)]
-
-
-class Box(BaseModel):
-    """What every box has, the main one and workers alike.
-
-    host: its address, by which Ray and other boxes know it
-    memory: ceiling over everything on the box, Ray's own processes included
-    ray_memory: what of it is set apart for them; None: as measured
-    tables: of daemons, as in flashmoe.toml
-    """
-
-    model_config = _STRICT
-
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")]
-    host: str
-    memory: str
-    ray_memory: str | None = None
-    experts_memory: str | None = None
-    model: Path | None = None
-    source: Path | None = None
-    run_dir: Path | None = None
-    tables: dict[str, dict[str, Any]] = Field(default_factory=dict)
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        if name == "ca":
-            raise ValueError("the files of the certificate authority are called so")
-        return name
-
-    @field_validator("host")
-    @classmethod
-    def _check_host(cls, host: str) -> str:
-        if host in _NAMED_FOR_RAY:
-            raise ValueError(
-                "Ray takes it for any address of the machine: write the one that other boxes "
-                "reach, or 127.0.0.2 and up for boxes on one machine"
-            )
-        ip_address(host)
-        return host
-
-    @field_validator("tables")
-    @classmethod
-    def _check_tables(cls, tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        if unknown := sorted(tables.keys() - set(_TABLES)):
-            raise ValueError(f"no daemon is called {unknown[0]!r}: they are {', '.join(_TABLES)}")
-        return tables
-
-    @field_validator("memory", "ray_memory")
-    @classmethod
-    def _check_size(cls, size: str | None) -> str | None:
-        if size is not None:
-            try:
-                parse_bytes(size, "it")
-            except errors.ConfigInvalid as error:
-                raise ValueError(str(error)) from None
-        return size
-
-    @property
-    def folder(self) -> Path:
-        """Where its stack runs, on that box."""
-        return self.run_dir or Path("~/.flashmoe/cluster") / self.name
-
-
-class MainBox(Box):
-    """The box that answers. http, api_key_file, quality, policy: as of `flashmoe serve`."""
-
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")] = "main"
-    http: str | None = None
-    api_key_file: Path | None = None
-    quality: str | None = None
-    policy: str | None = None
-
-
-class WorkerBox(Box):
-    """A box that computes experts for the main one.
-
-    port: where it listens for it
-    joules, latency: what an expert costs there, over what it costs on the main box
-    """
-
-    port: Port = 9400
-    joules: PositiveFloat = 1.0
-    latency: PositiveFloat = 1.0
-
-    @property
-    def address(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class Head(BaseModel):
     """Of Ray. state_dir: where its Valkey keeps what the cluster is; state_port: of that Valkey"""
 
-    model_config = _STRICT
+    model_config = STRICT
 
-    state_dir: Path = Path("~/.flashmoe/cluster/head")
+    state_dir: PathOfBox = Path("~/.flashmoe/cluster/head")
     state_port: Port = 6386
 
 
@@ -138,15 +47,16 @@ class ClusterConfig(BaseModel):
     certs: folder that `flashmoe cluster certs` wrote; insecure: boxes speak in the clear
     """
 
-    model_config = _STRICT
+    model_config = STRICT
 
-    model: Path
+    model: PathOfBox
     ray: str = AUTO
-    certs: Path | None = None
+    certs: PathOfBox | None = None
     insecure: bool = False
     head: Head = Head()
     main: MainBox
     workers: Annotated[tuple[WorkerBox, ...], Field(alias="worker")] = ()
+    shadow: ShadowBox | None = None
 
     @classmethod
     def load(cls, path: Path, is_protected: bool = True) -> Self:
@@ -170,25 +80,18 @@ class ClusterConfig(BaseModel):
         if ray in (AUTO, LOCAL):
             return ray
         host, colon, port = ray.rpartition(":")
-        if not colon or not port.isdecimal() or host in _NAMED_FOR_RAY:
+        if not colon or not port.isdecimal() or host in NAMED_FOR_RAY:
             raise ValueError("write auto, local, or HOST:PORT of Ray's head as 10.0.0.1:6379")
         return ray
-
-    @field_validator("model", "certs")
-    @classmethod
-    def _start_at_file(cls, path: Path | None, info: ValidationInfo) -> Path | None:
-        if path is None or str(path).startswith("~") or not isinstance(info.context, Path):
-            return path
-        return info.context.resolve() / path
 
     @model_validator(mode="after")
     def _check_boxes(self) -> Self:
         names = [box.name for box in self.boxes]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two boxes are called {min(twice)}: give each a name of its own")
-        addresses = [worker.address for worker in self.workers]
+        addresses = [box.address for box in self.helpers]
         if again := {one for one in addresses if addresses.count(one) > 1}:
-            raise ValueError(f"two workers listen at {min(again)}: give each a port of its own")
+            raise ValueError(f"two boxes listen at {min(again)}: give each a port of its own")
         return self
 
     @model_validator(mode="after")
@@ -208,9 +111,14 @@ class ClusterConfig(BaseModel):
         return self
 
     @property
-    def boxes(self) -> tuple[MainBox | WorkerBox, ...]:
+    def helpers(self) -> tuple[HelperBox, ...]:
+        """Workers, and the shadow if there is one."""
+        return (*self.workers, *([] if self.shadow is None else [self.shadow]))
+
+    @property
+    def boxes(self) -> tuple[AnyBox, ...]:
         """The main one first."""
-        return (self.main, *self.workers)
+        return (self.main, *self.helpers)
 
     @property
     def ray_address(self) -> str:
@@ -218,7 +126,7 @@ class ClusterConfig(BaseModel):
         return f"{self.main.host}:{LOCAL_PORT}" if self.ray == LOCAL else self.ray
 
     @property
-    def head_box(self) -> MainBox | WorkerBox:
+    def head_box(self) -> AnyBox:
         """Where Ray's head runs. Raises ConfigInvalid when the file does not say, or it is no box
         of the file.
         """
@@ -246,7 +154,7 @@ class ClusterConfig(BaseModel):
             )
         return left_bytes
 
-    def box(self, name: str) -> MainBox | WorkerBox:
+    def box(self, name: str) -> AnyBox:
         """Raises ConfigInvalid for a name that no box has."""
         for box in self.boxes:
             if box.name == name:

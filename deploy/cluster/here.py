@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import socket
 
-from deploy.cluster.config import ClusterConfig, MainBox, WorkerBox
+from deploy.cluster.box import AnyBox
+from deploy.cluster.config import ClusterConfig
 from proto import errors
 
 
-def here(config: ClusterConfig) -> MainBox | WorkerBox:
+def here(config: ClusterConfig) -> AnyBox:
     """The first box whose address this machine has. Raises ConfigInvalid when none is."""
     for box in config.boxes:
         if _is_ours(box.host):

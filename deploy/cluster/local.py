@@ -14,8 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from deploy.cluster import orphan
+from deploy.cluster.box import Box
 from deploy.cluster.box_stack import BoxStack, wait_for_end
-from deploy.cluster.config import Box, ClusterConfig
+from deploy.cluster.config import ClusterConfig
 from deploy.cluster.ray_start import LOCK_NAME
 from deploy.stack import locks, log_files
 from deploy.stack.run_dir import RunDir

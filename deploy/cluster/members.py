@@ -21,7 +21,8 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from deploy.cluster.config import AUTO, ClusterConfig, MainBox, WorkerBox
+from deploy.cluster.box import AnyBox
+from deploy.cluster.config import AUTO, ClusterConfig
 from deploy.cluster.here import here
 from deploy.cluster.keeper import Keeper
 from deploy.cluster.order import Order
@@ -92,7 +93,7 @@ class Members:
         """Addresses of the boxes that Ray sees alive."""
         return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
 
-    def _away(self) -> list[MainBox | WorkerBox]:
+    def _away(self) -> list[AnyBox]:
         present = self.present_hosts()
         return [box for box in self._config.boxes if box.host not in present]
 
@@ -123,9 +124,9 @@ class Members:
         """
         self.check_present(say)
         gone = set(self.kept()) - {box.name for box in self._config.boxes}
-        for box in self._config.workers:
+        for box in self._config.helpers:
             self._order(box, say)
-        self._wait_serving(self._config.workers, say)
+        self._wait_serving(self._config.helpers, say)
         self._order(self._config.main, say)
         self._wait_serving([self._config.main], say)
         for name in sorted(gone):  # the main node does without it by now
@@ -167,7 +168,7 @@ class Members:
         except (RayActorError, GetTimeoutError) as error:
             return known | {"state": "away", "reason": _short(error)}
 
-    def _order(self, box: MainBox | WorkerBox, say: Say) -> None:
+    def _order(self, box: AnyBox, say: Say) -> None:
         """An actor with this order."""
         order, actor = Order.of(self._config, box), _actor(box.name)
         if actor is not None:
@@ -247,7 +248,7 @@ def _num_restarts(actor: Any) -> int:
     return int(actors(actor._actor_id.hex())["NumRestarts"])
 
 
-def _group(box: MainBox | WorkerBox) -> Any:
+def _group(box: AnyBox) -> Any:
     """The placement group of the box: one for each, as a group cannot grow."""
     bundle = {f"node:{box.host}": _SHARE}
     if found := _group_of(box.name):

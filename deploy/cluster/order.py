@@ -9,7 +9,8 @@ from typing import Any
 
 import tomli_w
 
-from deploy.cluster.config import ClusterConfig, MainBox, WorkerBox
+from deploy.cluster.box import AnyBox, MainBox, ShadowBox, WorkerBox
+from deploy.cluster.config import ClusterConfig
 
 SETTINGS_NAME, WORKERS_NAME = "box.toml", "workers.toml"
 
@@ -18,7 +19,7 @@ SETTINGS_NAME, WORKERS_NAME = "box.toml", "workers.toml"
 class Order:
     """Paths may begin with `~`: the home of the box.
 
-    verb: `serve` or `worker`
+    verb: `serve`, `worker` or `shadow`
     settings: as flashmoe.toml has them
     workers: of a main node, as its workers file has them
     """
@@ -30,17 +31,19 @@ class Order:
     workers: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, config: ClusterConfig, box: MainBox | WorkerBox) -> Order:
+    def of(cls, config: ClusterConfig, box: AnyBox) -> Order:
         """Raises ConfigInvalid for memory that is none."""
-        if isinstance(box, WorkerBox):
+        if not isinstance(box, MainBox):
+            verb = "shadow" if isinstance(box, ShadowBox) else "worker"
             settings = {"serve": _served(config, box) | {"listen": box.address}}
-            tables = {"worker": _protected(config, box, "tls")}
-            return cls(box.name, "worker", str(box.folder), _merged(settings, tables, box.tables))
+            tables = {verb: _protected(config, box, "tls")}
+            return cls(box.name, verb, str(box.folder), _merged(settings, tables, box.tables))
         served = _served(config, box) | {
             "http": box.http,
             "api_key_file": _text(box.api_key_file),
             "quality": box.quality,
             "policy": box.policy,
+            "shadow_address": config.shadow.address if config.shadow else None,
         }
         node = {"workers_file": str(box.folder / WORKERS_NAME)}
         if config.certs is not None:
@@ -63,7 +66,7 @@ def workers_of(boxes: Sequence[WorkerBox]) -> tuple[dict[str, Any], ...]:
     )
 
 
-def _served(config: ClusterConfig, box: MainBox | WorkerBox) -> dict[str, Any]:
+def _served(config: ClusterConfig, box: AnyBox) -> dict[str, Any]:
     return {
         "model": str(box.model or config.model),
         "source": _text(box.source),
@@ -73,7 +76,7 @@ def _served(config: ClusterConfig, box: MainBox | WorkerBox) -> dict[str, Any]:
     }
 
 
-def _protected(config: ClusterConfig, box: MainBox | WorkerBox, key: str) -> dict[str, Any]:
+def _protected(config: ClusterConfig, box: AnyBox, key: str) -> dict[str, Any]:
     """What a daemon shows other boxes, and accepts of them."""
     if config.certs is None:
         return {"insecure": config.insecure}

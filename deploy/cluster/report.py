@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploy.cluster.config import ClusterConfig
-from deploy.cluster.members import Members
 from deploy.settings import parse_bytes
 from deploy.terminal import console
+
+if TYPE_CHECKING:  # it needs the extra
+    from deploy.cluster.members import Members
 
 Facts = dict[str, Any]
 
@@ -31,6 +33,7 @@ def collect(config: ClusterConfig, members: Members) -> dict[str, Facts]:
             "stack_bytes": memory.get("current_bytes"),
             "daemons": {name: one.get("health") for name, one in status.items()},
             "boxes": status.get("compute_node", {}).get("boxes", {}),
+            "shadow_nodes": status.get("compute_node", {}).get("shadow_nodes", {}),
         }
     for name in set(members.kept()) - set(found):
         found[name] = {"state": "removed", "reason": "`flashmoe cluster up FILE` ends it"}
@@ -52,6 +55,8 @@ def _rows(facts: Facts) -> dict[str, str]:
         rows[name] = str(health)
     for address, box in facts.get("boxes", {}).items():
         rows[f"worker {address}"] = "takes work" if box.get("up") else "away"
+    for address, shadow in facts.get("shadow_nodes", {}).items():
+        rows[f"shadow {address}"] = "follows" if shadow.get("up") else "away"
     if facts.get("ray_bytes") is not None:
         rows["memory"] = _memory(facts)
     return rows

@@ -1,5 +1,5 @@
 """A cluster on real Ray: a head and two more boxes, each with a raylet at an address of its own on
-this machine, a main node and two workers as real daemons.
+this machine, a main node, two workers and a shadow as real daemons.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import tomli_w
 
 from compute_node.client.node_client import NodeClient
 from deploy.stack.run_dir import RunDir
-from tests.stack import ROOT, served, wait_for
+from expert_store.offline.pack import pack
+from tests.stack import MODEL, ROOT, served, wait_for
 
 PYTHON = ROOT / ".flashmoe/cluster-venv/bin/python"
 needs_ray = pytest.mark.skipif(not PYTHON.exists(), reason="`make cluster` was not run")
@@ -35,9 +36,11 @@ MOST = 1900  # tokens: longer than a fault takes
 
 
 class RayCluster:
-    """cluster.toml and what runs by it. The boxes are called main, w1 and w2."""
+    """cluster.toml and what runs by it. The boxes are called main, w1, w2 and shadow, which is at
+    the address of w2.
+    """
 
-    def __init__(self, folder: Path, store: Path) -> None:
+    def __init__(self, folder: Path, store: Path, small_store: Path) -> None:
         self.folder, self.file = folder, folder / "cluster.toml"
         self.hosts = dict(zip(("main", "w1", "w2"), loopback_hosts(), strict=True))
         ray_port, *self.ports = free_ports()
@@ -49,6 +52,8 @@ class RayCluster:
             "head": {"state_dir": str(folder / "head"), "state_port": self.ports.pop()},
             "main": self.box("main", "1700MiB"),
             "worker": [self.worker("w1"), self.worker("w2")],
+            "shadow": self.worker("shadow", "w2")
+            | {"model": str(small_store), "experts_memory": "100%"},
         }
         self.write()
 
@@ -66,7 +71,7 @@ class RayCluster:
 
     @property
     def boxes(self) -> list[str]:
-        return ["main", *(one["name"] for one in self.document["worker"])]
+        return ["main", *(one["name"] for one in self.document["worker"]), "shadow"]
 
     def write(self) -> None:
         self.file.write_text(tomli_w.dumps(self.document))
@@ -240,7 +245,8 @@ def alone(tiny_store: Path) -> Iterator[Alone]:
 def cluster(tiny_store: Path) -> Iterator[RayCluster]:
     """Afterwards nothing of it may be left."""
     folder = Path(tempfile.mkdtemp(prefix="fm-"))
-    made = RayCluster(folder, tiny_store)
+    pack(MODEL, folder / "int8", weight_format="int8")
+    made = RayCluster(folder, tiny_store, folder / "int8")
     try:
         made.start_ray("main")
         wait_for(lambda: is_open(made.document["ray"]), PATIENT_S, "Ray's head")
@@ -255,7 +261,7 @@ def cluster(tiny_store: Path) -> Iterator[RayCluster]:
             ray.stop()
         for box in made.boxes:  # nothing runs, unless the test failed
             made.call("down", "--box", box, code=None)
-    for name in made.hosts:
+    for name in made.boxes:
         assert not made.run(name).segment.exists() and not made.run(name).presence.exists()
     left = [p for p in psutil.process_iter(["cmdline"]) if str(folder) in str(p.info["cmdline"])]
     assert left == []
@@ -288,10 +294,12 @@ def test_tokens_are_those_of_one_box(cluster: RayCluster, alone: Alone) -> None:
     cluster.wait_all_work()
     assert cluster.tokens() == alone(TOKENS)
     boxes = cluster.status()
-    assert [one["state"] for one in boxes.values()] == ["serving"] * 3
+    assert [one["state"] for one in boxes.values()] == ["serving"] * 4
     for one in boxes.values():
         assert set(one["daemons"].values()) == {"SERVING"}
         assert 50 * 2**20 < one["ray_bytes"] < one["ceiling_bytes"] - one["stack_bytes"]
+    [shadow] = boxes["main"]["shadow_nodes"].values()
+    assert shadow["up"] and shadow["named"] + shadow["named_late"] + shadow["unheard"] > TOKENS
 
 
 def test_a_generation_outlives_everything_beside_its_node(
@@ -301,6 +309,7 @@ def test_a_generation_outlives_everything_beside_its_node(
     ended are adopted, and the head knows its cluster.
     """
     node, kept = cluster.daemon("main", "compute_node"), cluster.daemon("w2", "compute_node.worker")
+    shadow = cluster.daemon("shadow", "compute_node.shadow")
     w1, restarts = cluster.daemon("w1", "compute_node.worker"), cluster.status()["w1"]["restarts"]
     with generating(cluster) as tokens:
         keeper = cluster.keeper("w1")
@@ -318,10 +327,11 @@ def test_a_generation_outlives_everything_beside_its_node(
             "Ray to start again",
         )
     assert tokens == alone(len(tokens))
-    names = ("main", "w1", "w2")
+    names = ("main", "w1", "w2", "shadow")
     wait_for(lambda: cluster.states() == dict.fromkeys(names, "serving"), PATIENT_S, "all boxes")
     assert cluster.daemon("main", "compute_node") == node
     assert cluster.daemon("w2", "compute_node.worker") == kept
+    assert cluster.daemon("shadow", "compute_node.shadow") == shadow
     assert cluster.daemon("w1", "compute_node.worker") != w1
     assert cluster.status()["w1"]["restarts"] > restarts
     cluster.wait_all_work()
@@ -342,4 +352,4 @@ def test_boxes_join_and_leave_without_a_restart(cluster: RayCluster, alone: Alon
     assert tokens == alone(len(tokens))
     assert not cluster.run("w3").segment.exists()
     assert cluster.daemon("main", "compute_node") == node
-    assert set(cluster.status()) == {"main", "w1", "w2"}
+    assert set(cluster.status()) == {"main", "w1", "w2", "shadow"}

@@ -5,17 +5,20 @@ Planted faults seen red: see the tests.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import tomli_w
 
 from compute_node.boxes.workers_file import read_workers
 from compute_node.config import ComputeNodeConfig
+from compute_node.shadow.config import ShadowConfig
 from compute_node.worker.config import WorkerConfig
 from deploy.cli import run
-from deploy.cluster import extra
+from deploy.cluster import extra, report
 from deploy.cluster.config import ClusterConfig
 from deploy.cluster.order import Order
 from deploy.settings import ServeSettings
@@ -43,12 +46,13 @@ def load(folder: Path, **changes: Any) -> ClusterConfig:
 
 def test_the_example_is_a_cluster() -> None:
     config = ClusterConfig.load(EXAMPLE)
-    assert [box.name for box in config.boxes] == ["main", "kitchen", "cellar"]
+    assert [box.name for box in config.boxes] == ["main", "kitchen", "cellar", "attic"]
     assert config.certs == EXAMPLE.parent / "certs"
     assert config.head_box.name == "main" and config.head_port == 6379
 
 
 W1 = {"name": "w1", "host": "127.0.0.3", "memory": "1GiB"}
+SHADOW = {"host": "127.0.0.4", "memory": "1GiB", "model": "small"}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +66,12 @@ W1 = {"name": "w1", "host": "127.0.0.3", "memory": "1GiB"}
         ({"worker": [W1 | {"joules": 0}]}, "joules"),
         ({"worker": [W1 | {"tables": {"wroker": {}}}]}, "no daemon is called 'wroker'"),
         ({"worker": [W1, W1 | {"port": 9401}]}, "two boxes are called w1"),
-        ({"worker": [W1, W1 | {"name": "w2"}]}, "two workers listen at 127.0.0.3:9400"),
+        ({"worker": [W1, W1 | {"name": "w2"}]}, "two boxes listen at 127.0.0.3:9400"),
+        ({"shadow": {"host": "127.0.0.4", "memory": "1GiB"}}, "key 'shadow.model' is missing"),
+        ({"shadow": SHADOW | {"host": "127.0.0.3"}}, "two boxes listen at 127.0.0.3:9400"),
+        ({"shadow": SHADOW | {"name": "w1"}}, "two boxes are called w1"),
+        ({"shadow": SHADOW | {"joules": 2.0}}, "unknown key 'shadow.joules'"),
+        ({"shadow": SHADOW | {"host": "10.0.0.4"}}, "10.0.0.4 is reachable from other hosts"),
         ({"worker": [W1 | {"host": "10.0.0.3"}]}, "10.0.0.3 is reachable from other hosts"),
         ({"ray": "somewhere"}, "write auto, local, or HOST:PORT"),
         ({"ray": "local", "insecure": True, "worker": [W1 | {"host": "10.0.0.3"}]}, "one machine"),
@@ -107,6 +116,33 @@ def test_orders_are_settings_that_daemons_take(tmp_path: Path) -> None:
     (tmp_path / "workers.toml").write_text(main.workers_text())
     [entry] = read_workers(tmp_path / "workers.toml")
     assert (entry.address, entry.cost) == ("127.0.0.3:9400", 2.0)
+
+
+def test_a_shadow_is_started_as_a_worker_is_and_the_main_node_knows_it(tmp_path: Path) -> None:
+    """Red when the main node's order lacks the address, or paths of a box start elsewhere."""
+    config = load(tmp_path, certs="certs", shadow=SHADOW | {"port": 9401, "run_dir": "run"})
+    main, _, shadow = (Order.of(config, box) for box in config.boxes)
+    assert (shadow.name, shadow.verb) == ("shadow", "shadow")
+    settings = ServeSettings.model_validate(shadow.settings["serve"])
+    assert settings.listen == "127.0.0.4:9401" == main.settings["serve"]["shadow_address"]
+    assert settings.memory == str(736 * MIB)
+    assert settings.model == tmp_path.resolve() / "small"
+    assert shadow.run_dir == str(tmp_path.resolve() / "run")
+    assert shadow.settings["shadow"]["tls"]["cert"].endswith("certs/shadow.pem")
+    assert set(shadow.settings["shadow"]) <= set(ShadowConfig.model_fields)
+    assert "shadow_address" not in Order.of(load(tmp_path), config.main).settings["serve"]
+
+
+def test_status_shows_the_shadow_of_the_main_node(tmp_path: Path) -> None:
+    of_node = {"boxes": {}, "shadow_nodes": {"127.0.0.4:9400": {"up": 1}, "old": {"up": 0}}}
+    said = {"state": "serving", "reason": "", "status": json.dumps({"compute_node": of_node})}
+    members = SimpleNamespace(report=lambda name: dict(said), kept=lambda: [])
+    boxes = report.collect(load(tmp_path, shadow=SHADOW), cast(Any, members))
+    assert list(boxes) == ["main", "w1", "shadow"]
+    pages = report.pages(boxes)
+    assert pages["main"]["shadow 127.0.0.4:9400"] == "follows"
+    assert pages["main"]["shadow old"] == "away"
+    assert pages["shadow"]["address"] == "127.0.0.4:9400"
 
 
 def test_the_home_is_that_of_the_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,138 @@
+"""A box of cluster.toml: what it may use, and what it does for the others."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationInfo,
+    field_validator,
+)
+
+from deploy.settings import parse_bytes
+from proto import errors
+
+STRICT = ConfigDict(frozen=True, extra="forbid")
+NAMED_FOR_RAY = {"localhost", "127.0.0.1", "0.0.0.0", "::"}
+_TABLES = ("expert_store", "compute_node", "scheduler", "gateway", "worker", "shadow")
+
+
+def _start_at_file(path: Path, info: ValidationInfo) -> Path:
+    """A relative one; `~` stays, as the home is that of the box."""
+    if str(path).startswith("~") or not isinstance(info.context, Path):
+        return path
+    return info.context.resolve() / path
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")]
+Port = Annotated[int, Field(ge=1, le=65535)]
+PathOfBox = Annotated[Path, AfterValidator(_start_at_file)]
+
+
+class Box(BaseModel):
+    """What every box has.
+
+    host: its address, by which Ray and other boxes know it
+    memory: ceiling over everything on the box, Ray's own processes included
+    ray_memory: what of it is set apart for them; None: as measured
+    tables: of daemons, as in flashmoe.toml
+    """
+
+    model_config = STRICT
+
+    name: Name
+    host: str
+    memory: str
+    ray_memory: str | None = None
+    experts_memory: str | None = None
+    model: PathOfBox | None = None
+    source: PathOfBox | None = None
+    run_dir: PathOfBox | None = None
+    tables: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name == "ca":
+            raise ValueError("the files of the certificate authority are called so")
+        return name
+
+    @field_validator("host")
+    @classmethod
+    def _check_host(cls, host: str) -> str:
+        if host in NAMED_FOR_RAY:
+            raise ValueError(
+                "Ray takes it for any address of the machine: write the one that other boxes "
+                "reach, or 127.0.0.2 and up for boxes on one machine"
+            )
+        ip_address(host)
+        return host
+
+    @field_validator("tables")
+    @classmethod
+    def _check_tables(cls, tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if unknown := sorted(tables.keys() - set(_TABLES)):
+            raise ValueError(f"no daemon is called {unknown[0]!r}: they are {', '.join(_TABLES)}")
+        return tables
+
+    @field_validator("memory", "ray_memory")
+    @classmethod
+    def _check_size(cls, size: str | None) -> str | None:
+        if size is not None:
+            try:
+                parse_bytes(size, "it")
+            except errors.ConfigInvalid as error:
+                raise ValueError(str(error)) from None
+        return size
+
+    @property
+    def folder(self) -> Path:
+        """Where its stack runs, on that box."""
+        return self.run_dir or Path("~/.flashmoe/cluster") / self.name
+
+
+class MainBox(Box):
+    """The box that answers. http, api_key_file, quality, policy: as of `flashmoe serve`."""
+
+    name: Name = "main"
+    http: str | None = None
+    api_key_file: PathOfBox | None = None
+    quality: str | None = None
+    policy: str | None = None
+
+
+class HelperBox(Box):
+    """A box that helps the main one. port: where it listens for it"""
+
+    port: Port = 9400
+
+    @property
+    def address(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class WorkerBox(HelperBox):
+    """A box that computes experts for the main one.
+
+    joules, latency: what an expert costs there, over what it costs on the main box
+    """
+
+    joules: PositiveFloat = 1.0
+    latency: PositiveFloat = 1.0
+
+
+class ShadowBox(HelperBox):
+    """A box that names experts for the main one. model: its small copy of the model"""
+
+    name: Name = "shadow"
+    model: PathOfBox
+
+
+AnyBox = MainBox | HelperBox
