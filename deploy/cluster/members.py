@@ -136,23 +136,27 @@ class Members:
         """Stop the box's stack, and forget the box. Returns whether its stack is known to be
         stopped.
         """
-        actor, is_stopped = _actor(name), True
-        if actor is not None:
-            try:
-                has_run = ray.get(actor.stop.remote(), timeout=_STOP_S)
-                say(f"{name}: {'stopped' if has_run else 'nothing ran'}")
-            except errors.FlashMoEError as error:  # as the box says; Ray puts lines around it
-                is_stopped = False
-                say(f"{name}: {str(error).splitlines()[-1]}")
-            except (RayActorError, GetTimeoutError) as error:
-                is_stopped = False
-                say(
-                    f"{name}: Ray does not reach it, its daemons may still run: there "
-                    f"`flashmoe cluster down FILE --box {name}` ends them ({_short(error)})"
-                )
+        is_stopped = True
+        if (actor := _actor(name)) is not None:
+            is_stopped = self._stop(name, actor, say)
             ray.kill(actor, no_restart=True)
         _remove_group(name)
         return is_stopped
+
+    def _stop(self, name: str, actor: Any, say: Say) -> bool:
+        if (host := _host_of(name)) and host not in self.present_hosts():
+            say(_unreached(name, f"no Ray runs at {host}"))
+            return False
+        try:
+            has_run = ray.get(actor.stop.remote(), timeout=_STOP_S)
+        except errors.FlashMoEError as error:  # as the box says; Ray puts lines around it
+            say(f"{name}: {str(error).splitlines()[-1]}")
+            return False
+        except (RayActorError, GetTimeoutError) as error:
+            say(_unreached(name, _short(error)))
+            return False
+        say(f"{name}: {'stopped' if has_run else 'nothing ran'}")
+        return True
 
     def report(self, name: str) -> dict[str, Any]:
         """As `Keeper.report`, with how often Ray made the actor again. A box without actor, or
@@ -259,6 +263,19 @@ def _group(box: AnyBox) -> Any:
     if not made.wait(_CONNECT_S):
         raise errors.Unavailable(f"Ray has no place on {box.host} for {box.name}: is it alive?")
     return made
+
+
+def _host_of(name: str) -> str | None:
+    """Where the box was when it was ordered, also of one that the file no longer names."""
+    found = _group_of(name)
+    return str(next(iter(found["bundles"][0]))).removeprefix("node:") if found else None
+
+
+def _unreached(name: str, why: str) -> str:
+    return (
+        f"{name}: Ray does not reach it, its daemons may still run: there `flashmoe cluster down "
+        f"FILE --box {name}` ends them ({why})"
+    )
 
 
 def _group_of(name: str) -> dict[str, Any] | None:

@@ -353,3 +353,19 @@ def test_boxes_join_and_leave_without_a_restart(cluster: RayCluster, alone: Alon
     assert not cluster.run("w3").segment.exists()
     assert cluster.daemon("main", "compute_node") == node
     assert set(cluster.status()) == {"main", "w1", "w2", "shadow"}
+
+
+def test_down_says_which_box_is_dead_and_ends_the_others(cluster: RayCluster) -> None:
+    """Red when `down` waits two minutes for the actor of a box that Ray sees no longer."""
+    worker = cluster.daemon("w1", "compute_node.worker")
+    cluster.rays["w1"].stop()
+    wait_for(lambda: cluster.states().get("w1") == "away", PATIENT_S, "Ray to miss the box")
+    said = cluster.call("down", code=4).stderr
+    assert "w1: Ray does not reach it" in said and "--box w1" in said, said
+    assert [name for name in cluster.boxes if cluster.run(name).segment.exists()] == ["w1"]
+    assert psutil.pid_exists(worker)
+    assert cluster.call("down", "--box", "w1").stdout == "w1: stopped\n"
+    assert not psutil.pid_exists(worker) and set(cluster.states().values()) == {"absent"}
+    cluster.start_ray("w1")
+    cluster.raylet("w1")
+    cluster.call("up")
