@@ -10,9 +10,11 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from deploy.settings import Role
 from proto import errors
 
 COMPOSE_FILE = Path(__file__).parents[1] / "docker-compose.yml"
+HELPER_FILE = COMPOSE_FILE.with_name("docker-compose.helper.yml")  # of a worker or a shadow
 _OBSERVABILITY = COMPOSE_FILE.with_name("observability")  # of the profile of that name
 ENV_NAME = "compose.env"
 RUN_NAME = "run"  # folder of the sockets
@@ -35,7 +37,7 @@ def render_environment(variables: Mapping[str, object]) -> str:
     """An env file that both generations of compose read alike. Raises ConfigInvalid."""
     lines = []
     for name, value in variables.items():
-        if _UNUSABLE.search(str(value)):
+        if isinstance(value, Path) and _UNUSABLE.search(str(value)):
             raise errors.ConfigInvalid(
                 f"compose cannot use the path {str(value)!r}: it has a colon, a backslash or a "
                 "line break; give it another name"
@@ -45,10 +47,13 @@ def render_environment(variables: Mapping[str, object]) -> str:
     return "".join(lines)
 
 
-def write(out: Path, environment: str) -> None:
+def write(out: Path, environment: str, role: Role) -> None:
     """The compose file and what it reads, so that neither needs the source tree."""
     (out / ENV_NAME).write_text(environment)
-    (out / COMPOSE_FILE.name).write_bytes(COMPOSE_FILE.read_bytes())
+    compose_file = COMPOSE_FILE if role == "main" else HELPER_FILE
+    (out / COMPOSE_FILE.name).write_bytes(compose_file.read_bytes())
+    if role != "main":
+        return
     for source in (path for path in _OBSERVABILITY.rglob("*") if path.is_file()):
         target = out / source.relative_to(_OBSERVABILITY.parent)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,22 @@ class ContainerUser:
         for each in (path, *path.rglob("*")):
             os.chown(each, self.uid, self.gid, follow_symlinks=False)
 
+    def give_copy(self, source: Path, target: Path) -> None:
+        """A secret that this user alone can read. A reader sees the old file or the new one.
+
+        Raises ConfigInvalid naming a source that cannot be read.
+        """
+        try:
+            secret = source.read_bytes()
+        except OSError as error:
+            raise errors.ConfigInvalid(f"cannot read {source}: {error.strerror}") from error
+        new = target.with_name(f"{target.name}.new")
+        new.unlink(missing_ok=True)
+        new.touch(mode=0o600)
+        new.write_bytes(secret)
+        self.take(new)
+        new.replace(target)
+
     def check_can_read(self, folder: Path, names: Iterable[str]) -> None:
         """Open every one of `names` in `folder` as this user. The folders above `folder` do not
         matter, as a mount hides them.

@@ -26,7 +26,7 @@ DIR = typer.Argument(metavar="DIR", help="What --out of container-config was.")
 TIMEOUT = typer.Option(
     callback=seconds, help="Seconds; the dense weights of a large model take minutes."
 )
-_DAEMONS = ("expert_store", "compute_node", "scheduler")
+_DAEMONS = ("expert_store", "compute_node", "scheduler", "worker", "shadow", "gateway")
 _POLL_S = 0.25
 
 
@@ -39,7 +39,8 @@ def container_wait(out: Annotated[Path, DIR], timeout: Annotated[float, TIMEOUT]
     """
     run = RunDir(out.resolve() / RUN_NAME)
     daemons = _daemons(out)
-    waiting, deadline_s = ["valkey", *daemons], time.monotonic() + timeout
+    is_helper = "compute_node" not in daemons
+    waiting, deadline_s = [*([] if is_helper else ["valkey"]), *daemons], time.monotonic() + timeout
     while waiting:
         _check_refusals(run, daemons)
         for name in [name for name in waiting if _serves(run, name)]:
@@ -51,9 +52,8 @@ def container_wait(out: Annotated[Path, DIR], timeout: Annotated[float, TIMEOUT]
                 "logs"
             )
         time.sleep(_POLL_S if waiting else 0)
-    console.out.print(
-        f'{_program()} generate "Once upon a time" --run-dir {shlex.quote(str(run.path))}',
-    )
+    verb = "status" if is_helper else 'generate "Once upon a time"'
+    console.out.print(f"{_program()} {verb} --run-dir {shlex.quote(str(run.path))}")
 
 
 def _program() -> str:
@@ -64,14 +64,14 @@ def _program() -> str:
 
 
 def _daemons(out: Path) -> list[str]:
-    """With the gateway where it was configured. Raises ConfigInvalid."""
+    """Those that were configured. Raises ConfigInvalid."""
     try:
         tables = tomllib.loads((out / CONFIG_NAME).read_text())
     except FileNotFoundError:
         raise errors.ConfigInvalid(
             f"{out} has no {CONFIG_NAME}: give the folder that container-config wrote to"
         ) from None
-    return [*_DAEMONS, *(["gateway"] if "gateway" in tables else [])]
+    return [name for name in _DAEMONS if name in tables]
 
 
 def _check_refusals(run: RunDir, daemons: Sequence[str]) -> None:

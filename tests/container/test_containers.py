@@ -34,7 +34,6 @@ DAEMONS = ("expert_store", "compute_node", "scheduler")
 SERVICES = ("valkey", *DAEMONS)
 PROMPT = "In the beginning"
 MEMORY_BYTES = 1024**3
-LOCAL_BASE = "python:3.11-slim"
 UNHEALTHY_S = 120  # 30 s to start in, then three checks
 
 
@@ -119,19 +118,6 @@ def _variables(out: Path) -> dict[str, str]:
     return dict(line.replace("'", "").split("=", 1) for line in lines)
 
 
-@pytest.fixture(scope="module")
-def image() -> str:
-    """Built as a user builds it. Skips where no engine answers."""
-    probe = subprocess.run(["sh", "-c", "docker info"], capture_output=True, text=True)
-    if probe.returncode:
-        pytest.skip(f"no container engine answers: {probe.stderr.strip().splitlines()[-1]}")
-    if "BASE" not in os.environ and docker("image", "ls", "--quiet", LOCAL_BASE):
-        os.environ["BASE"] = LOCAL_BASE
-    done = make("image")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return "flashmoe:0.1.0"
-
-
 @contextmanager
 def started(out: Path) -> Iterator[Containers]:
     containers = Containers(out)
@@ -185,7 +171,7 @@ def test_limits_are_kept_under_load(shared: Containers) -> None:
     for service, state in states.items():
         assert state["HostConfig"]["MemorySwap"] == state["HostConfig"]["Memory"]
         assert not state["State"]["OOMKilled"]
-        assert _peak_bytes(shared.id(service)) <= state["HostConfig"]["Memory"]
+        assert peak_bytes(shared.id(service)) <= state["HostConfig"]["Memory"]
 
 
 def test_doctor_inside_gives_no_advice_for_a_box(shared: Containers) -> None:
@@ -226,7 +212,7 @@ def test_http_is_served_on_loopback_where_asked(image: str, run_dir: Path) -> No
         containers.check_down()
 
 
-def _peak_bytes(container: str) -> int:
+def peak_bytes(container: str) -> int:
     """As its cgroup counted, of either version."""
     v1, v2 = "/sys/fs/cgroup/memory/memory.max_usage_in_bytes", "/sys/fs/cgroup/memory.peak"
     return int(docker("exec", container, "sh", "-c", f"cat {v1} 2>/dev/null || cat {v2}"))

@@ -192,9 +192,10 @@ def test_a_faulty_decision_is_found(entry: str, is_faulty: bool) -> None:
     )
 
 
-def test_the_compose_files_instructions_name_what_exists() -> None:
+@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.helper.yml"])
+def test_the_compose_files_instructions_name_what_exists(name: str) -> None:
     """Red when the verb that writes the compose file's configuration is not in the command."""
-    lines = (ROOT / "deploy" / "docker-compose.yml").read_text().splitlines()
+    lines = (ROOT / "deploy" / name).read_text().splitlines()
     shown = "\n".join(line.removeprefix("#   ") for line in lines if line.startswith("#   "))
     text = f"```\n{shown}\n```\n"
     assert "flashmoe" in shown

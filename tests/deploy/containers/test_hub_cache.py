@@ -9,7 +9,8 @@ import shutil
 import tomllib
 from pathlib import Path
 
-from deploy.verbs.container_config import SOURCE_DIR, container_config
+from deploy.containers.tables import SOURCE_DIR
+from deploy.verbs.container_config import container_config
 from expert_store.manifest.manifest import check_sources
 from expert_store.offline.index import index
 from tests.checkpoints import make
