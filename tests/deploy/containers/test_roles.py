@@ -34,7 +34,7 @@ from tests.system.test_boxes import free_port
 
 pytestmark = pytest.mark.system
 
-GIB = 1024**3
+GIB, MIB = 1024**3, 1024**2
 LISTEN = "10.0.0.2:9400"
 HELPERS: tuple[Role, ...] = ("worker", "shadow")
 CONFIGS = {"worker": WorkerConfig, "shadow": ShadowConfig}
@@ -80,6 +80,15 @@ def test_a_helper_publishes_one_port_at_one_address(
     config = CONFIGS[role].load(out / "flashmoe.toml")
     assert config.listen == INSIDE and not config.insecure
     assert seconds(helper["stop_grace_period"]) >= config.stop_grace_s + 5
+
+
+def test_limits_keep_a_ceiling_that_binds(tiny_store: Path, run_dir: Path) -> None:
+    """Red when containers' room for health checks is not taken off a helper's plan."""
+    container_config(tiny_store, run_dir / "out", memory="535MiB", role="worker")
+    rendered = Rendered(run_dir / "out")
+    limits = [int(service["mem_limit"]) for service in rendered.services.values()]
+    assert 530 * MIB < sum(limits) <= 535 * MIB
+    assert WorkerConfig.load(rendered.out / "flashmoe.toml").slots < 256
 
 
 def test_certificates_go_where_containers_read_them_and_are_renewed_alone(
