@@ -1,7 +1,8 @@
 """What goes, what is read, and in which order.
 
 Planted faults seen red: what is read ahead goes first, an event's own experts go, wrong names are
-read all the same, answers that come all at once.
+read all the same, answers that come all at once; more filled than fits, what is expected goes
+first, or not even for a step.
 """
 
 from __future__ import annotations
@@ -66,6 +67,13 @@ def test_what_is_expected_goes_last() -> None:
     assert ExpertKey(1, 5) in cache
     cache.step(0.0, 0, [6, 7])
     assert cache.step(9.0, 1, [5]) == [9.0]
+
+
+def test_a_step_takes_what_is_expected_if_nothing_else_is_left() -> None:
+    cache = ExpertCache(2, 2, disk())
+    cache.prepare(0.0, 1, [0, 1])
+    cache.step(0.0, 0, [0, 1])
+    assert len(cache) == 2 and A in cache and B in cache
 
 
 def test_names_take_no_place_from_what_is_expected() -> None:
