@@ -65,6 +65,7 @@ from compute_node.worker.lent_experts import LentExperts
 from proto import correction, rpc
 from proto.compute_node_pb2_grpc import add_ComputeNodeServicer_to_server
 from proto.expert import EXACT_VARIANT, ModelSpec
+from proto.held_experts import HeldExperts
 from proto.process import daemon
 from proto.quality import Budget, QualityCard
 
@@ -114,7 +115,7 @@ async def run(config: ComputeNodeConfig) -> None:
             )
         )
         has_boxes = config.workers or config.workers_file
-        boxes = new_boxes(config, spec, cache.capacity.slots) if has_boxes else None
+        boxes = new_boxes(config, description, cache.capacity.slots) if has_boxes else None
         loaded = compute.do(lambda: load(config, model_dir, spec, cache, prober, lookahead, boxes))
         compute.do(cache.open)
         if boxes is not None:
@@ -122,7 +123,7 @@ async def run(config: ComputeNodeConfig) -> None:
 
             def new_link(entry: WorkerEntry) -> WorkerLink:
                 tls = config.worker_tls
-                return WorkerLink(entry.address, spec.fingerprint, probe, tls, entry.cost)
+                return WorkerLink(entry.address, spec, probe, tls, entry.cost)
 
             boxes.links = stack.enter_context(joined(config.workers, new_link))
             if config.workers_file:
@@ -198,7 +199,8 @@ def new_cache(
     store: StoreClient,
     advice: AdviceFeed | None,
 ) -> ExpertCache:
-    """Not open yet."""
+    """Not open yet. Raises ManifestInvalid for a share of a model."""
+    description.check_whole()
     spec, expert_bytes = description.spec, description.lease_bytes[EXACT_VARIANT]
     chooser = PolicyChooser(
         config.policy,
@@ -280,15 +282,18 @@ def load(
     return loaded
 
 
-def new_boxes(config: ComputeNodeConfig, spec: ModelSpec, own_slots: int) -> Boxes:
+def new_boxes(config: ComputeNodeConfig, description: StoreDescription, own_slots: int) -> Boxes:
     """Without a link."""
-    if config.placement == "shares":
-        return Boxes(lambda slots: Shares(spec.num_experts, slots), own_slots)
+    spec = description.spec
 
-    def rotation(shares: Sequence[float]) -> Rotation:
-        return Rotation(spec.moe_layers, shares, config.groups or len(shares) - 1)
+    def shares(slots: Sequence[float], held: Sequence[HeldExperts]) -> Shares:
+        return Shares(spec.num_experts, slots, held)
 
-    return Boxes(rotation, own_slots)
+    def rotation(slots: Sequence[float], held: Sequence[HeldExperts]) -> Rotation:
+        return Rotation(spec.moe_layers, slots, config.groups or len(slots) - 1, held)
+
+    placement = shares if config.placement == "shares" else rotation
+    return Boxes(placement, own_slots, description.held)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from proto import errors
 VERBS = {
     "index": "Write a manifest over a checkpoint in place: no copy of its weights.",
     "pack": "Copy a checkpoint into aligned records that read fastest.",
+    "shard": "Copy a share of a store's experts, for one of several boxes.",
     "verify": "Read and check every expert and dense weight of a store.",
     "plan": "Tell whether a model fits a memory ceiling, and how fast it should decode.",
     "simulate": "Tell how fast several boxes would decode a model that is not here.",

@@ -53,6 +53,10 @@ class UnknownExpert(InvalidRequest):
     """No such (layer, expert) in this model."""
 
 
+class ExpertElsewhere(UnknownExpert):
+    """The model has the expert, and this store, which is a share of it, does not."""
+
+
 class ConfigInvalid(FlashMoEError):
     """A setting is missing, mistyped or contradicts another."""
 

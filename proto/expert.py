@@ -217,6 +217,15 @@ class ModelSpec:
         names = (EXACT_VARIANT, *self.variants)
         return min(names, key=lambda name: self.variant(name).expert_bytes(layer))
 
+    @property
+    def probe_keys(self) -> tuple[ExpertKey, ...]:
+        """What a main node tries other boxes' processors out with: every store has these, one that
+        has only a share of the experts, too.
+        """
+        return tuple(
+            ExpertKey(layer, 0) for layer in sorted({*self.moe_layers[:1], *self.moe_layers[-1:]})
+        )
+
     def contains(self, key: ExpertKey) -> bool:
         return key.layer in self.layouts and 0 <= key.expert < self.num_experts
 

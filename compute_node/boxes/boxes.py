@@ -7,24 +7,28 @@ from collections.abc import Callable, Iterable, Sequence
 from compute_node.boxes.link import WorkerLink
 from compute_node.boxes.owners import Owners
 from proto.expert import ExpertKey
+from proto.held_experts import ALL_EXPERTS, HeldExperts
 
-Placement = Callable[[Sequence[float]], Owners]
-"""Given the slots of each box over what an expert costs there, the main node's first: who owns
-what.
+Placement = Callable[[Sequence[float], Sequence[HeldExperts]], Owners]
+"""Given the slots of each box over what an expert costs there, and the experts that its store has,
+the main node's first: who owns what.
 """
+
+
+_Facts = tuple[tuple[float, ...], tuple[HeldExperts, ...]]
 
 
 class Boxes:
     """Any thread. An expert of a box that is away is another's, or the main node's own meanwhile; a
     box that joins gets its share without a restart.
 
-    slots: of the main node
+    slots, held: of the main node
     """
 
-    def __init__(self, placement: Placement, slots: int) -> None:
-        self._placement, self._own_slots = placement, slots
+    def __init__(self, placement: Placement, slots: int, held: HeldExperts = ALL_EXPERTS) -> None:
+        self._placement, self._own = placement, (slots, held)
         self.links: Sequence[WorkerLink] = ()
-        self._known: tuple[tuple[float, ...], Owners] = ((), placement([slots]))
+        self._known: tuple[_Facts, Owners] = (((), ()), placement([slots], [held]))
 
     def shares(self, layer: int, experts: Iterable[int]) -> dict[WorkerLink, list[int]]:
         """What other boxes compute of these, in their order."""
@@ -48,11 +52,12 @@ class Boxes:
     def _now(self) -> tuple[Owners, Sequence[WorkerLink]]:
         """Who owns what among the links that there are."""
         links = self.links
-        shares = tuple(link.slots / link.cost for link in links)
+        facts = tuple(link.slots / link.cost for link in links), tuple(link.held for link in links)
         known, owners = self._known
-        if shares != known:
-            owners = self._placement((self._own_slots, *shares))
-            self._known = shares, owners
+        if facts != known:
+            (slots, held), (own_slots, own_held) = facts, self._own
+            owners = self._placement((own_slots, *slots), (own_held, *held))
+            self._known = facts, owners
         return owners, links
 
 

@@ -23,6 +23,8 @@ from compute_node.boxes.work import Work, tensor_of
 from proto import errors, rpc
 from proto import worker_pb2 as pb
 from proto import worker_pb2_grpc as pb_grpc
+from proto.expert import ModelSpec
+from proto.held_experts import ALL_EXPERTS, HeldExperts
 from proto.stats import counter, gauge
 
 logger = logging.getLogger(__name__)
@@ -63,14 +65,14 @@ class WorkerLink:
     def __init__(
         self,
         address: str,
-        fingerprint: str,
+        spec: ModelSpec,
         probe: Probe,
         tls: rpc.TlsFiles | None = None,
         cost: float = 1.0,
     ) -> None:
         """cost: of an expert there, over what it is on the main node"""
         self.address, self.cost = address, cost
-        self._fingerprint, self._probe = fingerprint, probe
+        self._spec, self._probe = spec, probe
         self._channel = BoxChannel(address, tls)
         self._requests: queue.SimpleQueue[pb.WorkRequest | None] = queue.SimpleQueue()
         self._open: dict[int, Answer] = {}
@@ -79,6 +81,7 @@ class WorkerLink:
         self._lost_s = 0.0  # by those
         self._behind_since_s: float | None = None  # a given-up answer has not come
         self.slots = 0  # experts that it holds at once; 0: it never joined
+        self.held = ALL_EXPERTS  # those that its store has
         self._takes_work, self._closing = threading.Event(), threading.Event()
         self._rested_s = 0.0
         self._latency = {True: Latency(), False: Latency()}  # by whether it is one token
@@ -217,22 +220,26 @@ class WorkerLink:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _serve(self, stub: pb_grpc.WorkerStub) -> None:
-        """One stream, from its beginning to its end. Raises RpcError, VersionMismatch."""
+        """One stream, from its beginning to its end. Raises RpcError, VersionMismatch,
+        MessageInvalid.
+        """
         described = stub.Describe(pb.WorkerDescriptionRequest(), timeout=_CALL_S)
         if described.protocol_version != rpc.PROTOCOL_VERSION:
             raise errors.VersionMismatch(
                 f"{self.address} speaks protocol {described.protocol_version}, this node "
                 f"{rpc.PROTOCOL_VERSION}: update the older one"
             )
-        if described.fingerprint != self._fingerprint:
+        if described.fingerprint != self._spec.fingerprint:
             raise errors.VersionMismatch(
                 f"{self.address} has another model: give it a store of the same checkpoint"
             )
+        held = HeldExperts.from_bytes(described.held, self._spec)
         requests = self._requests = queue.SimpleQueue()
         replies = self._replies = stub.Compute(_until_none(requests))
         try:
             self._try_out(requests, replies)
-            self._refusal, self.slots, self._rested_s = None, described.slots, 0.0
+            self._refusal, self._rested_s = None, 0.0
+            self.held, self.slots = held, described.slots
             self._takes_work.set()
             logger.info("worker joined", extra={"box": self.address, "slots": described.slots})
             for reply in replies:

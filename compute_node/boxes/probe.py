@@ -37,13 +37,13 @@ class Probe:
         ids = torch.arange(spec.top_k)
         works = [
             Work(
-                layer,
-                [0],
+                key.layer,
+                [key.expert],
                 torch.randn(num_tokens, hidden_size, generator=dice).to(dtype),
                 ids.repeat(num_tokens, 1),
                 torch.rand(num_tokens, spec.top_k, generator=dice),
             )
-            for layer in sorted({spec.moe_layers[0], spec.moe_layers[-1]})
+            for key in spec.probe_keys
             for num_tokens in _NUM_TOKENS
         ]
         return cls(works, [bytes_of(compute(work)) for work in works])

@@ -90,8 +90,9 @@ def new_cache(
     config: ShadowConfig, description: StoreDescription, store: StoreClient
 ) -> ExpertCache:
     """Not open yet. Raises ConfigInvalid where not every expert has a slot: a shadow that waits for
-    its disk is no help.
+    its disk is no help. Raises ManifestInvalid for a share of a model.
     """
+    description.check_whole()
     spec, expert_bytes = description.spec, description.lease_bytes[EXACT_VARIANT]
     if config.slots < spec.num_experts_total:
         raise errors.ConfigInvalid(

@@ -20,6 +20,7 @@ from proto import errors, rpc
 from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
 from proto.expert import EXACT_VARIANT, ModelSpec, RecordKey
+from proto.held_experts import HeldExperts
 from proto.stats import fact
 
 _RETRY_S = 0.1
@@ -63,7 +64,7 @@ class StoreClient:
     def describe(self) -> StoreDescription:
         """Wait for the store and ask what it serves.
 
-        Raises StoreUnavailable after the deadline, VersionMismatch.
+        Raises StoreUnavailable after the deadline, VersionMismatch, MessageInvalid.
         """
         reply = self._until_deadline(
             lambda: self._stub.Describe(pb.DescribeRequest(), timeout=self._deadline_s)
@@ -82,6 +83,7 @@ class StoreClient:
             reply.num_spare_slots,
             reply.piece_bytes,
             dict(reply.lease_bytes),
+            HeldExperts.from_bytes(reply.held, spec),
         )
         return self._description
 
@@ -194,7 +196,7 @@ class StoreClient:
         self._num_fruitless = 0
 
     def _open_once(self, description: StoreDescription) -> StoreSession:
-        num_experts = min(self._most_experts, description.spec.num_experts_total)
+        num_experts = min(self._most_experts, description.num_experts)
         quota_bytes = num_experts * description.lease_bytes[EXACT_VARIANT]
         return StoreSession.open(
             self._stub, self._node, quota_bytes, self._session_dir, description

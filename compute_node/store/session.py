@@ -27,6 +27,7 @@ from compute_node.store.memory import Borrowed, ExpertMemory, PrivateMemory, Seg
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
 from proto.expert import ModelSpec, RecordKey
+from proto.held_experts import ALL_EXPERTS, HeldExperts
 
 _POLL_S = 0.05
 _OPEN_S = 10.0
@@ -46,6 +47,7 @@ class StoreDescription:
     num_spare: slots never lent by quota, where prefetched experts wait
     piece_bytes: the longest read
     lease_bytes: by variant, what a lease of its records counts against the quota
+    held: the experts that it has
     """
 
     spec: ModelSpec
@@ -55,6 +57,20 @@ class StoreDescription:
     num_spare: int
     piece_bytes: int
     lease_bytes: dict[str, int]
+    held: HeldExperts = ALL_EXPERTS
+
+    @property
+    def num_experts(self) -> int:
+        """That the store has."""
+        return self.held.num(self.spec)
+
+    def check_whole(self) -> None:
+        """Raises ManifestInvalid for a store that has only a share of the experts."""
+        if not self.held.is_all:
+            raise errors.ManifestInvalid(
+                f"the store has {self.num_experts} of {self.spec.num_experts_total} experts: give "
+                "a store that has all; a share is for `flashmoe worker`"
+            )
 
 
 class StoreSession:

@@ -61,7 +61,7 @@ async def run(config: WorkerConfig) -> None:
         model_dir = config.model_dir or description.model_dir
         loaded = thread.submit(load, config, model_dir, spec, prober).result()
         thread.submit(cache.open).result()
-        lent = LentExperts(loaded.kernels, spec.num_experts, cache)
+        lent = LentExperts(loaded.kernels, spec.num_experts, cache, description.held)
         service = WorkerService(
             lent,
             spec,
@@ -101,10 +101,9 @@ def new_cache(
         spec.num_experts,
         lambda: None,
     )
-    slots = min(config.slots, spec.num_experts_total)
-    capacity = Capacity(
-        slots * expert_bytes, expert_bytes, spec.moe_layers, spec.top_k, pooled=True
-    )
+    num_experts = description.num_experts
+    slots, top_k = min(config.slots, num_experts), min(spec.top_k, num_experts)
+    capacity = Capacity(slots * expert_bytes, expert_bytes, spec.moe_layers, top_k, pooled=True)
     return ExpertCache(store, capacity, chooser)
 
 

@@ -19,6 +19,7 @@ from compute_node.moe.sums import sum_of
 from compute_node.store.session import SessionLost
 from proto import errors
 from proto.expert import ExpertKey
+from proto.held_experts import ALL_EXPERTS, HeldExperts
 from proto.stats import counter
 
 logger = logging.getLogger(__name__)
@@ -48,10 +49,15 @@ class LentExperts:
     num_wrong: int = counter(_PREPARED, _HELP, key="prepared_wrong", outcome="wrong")
 
     def __init__(
-        self, kernels: Mapping[int, VariantKernels], num_experts: int, cache: ExpertCache
+        self,
+        kernels: Mapping[int, VariantKernels],
+        num_experts: int,
+        cache: ExpertCache,
+        held: HeldExperts = ALL_EXPERTS,
     ) -> None:
-        """kernels: by model layer number; num_experts: of a layer"""
+        """kernels: by model layer number; num_experts: of a layer; held: by the store"""
         self._kernels, self._num_experts, self._cache = kernels, num_experts, cache
+        self.held = held
         self._prepared: dict[int, set[ExpertKey]] = {}  # read ahead, by layer
         self._left_out: dict[int, list[ExpertKey]] = {}  # named, and there was no room
         self._disproved: list[ExpertKey] = []
@@ -72,7 +78,7 @@ class LentExperts:
         prepare_next: called while experts are awaited; prepares for one request, if there is one
         give_way:     called between portions of a prompt's experts; may compute other work
 
-        Raises InvalidRequest for a layer or an expert that the model does not have,
+        Raises InvalidRequest for a layer or an expert that the model or the store does not have,
         StoreUnavailable, WeightsDamaged, and what `check` raises.
         """
         self._check(work.layer, work.experts)
@@ -99,7 +105,7 @@ class LentExperts:
         """Have these read; they will likely be asked for. What finds no room is read once there is
         some. What was prepared of the layer and is not named now is withdrawn.
 
-        Raises InvalidRequest for a layer or an expert that the model does not have.
+        Raises InvalidRequest for a layer or an expert that the model or the store does not have.
         """
         self._check(layer, experts)
         self._is_prepared = True
@@ -169,6 +175,10 @@ class LentExperts:
         if layer not in self._kernels or not all(0 <= e < self._num_experts for e in experts):
             raise errors.InvalidRequest(
                 f"the model has no experts {list(experts)} in layer {layer}"
+            )
+        if missing := [e for e in experts if ExpertKey(layer, e) not in self.held]:
+            raise errors.ExpertElsewhere(
+                f"this worker's store is a share, without experts {missing} of layer {layer}"
             )
 
 

@@ -54,6 +54,7 @@ class WorkerService(pb_grpc.WorkerServicer):
             protocol_version=rpc.PROTOCOL_VERSION,
             fingerprint=self._spec.fingerprint,
             slots=self._slots,
+            held=self._lent.held.to_bytes(self._spec),
         )
 
     async def Compute(

@@ -120,8 +120,8 @@ def plan_memory(
     )
     parts["scheduler"] += forecaster_bytes
     parts["compute_node"] += router_map_bytes
-    all_bytes = spec.num_experts_total * slot_bytes
-    least_bytes = _least_slots(role, spec) * slot_bytes
+    all_bytes = manifest.num_experts * slot_bytes
+    least_bytes = min(_least_slots(role, spec), manifest.num_experts) * slot_bytes
     longest_bytes = longest_state_bytes(manifest, context_tokens)
     if kv_memory_bytes is not None:
         _check_kv(kv_memory_bytes, longest_bytes, context_tokens)
@@ -140,7 +140,7 @@ def plan_memory(
         parts["tokenizer"] = _tokenizer_bytes(vocabulary_bytes, parts)
     fixed = sum(parts.values())
     if experts_memory is not None:
-        wanted_bytes = parse_experts_memory(experts_memory, spec.num_experts_total, slot_bytes)
+        wanted_bytes = parse_experts_memory(experts_memory, manifest.num_experts, slot_bytes)
     elif memory_bytes is not None:
         wanted_bytes = (memory_bytes - fixed) // slot_bytes * slot_bytes
     else:
@@ -150,7 +150,7 @@ def plan_memory(
         memory_bytes or fixed + parts["experts"],
         parts,
         slot_bytes,
-        spec.num_experts_total,
+        manifest.num_experts,
         spare_bytes,
         smallest_bytes,
         tuple(_beyond_training(context_tokens, manifest.sizing.max_position_embeddings)),
@@ -304,7 +304,7 @@ def _fixed_parts(
         + itemsize * 3 * sizing.eager_attention_heads * chunk_tokens * context_tokens
         + _dequantised_bytes(spec),
         "spare_slots": spare_bytes
-        + manifest.size_classes.segment_layout(spec.num_experts_total).header_bytes,
+        + manifest.size_classes.segment_layout(manifest.num_experts).header_bytes,
         **overheads,
     }
 

@@ -34,6 +34,8 @@ class StackPlan:
         if settings.model is None:
             raise errors.ConfigInvalid("give --model STORE, or model in the [serve] table")
         manifest = load_store(settings.model)
+        if settings.role != "worker":
+            check_whole(settings.model, manifest)
         ceiling_bytes = parse_bytes(settings.memory, "--memory") if settings.memory else None
         memory = plan_stack_memory(settings, settings.model, manifest, ceiling_bytes)
         about_quality = check_quality(
@@ -77,6 +79,16 @@ def plan_stack_memory(
         kv_memory_bytes=settings.kv_memory_bytes,
         role=settings.role,
     )
+
+
+def check_whole(store: Path, manifest: Manifest) -> None:
+    """Raises ManifestInvalid for a store that has only a share of the model's experts."""
+    if manifest.share is not None:
+        raise errors.ManifestInvalid(
+            f"{store} is {manifest.share}, with {manifest.num_experts} of "
+            f"{manifest.spec.num_experts_total} experts: give a store that has all; a share is for "
+            "`flashmoe worker`"
+        )
 
 
 def load_store(store: Path) -> Manifest:

@@ -14,7 +14,7 @@ from deploy.plan.disk import DiskSpeed, RecordSpeed, measure_disk, measure_recor
 from deploy.plan.estimate import Estimate, estimate, rotation
 from deploy.plan.rotation import Rotation
 from deploy.settings import ServeSettings, parse_bytes
-from deploy.stack.stack_plan import plan_stack_memory
+from deploy.stack.stack_plan import check_whole, plan_stack_memory
 from deploy.terminal import console, options
 from deploy.terminal.imports import importing_torch
 from deploy.terminal.progress import progress
@@ -50,6 +50,7 @@ def plan(
         if store_dir != target:
             _index_for_plan(target, store_dir)
         manifest = Manifest.load(store_dir)
+        check_whole(target, manifest)
         root = manifest.root(store_dir)
         check_sources(manifest, root, times=False)
         planned = plan_stack_memory(settings, store_dir, manifest, ceiling_bytes)

@@ -20,7 +20,7 @@ from deploy.lab.wish import Wish
 from deploy.report import quality_report
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.stack.launcher import own_stack
-from deploy.stack.stack_plan import load_store, plan_stack_memory
+from deploy.stack.stack_plan import check_whole, load_store, plan_stack_memory
 from deploy.terminal import console, options
 from deploy.terminal.output_file import publishing
 from deploy.terminal.progress import NowAndThen
@@ -130,6 +130,7 @@ def _check_memory(settings: ServeSettings) -> tuple[Manifest, int]:
     """
     assert settings.model is not None
     manifest = load_store(settings.model)
+    check_whole(settings.model, manifest)
     ceiling_bytes = parse_bytes(settings.memory, "--memory") if settings.memory else None
     plan = plan_stack_memory(settings, settings.model, manifest, ceiling_bytes)
     if plan.slots >= plan.num_experts:

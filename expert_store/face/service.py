@@ -56,6 +56,7 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
             num_spare_slots=self._store.num_spare,
             piece_bytes=self._store.piece_bytes,
             lease_bytes=self._store.sessions.lease_bytes,
+            held=self._store.manifest.held.to_bytes(self._store.manifest.spec),
         )
 
     async def Resident(self, request: pb.ResidentRequest, context: Any) -> pb.ResidentReply:

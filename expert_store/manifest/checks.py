@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 
 from expert_store.manifest.extents import ExpertRecord, plan_reads, slot_bytes_needed
+from expert_store.manifest.share import Share
 from expert_store.manifest.sources import SourceFile, resolve_name
 from proto import errors
 from proto.expert import (
@@ -24,16 +25,22 @@ from proto.weight_format import INT4_GROUPS
 
 
 def check(
-    spec: ModelSpec, files: Sequence[SourceFile], records: Mapping[RecordKey, ExpertRecord]
+    spec: ModelSpec,
+    files: Sequence[SourceFile],
+    records: Mapping[RecordKey, ExpertRecord],
+    share: Share | None = None,
 ) -> None:
     """Raises ManifestInvalid naming the first thing that does not add up."""
     if not 0 < spec.top_k <= spec.num_experts <= 1 << 16:
         raise errors.ManifestInvalid(f"top_k {spec.top_k} of {spec.num_experts} experts")
     if EXACT_VARIANT in spec.variants:
         raise errors.ManifestInvalid(f"it has a second variant named {EXACT_VARIANT!r}")
-    counts = Counter(key.variant for key in records)
     for name in (EXACT_VARIANT, *spec.variants):
-        _check_variant(spec, name, counts[name])
+        _check_variant(spec, name)
+    if share is None:
+        _check_whole(spec, records)
+    else:
+        _check_share(spec, share, records)
     for record in records.values():
         for problem in _record_problems(record, spec, files):
             raise errors.ManifestInvalid(f"expert {record.key}: {problem}")
@@ -42,19 +49,37 @@ def check(
         _check_dense(tensor, files)
 
 
-def _check_variant(spec: ModelSpec, name: str, num_records: int) -> None:
+def _check_whole(spec: ModelSpec, records: Mapping[RecordKey, ExpertRecord]) -> None:
     """Each variant has a record of every expert."""
-    variant = spec.variant(name)
-    whose = "" if name == EXACT_VARIANT else f"variant {name!r}: "
+    counts = Counter(key.variant for key in records)
+    for name in (EXACT_VARIANT, *spec.variants):
+        if counts[name] != spec.num_experts_total:
+            raise errors.ManifestInvalid(
+                f"{_whose(name)}it has {counts[name]} experts, the model {spec.num_experts_total}"
+            )
+
+
+def _check_share(spec: ModelSpec, share: Share, records: Mapping[RecordKey, ExpertRecord]) -> None:
+    """Each variant has a record of every expert of the share, and of no other."""
+    experts = share.experts(spec)
+    for name in (EXACT_VARIANT, *spec.variants):
+        found = {key.expert for key in records if key.variant == name}
+        for key in sorted(experts ^ found)[:1]:
+            problem = "lacks" if key in experts else "should not have"
+            raise errors.ManifestInvalid(f"{_whose(name)}{share} {problem} expert {key}")
+
+
+def _whose(name: str) -> str:
+    return "" if name == EXACT_VARIANT else f"variant {name!r}: "
+
+
+def _check_variant(spec: ModelSpec, name: str) -> None:
+    variant, whose = spec.variant(name), _whose(name)
     if not spec.moe_layers or list(spec.moe_layers) != sorted(variant.layouts):
         raise errors.ManifestInvalid(f"{whose}its MoE layers and layouts do not agree")
     if variant.weight_format.group not in (0, *INT4_GROUPS):
         group = variant.weight_format.group
         raise errors.ManifestInvalid(f"{whose}weight format with groups of {group}")
-    if num_records != spec.num_experts_total:
-        raise errors.ManifestInvalid(
-            f"{whose}it has {num_records} experts, the model {spec.num_experts_total}"
-        )
 
 
 def _check_sizes(records: Mapping[RecordKey, ExpertRecord]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from expert_store.manifest.extents import ExpertRecord, Extent
+from expert_store.manifest.share import Share
 from expert_store.manifest.sizing import Sizing
 from expert_store.manifest.sources import SourceFile
 from proto import errors
@@ -26,8 +27,10 @@ from proto.expert import (
 from proto.weight_format import EXACT, NAMES, WeightFormat
 
 FORMAT_VERSION = 3
-# 1 knew no weight format: its experts are exact. 2 knew no variants but the exact one.
-_VERSIONS = (1, 2, 3)
+_SHARE_VERSION = 4
+# 1 knew no weight format: its experts are exact. 2 knew no variants but the exact one. 4 is that of
+# shares alone: who knows only whole stores refuses them by their version.
+_VERSIONS = (1, 2, FORMAT_VERSION, _SHARE_VERSION)
 
 
 def encode(
@@ -38,19 +41,22 @@ def encode(
     source_root: str,
     files: Iterable[SourceFile],
     records: Mapping[RecordKey, ExpertRecord],
+    share: Share | None,
 ) -> dict[str, Any]:
     """The signed document of a manifest with these fields."""
-    return signed(
-        {
-            "version": FORMAT_VERSION,
-            "format": format,
-            "source_root": source_root,
-            "spec": _spec_document(spec),
-            "sizing": vars(sizing),
-            "files": [file.row() for file in files],
-            "experts": [_record_row(record) for record in records.values()],
-        }
-    )
+    document = {
+        "version": FORMAT_VERSION,
+        "format": format,
+        "source_root": source_root,
+        "spec": _spec_document(spec),
+        "sizing": vars(sizing),
+        "files": [file.row() for file in files],
+        "experts": [_record_row(record) for record in records.values()],
+    }
+    if share is not None:
+        document["version"] = _SHARE_VERSION
+        document["share"] = [share.owner, share.owners, share.copies]
+    return signed(document)
 
 
 def fingerprint(format: str, spec: ModelSpec, records: Mapping[RecordKey, ExpertRecord]) -> str:
@@ -123,7 +129,7 @@ def decode(document: Any) -> dict[str, Any]:
     """
     if document["version"] not in _VERSIONS:
         raise errors.ManifestInvalid(
-            f"format version {document['version']}, this program reads up to {FORMAT_VERSION}: "
+            f"format version {document['version']}, this program reads up to {_VERSIONS[-1]}: "
             "index again"
         )
     if document["digest"] != signed(document)["digest"]:
@@ -138,7 +144,15 @@ def decode(document: Any) -> dict[str, Any]:
             for path, size, mtime, digest in document["files"]
         ),
         "records": {record.key: record for record in map(_parse_record, document["experts"])},
+        "share": _parse_share(document),
     }
+
+
+def _parse_share(document: Any) -> Share | None:
+    if document["version"] != _SHARE_VERSION:
+        return None
+    owner, owners, copies = map(_count, document["share"])
+    return Share(owner, owners, copies)
 
 
 def _parse_record(row: Any) -> ExpertRecord:

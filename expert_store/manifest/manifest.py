@@ -12,11 +12,13 @@ from expert_store.manifest.checks import check
 from expert_store.manifest.document import decode, encode, fingerprint
 from expert_store.manifest.durable import sync_folder, write_all
 from expert_store.manifest.extents import ExpertRecord
+from expert_store.manifest.share import Share
 from expert_store.manifest.size_classes import SizeClasses
 from expert_store.manifest.sizing import Sizing
 from expert_store.manifest.sources import SourceFile, resolve_inside
 from proto import errors
 from proto.expert import EXACT_VARIANT, ModelSpec, RecordKey
+from proto.held_experts import ALL_EXPERTS, HeldExperts
 
 MANIFEST_NAME = "manifest.json"
 IN_PLACE = "in-place"
@@ -24,7 +26,10 @@ IN_PLACE = "in-place"
 
 @dataclass(frozen=True)
 class Manifest:
-    """Of one store: everything the daemon needs, and nothing it has to interpret."""
+    """Of one store: everything the daemon needs, and nothing it has to interpret.
+
+    share: the part of the model's experts that the store has; None: all of them
+    """
 
     format: str
     spec: ModelSpec
@@ -32,6 +37,7 @@ class Manifest:
     source_root: str
     files: tuple[SourceFile, ...]
     records: dict[RecordKey, ExpertRecord]
+    share: Share | None = None
 
     @property
     def size_classes(self) -> SizeClasses:
@@ -43,11 +49,27 @@ class Manifest:
         return self.size_classes.slot_bytes
 
     def record(self, key: RecordKey) -> ExpertRecord:
-        """Raises UnknownExpert."""
+        """Raises UnknownExpert, and ExpertElsewhere where this store has only a share."""
         record = self.records.get(key)
-        if record is None:
-            raise errors.UnknownExpert(f"this model has no expert {key}")
-        return record
+        if record is not None:
+            return record
+        if self.share is not None and self.spec.contains(key.expert):
+            raise errors.ExpertElsewhere(
+                f"this store is {self.share} and has no expert {key}: ask a store that has it"
+            )
+        raise errors.UnknownExpert(f"this model has no expert {key}")
+
+    @property
+    def num_experts(self) -> int:
+        """That the store has."""
+        return self.held.num(self.spec)
+
+    @property
+    def held(self) -> HeldExperts:
+        """Which experts the store has."""
+        if self.share is None:
+            return ALL_EXPERTS
+        return HeldExperts(frozenset(key.expert for key in self.records))
 
     @property
     def expert_bytes_total(self) -> int:
@@ -110,7 +132,7 @@ class Manifest:
         """Raises ManifestInvalid."""
         try:
             manifest = cls(**decode(document))
-            check(manifest.spec, manifest.files, manifest.records)
+            check(manifest.spec, manifest.files, manifest.records, manifest.share)
         except (
             KeyError,
             TypeError,

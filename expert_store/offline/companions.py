@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import xxhash
 
+from expert_store.manifest.manifest import MANIFEST_NAME
 from expert_store.offline.card import CARD_NAME, SOURCE_CARD_NAME, Card
 from expert_store.offline.checkpoint.files import CheckpointTensor
-from expert_store.offline.checkpoint.parameters import Part
-from expert_store.offline.formats.weight_source import WeightSource
 from proto.expert import DenseTensor
 from proto.shm import TENSOR_ALIGN_BYTES, align_up
 
@@ -21,11 +21,15 @@ DENSE_NAME = "dense.safetensors"
 _CONFIG_NAME = "config.json"
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
+Dense = TypeVar("Dense", CheckpointTensor, DenseTensor)
+
 
 def write_dense(
-    store_dir: Path, tensors: Sequence[CheckpointTensor], source: WeightSource
+    store_dir: Path, tensors: Sequence[Dense], chunks_of: Callable[[Dense], Iterable[bytes]]
 ) -> tuple[DenseTensor, ...]:
-    """The dense tensors as one safetensors file under their checkpoint names."""
+    """The dense tensors as one safetensors file under their checkpoint names. chunks_of: a
+    tensor's bytes
+    """
     entries, cursor = {}, 0
     for tensor in tensors:
         span = [cursor, cursor + tensor.length_bytes]
@@ -42,7 +46,7 @@ def write_dense(
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors:
             offset_bytes, digest = file.tell(), xxhash.xxh3_64()
-            for chunk in source.chunks([Part(tensor, tensor.offset_bytes, tensor.length_bytes)]):
+            for chunk in chunks_of(tensor):
                 digest.update(chunk)
                 file.write(chunk)
             described.append(
@@ -71,7 +75,7 @@ def copy_side_files(root: Path, store_dir: Path, card: Card | None) -> None:
         (store_dir / name).unlink(missing_ok=True)  # of a killed run with another format
     for path in root.iterdir():
         is_weight = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".safetensors.index.json")
-        if path.is_file() and not is_weight:
+        if path.is_file() and not is_weight and path.name != MANIFEST_NAME:
             name = SOURCE_CARD_NAME if card and path.name == CARD_NAME else path.name
             shutil.copyfile(path, store_dir / name)
     _unquantise(store_dir / _CONFIG_NAME)

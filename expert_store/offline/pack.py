@@ -7,28 +7,30 @@ it was.
 
 from __future__ import annotations
 
-import errno
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-import xxhash
-
 from expert_store.manifest.manifest import Manifest
-from expert_store.manifest.sources import SourceFile
 from expert_store.offline.card import Card
 from expert_store.offline.checkpoint.architecture import remarks
-from expert_store.offline.checkpoint.files import Checkpoint, read_header
+from expert_store.offline.checkpoint.files import Checkpoint
 from expert_store.offline.checkpoint.opened import open_checkpoint
-from expert_store.offline.checkpoint.progress import Journal, Report, Warn, silent, unheard
-from expert_store.offline.companions import DENSE_NAME, copy_side_files, write_dense
+from expert_store.offline.checkpoint.parameters import Part
+from expert_store.offline.checkpoint.progress import Report, Warn, silent, unheard
+from expert_store.offline.companions import copy_side_files, write_dense
 from expert_store.offline.formats.table import FORMATS
 from expert_store.offline.formats.weight_source import WeightSource
 from expert_store.offline.index import make_spec, measure
-from expert_store.offline.pack_target import check_target, publish
-from expert_store.offline.records import RECORDS_NAME, RecordWriter
-from proto import errors
+from expert_store.offline.pack_target import (
+    check_space,
+    check_target,
+    disk_full_explained,
+    publish,
+    written_files,
+)
+from expert_store.offline.record_file import record_file
+from expert_store.offline.records import RecordWriter
 from proto.expert import EXACT_VARIANT
 from proto.weight_format import EXACT
 
@@ -60,7 +62,7 @@ def pack(
     store_dir = check_target(root, store_dir, overwrite)
     checkpoint, architecture = open_checkpoint(root, warn)
     partial = store_dir.with_name(store_dir.name + ".partial")
-    with ExitStack() as stack, _disk_full_explained(partial):
+    with ExitStack() as stack, disk_full_explained(partial, "pack"):
         source = WeightSource(checkpoint, stack)
         formats = {EXACT_VARIANT: weight_format} | {name: name for name in variants}
         encoders = {
@@ -68,7 +70,9 @@ def pack(
             for variant, name in formats.items()
         }
         writer = RecordWriter(architecture, encoders, source)
-        _check_space(writer, partial, store_dir)
+        needed = writer.total_bytes + sum(one.length_bytes for one in architecture.dense)
+        remedy = ", or use `flashmoe index`, which copies nothing"
+        check_space(needed, partial, store_dir, "packing", remedy)
         for remark in remarks(architecture):
             warn(remark)
         partial.mkdir(parents=True, exist_ok=True)
@@ -89,17 +93,19 @@ def _write_store(
     }
     if len(variants) > 1:
         task["variants"] = {name: str(each.weight_format) for name, each in variants.items()}
-    if not (partial / RECORDS_NAME).exists():  # the journal would promise what is gone
-        (partial / JOURNAL_NAME).unlink(missing_ok=True)
-    with closing(Journal(partial / JOURNAL_NAME, task)) as journal:
-        records = writer.write(partial / RECORDS_NAME, journal, report)
-    dense = write_dense(partial, architecture.dense, writer.source)
+    with record_file(partial, task, JOURNAL_NAME, writer.total_bytes, report) as file:
+        records = writer.write(file)
+    dense = write_dense(
+        partial,
+        architecture.dense,
+        lambda one: writer.source.chunks([Part(one, one.offset_bytes, one.length_bytes)]),
+    )
     manifest = Manifest(
         format="packed",
         spec=make_spec(architecture, dense, variants),
         sizing=measure(architecture),
         source_root=".",
-        files=(_source_file(partial, RECORDS_NAME), _source_file(partial, DENSE_NAME)),
+        files=written_files(partial),
         records=records,
     ).sealed()
     copy_side_files(checkpoint.root, partial, _card(writer, checkpoint, manifest))
@@ -120,36 +126,3 @@ def _card(writer: RecordWriter, checkpoint: Checkpoint, manifest: Manifest) -> C
         source_bytes=checkpoint.weight_bytes - dense_bytes,
         packed_bytes=manifest.expert_bytes_total,
     )
-
-
-def _source_file(folder: Path, name: str) -> SourceFile:
-    stat = (folder / name).stat()
-    digest = ""
-    if name == DENSE_NAME:
-        digest = xxhash.xxh3_128_hexdigest(read_header(folder / name)[1])
-    return SourceFile(name, stat.st_size, stat.st_mtime_ns, digest)
-
-
-def _check_space(writer: RecordWriter, partial: Path, store_dir: Path) -> None:
-    needed = writer.total_bytes
-    needed += sum(tensor.length_bytes for tensor in writer.architecture.dense)
-    written = sum(f.stat().st_blocks * 512 for f in partial.iterdir()) if partial.exists() else 0
-    store_dir.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(store_dir.parent).free + written
-    if free < needed:
-        raise errors.ManifestInvalid(
-            f"packing needs {needed:,} bytes, {store_dir.parent} has {free:,} free: "
-            "free some, or use `flashmoe index`, which copies nothing"
-        )
-
-
-@contextmanager
-def _disk_full_explained(partial: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise errors.ManifestInvalid(f"cannot pack: {error}") from error
-        raise errors.ManifestInvalid(
-            f"the disk is full: free some space and run the same command, it resumes from {partial}"
-        ) from error

@@ -1,26 +1,22 @@
-"""Writes the file of records, each on whole pages; goes on where a killed run was."""
+"""Writes the records of a checkpoint's experts."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
-from pathlib import Path
 
 import xxhash
 
 from expert_store.manifest.durable import write_all
 from expert_store.manifest.extents import ExpertRecord, Extent
 from expert_store.offline.checkpoint.architecture import Architecture
-from expert_store.offline.checkpoint.progress import Journal, Report
 from expert_store.offline.formats.encoder import Encoder, describe_variant
 from expert_store.offline.formats.weight_source import WeightSource
+from expert_store.offline.record_file import RecordFile
 from proto.expert import RecordKey, TensorLayout, Variant
 from proto.shm import TENSOR_ALIGN_BYTES, align_up
-
-RECORDS_NAME = "experts.bin"
-_SYNC_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -45,46 +41,25 @@ class RecordWriter:
         ends = [place_tensors(layout)[1] for layout in layouts]
         return self.architecture.num_experts * sum(map(align_up, ends))
 
-    def write(self, path: Path, journal: Journal, report: Report) -> dict[RecordKey, ExpertRecord]:
-        """Every record that the journal has not, one after another in `path`.
+    def write(self, file: RecordFile) -> dict[RecordKey, ExpertRecord]:
+        """Every record that the file does not have yet.
 
         Raises ManifestInvalid for a damaged source, OSError for a full disk.
         """
         records: dict[RecordKey, ExpertRecord] = {}
-        variants, total_bytes = self.variants, self.total_bytes
-        with path.open("r+b" if path.exists() else "w+b") as file:
-            start_bytes = unsynced_bytes = 0
-            for name, expert in product(variants, self.architecture.keys):
-                key, layout = RecordKey(expert, name), variants[name].layouts[expert.layer]
-                offsets, end_bytes = place_tensors(layout)
-                record_bytes = align_up(end_bytes)
-                if str(key) not in journal.done:
-                    journal.add(
-                        str(key),
-                        self._write_one(file.fileno(), key, start_bytes, offsets, record_bytes),
-                    )
-                    unsynced_bytes += record_bytes
-                if unsynced_bytes >= _SYNC_BYTES:
-                    os.fdatasync(file.fileno())  # the journal may promise only what is on disk
-                    journal.flush()
-                    unsynced_bytes = 0
-                extents = _extents(layout, offsets, start_bytes)
-                records[key] = ExpertRecord(key, extents, offsets, journal.done[str(key)])
-                start_bytes += record_bytes
-                report(start_bytes, total_bytes)
-            file.truncate(start_bytes)
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            journal.flush()
+        variants = self.variants
+        for name, expert in product(variants, self.architecture.keys):
+            key, layout = RecordKey(expert, name), variants[name].layouts[expert.layer]
+            offsets, end_bytes = place_tensors(layout)
+            start_bytes, checksum = file.add(
+                key, end_bytes, partial(self._write_one, key=key, offsets=offsets)
+            )
+            extents = _extents(layout, offsets, start_bytes)
+            records[key] = ExpertRecord(key, extents, offsets, checksum)
         return records
 
     def _write_one(
-        self,
-        descriptor: int,
-        key: RecordKey,
-        start_bytes: int,
-        offsets: Sequence[int],
-        record_bytes: int,
+        self, descriptor: int, start_bytes: int, key: RecordKey, offsets: Sequence[int]
     ) -> int:
         """Returns the checksum."""
         digest, cursor = xxhash.xxh3_64(), start_bytes
@@ -100,7 +75,6 @@ class RecordWriter:
             for chunk in chunks:
                 digest.update(chunk)
                 cursor += write_all(descriptor, chunk, cursor)
-        write_all(descriptor, bytes(start_bytes + record_bytes - cursor), cursor)
         return digest.intdigest()
 
 

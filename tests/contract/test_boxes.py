@@ -23,6 +23,7 @@ from compute_node.moe.owned import OwnedBackend
 from compute_node.worker.lent_experts import LentExperts
 from expert_store.offline.index import index
 from proto import worker_pb2 as pb
+from proto.held_experts import ALL_EXPERTS
 from tests.architectures import causal_types, tiny_config
 from tests.checkpoints import ARCHITECTURES, make, save
 from tests.contract.test_conversations import SECOND, alone, answered, equal
@@ -37,6 +38,7 @@ class BoxInProcess:
         loaded = worker.loaded
         self.address, self.is_up, self.slots = "box", True, worker.cache.capacity.slots
         self.num_answered, self._loses, self.cost = 0, loses, 1.0
+        self.held = ALL_EXPERTS
         self._shape = loaded.hidden_size, loaded.dtype
         self._lent = LentExperts(loaded.kernels, loaded.spec.num_experts, worker.cache)
 
@@ -56,7 +58,9 @@ class BoxInProcess:
 def joined(node: Engine, box: BoxInProcess) -> None:
     """The node gives work to the box."""
     spec, loaded = node.loaded.spec, node.loaded
-    boxes = Boxes(lambda slots: Shares(spec.num_experts, slots), node.cache.capacity.slots)
+    boxes = Boxes(
+        lambda slots, held: Shares(spec.num_experts, slots, held), node.cache.capacity.slots
+    )
     boxes.links = [box]  # type: ignore[list-item]
     node.cache.elsewhere = boxes
     for layer, module in loaded.experts_modules.items():

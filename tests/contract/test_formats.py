@@ -24,7 +24,7 @@ from expert_store.manifest.manifest import Manifest
 from expert_store.offline.formats import int4
 from expert_store.offline.formats.lossless import LosslessEncoder
 from expert_store.offline.pack import pack
-from expert_store.offline.records import RECORDS_NAME
+from expert_store.offline.record_file import RECORDS_NAME
 from proto import errors
 from proto.expert import ExpertKey
 from tests.checkpoints import ARCHITECTURES, make

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,21 +68,22 @@ def worker(folder: Path, slots: int) -> Iterator[DaemonProcess]:
 
 
 @contextmanager
-def cluster(store_dir: Path, run_dir: Path, num_workers: int) -> Iterator[Cluster]:
+def cluster(
+    store_dir: Path, run_dir: Path, num_workers: int, stores: Sequence[Path] = ()
+) -> Iterator[Cluster]:
+    """stores: of the workers; empty: all have that of the main node"""
     total = Manifest.load(store_dir).spec.num_experts_total
     slots = total // 4
     with ExitStack() as stack:
         folders = [run_dir / f"box{number}" for number in range(num_workers)]
         workers = []
-        for folder in folders:
+        for folder, store in zip(folders, stores or [store_dir] * num_workers, strict=True):
             folder.mkdir()
-            stack.enter_context(
-                daemon("expert_store", folder, segment(store_dir, folder, slots + 4))
-            )
+            stack.enter_context(daemon("expert_store", folder, segment(store, folder, slots + 4)))
             workers.append(stack.enter_context(worker(folder, slots)))
         main = run_dir / "main"
         main.mkdir()
-        store = stack.enter_context(
+        own_store = stack.enter_context(
             daemon("expert_store", main, segment(store_dir, main, slots + 4))
         )
         addresses = [one.address for one in workers]
@@ -92,7 +93,7 @@ def cluster(store_dir: Path, run_dir: Path, num_workers: int) -> Iterator[Cluste
         yield Cluster(client, workers, folders)
         client.close()
         assert node.stop() == 0, node.log.read_text()[-2000:]
-        wait_for(lambda: is_store_idle(store.address), 20, "every lease to come back")
+        wait_for(lambda: is_store_idle(own_store.address), 20, "every lease to come back")
 
 
 def segment(store_dir: Path, folder: Path, num_slots: int) -> dict[str, object]:

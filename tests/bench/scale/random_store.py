@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,12 @@ from expert_store.offline.checkpoint.architecture import (
 )
 from expert_store.offline.checkpoint.files import CheckpointTensor, read_chunks
 from expert_store.offline.checkpoint.parameters import ExpertParameter
-from expert_store.offline.checkpoint.progress import Journal, Report, silent
+from expert_store.offline.checkpoint.progress import Report, silent
 from expert_store.offline.formats.int4 import Int4Encoder
 from expert_store.offline.formats.weight_source import WeightSource
 from expert_store.offline.index import make_spec, measure
-from expert_store.offline.records import RECORDS_NAME, RecordWriter
+from expert_store.offline.record_file import RECORDS_NAME, record_file
+from expert_store.offline.records import RecordWriter
 from proto.expert import EXACT_VARIANT, DenseTensor, TensorLayout
 from proto.shm import PAGE_BYTES, align_up
 
@@ -103,8 +103,8 @@ def make(
         architecture, {EXACT_VARIANT: RandomCodes(architecture, seed)}, NoSource()
     )
     _check_room(store_dir, writer.total_bytes)
-    with closing(Journal(store_dir / JOURNAL_NAME, {})) as journal:
-        records = writer.write(store_dir / RECORDS_NAME, journal, report)
+    with record_file(store_dir, {}, JOURNAL_NAME, writer.total_bytes, report) as file:
+        records = writer.write(file)
     (store_dir / JOURNAL_NAME).unlink()
     dense = _write_dense(store_dir / POOL_NAME, architecture.dense, seed)
     manifest = Manifest(

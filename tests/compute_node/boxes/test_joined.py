@@ -18,6 +18,7 @@ from compute_node.boxes.owners import Shares
 from compute_node.boxes.workers_file import WorkerEntry, read_workers
 from proto import errors
 from proto.expert import ExpertKey
+from proto.held_experts import ALL_EXPERTS
 from tests.stack import wait_for
 
 
@@ -26,7 +27,7 @@ class Link:
 
     def __init__(self, entry: WorkerEntry, refusal: errors.FlashMoEError | None = None) -> None:
         self.address, self.cost, self.slots = entry.address, entry.cost, 8
-        self.is_up, self._refusal = False, refusal
+        self.is_up, self._refusal, self.held = False, refusal, ALL_EXPERTS
 
     def __enter__(self) -> Link:
         self.is_up = self._refusal is None
@@ -43,7 +44,7 @@ class Link:
 
 @contextmanager
 def following(path: Path, new_link: Any = Link) -> Iterator[Boxes]:
-    boxes = Boxes(lambda shares: Shares(32, shares), slots=8)
+    boxes = Boxes(lambda slots, held: Shares(32, slots, held), slots=8)
     with Follower(path, boxes, new_link):
         yield boxes
 

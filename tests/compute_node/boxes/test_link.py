@@ -22,7 +22,7 @@ import torch
 
 from compute_node.boxes.boxes import Boxes
 from compute_node.boxes.link import WorkerLink
-from compute_node.boxes.owners import Rotation
+from compute_node.boxes.owners import Rotation, Shares
 from compute_node.boxes.probe import Probe
 from compute_node.boxes.work import Work, bytes_of, tensor_of
 from compute_node.cache.asked import never
@@ -54,12 +54,15 @@ class Worker(WorkerServicer):
     def __init__(self) -> None:
         self.reply: Reply = right
         self.num_probed, self.num_streams = 1 << 30, 0
-        self.fingerprint = "f"
+        self.fingerprint, self.held = "f", b""
         self.over = threading.Event()
 
     def Describe(self, request: Any, context: Any) -> pb.WorkerDescription:
         return pb.WorkerDescription(
-            protocol_version=rpc.PROTOCOL_VERSION, fingerprint=self.fingerprint, slots=5
+            protocol_version=rpc.PROTOCOL_VERSION,
+            fingerprint=self.fingerprint,
+            slots=5,
+            held=self.held,
         )
 
     def Compute(self, requests: Iterator[pb.WorkRequest], context: Any) -> Iterator[pb.WorkReply]:
@@ -82,7 +85,7 @@ def linked(folder: Path, worker: Worker, probe: Probe | None = None) -> Iterator
     server.start()
     try:
         probe = probe or Probe.of(doubled, SPEC, 8, torch.float32)
-        with WorkerLink(address, "f", probe) as link:
+        with WorkerLink(address, SPEC, probe) as link:
             yield link
     finally:
         server.stop(0).wait()
@@ -98,6 +101,24 @@ def test_what_it_answers_is_taken(run_dir: Path) -> None:
         assert link.bytes_sent > 20 * 32 < link.bytes_received
 
 
+def test_a_box_is_asked_for_what_its_store_has(run_dir: Path) -> None:
+    """Planted faults seen red: what it has not heard, an expert of another layer taken for it, a
+    list of another size taken.
+    """
+    worker = Worker()
+    worker.held = bytes([0b00000011])  # of layer 0 the first two of four
+    with linked(run_dir, worker) as link:
+        assert link.wait_up(10)
+        boxes = Boxes(lambda slots, held: Shares(SPEC.num_experts, slots, held), 5)
+        boxes.links = [link]
+        asked = {(layer, e) for layer in (0, 2) for e in range(4) if boxes.shares(layer, [e])}
+        assert len(asked) == 1 and asked < {(0, 0), (0, 1)}
+    (run_dir / "w.sock").unlink(missing_ok=True)
+    worker.held = bytes([0b11, 0])
+    with linked(run_dir, worker) as link:
+        assert not link.wait_up(1) and not link.is_up
+
+
 def test_what_is_prepared_is_sent_and_nothing_comes_back(run_dir: Path) -> None:
     """Planted fault seen red: nothing sent."""
     worker, heard = Worker(), list[pb.WorkRequest]()
@@ -109,7 +130,7 @@ def test_what_is_prepared_is_sent_and_nothing_comes_back(run_dir: Path) -> None:
     worker.reply = reply
     with linked(run_dir, worker) as link:
         assert link.wait_up(10)
-        boxes = Boxes(lambda slots: Rotation(SPEC.moe_layers, slots, 1), 4)
+        boxes = Boxes(lambda slots, held: Rotation(SPEC.moe_layers, slots, 1, held), 4)
         boxes.prepare(2, [3])
         boxes.links = [link]
         boxes.prepare(2, [3, 1])

@@ -18,6 +18,7 @@ from compute_node.engine.engine import Engine
 from compute_node.worker.lent_experts import LentExperts
 from proto import errors
 from proto.expert import ExpertKey
+from proto.held_experts import HeldExperts
 from tests.contract.test_exactness import engine
 from tests.stack import wait_for
 
@@ -85,6 +86,19 @@ def test_more_than_fits_is_not_read_ahead(node: Engine, lent: LentExperts) -> No
         for layer in node.loaded.spec.moe_layers:
             lent.prepare(layer, range(node.loaded.spec.num_experts))
     assert torch.equal(*(lent.compute(one) for one in [work(node, [1, 9])] * 2))
+
+
+def test_what_a_share_lacks_is_refused_before_the_store_is_asked(
+    node: Engine, tiny_store: Path
+) -> None:
+    """Planted fault seen red: the store asked, which ends the session."""
+    held = HeldExperts(frozenset(ExpertKey(LAYER, expert) for expert in range(8)))
+    lent = LentExperts(node.loaded.kernels, node.loaded.spec.num_experts, node.cache, held)
+    assert lent.compute(work(node, [3, 7])).shape[0] == 2
+    with pytest.raises(errors.ExpertElsewhere, match=r"without experts \[8\] of layer 2"):
+        lent.compute(work(node, [3, 8]))
+    with pytest.raises(errors.ExpertElsewhere, match=r"\[9\]"):
+        lent.prepare(LAYER, [3, 9])
 
 
 def test_a_prompt_gives_way_between_its_experts(node: Engine, lent: LentExperts) -> None:

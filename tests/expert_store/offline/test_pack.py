@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from expert_store.io.files import SourceFiles
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest, check_sources
 from expert_store.offline import pack as module
-from expert_store.offline import records as records_module
+from expert_store.offline import record_file as records_module
 from expert_store.offline.checkpoint import files as checkpoint_module
 from expert_store.offline.companions import DENSE_NAME
 from expert_store.offline.index import index
 from expert_store.offline.pack import JOURNAL_NAME, pack
-from expert_store.offline.records import RECORDS_NAME
+from expert_store.offline.record_file import RECORDS_NAME
 from expert_store.offline.verify import verify
 from expert_store.store.verified_read import read_record
 from proto import errors
@@ -88,8 +88,8 @@ KILLED_HALFWAY = """
 import os, signal, sys
 from pathlib import Path
 from expert_store.offline import pack as module
-from expert_store.offline import records
-records._SYNC_BYTES = 1
+from expert_store.offline import record_file
+record_file._SYNC_BYTES = 1
 def report(done, total):
     if done > total // 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -245,7 +245,7 @@ def test_a_full_disk_leaves_the_target_as_it_was(
     small_disk.resize(300_000)
     with monkeypatch.context() as patched:
         if not foreseen:
-            patched.setattr(module, "_check_space", lambda *_: None)
+            patched.setattr(module, "check_space", lambda *_: None)
         reason = "packing needs" if foreseen else "the disk is full.*it resumes"
         with pytest.raises(errors.ManifestInvalid, match=reason):
             pack(checkpoint, target, overwrite=existing)

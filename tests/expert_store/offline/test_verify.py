@@ -17,7 +17,7 @@ import pytest
 
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest, check_sources
 from expert_store.offline.index import index
-from expert_store.offline.records import RECORDS_NAME
+from expert_store.offline.record_file import RECORDS_NAME
 from expert_store.offline.verify import verify
 from proto import errors
 from tests.checkpoints import make

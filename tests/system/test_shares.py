@@ -1,0 +1,55 @@
+"""Workers whose stores have only a share of the experts: the tokens of one box, and each computes
+experts that it has.
+
+Planted faults seen red: a worker asked for what it does not have, one that is not asked for what it
+has, a probe of an expert that the share lacks.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from expert_store.manifest.share import Share
+from expert_store.offline.shard import shard
+from tests.stack import wait_for
+from tests.system.test_boxes import PROMPT, TOKENS, alone, cluster
+
+pytestmark = pytest.mark.system
+__all__ = ["alone"]
+
+
+def shares(store: Path, folder: Path, owners: int, copies: int = 1) -> list[Path]:
+    for owner in range(1, owners + 1):
+        shard(store, Share(owner, owners, copies), folder / str(owner))
+    return [folder / str(owner) for owner in range(1, owners + 1)]
+
+
+def test_two_halves_compute_what_they_have(
+    alone: dict[str, list[int]], tiny_store: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    with cluster(tiny_store, run_dir, 2, shares(tiny_store, tmp_path, 2)) as boxes:
+        for prompt, expected in alone.items():
+            assert boxes.tokens(prompt) == expected
+        assert min(boxes.figure("answered")) > TOKENS
+        assert boxes.figure("failed") == [0, 0]
+
+
+def test_with_two_copies_a_box_may_fail(
+    alone: dict[str, list[int]], tiny_store: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    with cluster(tiny_store, run_dir, 3, shares(tiny_store, tmp_path, 3, 2)) as boxes:
+        answer = boxes.node.generate(PROMPT, max_tokens=TOKENS, ignore_eos=True, timeout_s=120)
+        tokens = []
+        for piece in answer:
+            tokens.append(piece.token_id)
+            if len(tokens) == 8:
+                boxes.workers[1].stop(signal.SIGKILL)
+        assert tokens == alone[PROMPT]
+        wait_for(lambda: boxes.figure("up")[1] == 0, 20, "the node to notice")
+        before = boxes.figure("answered")
+        assert boxes.tokens() == alone[PROMPT]
+        after = boxes.figure("answered")
+        assert after[0] > before[0] and after[2] > before[2] and after[1] == before[1]
