@@ -114,8 +114,7 @@ async def run(config: ComputeNodeConfig) -> None:
                 schedule, idle, config.stop_grace_s, config.max_stall_s, config.max_turn_tokens
             )
         )
-        has_boxes = config.workers or config.workers_file
-        boxes = new_boxes(config, description, cache.capacity.slots) if has_boxes else None
+        boxes = new_boxes(config, description, cache.capacity.slots)
         loaded = compute.do(lambda: load(config, model_dir, spec, cache, prober, lookahead, boxes))
         compute.do(cache.open)
         if boxes is not None:
@@ -128,6 +127,7 @@ async def run(config: ComputeNodeConfig) -> None:
             boxes.links = stack.enter_context(joined(config.workers, new_link))
             if config.workers_file:
                 stack.enter_context(Follower(config.workers_file, boxes, new_link))
+            boxes.warn_of_lacking(spec)
             cache.elsewhere = boxes
         slots, chooser = cache.capacity.slots, cache.chooser
         evidence = None
@@ -199,8 +199,11 @@ def new_cache(
     store: StoreClient,
     advice: AdviceFeed | None,
 ) -> ExpertCache:
-    """Not open yet. Raises ManifestInvalid for a share of a model."""
-    description.check_whole()
+    """Not open yet. Raises ManifestInvalid for a share of a model where no other box has the
+    rest.
+    """
+    if not config.has_boxes:
+        description.check_whole()
     spec, expert_bytes = description.spec, description.lease_bytes[EXACT_VARIANT]
     chooser = PolicyChooser(
         config.policy,
@@ -211,7 +214,7 @@ def new_cache(
         heard_since_advice(config, spec) if advice else None,
         config.weighs,
     )
-    capacity_bytes = min(config.slots, spec.num_experts_total) * expert_bytes
+    capacity_bytes = min(config.slots, description.num_experts) * expert_bytes
     is_pooled = config.scope == "pool"
     shares_slots = is_pooled and config.transport == "shared_memory"
     small_bytes = description.lease_bytes[spec.small_variant] if shares_slots else expert_bytes
@@ -272,7 +275,9 @@ def load(
 ) -> LoadedModel:
     """On the thread that computes."""
     set_up(prober, config.threads, config.native, config.verdicts_path)
-    around = partial(OwnedBackend, boxes=boxes) if boxes is not None else None
+    around = None
+    if boxes is not None:
+        around = partial(OwnedBackend, boxes=boxes, deadline_s=config.deadline_s)
     loaded = load_model(model_dir, spec, cache, prober, lookahead, around)
     if lookahead.router_map is not None and config.router_map_path is not None:
         lookahead.router_map.check_reads(config.router_map_path, loaded.hidden_size)
@@ -282,9 +287,13 @@ def load(
     return loaded
 
 
-def new_boxes(config: ComputeNodeConfig, description: StoreDescription, own_slots: int) -> Boxes:
-    """Without a link."""
+def new_boxes(
+    config: ComputeNodeConfig, description: StoreDescription, own_slots: int
+) -> Boxes | None:
+    """Without a link. None: no others compute experts."""
     spec = description.spec
+    if not config.has_boxes:
+        return None
 
     def shares(slots: Sequence[float], held: Sequence[HeldExperts]) -> Shares:
         return Shares(spec.num_experts, slots, held)

@@ -103,6 +103,11 @@ class ComputeNodeConfig(BaseModel):
     def listen(self) -> Listen:
         return Listen(self.address, self.tls, self.insecure)
 
+    @property
+    def has_boxes(self) -> bool:
+        """Whether others may compute experts for it."""
+        return bool(self.workers) or self.workers_file is not None
+
     @classmethod
     def load(cls, path: Path) -> Self:
         """Raises ConfigInvalid naming the file, the key and what is wrong with it."""

@@ -107,6 +107,11 @@ class WorkerLink:
             return False
         return self._takes_work.is_set() and time.monotonic() >= self._rested_s
 
+    @property
+    def is_joined(self) -> bool:
+        """Whether it answers, though it may rest."""
+        return self._behind_since_s is None and self._takes_work.is_set()
+
     def wait_up(self, timeout_s: float) -> bool:
         """Whether it takes work by then. Raises what it is refused for: VersionMismatch,
         OtherBits.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -18,16 +19,26 @@ from compute_node.moe.sums import Sum
 from proto import errors
 from proto.expert import ExpertKey
 
+Asked = Sequence[tuple[WorkerLink, Answer]]
+
+_PAUSE_S = 0.05  # before boxes are asked again for what only they have
+
 
 class OwnedBackend:
     """Work for other boxes is sent before the own is computed, and awaited after it. What comes
     late or not at all is computed here, from the own disk: the same bits. A batch of several
     sequences is computed here.
+
+    What the own store does not have is asked of others for as long as `deadline_s`, for each
+    sequence of a batch.
     """
 
-    def __init__(self, layer: int, local: LocalBackend, boxes: Boxes) -> None:
+    def __init__(
+        self, layer: int, local: LocalBackend, boxes: Boxes, deadline_s: float = 30.0
+    ) -> None:
         self.resident = _ResidentSomewhere(layer, local.resident, boxes)
         self._layer, self._local, self._boxes = layer, local, boxes
+        self._deadline_s = deadline_s
 
     def run(
         self,
@@ -38,26 +49,62 @@ class OwnedBackend:
         sums: Sequence[Sum],
         small: Collection[int] = (),
     ) -> set[int]:
-        shares: dict[WorkerLink, list[int]] = {}
+        """Raises Unavailable, too, for an expert that no box has that is up."""
+        lacking = {expert for expert in experts if self._lacks(expert)}
+        wanted = lacking
         if len(sums) == 1:
-            shares = self._boxes.shares(self._layer, (e for e in experts if e not in small))
-        if not shares:
+            wanted = lacking.union(expert for expert in experts if expert not in small)
+        if not wanted:
             return self._local.run(step, hidden, route, experts, sums, small)
-        asked = [
-            (link, self._ask(link, Work(self._layer, part, hidden, route.ids, route.weights)))
-            for link, part in shares.items()
-        ]
-        lent = {expert for part in shares.values() for expert in part}
+        works = list(self._works(step, hidden, route, sorted(wanted), sums))
+        asked = [self._ask(work) for work, _ in works]
+        lent = lacking.union(*(answer.work.experts for one in asked for _, answer in one))
         own = [expert for expert in experts if expert not in lent]
         hits = self._local.run(step, hidden, route, own, sums, small)
-        for link, answer in asked:
-            if not self._took(link, answer, step, sums[0]):
-                hits |= self._local.run_apart(step, answer.work.experts, sums[0])
-                lent.difference_update(answer.work.experts)
+        for (work, total), one in zip(works, asked, strict=True):
+            taken = self._take(one, step, total)
+            late = {expert for _, answer in one for expert in answer.work.experts} - taken
+            if here := sorted(late - lacking):
+                hits |= self._local.run_apart(step, here, total)
+                lent.difference_update(here)
+            if missing := sorted(lacking.intersection(work.experts) - taken):
+                self._insist(step, replace(work, experts=missing), total)
         return hits | lent
 
-    def _ask(self, link: WorkerLink, work: Work) -> Answer:
+    def _works(
+        self,
+        step: Step,
+        hidden: Tensor,
+        route: Route,
+        wanted: Sequence[int],
+        sums: Sequence[Sum],
+    ) -> Iterator[tuple[Work, Sum]]:
+        """For each sequence what it wants of these."""
+        if len(sums) == 1:
+            yield Work(self._layer, wanted, hidden, route.ids, route.weights), sums[0]
+            return
+        for rows, total in zip(step.batch.rows, sums, strict=True):
+            if part := [expert for expert in wanted if expert in total.experts]:
+                ids, weights = route.ids[rows], route.weights[rows]
+                yield Work(self._layer, part, hidden[rows], ids, weights), total
+
+    def _ask(self, work: Work) -> Asked:
+        """The boxes that own its experts, each for its part."""
+        return [
+            (link, self._ask_one(link, replace(work, experts=part)))
+            for link, part in self._boxes.shares(self._layer, work.experts).items()
+        ]
+
+    def _ask_one(self, link: WorkerLink, work: Work) -> Answer:
         return link.ask(work, work.size * self._local.read_s)
+
+    def _take(self, asked: Asked, step: Step, total: Sum) -> set[int]:
+        """The experts that came."""
+        taken = set[int]()
+        for link, answer in asked:
+            if self._took(link, answer, step, total):
+                taken.update(answer.work.experts)
+        return taken
 
     def _took(self, link: WorkerLink, answer: Answer, step: Step, total: Sum) -> bool:
         rows = link.wait(answer, step.check)
@@ -69,6 +116,28 @@ class OwnedBackend:
             link.refuse(error)
             return False
         return True
+
+    def _insist(self, step: Step, work: Work, total: Sum) -> None:
+        """Ask for what the own store does not have until it has come. Raises Unavailable after the
+        deadline, and what `step.check` raises.
+        """
+        end_s = time.monotonic() + self._deadline_s
+        while True:
+            taken = self._take(self._ask(work), step, total)
+            work = replace(work, experts=[e for e in work.experts if e not in taken])
+            if not work.experts:
+                return
+            if time.monotonic() > end_s:
+                raise errors.Unavailable(
+                    f"expert {ExpertKey(self._layer, work.experts[0])} is neither in the main "
+                    "node's store nor on a worker that answers: start a worker whose store has "
+                    "it, then retry"
+                )
+            step.check()
+            time.sleep(_PAUSE_S)
+
+    def _lacks(self, expert: int) -> bool:
+        return self._boxes.lacks(ExpertKey(self._layer, expert))
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class StoreDescription:
         if not self.held.is_all:
             raise errors.ManifestInvalid(
                 f"the store has {self.num_experts} of {self.spec.num_experts_total} experts: give "
-                "a store that has all; a share is for `flashmoe worker`"
+                "a store that has all, or name workers that have the rest"
             )
 
 

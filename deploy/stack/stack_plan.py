@@ -34,7 +34,8 @@ class StackPlan:
         if settings.model is None:
             raise errors.ConfigInvalid("give --model STORE, or model in the [serve] table")
         manifest = load_store(settings.model)
-        if settings.role != "worker":
+        has_workers = settings.workers or settings.compute_node.get("workers_file")
+        if settings.role == "shadow" or (settings.role == "main" and not has_workers):
             check_whole(settings.model, manifest)
         ceiling_bytes = parse_bytes(settings.memory, "--memory") if settings.memory else None
         memory = plan_stack_memory(settings, settings.model, manifest, ceiling_bytes)
@@ -86,8 +87,8 @@ def check_whole(store: Path, manifest: Manifest) -> None:
     if manifest.share is not None:
         raise errors.ManifestInvalid(
             f"{store} is {manifest.share}, with {manifest.num_experts} of "
-            f"{manifest.spec.num_experts_total} experts: give a store that has all; a share is for "
-            "`flashmoe worker`"
+            f"{manifest.spec.num_experts_total} experts: give a store that has all, or name "
+            "workers that have the rest (--worker)"
         )
 
 

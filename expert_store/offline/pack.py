@@ -29,12 +29,10 @@ from expert_store.offline.pack_target import (
     publish,
     written_files,
 )
-from expert_store.offline.record_file import record_file
+from expert_store.offline.record_file import JOURNAL_NAME, record_file
 from expert_store.offline.records import RecordWriter
 from proto.expert import EXACT_VARIANT
 from proto.weight_format import EXACT
-
-JOURNAL_NAME = "pack.journal"
 
 
 def pack(
@@ -93,7 +91,7 @@ def _write_store(
     }
     if len(variants) > 1:
         task["variants"] = {name: str(each.weight_format) for name, each in variants.items()}
-    with record_file(partial, task, JOURNAL_NAME, writer.total_bytes, report) as file:
+    with record_file(partial, task, writer.total_bytes, report) as file:
         records = writer.write(file)
     dense = write_dense(
         partial,

@@ -15,7 +15,7 @@ from expert_store.offline.checkpoint.progress import Journal, Report
 from proto.expert import RecordKey
 from proto.shm import align_up
 
-RECORDS_NAME = "experts.bin"
+RECORDS_NAME, JOURNAL_NAME = "experts.bin", "pack.journal"
 _SYNC_BYTES = 256 * 1024 * 1024
 
 WriteRecord = Callable[[int, int], int]
@@ -58,14 +58,14 @@ class RecordFile:
 
 @contextmanager
 def record_file(
-    folder: Path, task: dict[str, object], journal_name: str, total_bytes: int, report: Report
+    folder: Path, task: dict[str, object], total_bytes: int, report: Report
 ) -> Iterator[RecordFile]:
     """The file in `folder`, for the block; on disk as a whole after it. task: what is written, as
     the journal has it
 
     Raises OSError for a full disk.
     """
-    path, journal_path = folder / RECORDS_NAME, folder / journal_name
+    path, journal_path = folder / RECORDS_NAME, folder / JOURNAL_NAME
     if not path.exists():  # the journal would promise what is gone
         journal_path.unlink(missing_ok=True)
     with (

@@ -31,12 +31,10 @@ from expert_store.offline.pack_target import (
     publish,
     written_files,
 )
-from expert_store.offline.record_file import RecordFile, record_file
+from expert_store.offline.record_file import JOURNAL_NAME, RecordFile, record_file
 from proto import errors
 from proto.expert import DenseTensor
 from proto.shm import TENSOR_ALIGN_BYTES, align_up
-
-JOURNAL_NAME = "shard.journal"
 
 
 def shard(
@@ -76,7 +74,7 @@ def shard(
             "files": [file.row() for file in whole.files],
             "share": [share.owner, share.owners, share.copies],
         }
-        with record_file(partial, task, JOURNAL_NAME, needed, report) as file:
+        with record_file(partial, task, needed, report) as file:
             copied = [_copy(record, runs, files, file) for record, runs in records]
         dense = write_dense(partial, whole.spec.dense, files.dense_chunks)
         _check_dense(whole.spec.dense, dense)

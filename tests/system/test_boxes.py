@@ -69,9 +69,11 @@ def worker(folder: Path, slots: int) -> Iterator[DaemonProcess]:
 
 @contextmanager
 def cluster(
-    store_dir: Path, run_dir: Path, num_workers: int, stores: Sequence[Path] = ()
+    store_dir: Path, run_dir: Path, num_workers: int, stores: Sequence[Path] = (), **node: object
 ) -> Iterator[Cluster]:
-    """stores: of the workers; empty: all have that of the main node"""
+    """stores: of the workers; empty: all have that of the main node; node: settings of the main
+    node
+    """
     total = Manifest.load(store_dir).spec.num_experts_total
     slots = total // 4
     with ExitStack() as stack:
@@ -87,12 +89,12 @@ def cluster(
             daemon("expert_store", main, segment(store_dir, main, slots + 4))
         )
         addresses = [one.address for one in workers]
-        table = node_table(main, "main", slots, workers=addresses)
-        node = stack.enter_context(daemon("compute_node", main, table))
-        client = stack.enter_context(NodeClient(node.address))
+        table = node_table(main, "main", slots, workers=addresses, **node)
+        main_node = stack.enter_context(daemon("compute_node", main, table))
+        client = stack.enter_context(NodeClient(main_node.address))
         yield Cluster(client, workers, folders)
         client.close()
-        assert node.stop() == 0, node.log.read_text()[-2000:]
+        assert main_node.stop() == 0, main_node.log.read_text()[-2000:]
         wait_for(lambda: is_store_idle(own_store.address), 20, "every lease to come back")
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from expert_store.manifest.share import Share
 from expert_store.offline.shard import shard
+from proto import errors
 from tests.stack import wait_for
-from tests.system.test_boxes import PROMPT, TOKENS, alone, cluster
+from tests.system.test_boxes import PROMPT, TOKENS, alone, cluster, worker
 
 pytestmark = pytest.mark.system
 __all__ = ["alone"]
@@ -53,3 +54,19 @@ def test_with_two_copies_a_box_may_fail(
         assert boxes.tokens() == alone[PROMPT]
         after = boxes.figure("answered")
         assert after[0] > before[0] and after[2] > before[2] and after[1] == before[1]
+
+
+def test_the_main_node_may_have_a_share_itself(
+    alone: dict[str, list[int]], tiny_store: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    """Planted fault seen red: a request that waits past the deadline."""
+    own, *others = shares(tiny_store, tmp_path, 3)
+    with cluster(own, run_dir, 2, others, deadline_s=3.0) as boxes:
+        for prompt, expected in alone.items():
+            assert boxes.tokens(prompt) == expected
+        boxes.workers[0].stop(signal.SIGKILL)
+        with pytest.raises(errors.Unavailable, match=r"expert L\d\dE\d\d\d is neither in the main"):
+            boxes.tokens()
+        with worker(boxes.folders[0], 64):
+            wait_for(lambda: boxes.figure("up")[0] == 1, 30, "the worker to join again")
+            assert boxes.tokens() == alone[PROMPT]

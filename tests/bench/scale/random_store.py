@@ -34,7 +34,7 @@ from expert_store.offline.checkpoint.progress import Report, silent
 from expert_store.offline.formats.int4 import Int4Encoder
 from expert_store.offline.formats.weight_source import WeightSource
 from expert_store.offline.index import make_spec, measure
-from expert_store.offline.record_file import RECORDS_NAME, record_file
+from expert_store.offline.record_file import JOURNAL_NAME, RECORDS_NAME, record_file
 from expert_store.offline.records import RecordWriter
 from proto.expert import EXACT_VARIANT, DenseTensor, TensorLayout
 from proto.shm import PAGE_BYTES, align_up
@@ -43,7 +43,6 @@ MODEL_TYPE = "gpt_oss"
 GPT_OSS_20B = {"num_hidden_layers": 24, "num_local_experts": 32}  # what differs from gpt-oss-120b
 POOL_BYTES = 64 << 20
 POOL_NAME = "dense.bin"
-JOURNAL_NAME = "make.journal"
 _MARGIN_BYTES = 256 << 20
 _SPREAD = 0.02  # of dense weights, as transformers initialises them
 _SCALE = 0.01  # of codes: weights a few hundredths wide, so that activations stay finite
@@ -103,7 +102,7 @@ def make(
         architecture, {EXACT_VARIANT: RandomCodes(architecture, seed)}, NoSource()
     )
     _check_room(store_dir, writer.total_bytes)
-    with record_file(store_dir, {}, JOURNAL_NAME, writer.total_bytes, report) as file:
+    with record_file(store_dir, {}, writer.total_bytes, report) as file:
         records = writer.write(file)
     (store_dir / JOURNAL_NAME).unlink()
     dense = _write_dense(store_dir / POOL_NAME, architecture.dense, seed)

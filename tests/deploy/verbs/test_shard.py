@@ -59,6 +59,8 @@ def test_where_all_experts_are_needed_a_share_is_refused(tiny_store: Path, tmp_p
     for one in (settings, settings.of_helper("shadow")):
         with pytest.raises(errors.ManifestInvalid, match=reason):
             StackPlan.of(one)
+    served = StackPlan.of(settings.with_flags(workers=("10.0.0.2:9400",)))
+    assert served.memory.num_experts == served.memory.slots == 86, "workers have the rest"
     for arguments in (["serve", "--model", str(store)], ["plan", str(store)]):
         found = flashmoe(*arguments, "--memory", "4GiB")
         assert found.returncode == 2 and reason in " ".join(found.stderr.split())

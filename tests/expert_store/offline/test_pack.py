@@ -26,8 +26,8 @@ from expert_store.offline import record_file as records_module
 from expert_store.offline.checkpoint import files as checkpoint_module
 from expert_store.offline.companions import DENSE_NAME
 from expert_store.offline.index import index
-from expert_store.offline.pack import JOURNAL_NAME, pack
-from expert_store.offline.record_file import RECORDS_NAME
+from expert_store.offline.pack import pack
+from expert_store.offline.record_file import JOURNAL_NAME, RECORDS_NAME
 from expert_store.offline.verify import verify
 from expert_store.store.verified_read import read_record
 from proto import errors

@@ -19,8 +19,8 @@ from expert_store.offline import card
 from expert_store.offline import record_file as records_module
 from expert_store.offline.formats.int4 import layout_here
 from expert_store.offline.formats.table import FORMATS
-from expert_store.offline.pack import JOURNAL_NAME, pack
-from expert_store.offline.record_file import RECORDS_NAME
+from expert_store.offline.pack import pack
+from expert_store.offline.record_file import JOURNAL_NAME, RECORDS_NAME
 from expert_store.offline.verify import verify
 from proto import errors
 from proto.expert import ModelSpec

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from expert_store.manifest.manifest import Manifest
-from expert_store.offline.pack import JOURNAL_NAME, pack
-from expert_store.offline.record_file import RECORDS_NAME
+from expert_store.offline.pack import pack
+from expert_store.offline.record_file import JOURNAL_NAME, RECORDS_NAME
 from expert_store.offline.verify import verify
 from proto import shm
 from proto.expert import ExpertKey, RecordKey

@@ -24,8 +24,8 @@ from expert_store.offline import shard as module
 from expert_store.offline.companions import DENSE_NAME
 from expert_store.offline.index import index
 from expert_store.offline.pack import pack
-from expert_store.offline.record_file import RECORDS_NAME
-from expert_store.offline.shard import JOURNAL_NAME, shard
+from expert_store.offline.record_file import JOURNAL_NAME, RECORDS_NAME
+from expert_store.offline.shard import shard
 from expert_store.offline.verify import verify
 from expert_store.store.verified_read import read_record
 from proto import errors
