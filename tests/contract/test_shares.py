@@ -1,7 +1,7 @@
 """A main node whose store has only a share of the experts: what it lacks other boxes compute, and
 the bits are those of a whole store.
 
-Planted faults seen red: the own store asked for what it lacks, a batch's rows sent as one
+Written against: the own store asked for what it lacks, a batch's rows sent as one
 sequence's, an answer that never came taken for one, experts waited for past the deadline.
 """
 

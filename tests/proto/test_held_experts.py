@@ -1,6 +1,6 @@
 """Which experts a store has, over the wire.
 
-Planted faults seen red: bytes of another length taken, bits beyond the last expert taken, the
+Written against: bytes of another length taken, bits beyond the last expert taken, the
 model's layer numbers taken for places.
 """
 

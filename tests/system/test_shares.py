@@ -1,7 +1,7 @@
 """Workers whose stores have only a share of the experts: the tokens of one box, and each computes
 experts that it has.
 
-Planted faults seen red: a worker asked for what it does not have, one that is not asked for what it
+Written against: a worker asked for what it does not have, one that is not asked for what it
 has, a probe of an expert that the share lacks.
 """
 
@@ -59,7 +59,7 @@ def test_with_two_copies_a_box_may_fail(
 def test_the_main_node_may_have_a_share_itself(
     alone: dict[str, list[int]], tiny_store: Path, run_dir: Path, tmp_path: Path
 ) -> None:
-    """Planted fault seen red: a request that waits past the deadline."""
+    """Written against: a request that waits past the deadline."""
     own, *others = shares(tiny_store, tmp_path, 3)
     with cluster(own, run_dir, 2, others, deadline_s=3.0) as boxes:
         for prompt, expected in alone.items():

@@ -102,7 +102,7 @@ def test_what_it_answers_is_taken(run_dir: Path) -> None:
 
 
 def test_a_box_is_asked_for_what_its_store_has(run_dir: Path) -> None:
-    """Planted faults seen red: what it has not heard, an expert of another layer taken for it, a
+    """Written against: what it has not heard, an expert of another layer taken for it, a
     list of another size taken.
     """
     worker = Worker()

@@ -67,7 +67,7 @@ def held(*experts: range) -> list[HeldExperts]:
 
 
 def test_an_expert_is_given_to_boxes_that_have_it_in_proportion_to_their_slots() -> None:
-    """Planted faults seen red: shares made among all boxes, a box with half of the experts given
+    """Written against: shares made among all boxes, a box with half of the experts given
     half of what its slots are worth.
     """
     stores = held(range(16), range(16, 32))
@@ -91,7 +91,7 @@ def test_where_all_have_all_shares_are_as_before() -> None:
 
 
 def test_what_the_main_node_lacks_has_stand_ins() -> None:
-    """Planted fault seen red: the main node stands in for a box though it lacks the expert."""
+    """Written against: the main node stands in for a box though it lacks the expert."""
     _, *others = held(range(8), range(4, 12), range(12))
     owners = Shares(16, (8, 8, 8, 8), [HeldExperts(frozenset()), *others])
     assert sorted(owners.owners(ExpertKey(1, 0))) == [1, 3]
@@ -101,7 +101,7 @@ def test_what_the_main_node_lacks_has_stand_ins() -> None:
 
 
 def test_a_rotation_passes_over_boxes_without_the_expert() -> None:
-    """Planted fault seen red: the group asked whatever it has."""
+    """Written against: the group asked whatever it has."""
     stores = held(range(16), range(8), range(8, 16), range(8))
     owners = Rotation((1, 2), (9, 4, 4, 4, 4), 2, stores)
     assert sorted(owners.owners(ExpertKey(1, 0))) == [1]

@@ -91,7 +91,7 @@ def test_more_than_fits_is_not_read_ahead(node: Engine, lent: LentExperts) -> No
 def test_what_a_share_lacks_is_refused_before_the_store_is_asked(
     node: Engine, tiny_store: Path
 ) -> None:
-    """Planted fault seen red: the store asked, which ends the session."""
+    """Written against: the store asked, which ends the session."""
     held = HeldExperts(frozenset(ExpertKey(LAYER, expert) for expert in range(8)))
     lent = LentExperts(node.loaded.kernels, node.loaded.spec.num_experts, node.cache, held)
     assert lent.compute(work(node, [3, 7])).shape[0] == 2

@@ -1,6 +1,6 @@
 """The verb that makes shares: what it says, and what it refuses in one sentence.
 
-Planted fault seen red: a share's experts counted as all of the model's.
+Written against: a share's experts counted as all of the model's.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def test_what_cannot_be_is_said_in_one_sentence(
 
 
 def test_where_all_experts_are_needed_a_share_is_refused(tiny_store: Path, tmp_path: Path) -> None:
-    """Planted fault seen red: a main node that starts, and asks its store for what it lacks."""
+    """Written against: a main node that starts, and asks its store for what it lacks."""
     store = tmp_path / "share"
     shard(tiny_store, Share(1, 3), store)
     reason = "share 1 of 3, with 86 of 256 experts: give a store that has all"

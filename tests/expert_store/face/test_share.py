@@ -1,6 +1,6 @@
 """A store with a share says what it has, lends that, and names what it has not.
 
-Planted faults seen red: an expert that is elsewhere called unknown, a description without what is
+Written against: an expert that is elsewhere called unknown, a description without what is
 held, a list of residents that is read though some are elsewhere.
 """
 

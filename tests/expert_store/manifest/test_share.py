@@ -1,6 +1,6 @@
 """Which experts a share has, and what its manifest says of it.
 
-Planted faults seen red: every layer begun with the same owner, copies on the same owner, a share
+Written against: every layer begun with the same owner, copies on the same owner, a share
 without what main nodes probe with, a share's records not compared with its rule.
 """
 

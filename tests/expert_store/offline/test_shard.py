@@ -1,7 +1,7 @@
 """A share has the bytes, checksums and fingerprint of its store, stands alone, and is never half
 there.
 
-Planted faults seen red: records not on whole pages, tensors moved off their alignment, a gap kept
+Written against: records not on whole pages, tensors moved off their alignment, a gap kept
 between runs read as payload, a damaged record copied, the journal of another share gone on with,
 the dense weights' places taken from the store.
 """
