@@ -88,7 +88,9 @@ class Advice:
         )
         if version != VERSION:
             raise errors.MessageInvalid(f"advice has version {version}, we speak {VERSION}")
-        if tables > 2 or len(data) != _ADVICE.size + name_bytes + tables * layers * experts * 4:
+        num_scores = tables * layers * experts
+        is_sound = num_scores > 0 or tables == layers == experts == 0
+        if tables > 2 or not is_sound or len(data) != _ADVICE.size + name_bytes + num_scores * 4:
             raise errors.MessageInvalid("advice has the wrong size")
         if not 0 <= life < 1e9:
             raise errors.MessageInvalid("advice has an impossible lifetime")

@@ -6,6 +6,7 @@ Planted faults seen red: a lifetime of NaN accepted, scores above 1 accepted.
 from __future__ import annotations
 
 import dataclasses
+import struct
 
 import numpy as np
 import pytest
@@ -63,6 +64,15 @@ def check_advice(data: bytes) -> None:
     assert 0 <= found.lifetime_s < 1e9
     for table in (found.scores, found.unused_scores):
         assert table is None or bool(((table >= 0) & (table <= 1)).all())
+
+
+@pytest.mark.parametrize("shape", [(0, 1 << 31, 1 << 31), (1, 0, 1 << 31), (0, 0, 3)])
+def test_a_shape_without_scores_is_refused(shape: tuple[int, int, int]) -> None:
+    """Seen red: a product of such sizes is more than numpy can have."""
+    data = bytearray(Advice("", 1, 1, 1.0).encode())
+    struct.pack_into("<III", data, 8, *shape)
+    with pytest.raises(errors.MessageInvalid, match="wrong size"):
+        Advice.decode(bytes(data))
 
 
 @pytest.mark.parametrize("lifetime_s", [float("nan"), float("inf"), -1.0, 1e9])
