@@ -362,6 +362,7 @@ def test_down_says_which_box_is_dead_and_ends_the_others(cluster: RayCluster) ->
     wait_for(lambda: cluster.states().get("w1") == "away", PATIENT_S, "Ray to miss the box")
     said = cluster.call("down", code=4).stderr
     assert "w1: Ray does not reach it" in said and "--box w1" in said, said
+    assert f"no Ray runs at {cluster.hosts['w1']}" in said, said
     assert [name for name in cluster.boxes if cluster.run(name).segment.exists()] == ["w1"]
     assert psutil.pid_exists(worker)
     assert cluster.call("down", "--box", "w1").stdout == "w1: stopped\n"
