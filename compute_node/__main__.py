@@ -24,9 +24,10 @@ from redis.retry import Retry
 from transformers.utils import logging as transformers_logging
 
 from compute_node.boxes.boxes import Boxes
+from compute_node.boxes.doubles import Doubles
 from compute_node.boxes.joined import JOIN_S, Follower, joined
 from compute_node.boxes.link import WorkerLink
-from compute_node.boxes.owners import Rotation, Shares
+from compute_node.boxes.owners import Owners, Rotation, Shares
 from compute_node.boxes.probe import Probe
 from compute_node.boxes.shadow_link import ShadowLink
 from compute_node.boxes.workers_file import WorkerEntry
@@ -301,8 +302,12 @@ def new_boxes(
     def rotation(slots: Sequence[float], held: Sequence[HeldExperts]) -> Rotation:
         return Rotation(spec.moe_layers, slots, config.groups or len(slots) - 1, held)
 
-    placement = shares if config.placement == "shares" else rotation
-    return Boxes(placement, own_slots, description.held)
+    def doubles(owners: Owners, slots: Sequence[int]) -> Doubles:
+        return Doubles(spec.moe_layers, spec.num_experts, owners, slots)
+
+    if config.placement == "shares":
+        return Boxes(shares, own_slots, description.held, doubles)
+    return Boxes(rotation, own_slots, description.held)
 
 
 @contextmanager

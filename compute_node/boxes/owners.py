@@ -19,6 +19,9 @@ class Owners(Protocol):
         node, which computes what no other box does, if its store has it. Each has the expert.
         """
 
+    def able(self, key: ExpertKey) -> Sequence[int]:
+        """Every box that could compute it: it has slots, and its store has the expert."""
+
 
 class Shares:
     """Every expert has one owner among the boxes that have it: in each layer a box owns as large a
@@ -39,6 +42,10 @@ class Shares:
     ) -> None:
         self._num_experts, self._slots, self._held = num_experts, slots, held
         self._in_layer: dict[int, Sequence[Sequence[int]]] = {}
+
+    def able(self, key: ExpertKey) -> Sequence[int]:
+        boxes = range(len(self._slots))
+        return [box for box in boxes if self._slots[box] and self._has(box, key.layer, key.expert)]
 
     def owners(self, key: ExpertKey) -> Sequence[int]:
         found = self._in_layer.get(key.layer)
@@ -96,6 +103,9 @@ class Rotation:
         self._group_of = {
             layer: groups[place % num_groups] for place, layer in enumerate(moe_layers)
         }
+
+    def able(self, key: ExpertKey) -> Sequence[int]:
+        return [box for box in self._boxes if not self._held or key in self._held[box]]
 
     def owners(self, key: ExpertKey) -> Sequence[int]:
         group = self._group_of[key.layer]

@@ -48,6 +48,7 @@ class NodeStats:
             self.compute.schedule,
             self.compute.turns.length,
             self.engine.room,
+            *((self.boxes,) if self.boxes else ()),
             *(
                 labelled(link, box=link.address)
                 for link in (self.boxes.links if self.boxes else ())

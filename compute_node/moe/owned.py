@@ -50,6 +50,8 @@ class OwnedBackend:
         small: Collection[int] = (),
     ) -> set[int]:
         """Raises Unavailable, too, for an expert that no box has that is up."""
+        if step.batch.is_decode:
+            self._boxes.note(self._layer, experts)
         lacking = {expert for expert in experts if self._lacks(expert)}
         wanted = lacking
         if len(sums) == 1:
