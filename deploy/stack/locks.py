@@ -58,8 +58,16 @@ def holders(path: Path) -> list[int]:
 
 def _has(process: Path, path: Path) -> bool:
     try:
-        return any(os.readlink(link) == str(path) for link in (process / "fd").iterdir())
+        links = list((process / "fd").iterdir())
     except OSError:  # it ended, or is another user's
+        return False
+    return any(_leads_to(link, path) for link in links)
+
+
+def _leads_to(link: Path, path: Path) -> bool:
+    try:
+        return os.readlink(link) == str(path)
+    except OSError:  # it was closed meanwhile
         return False
 
 

@@ -1,7 +1,7 @@
 """Whether somebody alive holds a file is the kernel's word, and looking takes nothing from anybody.
 
 Planted faults seen red: no second look after the lock is had (a removed file is claimed), no wait
-for who only looks, a pipe opened and waited for.
+for who only looks, a pipe opened and waited for, a process left out for one file that it closed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,24 @@ def test_one_holds_it_and_the_others_see_that(tmp_path: Path) -> None:
     assert locks.holders(path) == [os.getpid()]
     os.close(first)
     assert not locks.is_held(path) and locks.holders(path) == []
+
+
+def test_a_file_closed_meanwhile_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread of the process opens and closes files."""
+    path, readlink = tmp_path / "lock", os.readlink
+
+    def and_closed(link: Path) -> str:
+        if readlink(link) != str(path):
+            raise FileNotFoundError(link)
+        return readlink(link)
+
+    descriptor = locks.hold(path)
+    assert descriptor is not None
+    monkeypatch.setattr(locks.os, "readlink", and_closed)
+    assert locks.holders(path) == [os.getpid()]
+    os.close(descriptor)
 
 
 def test_a_child_that_inherits_it_holds_it_too(tmp_path: Path) -> None:
