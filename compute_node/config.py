@@ -26,19 +26,37 @@ RunAheadSetting = Literal["auto", "always", "off"]
 """auto: where waits are long enough; always: at every layer, for tests."""
 
 
-class ComputeNodeConfig(BaseModel):
-    """Frozen and strict: an unknown key stops the daemon and is named."""
+class ComputingConfig(BaseModel):
+    """What every daemon has that computes with a store's experts. Frozen and strict: an unknown key
+    stops the daemon and is named.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     address: str
-    node: str = "node0"
+    node: str
     store_address: str
-    store_tls: TlsFiles | None = None
-    transport: Literal["shared_memory", "chunks"] = "shared_memory"
     session_dir: Path
     model_dir: Path | None = None
     slots: PositiveInt
+    deadline_s: PositiveFloat = 30.0
+    threads: Annotated[int, Field(ge=0)] = 0
+    verdicts_path: Path | None = None
+    native: Literal["auto", "portable", "off"] = "auto"
+    tls: TlsFiles | None = None
+    insecure: bool = False
+    stop_grace_s: PositiveFloat = 5.0
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    metrics_port_file: Path | None = None
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+
+class ComputeNodeConfig(ComputingConfig):
+    """Of the main daemon."""
+
+    node: str = "node0"
+    store_tls: TlsFiles | None = None
+    transport: Literal["shared_memory", "chunks"] = "shared_memory"
     scope: Literal["layer", "pool"] = "pool"
     policy: PolicySetting = "auto"
     half_life_tokens: PositiveFloat = 16.0
@@ -68,16 +86,7 @@ class ComputeNodeConfig(BaseModel):
     kept_states: Annotated[int, Field(ge=0)] = 4
     max_stall_s: PositiveFloat = 0.5
     max_turn_tokens: PositiveInt = 256
-    deadline_s: PositiveFloat = 30.0
-    threads: Annotated[int, Field(ge=0)] = 0
-    verdicts_path: Path | None = None
-    native: Literal["auto", "portable", "off"] = "auto"
-    tls: TlsFiles | None = None
-    insecure: bool = False
     stop_grace_s: PositiveFloat = 20.0
-    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    metrics_port_file: Path | None = None
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @field_validator("redis_url")
     @classmethod
@@ -114,30 +123,10 @@ class ComputeNodeConfig(BaseModel):
         return daemon.load_table(path, "compute_node", cls)
 
 
-class HelperConfig(BaseModel):
-    """Of a box that helps main nodes on others: what a worker's and a shadow's have in common.
-    Frozen and strict: an unknown key stops the daemon and is named.
-    """
+class HelperConfig(ComputingConfig):
+    """Of a box that helps main nodes on others: what a worker's and a shadow's have in common."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    address: str
     listen: str | None = None
-    node: str
-    store_address: str
-    session_dir: Path
-    model_dir: Path | None = None
-    slots: PositiveInt
-    deadline_s: PositiveFloat = 30.0
-    threads: Annotated[int, Field(ge=0)] = 0
-    verdicts_path: Path | None = None
-    native: Literal["auto", "portable", "off"] = "auto"
-    tls: TlsFiles | None = None
-    insecure: bool = False
-    stop_grace_s: PositiveFloat = 5.0
-    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    metrics_port_file: Path | None = None
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @property
     def faces(self) -> list[Listen]:

@@ -45,6 +45,24 @@ class Cluster:
         answer = self.node.generate(prompt, max_tokens=max_tokens, ignore_eos=True, timeout_s=120)
         return answer.run().token_ids
 
+    def tokens_killing(self, number: int) -> list[int]:
+        """A worker is killed amid them; the node has noticed."""
+        answer = self.node.generate(PROMPT, max_tokens=TOKENS, ignore_eos=True, timeout_s=120)
+        tokens = []
+        for piece in answer:
+            tokens.append(piece.token_id)
+            if len(tokens) == 8:
+                self.workers[number].stop(signal.SIGKILL)
+        wait_for(lambda: self.figure("up")[number] == 0, 20, "the node to notice")
+        return tokens
+
+    def check_all_compute(self, expected: dict[str, list[int]]) -> None:
+        """The tokens of one box, by prompt, in which every worker had a part."""
+        for prompt, tokens in expected.items():
+            assert self.tokens(prompt) == tokens
+        assert min(self.figure("answered")) > TOKENS
+        assert self.figure("failed") == [0] * len(self.workers)
+
     def figure(self, name: str) -> list[float]:
         """Of each worker, as the node counts it."""
         stats = self.node.stats()
@@ -125,24 +143,14 @@ def test_tokens_are_those_of_one_box(
     alone: dict[str, list[int]], tiny_store: Path, run_dir: Path
 ) -> None:
     with cluster(tiny_store, run_dir, 2) as boxes:
-        for prompt, expected in alone.items():
-            assert boxes.tokens(prompt) == expected
-        assert min(boxes.figure("answered")) > TOKENS
-        assert boxes.figure("failed") == [0, 0]
+        boxes.check_all_compute(alone)
 
 
 def test_a_worker_that_is_killed_is_done_without_and_joins_again(
     alone: dict[str, list[int]], tiny_store: Path, run_dir: Path
 ) -> None:
     with cluster(tiny_store, run_dir, 2) as boxes:
-        answer = boxes.node.generate(PROMPT, max_tokens=TOKENS, ignore_eos=True, timeout_s=120)
-        tokens = []
-        for piece in answer:
-            tokens.append(piece.token_id)
-            if len(tokens) == 8:
-                boxes.workers[0].stop(signal.SIGKILL)
-        assert tokens == alone[PROMPT]
-        wait_for(lambda: boxes.figure("up")[0] == 0, 20, "the node to notice")
+        assert boxes.tokens_killing(0) == alone[PROMPT]
         assert boxes.tokens() == alone[PROMPT]
         with worker(boxes.folders[0], 64):
             wait_for(lambda: boxes.figure("up")[0] == 1, 30, "the worker to join again")
