@@ -12,7 +12,7 @@ import compute_node.model.lean_imports  # noqa: F401  isort: skip  before transf
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,14 +23,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from transformers.utils import logging as transformers_logging
 
+from compute_node import other_boxes
 from compute_node.boxes.boxes import Boxes
-from compute_node.boxes.doubles import Doubles
-from compute_node.boxes.joined import JOIN_S, Follower, joined
-from compute_node.boxes.link import WorkerLink
-from compute_node.boxes.owners import Owners, Rotation, Shares
-from compute_node.boxes.probe import Probe
-from compute_node.boxes.shadow_link import ShadowLink
-from compute_node.boxes.workers_file import WorkerEntry
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policies.heard import Heard
@@ -55,18 +49,13 @@ from compute_node.kernels.set_up import set_up
 from compute_node.model.loaded import LoadedModel, load_model
 from compute_node.model.lookahead import Lookahead
 from compute_node.moe.owned import OwnedBackend
-from compute_node.predict.named_reads import NamedReads
 from compute_node.predict.router_map import RouterMap
-from compute_node.predict.shadowed import NAME as SHADOW
-from compute_node.predict.shadowed import Shadowed
 from compute_node.quality.guards import Guards
 from compute_node.store.borrow import StoreClient
 from compute_node.store.session import StoreDescription
-from compute_node.worker.lent_experts import LentExperts
 from proto import correction, rpc
 from proto.compute_node_pb2_grpc import add_ComputeNodeServicer_to_server
 from proto.expert import EXACT_VARIANT, ModelSpec
-from proto.held_experts import HeldExperts
 from proto.process import daemon
 from proto.quality import Budget, QualityCard
 
@@ -115,20 +104,12 @@ async def run(config: ComputeNodeConfig) -> None:
                 schedule, idle, config.stop_grace_s, config.max_stall_s, config.max_turn_tokens
             )
         )
-        boxes = new_boxes(config, description, cache.capacity.slots)
+        boxes = other_boxes.new_boxes(config, description, cache.capacity.slots)
         loaded = compute.do(lambda: load(config, model_dir, spec, cache, prober, lookahead, boxes))
         compute.do(cache.open)
         if boxes is not None:
-            probe = compute.do(lambda: probe_of(loaded, cache))
-
-            def new_link(entry: WorkerEntry) -> WorkerLink:
-                tls = config.worker_tls
-                return WorkerLink(entry.address, spec, probe, tls, entry.cost)
-
-            boxes.links = stack.enter_context(joined(config.workers, new_link))
-            if config.workers_file:
-                stack.enter_context(Follower(config.workers_file, boxes, new_link))
-            boxes.warn_of_lacking(spec)
+            probe = compute.do(lambda: other_boxes.probe_of(loaded, cache))
+            stack.enter_context(other_boxes.linked(boxes, config, spec, probe))
             cache.elsewhere = boxes
         slots, chooser = cache.capacity.slots, cache.chooser
         evidence = None
@@ -150,7 +131,7 @@ async def run(config: ComputeNodeConfig) -> None:
             room,
         )
         if config.shadow_address is not None:
-            stack.enter_context(shadowed(engine, config, config.shadow_address))
+            stack.enter_context(other_boxes.shadowed(engine, config, config.shadow_address))
         compute.turns.meter = Meter(
             lambda: sum(one.misses for one in cache.counters.values()), lambda: cache.waits.read_s
         )
@@ -286,51 +267,6 @@ def load(
         prober.save(config.verdicts_path)
     heap.trim()  # a tokenizer leaves ten times its file
     return loaded
-
-
-def new_boxes(
-    config: ComputeNodeConfig, description: StoreDescription, own_slots: int
-) -> Boxes | None:
-    """Without a link. None: no others compute experts."""
-    spec = description.spec
-    if not config.has_boxes:
-        return None
-
-    def shares(slots: Sequence[float], held: Sequence[HeldExperts]) -> Shares:
-        return Shares(spec.num_experts, slots, held)
-
-    def rotation(slots: Sequence[float], held: Sequence[HeldExperts]) -> Rotation:
-        return Rotation(spec.moe_layers, slots, config.groups or len(slots) - 1, held)
-
-    def doubles(owners: Owners, slots: Sequence[int]) -> Doubles:
-        return Doubles(spec.moe_layers, spec.num_experts, owners, slots)
-
-    if config.placement == "shares":
-        return Boxes(shares, own_slots, description.held, doubles)
-    return Boxes(rotation, own_slots, description.held)
-
-
-@contextmanager
-def shadowed(engine: Engine, config: ComputeNodeConfig, address: str) -> Iterator[None]:
-    """A shadow node names what decode steps will want, for the block. Raises VersionMismatch for
-    one of another model.
-    """
-    loaded, spec = engine.loaded, engine.loaded.spec
-    reads = NamedReads(SHADOW, engine.cache, loaded.prefetcher.foresight)
-    shadow = Shadowed(spec.moe_layers, reads, config.shadow_align_tokens)
-    with ShadowLink(address, spec, loaded.vocab_size, shadow.hear, config.worker_tls) as link:
-        shadow.link = link
-        if not link.wait_up(JOIN_S):
-            logger.warning("shadow is away", extra={"shadow": address})
-        engine.shadow = shadow
-        yield
-
-
-def probe_of(loaded: LoadedModel, cache: ExpertCache) -> Probe:
-    """What a worker must give the same bits of. On the thread that computes."""
-    spec = loaded.spec
-    here = LentExperts(loaded.kernels, spec.num_experts, cache)
-    return Probe.of(here.compute, spec, loaded.hidden_size, loaded.dtype)
 
 
 def connect_store(config: ComputeNodeConfig) -> StoreClient:
