@@ -107,10 +107,6 @@ async def run(config: ComputeNodeConfig) -> None:
         boxes = other_boxes.new_boxes(config, description, cache.capacity.slots)
         loaded = compute.do(lambda: load(config, model_dir, spec, cache, prober, lookahead, boxes))
         compute.do(cache.open)
-        if boxes is not None:
-            probe = compute.do(lambda: other_boxes.probe_of(loaded, cache))
-            stack.enter_context(other_boxes.linked(boxes, config, spec, probe))
-            cache.elsewhere = boxes
         slots, chooser = cache.capacity.slots, cache.chooser
         evidence = None
         if access_log:
@@ -130,8 +126,7 @@ async def run(config: ComputeNodeConfig) -> None:
             run_ahead,
             room,
         )
-        if config.shadow_address is not None:
-            stack.enter_context(other_boxes.shadowed(engine, config, config.shadow_address))
+        stack.enter_context(other_boxes.joined(engine, config, boxes, compute))
         compute.turns.meter = Meter(
             lambda: sum(one.misses for one in cache.counters.values()), lambda: cache.waits.read_s
         )

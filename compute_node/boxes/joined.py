@@ -1,16 +1,14 @@
-"""The workers of a main node: those that it is started with, and those of a file that changes."""
+"""The workers of a main node: those of its settings, which stay, and others that come and go."""
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from compute_node.boxes.boxes import Boxes
 from compute_node.boxes.link import WorkerLink
-from compute_node.boxes.workers_file import WorkerEntry, read_workers
+from compute_node.boxes.workers_file import WorkerEntry
 from proto import errors
 
 logger = logging.getLogger(__name__)
@@ -18,69 +16,42 @@ logger = logging.getLogger(__name__)
 NewLink = Callable[[WorkerEntry], WorkerLink]
 
 JOIN_S = 10.0  # a worker may take to compute the first experts
-_LOOK_S = 0.5
 
 
-@contextmanager
-def joined(addresses: Sequence[str], new_link: NewLink) -> Iterator[list[WorkerLink]]:
-    """Links to them, for the block. One that is away now joins when it comes.
+class JoinedWorkers:
+    """The links of `boxes`, for the block. One that is away joins when it comes.
 
-    Raises VersionMismatch and OtherBits for one that cannot be used.
-    """
-    with ExitStack() as stack:
-        links = [
-            stack.enter_context(new_link(WorkerEntry(address=address))) for address in addresses
-        ]
-        for link in links:
-            if not link.wait_up(JOIN_S):
-                logger.warning("worker is away", extra={"box": link.address})
-        yield links
+    addresses: of the settings
 
-
-class Follower:
-    """Keeps the links of `boxes` as the file says, beside those that it has, for the block. A
-    worker that cannot be used is logged and given nothing; a file that cannot be read changes
-    nothing.
-
-    Raises ConfigInvalid when the file cannot be read at the start.
+    Raises VersionMismatch and OtherBits for one of the settings that cannot be used.
     """
 
-    def __init__(self, path: Path, boxes: Boxes, new_link: NewLink) -> None:
-        self._path, self._boxes, self._new_link = path, boxes, new_link
-        self._fixed = tuple(boxes.links)
+    def __init__(self, boxes: Boxes, new_link: NewLink, addresses: Sequence[str] = ()) -> None:
+        self._boxes, self._new_link, self._addresses = boxes, new_link, addresses
+        self._fixed: Sequence[WorkerLink] = ()
+        self._open = ExitStack()  # those
         self._links: dict[WorkerEntry, WorkerLink] = {}
-        self._seen: tuple[int, int] | None = None
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="workers file", daemon=True)
 
-    def __enter__(self) -> Follower:
-        self._seen = self._mark()
-        self._take(read_workers(self._path))
-        for link in self._links.values():
-            try:
-                link.wait_up(JOIN_S)
-            except (errors.VersionMismatch, errors.OtherBits) as error:
-                logger.error("worker refused", extra={"box": link.address, "reason": str(error)})
-        self._thread.start()
+    def __enter__(self) -> JoinedWorkers:
+        with ExitStack() as stack:
+            entries = [WorkerEntry(address=address) for address in self._addresses]
+            self._fixed = [stack.enter_context(self._new_link(entry)) for entry in entries]
+            for link in self._fixed:
+                _wait_up(link)
+            self._boxes.links = tuple(self._fixed)
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closing.set()
-        self._thread.join()
-        self._take(())
+        self.take(())
+        self._boxes.links = ()
+        self._open.close()
 
-    def _run(self) -> None:
-        while not self._closing.wait(_LOOK_S):
-            if (mark := self._mark()) == self._seen:
-                continue
-            self._seen = mark
-            try:
-                self._take(read_workers(self._path))
-            except errors.ConfigInvalid as error:
-                logger.warning("workers file unread", extra={"reason": str(error)})
+    def take(self, entries: Sequence[WorkerEntry]) -> None:
+        """Have a link to each of these, beside those of the settings, and to no other. One thread.
 
-    def _take(self, entries: Sequence[WorkerEntry]) -> None:
-        """Open what is new before what is gone is closed: its work is computed elsewhere then."""
+        What is new is opened before what is gone is closed: its work is computed elsewhere then.
+        """
         gone = [link for entry, link in self._links.items() if entry not in entries]
         self._links = {
             entry: self._links.get(entry) or self._new_link(entry).__enter__() for entry in entries
@@ -89,10 +60,16 @@ class Follower:
         for link in gone:
             link.__exit__()
 
-    def _mark(self) -> tuple[int, int] | None:
-        """What differs once the file was written again."""
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_mtime_ns
+    def wait_up(self) -> None:
+        """Until those taken take work. One that cannot be used is logged, and given nothing."""
+        for link in self._links.values():
+            try:
+                _wait_up(link)
+            except (errors.VersionMismatch, errors.OtherBits) as error:
+                logger.error("worker refused", extra={"box": link.address, "reason": str(error)})
+
+
+def _wait_up(link: WorkerLink) -> None:
+    """Raises VersionMismatch, OtherBits."""
+    if not link.wait_up(JOIN_S):
+        logger.warning("worker is away", extra={"box": link.address})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -125,11 +125,19 @@ class Engine(Passes):
         with self._followed(sequence):
             yield from self._computed(request, sequence, seat)
 
-    def _followed(self, sequence: SequenceState) -> AbstractContextManager[None]:
-        """By a shadow, for the block; where routers alone choose its experts."""
-        if self.shadow is None or not is_exact(sequence.policy):
-            return nullcontext()
-        return self.shadow.following(sequence.name, sequence.token_ids)
+    @contextmanager
+    def _followed(self, sequence: SequenceState) -> Iterator[None]:
+        """By the shadow that is there, for the block; where routers alone choose its experts."""
+        if not is_exact(sequence.policy):
+            yield
+            return
+        if (shadow := self.shadow) is not None:
+            shadow.begin(sequence.name, sequence.token_ids)
+        try:
+            yield
+        finally:
+            if (shadow := self.shadow) is not None:  # perhaps another
+                shadow.end(sequence.name)
 
     def _computed(
         self, request: Request, sequence: SequenceState, seat: Seat

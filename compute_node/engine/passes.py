@@ -42,7 +42,8 @@ class Passes:
     room:      memory for sequences' state, and what is kept there
     evidence:  called after every pass; None: nobody learns
     run_ahead: uses the waits of decode steps; None: the thread sleeps
-    shadow:    another node that computes decode steps, too; None: there is none
+    shadow:    another node that computes decode steps, too; None: there is none. Any thread may set
+               another, while sequences are under way
     """
 
     peak_cache_bytes: int = fact(
@@ -212,12 +213,13 @@ class Passes:
         self, sequence: SequenceState, phase: Phase, forecast: Forecast | None
     ) -> Foretells | None:
         """None also while it is away."""
-        if self.shadow is None or phase is not Phase.DECODE or not is_exact(sequence.policy):
+        shadow = self.shadow
+        if shadow is None or phase is not Phase.DECODE or not is_exact(sequence.policy):
             return None
         token_ids = sequence.token_ids[: sequence.num_computed + 1]
         drawing = forecast.drawing if forecast is not None else None
-        is_there = self.shadow.follow(sequence.name, token_ids, sequence.cache, drawing)
-        return self.shadow if is_there else None
+        is_there = shadow.follow(sequence.name, token_ids, sequence.cache, drawing)
+        return shadow if is_there else None
 
     def _give_way(self, seat: Seat) -> None:
         """Between two portions of a prompt. What others leave is put away."""

@@ -7,8 +7,7 @@ the same tokens, aligned with every token, and every few tokens with their keys 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -34,7 +33,8 @@ class _Place(NamedTuple):
 
 @dataclass
 class Shadowed:
-    """One main node's. The compute thread's, but for `hear`.
+    """Of one shadow. The compute thread's, but for `hear`. It may come while sequences are under
+    way: with the next step of one it says all of its tokens.
 
     moe_layers:   in the order in which they run
     align_tokens: keys and values go to the shadow after as many; 0: never
@@ -140,26 +140,25 @@ class Shadowed:
                 self.num_unnamed += len(experts) - num_named
         self._read()
 
-    @contextmanager
-    def following(self, sequence: str, token_ids: Sequence[int]) -> Iterator[None]:
-        """For the block, after which the sequence has ended. token_ids: its prompt, which the
-        shadow computes while this node does
+    def begin(self, sequence: str, token_ids: Sequence[int]) -> None:
+        """A sequence begins. token_ids: its prompt, which the shadow computes while this node
+        does
         """
         with self._lock:
             if not self._sequence:
                 self._sequence = sequence
                 self._now = _Place(len(token_ids) - 1, len(self.moe_layers))
         self.link.follow(sequence, token_ids)
-        try:
-            yield
-        finally:
-            with self._lock:
-                if sequence == self._sequence:
-                    self._sequence = ""
-                    self._names.clear()
-                    self._read_names.clear()
-            self._num_aligned.pop(sequence, None)
-            self.link.forget(sequence)
+
+    def end(self, sequence: str) -> None:
+        """A sequence has ended, of which this shadow need not have heard the beginning."""
+        with self._lock:
+            if sequence == self._sequence:
+                self._sequence = ""
+                self._names.clear()
+                self._read_names.clear()
+        self._num_aligned.pop(sequence, None)
+        self.link.forget(sequence)
 
     def _may_come(self, name: Name) -> bool:
         """Whether it may be of a step that comes, or of this one."""

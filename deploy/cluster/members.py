@@ -173,7 +173,9 @@ class Members:
             return known | {"state": "away", "reason": _short(error)}
 
     def _order(self, box: AnyBox, say: Say) -> None:
-        """An actor with this order."""
+        """An actor with this order, and nothing of the box left where it was before."""
+        if _host_of(box.name) not in (None, box.host):
+            self.take_down(box.name, say)
         order, actor = Order.of(self._config, box), _actor(box.name)
         if actor is not None:
             if _is_kept(actor, order):

@@ -21,7 +21,7 @@ class Order:
 
     verb: `serve`, `worker` or `shadow`
     settings: as flashmoe.toml has them
-    workers: of a main node, as its workers file has them
+    workers, shadow: of a main node, as its workers file has them
     """
 
     name: str
@@ -29,6 +29,7 @@ class Order:
     run_dir: str
     settings: dict[str, Any]
     workers: tuple[dict[str, Any], ...] = ()
+    shadow: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, config: ClusterConfig, box: AnyBox) -> Order:
@@ -43,21 +44,23 @@ class Order:
             "api_key_file": _text(box.api_key_file),
             "quality": box.quality,
             "policy": box.policy,
-            "shadow_address": config.shadow.address if config.shadow else None,
         }
         node = {"workers_file": str(box.folder / WORKERS_NAME)}
         if config.certs is not None:
             node |= _protected(config, box, "worker_tls")
         settings = _merged({"serve": served}, {"compute_node": node}, box.tables)
-        return cls(box.name, "serve", str(box.folder), settings, workers_of(config.workers))
+        workers = workers_of(config.workers)
+        shadow = {"address": config.shadow.address} if config.shadow is not None else None
+        return cls(box.name, "serve", str(box.folder), settings, workers, shadow)
 
     def settings_text(self) -> str:
         """On the box: the file that its stack is started with."""
         return tomli_w.dumps(_at_home(self.settings))
 
     def workers_text(self) -> str:
-        """On the main box: the file from which its node takes its workers."""
-        return tomli_w.dumps({"worker": list(self.workers)})
+        """On the main box: the file from which its node takes its workers and its shadow."""
+        shadow = {"shadow": self.shadow} if self.shadow is not None else {}
+        return tomli_w.dumps({"worker": list(self.workers), **shadow})
 
 
 def workers_of(boxes: Sequence[WorkerBox]) -> tuple[dict[str, Any], ...]:

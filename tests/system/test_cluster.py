@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,14 @@ class RayCluster:
             known = node.stats().by("box")  # one that was just added comes to it
         boxes = [one["host"] + f":{one['port']}" for one in self.document["worker"]]
         return [one for one in boxes if one in known and known[one].up]
+
+    def shadow_follows(self) -> bool:
+        """The one that the file names."""
+        shadow = self.document["shadow"]
+        with self.client() as node:
+            known = node.stats().by("shadow")
+        found = known.get(f"{shadow['host']}:{shadow['port']}")
+        return found is not None and bool(found.up)
 
     def wait_all_work(self) -> None:
         count = len(self.document["worker"])
@@ -339,20 +348,31 @@ def test_a_generation_outlives_everything_beside_its_node(
 
 
 def test_boxes_join_and_leave_without_a_restart(cluster: RayCluster, alone: Alone) -> None:
-    node, before = cluster.daemon("main", "compute_node"), list(cluster.document["worker"])
-    cluster.document["worker"] = [*before, cluster.worker("w3", "w2")]
+    """A worker joins and leaves, and the shadow moves to another host and back.
+
+    Red when the shadow is a setting of the main node, and when its stack stays where it was.
+    """
+    node, before = cluster.daemon("main", "compute_node"), deepcopy(cluster.document)
+    cluster.document["worker"].append(cluster.worker("w3", "w2"))
+    moved = cluster.worker("shadow", "w1") | {"run_dir": str(cluster.folder / "moved")}
+    cluster.document["shadow"] |= moved | {"experts_memory": "100%"}
     cluster.write()
     cluster.call("up")
     cluster.wait_all_work()
     assert len(cluster.up()) == 3
+    assert not cluster.run("shadow").segment.exists() and cluster.run("moved").segment.exists()
+    wait_for(cluster.shadow_follows, PATIENT_S, "the shadow to follow from its new host")
     with generating(cluster) as tokens:
-        cluster.document["worker"] = before
+        cluster.document = before
         cluster.write()
         cluster.call("up")
+        wait_for(cluster.shadow_follows, PATIENT_S, "the shadow to follow from its first host")
     assert tokens == alone(len(tokens))
-    assert not cluster.run("w3").segment.exists()
+    assert not cluster.run("w3").segment.exists() and not cluster.run("moved").segment.exists()
     assert cluster.daemon("main", "compute_node") == node
-    assert set(cluster.status()) == {"main", "w1", "w2", "shadow"}
+    boxes = cluster.status()
+    assert set(boxes) == {"main", "w1", "w2", "shadow"}
+    assert len(boxes["main"]["shadow_nodes"]) == 1
 
 
 def test_down_says_which_box_is_dead_and_ends_the_others(cluster: RayCluster) -> None:

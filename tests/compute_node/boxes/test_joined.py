@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from compute_node.boxes.boxes import Boxes
-from compute_node.boxes.joined import Follower
+from compute_node.boxes.file_watch import FileWatch
+from compute_node.boxes.joined import JoinedWorkers
 from compute_node.boxes.owners import Shares
-from compute_node.boxes.workers_file import WorkerEntry, read_workers
+from compute_node.boxes.workers_file import WorkerEntry, WorkersFile
 from proto import errors
 from proto.expert import ExpertKey
 from proto.held_experts import ALL_EXPERTS
@@ -45,7 +46,11 @@ class Link:
 @contextmanager
 def following(path: Path, new_link: Any = Link) -> Iterator[Boxes]:
     boxes = Boxes(lambda slots, held: Shares(32, slots, held), slots=8)
-    with Follower(path, boxes, new_link):
+    with (
+        JoinedWorkers(boxes, new_link) as workers,
+        FileWatch(path, lambda file: workers.take(file.workers)),
+    ):
+        workers.wait_up()
         yield boxes
 
 
@@ -106,10 +111,39 @@ def test_a_worker_that_is_refused_stops_nobody(
 
 def test_a_file_that_is_wrong_at_the_start_is_named(tmp_path: Path) -> None:
     with pytest.raises(errors.ConfigInvalid, match="cannot read"):
-        read_workers(tmp_path / "none.toml")
+        WorkersFile.load(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("[[worker]]\naddress = 'a:1'\njoules = -1.0\n")
     with pytest.raises(errors.ConfigInvalid, match="joules"):
-        read_workers(tmp_path / "bad.toml")
+        WorkersFile.load(tmp_path / "bad.toml")
+
+
+def test_workers_of_the_settings_stay(tmp_path: Path) -> None:
+    """Seen red: the links of the file in the place of those of the settings."""
+    boxes = Boxes(lambda slots, held: Shares(32, slots, held), slots=8)
+    with JoinedWorkers(boxes, Link, ["a:1"]) as workers:  # type: ignore[arg-type]
+        [first] = boxes.links
+        workers.take([WorkerEntry(address="b:1")])
+        assert names(boxes) == ["a:1", "b:1"]
+        workers.take([])
+        assert boxes.links == (first,) and first.is_up
+    assert boxes.links == () and not first.is_up
+
+
+def test_a_worker_of_the_settings_that_is_refused_stops_the_node() -> None:
+    """Seen red: the other worker's link stays open."""
+    boxes, opened = Boxes(lambda slots, held: Shares(32, slots, held), slots=8), list[Link]()
+
+    def new_link(entry: WorkerEntry) -> Link:
+        bad = errors.OtherBits("b:1 computes other bits") if entry.address == "b:1" else None
+        opened.append(Link(entry, bad))
+        return opened[-1]
+
+    with (
+        pytest.raises(errors.OtherBits),
+        JoinedWorkers(boxes, new_link, ["a:1", "b:1"]),  # type: ignore[arg-type]
+    ):
+        pass
+    assert boxes.links == () and not any(link.is_up for link in opened)
 
 
 def test_a_costly_box_owns_fewer_experts(tmp_path: Path) -> None:

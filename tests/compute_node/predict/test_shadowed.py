@@ -129,9 +129,10 @@ def test_what_is_named_late_is_counted(shadowed: Shadowed, reads: Reads) -> None
 
 
 def test_a_sequence_that_ended_is_forgotten(shadowed: Shadowed, reads: Reads) -> None:
-    with shadowed.following("a", [7]):
-        shadowed.follow("a", [7, 8], None)
-        shadowed.hear(name(1, 8, 4, 1))
+    shadowed.begin("a", [7])
+    shadowed.follow("a", [7, 8], None)
+    shadowed.hear(name(1, 8, 4, 1))
+    shadowed.end("a")
     shadowed.hear(name(1, 8, 3, 1))
     shadowed.follow("b", [7, 8], None)
     shadowed.reached(4, [1])
@@ -142,10 +143,10 @@ def test_the_prompt_is_said_at_once_and_names_of_the_first_token_are_kept(
     shadowed: Shadowed,
 ) -> None:
     """Planted faults seen red: the prompt not said, names before the first step forgotten."""
-    with shadowed.following("a", [7, 8]):
-        assert shadowed.link.said == [("a", [7, 8])]  # type: ignore[attr-defined]
-        shadowed.hear(name(1, 8, 1, 3))
-        shadowed.hear(name(2, 9, 1, 4))
-        shadowed.follow("a", [7, 8, 9], None)
-        shadowed.reached(1, [4])
-        assert (shadowed.num_named, shadowed.num_unnamed, shadowed.num_unheard) == (1, 0, 0)
+    shadowed.begin("a", [7, 8])
+    assert shadowed.link.said == [("a", [7, 8])]  # type: ignore[attr-defined]
+    shadowed.hear(name(1, 8, 1, 3))
+    shadowed.hear(name(2, 9, 1, 4))
+    shadowed.follow("a", [7, 8, 9], None)
+    shadowed.reached(1, [4])
+    assert (shadowed.num_named, shadowed.num_unnamed, shadowed.num_unheard) == (1, 0, 0)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 import tomli_w
 
-from compute_node.boxes.workers_file import read_workers
+from compute_node.boxes.workers_file import WorkersFile
 from compute_node.config import ComputeNodeConfig
 from compute_node.shadow.config import ShadowConfig
 from compute_node.worker.config import WorkerConfig
@@ -114,23 +114,29 @@ def test_orders_are_settings_that_daemons_take(tmp_path: Path) -> None:
     assert set(lent.settings["worker"]) <= set(WorkerConfig.model_fields)
     assert set(main.settings["compute_node"]) <= set(ComputeNodeConfig.model_fields)
     (tmp_path / "workers.toml").write_text(main.workers_text())
-    [entry] = read_workers(tmp_path / "workers.toml")
+    file = WorkersFile.load(tmp_path / "workers.toml")
+    [entry] = file.workers
+    assert file.shadow is None
     assert (entry.address, entry.cost) == ("127.0.0.3:9400", 2.0)
 
 
 def test_a_shadow_is_started_as_a_worker_is_and_the_main_node_knows_it(tmp_path: Path) -> None:
-    """Red when the main node's order lacks the address, or paths of a box start elsewhere."""
+    """Red when the main node's file lacks the address, its settings have it (a shadow that moves
+    would restart it), or paths of a box start elsewhere.
+    """
     config = load(tmp_path, certs="certs", shadow=SHADOW | {"port": 9401, "run_dir": "run"})
     main, _, shadow = (Order.of(config, box) for box in config.boxes)
     assert (shadow.name, shadow.verb) == ("shadow", "shadow")
     settings = ServeSettings.model_validate(shadow.settings["serve"])
-    assert settings.listen == "127.0.0.4:9401" == main.settings["serve"]["shadow_address"]
+    (tmp_path / "workers.toml").write_text(main.workers_text())
+    file = WorkersFile.load(tmp_path / "workers.toml")
+    assert settings.listen == "127.0.0.4:9401" == file.shadow_address
     assert settings.memory == str(736 * MIB)
     assert settings.model == tmp_path.resolve() / "small"
     assert shadow.run_dir == str(tmp_path.resolve() / "run")
     assert shadow.settings["shadow"]["tls"]["cert"].endswith("certs/shadow.pem")
     assert set(shadow.settings["shadow"]) <= set(ShadowConfig.model_fields)
-    assert "shadow_address" not in Order.of(load(tmp_path), config.main).settings["serve"]
+    assert main.settings == Order.of(load(tmp_path, certs="certs"), config.main).settings
 
 
 def test_status_shows_the_shadow_of_the_main_node(tmp_path: Path) -> None:
