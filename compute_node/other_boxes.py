@@ -12,7 +12,7 @@ from compute_node.boxes.doubles import Doubles
 from compute_node.boxes.file_watch import FileWatch
 from compute_node.boxes.joined import JoinedWorkers, NewLink
 from compute_node.boxes.link import WorkerLink
-from compute_node.boxes.owners import Owners, Rotation, Shares
+from compute_node.boxes.owners import Owners, placed
 from compute_node.boxes.probe import Probe
 from compute_node.boxes.shadow_link import ShadowLink
 from compute_node.boxes.workers_file import WorkerEntry, WorkersFile
@@ -41,18 +41,15 @@ def new_boxes(
     if not config.has_boxes:
         return None
 
-    def shares(slots: Sequence[float], held: Sequence[HeldExperts]) -> Shares:
-        return Shares(spec.num_experts, slots, held)
-
-    def rotation(slots: Sequence[float], held: Sequence[HeldExperts]) -> Rotation:
-        return Rotation(spec.moe_layers, slots, config.groups or len(slots) - 1, held)
+    def owners(slots: Sequence[float], held: Sequence[HeldExperts]) -> Owners:
+        layers, num_experts = spec.moe_layers, spec.num_experts
+        return placed(config.placement, layers, num_experts, slots, held, config.groups)
 
     def doubles(owners: Owners, slots: Sequence[int]) -> Doubles:
         return Doubles(spec.moe_layers, spec.num_experts, owners, slots)
 
-    if config.placement == "shares":
-        return Boxes(shares, own_slots, description.held, doubles)
-    return Boxes(rotation, own_slots, description.held)
+    doubled = doubles if config.placement == "shares" else None
+    return Boxes(owners, own_slots, description.held, doubled)
 
 
 @contextmanager

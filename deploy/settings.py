@@ -84,13 +84,17 @@ class ServeSettings(BaseModel):
         if path is None:
             return cls()
         try:
-            document = tomllib.loads(path.read_text())
-            serve = document.pop("serve", {})
-            return cls.model_validate({**serve, **document})
+            return cls.of(tomllib.loads(path.read_text()))
         except ValidationError as error:
             raise errors.ConfigInvalid.of(str(path), error) from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise errors.ConfigInvalid(f"cannot read {path}: {error}") from error
+
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> Self:
+        """As a file has them. Raises ValidationError."""
+        tables = {name: table for name, table in document.items() if name != "serve"}
+        return cls.model_validate({**document.get("serve", {}), **tables})
 
     @property
     def role(self) -> Role:

@@ -14,7 +14,7 @@ from compute_node.boxes.owners import Owners
 from proto.expert import ExpertKey
 
 _HALF_LIFE = 256  # steps of a layer
-_LOOK_STEPS = 64  # of a layer, between two looks at who is used most
+LOOK_STEPS = 64  # of a layer, between two looks at who is used most
 _MOVE_USES = 40.0  # more uses, of some 370 that count, until another expert takes the place of one:
 # a second owner spares a step a quarter of an expert, and reads it once for the time of ten
 
@@ -68,7 +68,7 @@ class Doubles:
         """
         use = self._use[layer]
         use.note(experts)
-        if any(self._room) and use.num_steps % _LOOK_STEPS == 0:
+        if any(self._room) and use.num_steps % LOOK_STEPS == 0:
             self._second[layer] = self._moved(layer, use.counts)
 
     def _moved(self, layer: int, counts: Sequence[float]) -> Mapping[int, int]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Protocol
+from typing import Literal, Protocol
 
 from proto.expert import ExpertKey
 from proto.held_experts import HeldExperts
+
+PlacementName = Literal["shares", "rotation"]
 
 
 class Owners(Protocol):
@@ -116,3 +118,19 @@ class Rotation:
         if key not in self._held[0]:
             order = (*order, *(box for box in self._boxes if box not in group))
         return tuple(box for box in order if key in self._held[box])
+
+
+def placed(
+    placement: PlacementName,
+    moe_layers: Sequence[int],
+    num_experts: int,
+    slots: Sequence[float],
+    held: Sequence[HeldExperts] = (),
+    num_groups: int = 0,
+) -> Owners:
+    """By a main node's settings. num_groups: 0: each box but the main one is a group; the rest as
+    of `Shares` and `Rotation`
+    """
+    if placement == "shares":
+        return Shares(num_experts, slots, held)
+    return Rotation(moe_layers, slots, num_groups or len(slots) - 1, held)

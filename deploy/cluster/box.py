@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
@@ -12,11 +12,14 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveFloat,
+    PositiveInt,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from deploy.settings import parse_bytes
+from expert_store.manifest.share import Share
 from proto import errors
 
 STRICT = ConfigDict(frozen=True, extra="forbid")
@@ -98,7 +101,33 @@ class Box(BaseModel):
         return self.run_dir or Path("~/.flashmoe/cluster") / self.name
 
 
-class MainBox(Box):
+class OwnerBox(Box):
+    """A box that computes experts. share, copies: what of them its store has, as `flashmoe shard`
+    makes it; none: as its store says, where that is here, else all. For `flashmoe plan` alone
+    """
+
+    share: str | None = None
+    copies: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _check_share(self) -> Self:
+        try:
+            _ = self.share_of_model
+        except errors.ConfigInvalid as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def cost(self) -> float:
+        """Of an expert there, over what it is on the main box."""
+        return 1.0
+
+    @property
+    def share_of_model(self) -> Share | None:
+        return None if self.share is None else Share.parse(self.share, self.copies, "share")
+
+
+class MainBox(OwnerBox):
     """The box that answers. http, api_key_file, quality, policy: as of `flashmoe serve`."""
 
     name: Name = "main"
@@ -118,7 +147,7 @@ class HelperBox(Box):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-class WorkerBox(HelperBox):
+class WorkerBox(HelperBox, OwnerBox):
     """A box that computes experts for the main one.
 
     joules, latency: what an expert costs there, over what it costs on the main box
@@ -126,6 +155,10 @@ class WorkerBox(HelperBox):
 
     joules: PositiveFloat = 1.0
     latency: PositiveFloat = 1.0
+
+    @property
+    def cost(self) -> float:
+        return self.joules * self.latency
 
 
 class ShadowBox(HelperBox):

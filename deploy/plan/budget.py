@@ -161,7 +161,6 @@ def plan_memory(
             f"{plan.slots} expert slots need {_mib(plan.total_bytes)} in all, --memory is "
             f"{_mib(plan.ceiling_bytes)}: give fewer experts memory or a higher ceiling"
         )
-    _check_machine(plan.ceiling_bytes)
     return plan
 
 
@@ -207,7 +206,7 @@ def _beyond_training(context_tokens: int, trained_tokens: int) -> Iterator[str]:
         )
 
 
-def _check_machine(ceiling_bytes: int) -> None:
+def check_machine(ceiling_bytes: int) -> None:
     """Raises MemoryExceeded when this machine or cgroup does not have so much."""
     total = psutil.virtual_memory().total
     if ceiling_bytes > total:

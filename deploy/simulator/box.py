@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from deploy.simulator.disk import Disk
 from deploy.simulator.expert_cache import ExpertCache
+from expert_store.manifest.share import Share
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class BoxSpec:
     weights_bytes_per_s: that it multiplies with; expert_s: of an expert beside its bytes
     cost:  of an expert there over one on the main box, by which it is given fewer
     watts: always; computing_watts, reading_watts: more while it does
+    share: of the experts, that its disk has; None: all
     """
 
     name: str
@@ -30,6 +32,7 @@ class BoxSpec:
     watts: float = 0.0
     computing_watts: float = 0.0
     reading_watts: float = 0.0
+    share: Share | None = None
 
     def slots(self, expert_bytes: float) -> int:
         return int(self.memory_bytes // expert_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -15,11 +16,13 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from deploy.settings import parse_bytes
 from deploy.simulator.box import BoxSpec
 from deploy.simulator.setting import Link
+from expert_store.manifest.share import Share
 from proto import errors
 
 EXAMPLE = "deploy/simulator/boxes.toml"
@@ -46,7 +49,9 @@ class LinkTable(BaseModel):
 
 
 class BoxTable(BaseModel):
-    """memory: for experts; the units of the rest are in the names"""
+    """memory: for experts; share, copies: of the experts, what its disk has, as `flashmoe shard`
+    makes it (none: all); the units of the rest are in the names
+    """
 
     model_config = _STRICT
 
@@ -58,6 +63,8 @@ class BoxTable(BaseModel):
     watts: NonNegativeFloat = 0.0
     computing_watts: NonNegativeFloat = 0.0
     reading_watts: NonNegativeFloat = 0.0
+    share: str | None = None
+    copies: PositiveInt = 1
 
     @field_validator("memory")
     @classmethod
@@ -68,7 +75,23 @@ class BoxTable(BaseModel):
             raise ValueError(str(error)) from None
         return size
 
-    def spec(self, name: str, cost: float = 1.0) -> BoxSpec:
+    @model_validator(mode="after")
+    def _check_share(self) -> Self:
+        try:
+            self.nth_share(0)
+        except errors.ConfigInvalid as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def nth_share(self, number: int) -> Share | None:
+        """Of several such boxes: the first has `share`, each other the one that follows."""
+        if self.share is None:
+            return None
+        first = Share.parse(self.share, self.copies, "share")
+        return replace(first, owner=(first.owner - 1 + number) % first.owners + 1)
+
+    def spec(self, name: str, cost: float = 1.0, number: int = 0) -> BoxSpec:
+        """number: of the box among such boxes, from 0"""
         return BoxSpec(
             name,
             parse_bytes(self.memory, "memory"),
@@ -80,6 +103,7 @@ class BoxTable(BaseModel):
             self.watts,
             self.computing_watts,
             self.reading_watts,
+            self.nth_share(number),
         )
 
 
@@ -125,7 +149,7 @@ class BoxesFile(BaseModel):
         found = [self.main.spec("main")]
         for table in self.workers:
             cost = table.joules * table.latency * joules
-            found += [table.spec(f"{table.name}-{n + 1}", cost) for n in range(table.count)]
+            found += [table.spec(f"{table.name}-{n + 1}", cost, n) for n in range(table.count)]
         if not 0 < count <= len(found):
             raise errors.InvalidRequest(
                 f"the file has {len(found)} boxes, not {count}: give a worker a larger `count`"

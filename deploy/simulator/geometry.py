@@ -6,6 +6,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deploy.plan.owners_map import Model
+from expert_store.manifest.share import Share
+from proto.expert import ModelSpec
+from proto.held_experts import ALL_EXPERTS, HeldExperts
+
 BF16, FP8, INT4, MXFP4 = 16.0, 8.0, 4.5, 4.25  # bits a weight, scales included
 
 
@@ -38,6 +43,20 @@ class Geometry:
     @property
     def shape(self) -> tuple[int, int]:
         return self.num_layers, self.num_experts
+
+    @property
+    def model(self) -> Model:
+        return Model(range(self.num_layers), self.num_experts, self.expert_bytes)
+
+    def held(self, share: Share | None) -> HeldExperts:
+        """By a store with this share. Raises ManifestInvalid for more shares than a layer has
+        experts.
+        """
+        if share is None:
+            return ALL_EXPERTS
+        layers = tuple(range(self.num_layers))
+        spec = ModelSpec("", self.name, layers, self.num_experts, self.top_k, {})
+        return HeldExperts(share.experts(spec))
 
 
 def _gpt_oss_20b() -> Geometry:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deploy.plan.owners_map import Owned
 from deploy.simulator.decoding import Decoding, Outcome
 from deploy.simulator.geometry import Geometry
-from deploy.simulator.map import Owned, owned
 from deploy.simulator.routing import FITTED, matches
 from deploy.simulator.setting import Setting
 from scheduler.simulate.trace import AccessTrace, TraceInvalid
@@ -76,7 +76,7 @@ class Point:
             len(setting.boxes),
             factor,
             outcome,
-            owned(setting),
+            setting.map.boxes,
         )
 
     def as_document(self) -> dict[str, Any]:
@@ -86,5 +86,5 @@ class Point:
             "boxes": self.num_boxes,
             "joules_factor": self.factor,
             **vars(self.outcome),
-            "map": [vars(one) for one in self.map],
+            "map": [one.as_document() for one in self.map],
         }

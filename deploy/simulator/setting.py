@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from compute_node.boxes.owners import Owners, Rotation, Shares
+from compute_node.boxes.owners import Owners, PlacementName
+from deploy.plan.owners_map import Holder, OwnersMap, owners_of
 from deploy.simulator.box import BoxSpec
 from deploy.simulator.geometry import Geometry
 from proto import errors
 
-SHARES, ROTATION = "shares", "rotation"
+SHARES: PlacementName = "shares"
+ROTATION: PlacementName = "rotation"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Setting:
     """boxes: the main one first
 
     layer_s:    of a layer on the main box, beside the bytes of its dense part
-    placement:  shares, or rotation of `num_groups` groups (None: a box is a group)
+    placement:  rotation is of `num_groups` groups; None: a box is a group
     processors: that all boxes share; None: each has its own
     """
 
@@ -62,16 +65,12 @@ class Setting:
     link: Link
     layer_s: float = 0.0
     foresight: Foresight = Foresight()
-    placement: str = SHARES
+    placement: PlacementName = SHARES
     num_groups: int | None = None
     processors: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises InvalidRequest."""
-        if self.placement not in (SHARES, ROTATION):
-            raise errors.InvalidRequest(
-                f"there is no placement {self.placement!r}: give {SHARES} or {ROTATION}"
-            )
+        """Raises InvalidRequest; ConfigInvalid where some experts are in no box's share."""
         if not 0 < self.foresight.precision <= 1:
             raise errors.InvalidRequest("a precision is above 0 and at most 1")
         if not 0 <= self.foresight.layers_ahead < self.geometry.num_layers:
@@ -79,11 +78,28 @@ class Setting:
                 f"names cannot come {self.foresight.layers_ahead} layers ahead of "
                 f"{self.geometry.num_layers}: give fewer"
             )
+        if lacking := self.map.lacking:
+            raise errors.ConfigInvalid(
+                f"of {self.geometry.num_experts_total} experts {len(lacking)} are in the share of "
+                f"none of {len(self.boxes)} boxes, the first is {lacking[0]}: give them other "
+                "shares"
+            )
+
+    @cached_property
+    def map(self) -> OwnersMap:
+        """Who owns what."""
+        return OwnersMap.of(
+            self.geometry.model, self._holders, self.placement, self.num_groups or 0
+        )
 
     def owners(self) -> Owners:
         """As the main node makes them."""
-        slots = [one.slots(self.geometry.expert_bytes) / one.cost for one in self.boxes]
-        if self.placement == SHARES:
-            return Shares(self.geometry.num_experts, slots)
-        layers = range(self.geometry.num_layers)
-        return Rotation(layers, slots, self.num_groups or max(1, len(slots) - 1))
+        return owners_of(self.geometry.model, self._holders, self.placement, self.num_groups or 0)
+
+    @cached_property
+    def _holders(self) -> list[Holder]:
+        expert_bytes, held = self.geometry.expert_bytes, self.geometry.held
+        return [
+            Holder(one.name, one.slots(expert_bytes), one.cost, held(one.share))
+            for one in self.boxes
+        ]

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.plan.budget import MemoryPlan, forecaster_room, plan_memory, router_map_room
+from deploy.plan.budget import (
+    MemoryPlan,
+    check_machine,
+    forecaster_room,
+    plan_memory,
+    router_map_room,
+)
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.stack.quality_check import check_quality
 from deploy.stack.run_dir import RunDir
@@ -59,13 +65,19 @@ class StackPlan:
 
 
 def plan_stack_memory(
-    settings: ServeSettings, store_dir: Path, manifest: Manifest, ceiling_bytes: int | None
+    settings: ServeSettings,
+    store_dir: Path,
+    manifest: Manifest,
+    ceiling_bytes: int | None,
+    *,
+    is_here: bool = True,
 ) -> MemoryPlan:
-    """The memory of a stack with these settings. ceiling_bytes: None without a ceiling.
+    """The memory of a stack with these settings. ceiling_bytes: None without a ceiling; is_here: on
+    this machine, which must have it
 
     Raises ConfigInvalid, MemoryExceeded.
     """
-    return plan_memory(
+    planned = plan_memory(
         manifest,
         ceiling_bytes,
         settings.experts_memory,
@@ -80,6 +92,9 @@ def plan_stack_memory(
         kv_memory_bytes=settings.kv_memory_bytes,
         role=settings.role,
     )
+    if is_here:
+        check_machine(planned.ceiling_bytes)
+    return planned
 
 
 def check_whole(store: Path, manifest: Manifest) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from deploy.cluster import plan_page
+from deploy.cluster.config import ClusterConfig
+from deploy.cluster.planned import PlannedCluster
 from deploy.plan.budget import MemoryPlan, shortage
 from deploy.plan.disk import DiskSpeed, RecordSpeed, measure_disk, measure_records
 from deploy.plan.estimate import Estimate, estimate, rotation
@@ -20,36 +25,54 @@ from deploy.terminal.imports import importing_torch
 from deploy.terminal.progress import progress
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest, check_sources
 from expert_store.manifest.sources import resolve_inside
+from proto import errors
 
 _WORKER_S = 0.0008  # of a message to a worker and back, without the network
 
 
 def plan(
     target: Annotated[Path, typer.Argument(metavar="HF_DIR|STORE", help="Checkpoint or store.")],
-    memory: Annotated[str, typer.Option(help="Ceiling over everything, e.g. 8GiB.")],
+    memory: Annotated[
+        str | None, typer.Option(help="Ceiling over everything, e.g. 8GiB. (required for one box)")
+    ] = None,
     experts_memory: Annotated[
         str | None, typer.Option(help="Bytes, percent of experts, or slots.")
     ] = None,
     workers: Annotated[
         int, typer.Option(min=0, help="Say what as many workers that take turns would give.")
     ] = 0,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(metavar="CLUSTER.toml", help="Boxes, in place of this one: who owns what."),
+    ] = None,
     round_trip_ms: Annotated[
         float, typer.Option(min=0, help="To a worker and back, on the network.")
     ] = 0.3,
     as_json: Annotated[bool, options.JSON] = False,
 ) -> None:
     """Tell whether a model fits a memory ceiling, where the memory goes, and how fast it should
-    decode.
+    decode; or, of several boxes, which of them owns which experts.
 
     Example: flashmoe plan ~/stores/olmoe --memory 8GiB
+
+    Example: flashmoe plan ~/stores/olmoe --cluster cluster.toml
     """
+    link_s = round_trip_ms / 1e3 + _WORKER_S
+    if cluster is not None:
+        if memory or experts_memory or workers:
+            raise errors.InvalidRequest(
+                "--cluster names workers, and memory of each box: leave --memory, "
+                "--experts-memory and --workers out"
+            )
+        _plan_cluster(target, cluster, link_s, as_json)
+        return
+    if memory is None:
+        raise errors.InvalidRequest(
+            "give --memory, for example 8GiB, or boxes by --cluster CLUSTER.toml"
+        )
     settings = ServeSettings.load(None).model_copy(update={"experts_memory": experts_memory})
     ceiling_bytes = parse_bytes(memory, "--memory")
-    with tempfile.TemporaryDirectory() as scratch:
-        store_dir = target if (target / MANIFEST_NAME).exists() else Path(scratch)
-        if store_dir != target:
-            _index_for_plan(target, store_dir)
-        manifest = Manifest.load(store_dir)
+    with _store_of(target) as (store_dir, manifest):
         check_whole(target, manifest)
         root = manifest.root(store_dir)
         check_sources(manifest, root, times=False)
@@ -57,11 +80,11 @@ def plan(
         records = measure_records(manifest, root)
         disk = measure_disk([resolve_inside(root, file.path) for file in manifest.files])
     expected = estimate(manifest, planned, records)
-    turns = rotation(manifest, planned, records, round_trip_ms / 1e3 + _WORKER_S)
+    turns = rotation(manifest, planned, records, link_s)
     if as_json:
         document = _plan_document(manifest, planned, records, expected)
         if workers:
-            document["rotation"] = _rotation_document(turns, workers)
+            document["rotation"] = {"workers": workers} | _rotation_document(turns, workers)
         console.print_json(document)
     else:
         _print_plan(manifest, planned, expected)
@@ -69,6 +92,45 @@ def plan(
             title = f"{workers} workers in turn, each like this machine"
             console.out.print(console.table(title, _rotation_rows(turns, workers)))
         console.out.print(console.table("The disk", _disk_rows(disk, records)))
+
+
+def _plan_cluster(target: Path, file: Path, link_s: float, as_json: bool) -> None:
+    config = ClusterConfig.load(file, is_protected=False)
+    with _store_of(target) as (store_dir, manifest):
+        planned = PlannedCluster.of(config, store_dir, manifest)
+        turns = None
+        if planned.placement == "rotation" and config.workers:
+            root = manifest.root(store_dir)
+            check_sources(manifest, root, times=False)
+            smallest = min(planned.boxes[1:], key=lambda box: box.slots)
+            turns = rotation(manifest, smallest.memory, measure_records(manifest, root), link_s)
+    groups = min(planned.num_groups, len(config.workers))
+    if as_json:
+        document = plan_page.document(planned)
+        if turns is not None:
+            document["rotation"] = _rotation_document(turns, groups, planned.group_size)
+        console.print_json(document)
+        return
+    console.out.print(plan_page.boxes_table(planned))
+    console.out.print(plan_page.layers_table(planned, manifest.spec.moe_layers))
+    if turns is not None:
+        title = f"{groups} groups in turn, each worker with a disk and processor as here"
+        console.out.print(console.table(title, _rotation_rows(turns, groups, planned.group_size)))
+    if lacking := planned.map.lacking:
+        console.warn(
+            f"no box has {len(lacking)} of {manifest.spec.num_experts_total:,} experts, the first "
+            f"is {lacking[0]}: give a box a store with them"
+        )
+
+
+@contextmanager
+def _store_of(target: Path) -> Iterator[tuple[Path, Manifest]]:
+    """The store, or one that a checkpoint is indexed into, for the block; and its manifest."""
+    with tempfile.TemporaryDirectory() as scratch:
+        store_dir = target if (target / MANIFEST_NAME).exists() else Path(scratch)
+        if store_dir != target:
+            _index_for_plan(target, store_dir)
+        yield store_dir, Manifest.load(store_dir)
 
 
 def _index_for_plan(checkpoint: Path, store_dir: Path) -> None:
@@ -103,24 +165,24 @@ def _plan_document(
     }
 
 
-def _rotation_document(turns: Rotation, workers: int) -> dict[str, object]:
+def _rotation_document(turns: Rotation, groups: int, size: int = 1) -> dict[str, object]:
+    """size: workers of a group"""
     return {
-        "workers": workers,
         "tokens_per_s": {
-            "token_unforeseen": 1 / turns.seconds(workers),
-            "token_foreseen": 1 / turns.seconds(workers, knows_next=True),
-            "without_disks": 1 / turns.ideal_s(),
+            "token_unforeseen": 1 / turns.seconds(groups, size),
+            "token_foreseen": 1 / turns.seconds(groups, size, knows_next=True),
+            "without_disks": 1 / turns.ideal_s(size),
         },
         "workers_enough": turns.enough(),
     }
 
 
-def _rotation_rows(turns: Rotation, workers: int) -> dict[str, str]:
-    unforeseen, foreseen = turns.seconds(workers), turns.seconds(workers, knows_next=True)
+def _rotation_rows(turns: Rotation, groups: int, size: int = 1) -> dict[str, str]:
+    unforeseen, foreseen = (turns.seconds(groups, size, one) for one in (False, True))
     enough = turns.enough()
     return {
         "tokens/s": f"{1 / unforeseen:.2f} where a token is not foreseen, {1 / foreseen:.2f} where "
-        f"it is; {1 / turns.ideal_s():.2f} if no disk were waited for",
+        f"it is; {1 / turns.ideal_s(size):.2f} if no disk were waited for",
         "enough": "no number up to 64: the disks are too slow"
         if enough is None
         else f"with {enough} no disk is waited for",

@@ -11,11 +11,11 @@ import typer
 from rich.table import Table
 
 from deploy.lab import plot as pictures
+from deploy.plan.owners_map import Owned, placement_of
 from deploy.simulator import plot
 from deploy.simulator.boxes_file import BoxesFile
 from deploy.simulator.decoding import Outcome
 from deploy.simulator.geometry import GEOMETRIES, Geometry
-from deploy.simulator.map import Owned
 from deploy.simulator.point import DRAWN, Point, Routing
 from deploy.simulator.routing import matches
 from deploy.simulator.setting import SHARES, Foresight, Setting
@@ -102,7 +102,7 @@ def simulate(
                 file.link.link(),
                 file.main.layer_ms / 1e3,
                 foresight,
-                placement,
+                placement_of(placement),
                 groups,
             )
             points.append(Point.of(setting, routing, factor, seed))
@@ -192,8 +192,7 @@ def _boxes(names: Sequence[str]) -> str:
 
 
 def _share(one: Owned) -> str:
-    a_layer = f"{one.fewest}" if one.fewest == one.most else f"{one.fewest} to {one.most}"
     return (
-        f"{a_layer} experts a layer, {one.experts:,} in all, "
+        f"{one.a_layer} experts a layer, {one.experts:,} in all, "
         f"{console.size(one.experts * one.expert_bytes)}; memory for {one.slots:,}"
     )

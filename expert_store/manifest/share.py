@@ -23,17 +23,17 @@ class Share:
         return f"share {self.owner} of {self.owners}"
 
     @classmethod
-    def parse(cls, text: str, copies: int) -> Share:
-        """`1/3`. Raises ConfigInvalid."""
+    def parse(cls, text: str, copies: int, what: str = "--owner") -> Share:
+        """`1/3`. what: names the text in what is refused. Raises ConfigInvalid."""
         owner, _, owners = text.partition("/")
         if not (owner.isdecimal() and owners.isdecimal() and 1 <= int(owner) <= int(owners)):
             raise errors.ConfigInvalid(
-                f"--owner {text!r} names no share: write for example 1/3, the first of three"
+                f"{what} {text!r} names no share: write for example 1/3, the first of three"
             )
         share = cls(int(owner), int(owners), copies)
         if not 1 <= copies <= share.owners:
             raise errors.ConfigInvalid(
-                f"--copies {copies} of {share.owners} shares: give 1 to {share.owners}"
+                f"{copies} copies of {share.owners} shares: give 1 to {share.owners}"
             )
         return share
 

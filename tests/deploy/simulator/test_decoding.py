@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from deploy.plan.owners_map import placement_of
 from deploy.plan.rotation import Rotation as Formula
 from deploy.simulator.box import BoxSpec
 from deploy.simulator.decoding import Decoding, Outcome
 from deploy.simulator.geometry import GEOMETRIES, Geometry
-from deploy.simulator.map import owned
 from deploy.simulator.setting import ROTATION, Foresight, Link, Setting
+from expert_store.manifest.share import Share
 from proto import errors
 from proto.expert import ExpertKey
 from scheduler.policy.decayed import Decayed
@@ -246,11 +247,26 @@ def test_energy_is_of_all_boxes_idle_or_not() -> None:
 def test_a_costly_box_is_given_fewer_experts() -> None:
     """By the rule of the node: memory over cost."""
     setting = Setting(GEOMETRY, [BOX, replace(BOX, cost=3.0)], NO_LINK)
-    own, there = owned(setting)
-    assert (own.fewest, own.most) == (12, 12)
+    own, there = setting.map.boxes
+    assert set(own.by_layer) == {12}
     assert (there.experts, there.slots) == (4 * LAYERS, 1000)
-    turns = owned(replace(setting, boxes=boxes(3), placement=ROTATION))
-    assert [(one.fewest, one.most) for one in turns] == [(0, 0), (0, EXPERTS), (0, EXPERTS)]
+    turns = replace(setting, boxes=boxes(3), placement=ROTATION).map.boxes
+    assert [set(one.by_layer) for one in turns] == [{0}, {0, EXPERTS}, {0, EXPERTS}]
+
+
+def test_boxes_own_what_their_shares_have() -> None:
+    """Seen red: shares of boxes ignored; experts that no box has computed by the main one."""
+    thirds = [replace(BOX, share=Share(owner, 3)) for owner in (1, 2, 3)]
+    setting = Setting(GEOMETRY, thirds, NO_LINK)
+    held = [GEOMETRY.held(one.share) for one in thirds]
+    owners = setting.owners()
+    keys = [key for layer in range(LAYERS) for key in GEOMETRY.model.keys(layer)]
+    assert all(key in held[owners.owners(key)[0]] for key in keys)
+    assert sum(one.experts for one in setting.map.boxes) == len(keys)
+    with pytest.raises(
+        errors.ConfigInvalid, match=r"of 96 experts 3\d are in the share of none of 2"
+    ):
+        replace(setting, boxes=thirds[:2])
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -258,7 +274,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(errors.MemoryExceeded, match=r"room for 3 experts, .* needs 4"):
         Decoding(Setting(GEOMETRY, [small], NO_LINK))
     with pytest.raises(errors.InvalidRequest, match="no placement 'turns'"):
-        replace(ALONE, placement="turns")
+        placement_of("turns")
     with pytest.raises(errors.InvalidRequest, match="6 layers ahead of 6"):
         replace(ALONE, foresight=Foresight(6))
 

@@ -38,7 +38,7 @@ def test_a_share_is_made_verified_and_planned_for(tiny_store: Path, tmp_path: Pa
     [
         (["--owner", "4/3"], "--owner '4/3' names no share"),
         (["--owner", "1/33"], "33 shares of 32 experts a layer: make at most 32"),
-        (["--owner", "1/3", "--copies", "4"], "--copies 4 of 3 shares"),
+        (["--owner", "1/3", "--copies", "4"], "4 copies of 3 shares: give 1 to 3"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_sentence(

@@ -120,6 +120,17 @@ def test_the_first_boxes_of_the_file_are_taken() -> None:
     assert [one.cost for one in found] == [1.0, 2.0, 2.0]
 
 
+def test_boxes_of_a_kind_have_one_share_after_another(tmp_path: Path) -> None:
+    """Seen red: each has the first."""
+    path = tmp_path / "boxes.toml"
+    path.write_text(EXAMPLE.read_text().replace("count = 31", 'count = 4\nshare = "2/3"'))
+    found = BoxesFile.load(path).boxes(5)
+    assert [one.share and one.share.owner for one in found] == [None, 2, 3, 1, 2]
+    path.write_text(EXAMPLE.read_text().replace("count = 31", 'share = "4/3"'))
+    with pytest.raises(errors.ConfigInvalid, match="share '4/3' names no share"):
+        BoxesFile.load(path)
+
+
 def test_the_bench_has_a_file_of_the_same_form() -> None:
     boxes = BoxesFile.load(ROOT / "tests/bench/boxes/trade_off.toml").boxes(4)
     assert [one.name for one in boxes] == ["main", "board-1", "board-2", "board-3"]
