@@ -14,6 +14,7 @@ from compute_node.boxes.work import Work
 class Answer:
     """Of a worker, to be waited for.
 
+    is_direct: it comes over the direct socket, else over the stream
     took_s: once it has come; slow_s: longer is not worth it; given_up: it was late
     """
 
@@ -22,6 +23,7 @@ class Answer:
     asked_s: float
     late_s: float
     slow_s: float
+    is_direct: bool = False
     rows: Future[Tensor] = field(default_factory=Future)
     took_s: float = 0.0
     given_up: bool = False

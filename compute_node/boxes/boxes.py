@@ -96,6 +96,12 @@ class Boxes:
         """Whether the main node cannot compute it."""
         return key not in self._own_held
 
+    def lacking(self, layer: int, experts: Iterable[int]) -> set[int]:
+        """Those of these that the main node cannot compute."""
+        if self._own_held.is_all:
+            return set()
+        return {expert for expert in experts if self.lacks(ExpertKey(layer, expert))}
+
     def warn_of_lacking(self, spec: ModelSpec) -> None:
         """Log it when no box that is up has what the main node's store does not have."""
         keys = (ExpertKey(layer, e) for layer in spec.moe_layers for e in range(spec.num_experts))

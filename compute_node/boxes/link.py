@@ -1,11 +1,12 @@
-"""One stream of work to a worker. The main node's compute thread asks and waits; threads of the
-link send, receive, and connect again.
+"""One stream of work to a worker, and a socket beside it for short messages. The main node's
+compute thread asks and waits; threads of the link serve the stream, and connect again.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +18,15 @@ from torch import Tensor
 
 from compute_node.boxes.answer import Answer
 from compute_node.boxes.channel import BoxChannel
+from compute_node.boxes.direct_way import DirectWay
 from compute_node.boxes.latency import Latency, slow_s
 from compute_node.boxes.probe import Probe
+from compute_node.boxes.rest import Rest
 from compute_node.boxes.work import Work, tensor_of
-from proto import errors, rpc
+from proto import direct_socket, errors, rpc
 from proto import worker_pb2 as pb
 from proto import worker_pb2_grpc as pb_grpc
+from proto.direct_socket import SESSION_BYTES
 from proto.expert import ModelSpec
 from proto.held_experts import ALL_EXPERTS, HeldExperts
 from proto.stats import counter, gauge
@@ -32,8 +36,6 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.02
 _CALL_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
-_MOST_MISSED = 3  # answers in a row, then it is left alone for a while:
-_TIMES_LOST = 20  # as many times as long as they took, so that a slow box costs a twentieth
 _LONGEST_BEHIND_S = 30.0  # then the stream is opened anew
 _REFUSALS = (errors.VersionMismatch, errors.OtherBits)
 _WORK, _HELP = "flashmoe_node_worker_requests", "Work given to other boxes"
@@ -73,18 +75,19 @@ class WorkerLink:
         """cost: of an expert there, over what it is on the main node"""
         self.address, self.cost = address, cost
         self._spec, self._probe = spec, probe
-        self._channel = BoxChannel(address, tls)
+        self._channel, self._tls = BoxChannel(address, tls), tls
+        self._direct: DirectWay | None = None
+        self._way_s = float("inf")  # there and back, at least
         self._requests: queue.SimpleQueue[pb.WorkRequest | None] = queue.SimpleQueue()
         self._open: dict[int, Answer] = {}
         self._lock = threading.Lock()
-        self._number = self._num_missed_in_a_row = 0
-        self._lost_s = 0.0  # by those
+        self._number = 0
         self._behind_since_s: float | None = None  # a given-up answer has not come
         self.slots = 0  # experts that it holds at once; 0: it never joined
         self.held = ALL_EXPERTS  # those that its store has
         self._takes_work, self._closing = threading.Event(), threading.Event()
-        self._rested_s = 0.0
-        self._latency = {True: Latency(), False: Latency()}  # by whether it is one token
+        self._rest = Rest(address)
+        self._latency = {True: Latency(), False: Latency()}  # by whether it is a decode step
         self._refusal: errors.FlashMoEError | None = None  # why it is given no work
         self._replies: Any = None  # the open stream
         self._thread = threading.Thread(target=self._run, name=f"worker {address}", daemon=True)
@@ -103,9 +106,8 @@ class WorkerLink:
     @gauge("flashmoe_node_worker_up", "Whether a box is given work", key="up")
     def is_up(self) -> bool:
         if self._behind_since_s is not None:
-            self._end_if_lost(self._behind_since_s)
-            return False
-        return self._takes_work.is_set() and time.monotonic() >= self._rested_s
+            self._look_for_late(self._behind_since_s)
+        return self.is_joined and not self._rest
 
     @property
     def is_joined(self) -> bool:
@@ -130,10 +132,10 @@ class WorkerLink:
         self._number += 1
         request = work.to_pb(self._number)
         answer = Answer(self._number, work, time.monotonic(), late_s, slow_s(own_s))
+        answer.is_direct = self._direct is not None and DirectWay.takes(work)
         with self._lock:
             self._open[answer.number] = answer
-        self.bytes_sent += request.ByteSize()
-        self._requests.put(request)
+        self._send(request, answer.is_direct)
         if not self._takes_work.is_set():
             self._fail_all("the stream broke")
         return answer
@@ -142,8 +144,7 @@ class WorkerLink:
         """Have it read these, ascending. Any thread; blocks for nothing, and nothing comes back."""
         request = pb.WorkRequest(layer=layer, experts=experts, prepares=True)
         self.num_prepared += len(experts)
-        self.bytes_sent += request.ByteSize()
-        self._requests.put(request)
+        self._send(request, is_short=True)
 
     def wait(self, answer: Answer, check: Callable[[], None]) -> Tensor | None:
         """Its rows, as `made` of the work's sum gives them; None: it is late or failed, and the
@@ -153,7 +154,7 @@ class WorkerLink:
             check()
             late_in_s = answer.asked_s + answer.late_s - time.monotonic()
             try:
-                rows = answer.rows.result(min(_POLL_S, max(0.0, late_in_s)))
+                rows = self._rows_of(answer, min(_POLL_S, max(0.0, late_in_s)))
             except StillWorking:
                 if late_in_s <= 0 and self._give_up(answer):
                     return None
@@ -163,25 +164,26 @@ class WorkerLink:
             else:
                 self.num_answered += 1
                 if answer.took_s > answer.slow_s:
-                    self._missed(answer.took_s)
+                    self._rest.missed(answer.took_s)
                 else:
-                    self._num_missed_in_a_row, self._lost_s = 0, 0.0
+                    self._rest.came()
                 return rows
 
     def refuse(self, error: errors.FlashMoEError) -> None:
         """What it answered is no answer."""
         self.num_failed += 1
         logger.warning("worker failed", extra={"box": self.address, "reason": str(error)})
-        self._missed(0.0)
+        self._rest.missed(0.0)
 
-    def _missed(self, lost_s: float) -> None:
-        self._num_missed_in_a_row += 1
-        self._lost_s += lost_s
-        if self._num_missed_in_a_row >= _MOST_MISSED:
-            rest_s = max(_LONGEST_PAUSE_S, _TIMES_LOST * self._lost_s)
-            self._rested_s = time.monotonic() + rest_s
-            self._num_missed_in_a_row, self._lost_s = 0, 0.0
-            logger.warning("worker rests", extra={"box": self.address, "for_s": round(rest_s)})
+    def _send(self, request: pb.WorkRequest, is_short: bool) -> None:
+        direct = self._direct
+        if direct is None or not is_short:
+            self.bytes_sent += request.ByteSize()
+            self._requests.put(request)
+            return
+        data = request.SerializeToString()
+        self.bytes_sent += len(data)
+        direct.send(data)
 
     def _give_up(self, answer: Answer) -> bool:
         """False: it has come after all."""
@@ -194,16 +196,28 @@ class WorkerLink:
         self.num_late += 1
         facts = {"box": self.address, "late_s": round(answer.late_s, 3)}
         logger.warning("worker is late", extra=facts)
-        self._missed(answer.late_s)
+        self._rest.missed(answer.late_s)
         return True
 
-    def _end_if_lost(self, since_s: float) -> None:
-        """A stream whose worker has not answered for long; another may do better."""
+    def _rows_of(self, answer: Answer, timeout_s: float) -> Tensor:
+        """Raises TimeoutError, and what the worker failed with."""
+        direct = self._direct
+        if answer.is_direct and direct is not None and not answer.rows.done():
+            direct.take_in(timeout_s)
+            timeout_s = 0.0
+        return answer.rows.result(timeout_s)
+
+    def _look_for_late(self, since_s: float) -> None:
+        """Whether what was given up has come. A stream whose worker has not answered for long ends;
+        another may do better.
+        """
+        if (direct := self._direct) is not None:
+            direct.look()
         if time.monotonic() - since_s > _LONGEST_BEHIND_S and self._replies is not None:
             self._replies.cancel()
 
     def _latency_of(self, work: Work) -> Latency:
-        return self._latency[len(work.hidden) == 1]
+        return self._latency[work.is_decode]
 
     def _run(self) -> None:
         pause_s = _FIRST_PAUSE_S
@@ -240,10 +254,13 @@ class WorkerLink:
             )
         held = HeldExperts.from_bytes(described.held, self._spec)
         requests = self._requests = queue.SimpleQueue()
+        requests.put(pb.WorkRequest(session=(session := secrets.token_bytes(SESSION_BYTES))))
         replies = self._replies = stub.Compute(_until_none(requests))
         try:
             self._try_out(requests, replies)
-            self._refusal, self._rested_s = None, 0.0
+            self._direct = self._new_direct(described.direct_port, session, replies.cancel)
+            self._refusal = None
+            self._rest.end()
             self.held, self.slots = held, described.slots
             self._takes_work.set()
             logger.info("worker joined", extra={"box": self.address, "slots": described.slots})
@@ -252,6 +269,23 @@ class WorkerLink:
         finally:
             requests.put(None)
             replies.cancel()
+            if (direct := self._direct) is not None:
+                self._direct = None
+                direct.close()
+
+    def _new_direct(
+        self, port: int, session: bytes, broken: Callable[[], object]
+    ) -> DirectWay | None:
+        """None: there is none, or it cannot be reached, and all goes over the stream."""
+        if not port or self.address.startswith("unix:"):
+            return None
+        try:
+            connection = direct_socket.connect(self.address, port, session, self._tls)
+        except errors.Unavailable as error:
+            facts = {"box": self.address, "reason": str(error)}
+            logger.warning("no short way to worker", extra=facts)
+            return None
+        return DirectWay(connection, self._receive, broken)
 
     def _try_out(self, requests: queue.SimpleQueue[Any], replies: Iterator[pb.WorkReply]) -> None:
         """Raises OtherBits, Unavailable, RpcError."""
@@ -266,7 +300,7 @@ class WorkerLink:
             self._probe.check(self.address, work, reply.rows)
             self._latency_of(work).tried(time.monotonic() - asked_s)
 
-    def _receive(self, reply: pb.WorkReply) -> None:
+    def _receive(self, reply: pb.WorkReply, was_awaited: bool = True) -> None:
         with self._lock:
             answer = self._open.pop(reply.id, None)
             if not any(one.given_up for one in self._open.values()):
@@ -277,7 +311,7 @@ class WorkerLink:
         if reply.error:
             answer.rows.set_exception(errors.Unavailable(reply.error))
             return
-        work, answer.took_s = answer.work, time.monotonic() - answer.asked_s
+        work, answer.took_s = answer.work, self._took_s(answer, reply, was_awaited)
         self._latency_of(work).heard(min(answer.took_s, answer.slow_s), work.size)
         try:
             num_rows = len(reply.rows) // work.hidden[:1].nbytes
@@ -286,6 +320,14 @@ class WorkerLink:
             answer.rows.set_exception(error)
         else:
             answer.rows.set_result(rows)
+
+    def _took_s(self, answer: Answer, reply: pb.WorkReply, was_awaited: bool) -> float:
+        """From the question until the answer came: not until somebody looked, if nobody waited."""
+        took_s, worker_s = time.monotonic() - answer.asked_s, 1e-6 * reply.took_us
+        if was_awaited:
+            self._way_s = min(self._way_s, took_s - worker_s)
+            return took_s
+        return min(took_s, worker_s + self._way_s)
 
     def _fail_all(self, why: str) -> None:
         with self._lock:

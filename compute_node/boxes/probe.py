@@ -36,7 +36,7 @@ class Probe:
         dice = torch.Generator().manual_seed(0)
         ids = torch.arange(spec.top_k)
         works = [
-            Work(
+            Work.of(
                 key.layer,
                 [key.expert],
                 torch.randn(num_tokens, hidden_size, generator=dice).to(dtype),

@@ -13,7 +13,7 @@ from compute_node.moe.looks import Looks
 from compute_node.moe.portions import portions
 from compute_node.moe.route import Route
 from compute_node.moe.step import Step
-from compute_node.moe.sums import Sum
+from compute_node.moe.sums import Sum, add_wave
 from compute_node.predict.layer_timer import LayerTimer
 from compute_node.predict.predictor import Seen
 from compute_node.predict.prefetcher import Prefetcher
@@ -69,11 +69,11 @@ class LocalBackend:
         """That reading an expert takes; 0: not known yet."""
         return self._cache.waits.read_s
 
-    def run_apart(self, step: Step, experts: Sequence[int], total: Sum) -> set[int]:
+    def run_apart(self, step: Step, experts: Sequence[int], sums: Sequence[Sum]) -> set[int]:
         """Once more in a step: add these, too. As `run`, and nothing is guessed."""
         hits, waves = self._cache.step(self._layer, experts, step.check)
         for wave in waves:
-            total.add(wave)
+            add_wave(sums, wave)
         return hits
 
     def _run(
@@ -93,11 +93,7 @@ class LocalBackend:
             waves = self._keeping(step.seen, step, hidden, sums[0], hits, waves)
         for wave in waves:
             step.num_small += sum(not borrowed.is_exact for borrowed in wave)
-            if len(sums) == 1:
-                sums[0].add(wave)
-                continue
-            for one in sums:
-                one.add([borrowed for borrowed in wave if borrowed.key.expert in one.experts])
+            add_wave(sums, wave)
         return hits
 
     def _borrow(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Container, Iterator, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from compute_node.boxes.work import Work
 from compute_node.moe.local import LocalBackend
 from compute_node.moe.route import Route
 from compute_node.moe.step import Step
-from compute_node.moe.sums import Sum
+from compute_node.moe.sums import Sum, take_made
 from proto import errors
 from proto.expert import ExpertKey
 
@@ -27,10 +27,9 @@ _PAUSE_S = 0.05  # before boxes are asked again for what only they have
 class OwnedBackend:
     """Work for other boxes is sent before the own is computed, and awaited after it. What comes
     late or not at all is computed here, from the own disk: the same bits. A batch of several
-    sequences is computed here.
+    sequences is one message a box.
 
-    What the own store does not have is asked of others for as long as `deadline_s`, for each
-    sequence of a batch.
+    What the own store does not have is asked of others for as long as `deadline_s`.
     """
 
     def __init__(
@@ -52,80 +51,62 @@ class OwnedBackend:
         """Raises Unavailable, too, for an expert that no box has that is up."""
         if step.batch.is_decode:
             self._boxes.note(self._layer, experts)
-        lacking = {expert for expert in experts if self._lacks(expert)}
-        wanted = lacking
-        if len(sums) == 1:
-            wanted = lacking.union(expert for expert in experts if expert not in small)
-        if not wanted:
+        lacking = self._boxes.lacking(self._layer, experts)
+        wanted = [expert for expert in experts if expert in lacking or expert not in small]
+        shares = self._boxes.shares(self._layer, wanted) if wanted else {}
+        if not shares and not lacking:
             return self._local.run(step, hidden, route, experts, sums, small)
-        works = list(self._works(step, hidden, route, sorted(wanted), sums))
-        asked = [self._ask(work) for work, _ in works]
-        lent = lacking.union(*(answer.work.experts for one in asked for _, answer in one))
+        sequences = [part.num_rows for part in step.batch.parts]
+        work = Work.of(self._layer, wanted, hidden, route.ids, route.weights, sequences)
+        asked = self._ask(work, shares)
+        lent = lacking.union(*shares.values())
         own = [expert for expert in experts if expert not in lent]
         hits = self._local.run(step, hidden, route, own, sums, small)
-        for (work, total), one in zip(works, asked, strict=True):
-            taken = self._take(one, step, total)
-            late = {expert for _, answer in one for expert in answer.work.experts} - taken
-            if here := sorted(late - lacking):
-                hits |= self._local.run_apart(step, here, total)
-                lent.difference_update(here)
-            if missing := sorted(lacking.intersection(work.experts) - taken):
-                self._insist(step, replace(work, experts=missing), total)
-        return hits | lent
+        taken = self._take(asked, step, sums)
+        late = lent - taken
+        if here := sorted(late - lacking):
+            hits |= self._local.run_apart(step, here, sums)
+        if missing := sorted(late & lacking):
+            self._insist(step, replace(work, experts=missing), sums)
+        return hits | taken | lacking
 
-    def _works(
-        self,
-        step: Step,
-        hidden: Tensor,
-        route: Route,
-        wanted: Sequence[int],
-        sums: Sequence[Sum],
-    ) -> Iterator[tuple[Work, Sum]]:
-        """For each sequence what it wants of these."""
-        if len(sums) == 1:
-            yield Work(self._layer, wanted, hidden, route.ids, route.weights), sums[0]
-            return
-        for rows, total in zip(step.batch.rows, sums, strict=True):
-            if part := [expert for expert in wanted if expert in total.experts]:
-                ids, weights = route.ids[rows], route.weights[rows]
-                yield Work(self._layer, part, hidden[rows], ids, weights), total
-
-    def _ask(self, work: Work) -> Asked:
-        """The boxes that own its experts, each for its part."""
+    def _ask(self, work: Work, shares: Mapping[WorkerLink, Sequence[int]]) -> Asked:
+        """Each box for its part."""
         return [
             (link, self._ask_one(link, replace(work, experts=part)))
-            for link, part in self._boxes.shares(self._layer, work.experts).items()
+            for link, part in shares.items()
         ]
 
     def _ask_one(self, link: WorkerLink, work: Work) -> Answer:
         return link.ask(work, work.size * self._local.read_s)
 
-    def _take(self, asked: Asked, step: Step, total: Sum) -> set[int]:
+    def _take(self, asked: Asked, step: Step, sums: Sequence[Sum]) -> set[int]:
         """The experts that came."""
         taken = set[int]()
         for link, answer in asked:
-            if self._took(link, answer, step, total):
+            if self._took(link, answer, step, sums):
                 taken.update(answer.work.experts)
         return taken
 
-    def _took(self, link: WorkerLink, answer: Answer, step: Step, total: Sum) -> bool:
+    def _took(self, link: WorkerLink, answer: Answer, step: Step, sums: Sequence[Sum]) -> bool:
         rows = link.wait(answer, step.check)
         if rows is None:
             return False
         try:
-            total.take(answer.work.experts, rows)
+            take_made(sums, answer.work.experts, rows)
         except errors.MessageInvalid as error:
             link.refuse(error)
             return False
         return True
 
-    def _insist(self, step: Step, work: Work, total: Sum) -> None:
+    def _insist(self, step: Step, work: Work, sums: Sequence[Sum]) -> None:
         """Ask for what the own store does not have until it has come. Raises Unavailable after the
         deadline, and what `step.check` raises.
         """
         end_s = time.monotonic() + self._deadline_s
         while True:
-            taken = self._take(self._ask(work), step, total)
+            shares = self._boxes.shares(self._layer, work.experts)
+            taken = self._take(self._ask(work, shares), step, sums)
             work = replace(work, experts=[e for e in work.experts if e not in taken])
             if not work.experts:
                 return
@@ -137,9 +118,6 @@ class OwnedBackend:
                 )
             step.check()
             time.sleep(_PAUSE_S)
-
-    def _lacks(self, expert: int) -> bool:
-        return self._boxes.lacks(ExpertKey(self._layer, expert))
 
 
 @dataclass(frozen=True)

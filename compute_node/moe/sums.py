@@ -32,10 +32,11 @@ class Sum(Protocol):
         each expert's tokens, expert by expert.
         """
 
+    def num_rows(self, experts: Sequence[int]) -> int:
+        """That `made` gives of these."""
+
     def take(self, experts: Sequence[int], rows: Tensor) -> None:
-        """What another box `made` of these, as if they had been added. Raises MessageInvalid for
-        another number of rows.
-        """
+        """What another box `made` of these, as if they had been added: [num_rows, D]."""
 
     def result(self) -> Tensor:
         """[T, D], once all were added or taken."""
@@ -82,8 +83,10 @@ class OneTokenSum:
     def made(self, experts: Sequence[int]) -> Tensor:
         return torch.cat(self._parts)[[self._added.index(expert) for expert in experts]]
 
+    def num_rows(self, experts: Sequence[int]) -> int:
+        return len(experts)
+
     def take(self, experts: Sequence[int], rows: Tensor) -> None:
-        check_rows(rows, len(experts))
         self._parts.append(rows)
         self._added += experts
 
@@ -126,9 +129,11 @@ class ManyTokensSum:
     def made(self, experts: Sequence[int]) -> Tensor:
         return torch.cat([self._prompt.made(expert) for expert in experts])
 
+    def num_rows(self, experts: Sequence[int]) -> int:
+        return sum(len(self._prompt.places(expert)) for expert in experts)
+
     def take(self, experts: Sequence[int], rows: Tensor) -> None:
         counts = [len(self._prompt.places(expert)) for expert in experts]
-        check_rows(rows, sum(counts))
         for expert, part in zip(experts, torch.split(rows, counts), strict=True):
             self._prompt.take(expert, part)
 
@@ -139,10 +144,39 @@ class ManyTokensSum:
         return None
 
 
-def check_rows(rows: Tensor, num_rows: int) -> None:
-    """Raises MessageInvalid."""
-    if len(rows) != num_rows:
-        raise errors.MessageInvalid(f"another box made {len(rows)} rows, not {num_rows}")
+def add_wave(sums: Sequence[Sum], wave: list[Borrowed]) -> None:
+    """To each what some token of it chose."""
+    if len(sums) == 1:
+        sums[0].add(wave)
+        return
+    for one in sums:
+        if part := [borrowed for borrowed in wave if borrowed.key.expert in one.experts]:
+            one.add(part)
+
+
+def made_of(sums: Sequence[Sum], experts: Sequence[int]) -> Tensor:
+    """What each made of those of these, ascending, that it chose, one after another: [n, D]."""
+    parts = [one.made(chosen) for one in sums if (chosen := _of(one, experts))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def take_made(sums: Sequence[Sum], experts: Sequence[int], rows: Tensor) -> None:
+    """What another box's `made_of` gave for these sequences. Raises MessageInvalid for another
+    number of rows; then nothing was taken.
+    """
+    parts = [(one, chosen) for one in sums if (chosen := _of(one, experts))]
+    counts = [one.num_rows(chosen) for one, chosen in parts]
+    if len(rows) != sum(counts):
+        raise errors.MessageInvalid(f"another box made {len(rows)} rows, not {sum(counts)}")
+    if len(parts) == 1:
+        parts[0][0].take(parts[0][1], rows)
+        return
+    for (one, chosen), part in zip(parts, torch.split(rows, counts), strict=True):
+        one.take(chosen, part)
+
+
+def _of(one: Sum, experts: Sequence[int]) -> list[int]:
+    return [expert for expert in experts if expert in one.experts]
 
 
 def _by_variant(wave: list[Borrowed]) -> dict[str, list[Borrowed]]:

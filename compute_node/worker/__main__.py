@@ -31,6 +31,7 @@ from compute_node.model.loaded import ExpertsOnly, load_experts
 from compute_node.store.borrow import StoreClient
 from compute_node.store.session import StoreDescription
 from compute_node.worker.config import WorkerConfig
+from compute_node.worker.direct_door import DirectDoor
 from compute_node.worker.lent_experts import LentExperts
 from compute_node.worker.service import SERVICE_NAME, WorkerService
 from compute_node.worker.work_queue import WorkQueue
@@ -61,13 +62,16 @@ async def run(config: WorkerConfig) -> None:
         model_dir = config.model_dir or description.model_dir
         loaded = thread.submit(load, config, model_dir, spec, prober).result()
         thread.submit(cache.open).result()
+        work = stack.enter_context(WorkQueue())
+        stack.callback(thread.submit(work.run).result)
+        stack.callback(work.stop)
         lent = LentExperts(loaded.kernels, spec.num_experts, cache, description.held)
         service = WorkerService(
             lent,
             spec,
             (loaded.hidden_size, loaded.dtype),
             cache.capacity.slots,
-            WorkQueue(thread),
+            work,
             lambda: stats.snapshot(
                 lent,
                 *(stats.labelled(one, layer=layer) for layer, one in cache.counters.items()),
@@ -78,6 +82,9 @@ async def run(config: WorkerConfig) -> None:
         stack.enter_context(
             daemon.serving_metrics(service.snapshot, config.metrics_port, config.metrics_port_file)
         )
+        if config.listen is not None and not config.listen.startswith("unix:"):
+            door = DirectDoor(config.faces[-1], config.direct_port, service.take_in)
+            service.direct_port = stack.enter_context(door).port
         gc.collect()
         gc.freeze()
         async with AsyncExitStack() as faces:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 
 from compute_node.config import HelperConfig
 from proto.process import daemon
 
 
 class WorkerConfig(HelperConfig):
-    """As `HelperConfig`."""
+    """direct_port: at the host of `listen`, for short messages; 0: any that is free"""
 
     node: str = "worker0"
     half_life_tokens: PositiveFloat = 16.0
+    direct_port: Annotated[int, Field(ge=0, le=65535)] = 0
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -15,7 +15,7 @@ from compute_node.cache.asked import never
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.kernels.variant_kernels import VariantKernels
 from compute_node.moe.route import Route
-from compute_node.moe.sums import sum_of
+from compute_node.moe.sums import Sum, add_wave, made_of, sum_of
 from compute_node.store.session import SessionLost
 from proto import errors
 from proto.expert import ExpertKey
@@ -73,7 +73,7 @@ class LentExperts:
         give_way: Callable[[], None] = never,
     ) -> Tensor:
         """What these experts make of their tokens, with the bits that the main node's processor
-        gives if it is of the same kind: [n, D], as `Sum.made`.
+        gives if it is of the same kind: [n, D], as `made_of` its sequences.
 
         prepare_next: called while experts are awaited; prepares for one request, if there is one
         give_way:     called between portions of a prompt's experts; may compute other work
@@ -82,9 +82,7 @@ class LentExperts:
         StoreUnavailable, WeightsDamaged, and what `check` raises.
         """
         self._check(work.layer, work.experts)
-        route = Route(work.topk_ids, work.topk_weights)
-        ids, kernels = work.topk_ids.tolist(), self._kernels[work.layer]
-        total = sum_of(kernels, self._num_experts, work.hidden, route, ids)
+        sums = self._sums(work)
         self._layer = work.layer
         self._settle(work.layer, work.experts)
         meanwhile = partial(self._prepare_until, prepare_next)
@@ -95,11 +93,11 @@ class LentExperts:
                 work.layer, portion, check, self._take_disproved, meanwhile=meanwhile
             )
             for wave in waves:
-                total.add(wave)
+                add_wave(sums, wave)
         self._cache.room.leave()
         self.num_works += 1
         self.num_experts += len(work.experts)
-        return total.made(work.experts)
+        return made_of(sums, work.experts)
 
     def prepare(self, layer: int, experts: Sequence[int]) -> None:
         """Have these read; they will likely be asked for. What finds no room is read once there is
@@ -128,6 +126,21 @@ class LentExperts:
         """Nobody asks for it any more."""
         for layer in sorted({*self._prepared, *self._left_out}):
             self.prepare(layer, [])
+
+    def _sums(self, work: Work) -> list[Sum]:
+        """One a sequence, as `RoutedExperts` has them."""
+        kernels, rows = self._kernels[work.layer], work.rows
+        parts = [work.hidden] if len(rows) == 1 else [work.hidden[one].clone() for one in rows]
+        return [
+            sum_of(
+                kernels,
+                self._num_experts,
+                hidden,
+                Route(*work.chosen_by(one)),
+                work.topk_ids[one],
+            )
+            for hidden, one in zip(parts, rows, strict=True)
+        ]
 
     def _read_as_fits(
         self, layer: int, fresh: Sequence[ExpertKey], wrong: Collection[ExpertKey]
@@ -183,7 +196,7 @@ class LentExperts:
 
 
 def _portions(work: Work) -> Iterator[Sequence[int]]:
-    """One token's at once: they are few."""
-    size = len(work.experts) if len(work.hidden) == 1 else _PORTION
+    """A decode step's at once: they are few."""
+    size = len(work.experts) if work.is_decode else _PORTION
     for start in range(0, len(work.experts), size):
         yield work.experts[start : start + size]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
@@ -13,22 +14,27 @@ import grpc.aio
 import torch
 
 from compute_node.boxes.work import Work, bytes_of
+from compute_node.worker.direct_way import MOST_OPEN, DirectWay, urgency_of
 from compute_node.worker.lent_experts import LentExperts
+from compute_node.worker.sessions import Sessions
 from compute_node.worker.work_queue import Urgency, WorkQueue
 from proto import errors, rpc
 from proto import stats_pb2 as stats_pb
 from proto import worker_pb2 as pb
 from proto import worker_pb2_grpc as pb_grpc
+from proto.direct_socket import DirectSocket
 from proto.expert import ModelSpec
 
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "flashmoe.v1.Worker"
-_MOST_OPEN = 256  # requests of one stream without a reply
 
 
 class WorkerService(pb_grpc.WorkerServicer):
-    """work: for the one thread that computes."""
+    """work: for the one thread that computes.
+
+    direct_port: where `take_in` is called for who connects; 0: nowhere
+    """
 
     def __init__(
         self,
@@ -43,9 +49,22 @@ class WorkerService(pb_grpc.WorkerServicer):
         self._lent, self._spec, self._slots = lent, spec, slots
         self._hidden_size, self._dtype = shape
         self._work, self.snapshot = work, snapshot
+        self._sessions = Sessions()
+        self.direct_port = 0
 
     def register(self, server: grpc.aio.Server) -> None:
         pb_grpc.add_WorkerServicer_to_server(self, server)
+
+    def take_in(self, connection: DirectSocket, session: bytes) -> bool:
+        """Answer what comes over it as long as the stream that named `session` is open; False:
+        there is none. Any thread.
+        """
+
+        def new_way(gone: threading.Event) -> DirectWay:
+            do = partial(self._do, gone=gone)
+            return DirectWay(connection, self._work, do, self._lent.prepare_left_out)
+
+        return self._sessions.take_in(session, new_way)
 
     async def Describe(
         self, request: pb.WorkerDescriptionRequest, context: Any
@@ -55,6 +74,7 @@ class WorkerService(pb_grpc.WorkerServicer):
             fingerprint=self._spec.fingerprint,
             slots=self._slots,
             held=self._lent.held.to_bytes(self._spec),
+            direct_port=self.direct_port,
         )
 
     async def Compute(
@@ -84,45 +104,53 @@ class WorkerService(pb_grpc.WorkerServicer):
         gone: threading.Event,
     ) -> None:
         loop, under_way = asyncio.get_running_loop(), set[asyncio.Future[None]]()
+        session = b""
 
-        def answer(request: pb.WorkRequest, done: asyncio.Future[None]) -> None:
-            reply = self._answer(request, gone)
+        def answer(request: pb.WorkRequest, came_s: float, done: asyncio.Future[None]) -> None:
+            reply = self._do(request, came_s, gone)
             loop.call_soon_threadsafe(_reply, replies, reply, done)
-            self._lent.prepare_left_out()
+            if reply is not None:
+                self._lent.prepare_left_out()
 
         try:
             async for request in requests:
-                if request.prepares:
-                    self._work.put(Urgency.PREPARE, partial(self._prepare, request, gone))
+                if request.session:
+                    self._sessions.begin(request.session, gone)
+                    session = request.session
                     continue
-                if len(under_way) >= _MOST_OPEN:
-                    replies.put_nowait(
-                        errors.SlotsExhausted(f"{_MOST_OPEN} requests have no reply yet: wait")
-                    )
-                    return
+                if len(under_way) >= MOST_OPEN:
+                    raise errors.SlotsExhausted(f"{MOST_OPEN} requests have no reply yet: wait")
                 done = loop.create_future()
                 under_way.add(done)
                 done.add_done_callback(under_way.discard)
-                urgency = Urgency.TOKEN if request.num_tokens == 1 else Urgency.PROMPT
-                self._work.put(urgency, partial(answer, request, done))
+                self._work.put(
+                    urgency_of(request), partial(answer, request, time.monotonic(), done)
+                )
             if under_way:
                 await asyncio.wait(under_way)
+        except errors.FlashMoEError as error:
+            replies.put_nowait(error)
         finally:
+            self._sessions.end(session)
             self._work.put(Urgency.PREPARE, self._lent.forget_prepared)
             replies.put_nowait(None)
 
-    def _prepare(self, request: pb.WorkRequest, gone: threading.Event) -> None:
-        """On the compute thread."""
-        if gone.is_set():
-            return
-        try:
-            self._lent.prepare(request.layer, request.experts)
-        except errors.InvalidRequest as error:
-            logger.warning("nothing prepared", extra={"reason": str(error)})
+    def _do(
+        self, request: pb.WorkRequest, came_s: float, gone: threading.Event
+    ) -> pb.WorkReply | None:
+        """On the compute thread. None: it only prepares."""
+        if not request.prepares:
+            reply = self._answer(request, gone)
+            reply.took_us = int(1e6 * (time.monotonic() - came_s))
+            return reply
+        if not gone.is_set():
+            try:
+                self._lent.prepare(request.layer, request.experts)
+            except errors.InvalidRequest as error:
+                logger.warning("nothing prepared", extra={"reason": str(error)})
+        return None
 
     def _answer(self, request: pb.WorkRequest, gone: threading.Event) -> pb.WorkReply:
-        """On the compute thread."""
-
         def check() -> None:
             if gone.is_set():
                 raise errors.Cancelled("the main node went away")
@@ -147,7 +175,10 @@ class WorkerService(pb_grpc.WorkerServicer):
             pass
 
 
-def _reply(replies: asyncio.Queue[Any], reply: pb.WorkReply, done: asyncio.Future[None]) -> None:
-    replies.put_nowait(reply)
+def _reply(
+    replies: asyncio.Queue[Any], reply: pb.WorkReply | None, done: asyncio.Future[None]
+) -> None:
+    if reply is not None:
+        replies.put_nowait(reply)
     if not done.done():
         done.set_result(None)

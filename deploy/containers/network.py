@@ -11,13 +11,15 @@ from deploy.settings import ServeSettings
 from proto import errors
 from proto.rpc import Listen, check_exposure, is_loopback
 
-INSIDE = "0.0.0.0:9400"  # where a helper listens in its container; only the engine publishes it
+INSIDE = "0.0.0.0"  # where a helper listens in its container; only the engine publishes it
+_LAST_PORT = 65535
 _TLS_KEYS = {"compute_node": "worker_tls", "worker": "tls", "shadow": "tls"}  # by table
 
 
 def published(settings: ServeSettings) -> str:
-    """HOST:PORT at which main nodes reach a worker or shadow. Raises ConfigInvalid for one that the
-    engine cannot publish, and for one beyond this host with neither TLS nor `insecure`.
+    """The ports at which main nodes reach a worker or shadow, as compose has them: the same outside
+    and inside; of a worker also the next, for short messages. Raises ConfigInvalid for one that
+    the engine cannot publish, and for one beyond this host with neither TLS nor `insecure`.
     """
     try:
         where = HostPort.parse(settings.listen)
@@ -32,7 +34,12 @@ def published(settings: ServeSettings) -> str:
     table: dict[str, Any] = getattr(settings, settings.role)
     if "tls" not in table:
         check_exposure(Listen(str(where), None, bool(table.get("insecure"))))
-    return str(where)
+    ports = str(where.port)
+    if settings.role == "worker":
+        if where.port == _LAST_PORT:
+            raise errors.ConfigInvalid("--listen: a worker needs the next port, too: name another")
+        ports = f"{where.port}-{where.port + 1}"
+    return f"{str(where).rpartition(':')[0]}:{ports}:{ports}"
 
 
 def listening_inside(settings: ServeSettings) -> dict[str, Any]:
@@ -41,7 +48,12 @@ def listening_inside(settings: ServeSettings) -> dict[str, Any]:
     """
     table: dict[str, Any] = getattr(settings, settings.role)
     is_fenced = is_loopback(settings.listen) and "tls" not in table
-    return {"listen": INSIDE, **({"insecure": True} if is_fenced else {})}
+    port = HostPort.parse(settings.listen).port
+    return {
+        "listen": f"{INSIDE}:{port}",
+        **({"direct_port": port + 1} if settings.role == "worker" else {}),
+        **({"insecure": True} if is_fenced else {}),
+    }
 
 
 def node_network(settings: ServeSettings) -> str:

@@ -132,8 +132,7 @@ def variables_of_role(settings: ServeSettings) -> dict[str, str]:
     """What the role's compose file reads beside paths and limits. Raises ConfigInvalid."""
     if settings.role == "main":
         return {"FLASHMOE_NODE_NETWORK": network.node_network(settings)}
-    listen = network.published(settings)
-    return {"FLASHMOE_ROLE": settings.role, "FLASHMOE_LISTEN": listen}
+    return {"FLASHMOE_ROLE": settings.role, "FLASHMOE_PORTS": network.published(settings)}
 
 
 def say(plan: MemoryPlan, used_bytes: int) -> None:

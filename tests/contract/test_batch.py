@@ -1,21 +1,26 @@
-"""A batch of sequences gives every row the bits that its sequence gets alone.
+"""A batch of sequences gives every row the bits that its sequence gets alone, on one box and with
+another that computes its share.
 
 Planted faults seen red: all rows added up as one prompt, a row given the experts of the other, hits
-of all sequences counted as everybody's.
+of all sequences counted as everybody's, a batch that another box takes for one sequence's, rows of
+a box given to the wrong sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
+from compute_node.cache.asked import Nowhere
 from compute_node.engine.engine import Engine
 from compute_node.moe.step import Batch, NotInStep, Part, Phase, Step
 from expert_store.offline.pack import pack
 from tests.checkpoints import make
+from tests.contract.test_boxes import BoxInProcess, joined
 from tests.contract.test_exactness import engine
 
 LAYER, TOP_K, NUM_EXPERTS, HIDDEN = 1, 4, 16, 256
@@ -37,6 +42,28 @@ def node(
     pack(root, folder / "store")
     with engine(folder / "store", folder, spare=8) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def there(node: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Another box with the same store."""
+    folder = tmp_path_factory.mktemp("there")
+    with engine(node.model_dir, folder) as started:
+        yield started
+
+
+@contextmanager
+def sharing(node: Engine, box: BoxInProcess) -> Iterator[None]:
+    """The box computes its share, for the block."""
+    layers = [module.flashmoe for module in node.loaded.experts_modules.values()]
+    former = [layer._backend for layer in layers]
+    joined(node, box)
+    try:
+        yield
+    finally:
+        node.cache.elsewhere = Nowhere()
+        for layer, backend in zip(layers, former, strict=True):
+            layer._backend = backend
 
 
 def rows(node: Engine, *ids: list[int]) -> Rows:
@@ -62,17 +89,18 @@ def only(given: Rows, chosen: slice) -> Rows:
     return hidden[chosen].clone(), ids[chosen], weights[chosen]
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        (Part("a", DECODE, 1, 9), Part("b", DECODE, 1, 4)),
-        (Part("a", DECODE, 1, 9), Part("b", PREFILL, 3, 3)),
-        (Part("a", PREFILL, 2, 2), Part("b", DECODE, 1, 8), Part("c", DECODE, 1, 7)),
-    ],
-    ids=["two decode", "decode and prompt", "prompt and two decode"],
-)
-def test_each_row_has_the_bits_of_its_sequence_alone(parts: tuple[Part, ...], node: Engine) -> None:
-    """One expert is chosen by several; the second row names one twice."""
+PARTS = [
+    (Part("a", DECODE, 1, 9), Part("b", DECODE, 1, 4)),
+    (Part("a", DECODE, 1, 9), Part("b", PREFILL, 3, 3)),
+    (Part("a", PREFILL, 2, 2), Part("b", DECODE, 1, 8), Part("c", DECODE, 1, 7)),
+]
+NAMES = ["two decode", "decode and prompt", "prompt and two decode"]
+
+
+def batch_of(node: Engine, parts: tuple[Part, ...]) -> tuple[Batch, Rows, Tensor]:
+    """One expert is chosen by several; the second row names one twice. Returns what each sequence
+    gets alone, too.
+    """
     given = rows(node, [5, 2, 9, 11], [5, 5, 7, 0], [3, 9, 1, 0], [15, 2, 5, 4])
     batch = Batch(*parts)
     given = only(given, slice(0, batch.rows[-1].stop))
@@ -80,8 +108,25 @@ def test_each_row_has_the_bits_of_its_sequence_alone(parts: tuple[Part, ...], no
         alone(node, part, only(given, chosen))
         for part, chosen in zip(parts, batch.rows, strict=True)
     ]
-    together = run(node, Step(batch, lambda: None), given)
-    assert torch.equal(together, torch.cat(expected))
+    return batch, given, torch.cat(expected)
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=NAMES)
+def test_each_row_has_the_bits_of_its_sequence_alone(parts: tuple[Part, ...], node: Engine) -> None:
+    batch, given, expected = batch_of(node, parts)
+    assert torch.equal(run(node, Step(batch, lambda: None), given), expected)
+
+
+@pytest.mark.parametrize("loses", [False, True], ids=["answers", "loses"])
+@pytest.mark.parametrize("parts", PARTS, ids=NAMES)
+def test_another_box_computes_its_share_of_a_batch_in_one_message(
+    parts: tuple[Part, ...], loses: bool, node: Engine, there: Engine
+) -> None:
+    batch, given, expected = batch_of(node, parts)
+    box = BoxInProcess(there, loses)
+    with sharing(node, box):
+        assert torch.equal(run(node, Step(batch, lambda: None), given), expected)
+    assert box.num_asked == 1 and box.num_answered == (not loses)
 
 
 def test_a_layer_asked_for_rows_of_decode_computes_each_alone(node: Engine) -> None:

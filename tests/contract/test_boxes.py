@@ -32,17 +32,19 @@ from tests.contract.test_exactness import engine
 
 
 class BoxInProcess:
-    """A worker without a stream. num_answered: requests; loses: it answers none"""
+    """A worker without a stream. num_asked, num_answered: requests; loses: it answers none"""
 
     def __init__(self, worker: Engine, loses: bool = False) -> None:
         loaded = worker.loaded
         self.address, self.is_up, self.slots = "box", True, worker.cache.capacity.slots
-        self.num_answered, self._loses, self.cost = 0, loses, 1.0
+        self.num_asked = self.num_answered = 0
+        self._loses, self.cost = loses, 1.0
         self.held = ALL_EXPERTS
         self._shape = loaded.hidden_size, loaded.dtype
         self._lent = LentExperts(loaded.kernels, loaded.spec.num_experts, worker.cache)
 
     def ask(self, work: Work, own_s: float = 0.0) -> Answer:
+        self.num_asked += 1
         return Answer(1, work, 0.0, 0.0, own_s)
 
     def wait(self, answer: Answer, check: Callable[[], None]) -> Tensor | None:

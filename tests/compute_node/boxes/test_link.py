@@ -1,5 +1,5 @@
-"""A link to a worker that does everything wrong: the main node computes by itself, and nothing
-hangs or leaks.
+"""A link to a worker that does everything wrong, over its stream alone and over the short way
+beside it: the main node computes by itself, and nothing hangs or leaks.
 
 Planted faults seen red: a late answer kept for ever, a box asked again while it is late, one that
 is never asked again, a slow one asked on and on, a stream that ends within the probe ending the
@@ -8,12 +8,12 @@ link, rows that are none ending it, a box that fails asked on and on.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import grpc
@@ -26,15 +26,21 @@ from compute_node.boxes.owners import Rotation, Shares
 from compute_node.boxes.probe import Probe
 from compute_node.boxes.work import Work, bytes_of, tensor_of
 from compute_node.cache.asked import never
+from compute_node.worker.direct_door import DirectDoor
+from compute_node.worker.direct_way import DirectWay
+from compute_node.worker.sessions import Sessions
+from compute_node.worker.work_queue import WorkQueue
 from proto import errors, rpc
 from proto import worker_pb2 as pb
+from proto.direct_socket import DirectSocket
 from proto.expert import ModelSpec
+from proto.rpc import Listen
 from proto.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 from tests.stack import wait_for
 
 SPEC = ModelSpec("f", "toy", (0, 2), 4, 2, {0: (), 2: ()})
 Reply = Callable[[pb.WorkRequest], pb.WorkReply | None]
-WORK = Work(0, [1], torch.ones(1, 8), torch.tensor([[1, 2]]), torch.ones(1, 2))
+WORK = Work.of(0, [1], torch.ones(1, 8), torch.tensor([[1, 2]]), torch.ones(1, 2))
 
 
 def doubled(work: Work) -> torch.Tensor:
@@ -55,7 +61,8 @@ class Worker(WorkerServicer):
         self.reply: Reply = right
         self.num_probed, self.num_streams = 1 << 30, 0
         self.fingerprint, self.held = "f", b""
-        self.over = threading.Event()
+        self.direct_port, self.num_direct = 0, 0
+        self.sessions = Sessions()
 
     def Describe(self, request: Any, context: Any) -> pb.WorkerDescription:
         return pb.WorkerDescription(
@@ -63,63 +70,156 @@ class Worker(WorkerServicer):
             fingerprint=self.fingerprint,
             slots=5,
             held=self.held,
+            direct_port=self.direct_port,
         )
 
     def Compute(self, requests: Iterator[pb.WorkRequest], context: Any) -> Iterator[pb.WorkReply]:
         self.num_streams += 1
-        for number, request in enumerate(requests):
-            if number >= self.num_probed:
-                return
-            is_probe = request.id == 0 and not request.prepares
-            found = right(request) if is_probe else self.reply(request)
-            if found is not None:
-                yield found
+        session = next(requests).session
+        self.sessions.begin(session, threading.Event())
+        try:
+            for number, request in enumerate(requests):
+                if number >= self.num_probed:
+                    return
+                is_probe = request.id == 0 and not request.prepares
+                found = right(request) if is_probe else self.reply(request)
+                if found is not None:
+                    yield found
+        finally:
+            self.sessions.end(session)
+
+    @contextmanager
+    def direct(self) -> Iterator[None]:
+        """Short messages are answered on the way that a worker has for them, for the block."""
+
+        def do(request: pb.WorkRequest, came_s: float) -> pb.WorkReply | None:
+            self.num_direct += 1
+            return self.reply(request)
+
+        def take_in(connection: DirectSocket, session: bytes) -> bool:
+            return self.sessions.take_in(
+                session, lambda gone: DirectWay(connection, queue, do, never)
+            )
+
+        with WorkQueue() as queue, ThreadPoolExecutor(1) as thread:
+            running = thread.submit(queue.run)
+            try:
+                with DirectDoor(Listen("127.0.0.1:0"), 0, take_in) as door:
+                    self.direct_port = door.port
+                    yield
+            finally:
+                self.direct_port = 0
+                queue.stop()
+                running.result()
 
 
 @contextmanager
-def linked(folder: Path, worker: Worker, probe: Probe | None = None) -> Iterator[WorkerLink]:
+def linked(worker: Worker, probe: Probe | None = None, way: str = "stream") -> Iterator[WorkerLink]:
     server = grpc.server(ThreadPoolExecutor(4))
     add_WorkerServicer_to_server(worker, server)
-    address = f"unix:{folder}/w.sock"
-    server.add_insecure_port(address)
-    server.start()
-    try:
-        probe = probe or Probe.of(doubled, SPEC, 8, torch.float32)
-        with WorkerLink(address, SPEC, probe) as link:
-            yield link
-    finally:
-        server.stop(0).wait()
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    with worker.direct() if way == "direct" else nullcontext():
+        server.start()
+        try:
+            probe = probe or Probe.of(doubled, SPEC, 8, torch.float32)
+            with WorkerLink(address, SPEC, probe) as link:
+                yield link
+        finally:
+            server.stop(0).wait()
 
 
-def test_what_it_answers_is_taken(run_dir: Path) -> None:
-    with linked(run_dir, Worker()) as link:
+@pytest.fixture(params=["stream", "direct"])
+def way(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+def test_what_it_answers_is_taken(way: str) -> None:
+    worker = Worker()
+    with linked(worker, way=way) as link:
         assert link.wait_up(10) and link.is_up and link.slots == 5
         for _ in range(20):
             rows = link.wait(link.ask(WORK), never)
             assert rows is not None and torch.equal(rows, WORK.hidden * 2)
         assert (link.num_answered, link.num_late, link.num_failed) == (20, 0, 0)
         assert link.bytes_sent > 20 * 32 < link.bytes_received
+        assert worker.num_direct == (20 if way == "direct" else 0)
 
 
-def test_a_box_is_asked_for_what_its_store_has(run_dir: Path) -> None:
+def test_what_is_long_goes_over_the_stream() -> None:
+    worker, num_tokens = Worker(), 1 << 14
+    hidden, ids = torch.ones(num_tokens, 8), torch.tensor([[1, 2]]).repeat(num_tokens, 1)
+    long = Work.of(0, [1], hidden, ids, ids.float())
+    with linked(worker, way="direct") as link:
+        assert link.wait_up(10)
+        first, second = link.ask(long), link.ask(WORK)
+        for answer in (second, first):
+            rows = link.wait(answer, never)
+            assert rows is not None and torch.equal(rows, answer.work.hidden * 2)
+        assert worker.num_direct == 1
+
+
+def test_an_answer_that_nobody_waited_for_took_no_longer_than_it_did() -> None:
+    """The main node computed meanwhile. Planted fault seen red: until somebody looked."""
+    with linked(Worker(), way="direct") as link:
+        assert link.wait_up(10)
+        assert link.wait(link.ask(WORK), never) is not None
+        answer, direct = link.ask(WORK), link._direct
+        assert direct is not None and direct._connection.wait(10)
+        threading.Event().wait(0.5)
+        assert link.wait(answer, never) is not None
+        assert answer.took_s < 0.4
+
+
+def test_a_port_that_cannot_be_reached_leaves_the_stream(caplog: pytest.LogCaptureFixture) -> None:
+    worker = Worker()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        worker.direct_port = taken.getsockname()[1]
+    with linked(worker) as link:
+        assert link.wait_up(10) and link.wait(link.ask(WORK), never) is not None
+    assert "no short way to worker" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"\xff" * 8, b"\x03\0\0\0abc"], ids=["hung up", "too long", "no reply"]
+)
+def test_a_short_way_that_breaks_ends_the_stream(said: bytes) -> None:
+    """The link connects again."""
+    worker = Worker()
+    with linked(worker, way="direct") as link:
+        assert link.wait_up(10)
+        wait_for(lambda: worker.sessions._ways, 10, "the worker to let it in")
+        [connection] = [way._connection for way in worker.sessions._ways.values()]
+        worker.reply = lambda _: None
+        answer = link.ask(WORK)
+        if said:
+            connection._socket.send(said)
+        else:
+            connection.hang_up()
+        assert link.wait(answer, never) is None
+        worker.reply = right
+        wait_for(lambda: worker.num_streams == 2 and link.is_up, 20, "another stream")
+        assert link.wait(link.ask(WORK), never) is not None
+
+
+def test_a_box_is_asked_for_what_its_store_has() -> None:
     """Written against: what it has not heard, an expert of another layer taken for it, a
     list of another size taken.
     """
     worker = Worker()
     worker.held = bytes([0b00000011])  # of layer 0 the first two of four
-    with linked(run_dir, worker) as link:
+    with linked(worker) as link:
         assert link.wait_up(10)
         boxes = Boxes(lambda slots, held: Shares(SPEC.num_experts, slots, held), 5)
         boxes.links = [link]
         asked = {(layer, e) for layer in (0, 2) for e in range(4) if boxes.shares(layer, [e])}
         assert len(asked) == 1 and asked < {(0, 0), (0, 1)}
-    (run_dir / "w.sock").unlink(missing_ok=True)
     worker.held = bytes([0b11, 0])
-    with linked(run_dir, worker) as link:
+    with linked(worker) as link:
         assert not link.wait_up(1) and not link.is_up
 
 
-def test_what_is_prepared_is_sent_and_nothing_comes_back(run_dir: Path) -> None:
+def test_what_is_prepared_is_sent_and_nothing_comes_back(way: str) -> None:
     """Planted fault seen red: nothing sent."""
     worker, heard = Worker(), list[pb.WorkRequest]()
 
@@ -128,7 +228,7 @@ def test_what_is_prepared_is_sent_and_nothing_comes_back(run_dir: Path) -> None:
         return None if request.prepares else right(request)
 
     worker.reply = reply
-    with linked(run_dir, worker) as link:
+    with linked(worker, way=way) as link:
         assert link.wait_up(10)
         boxes = Boxes(lambda slots, held: Rotation(SPEC.moe_layers, slots, 1, held), 4)
         boxes.prepare(2, [3])
@@ -140,10 +240,10 @@ def test_what_is_prepared_is_sent_and_nothing_comes_back(run_dir: Path) -> None:
         assert len(heard) == 2 and link.num_prepared == 2
 
 
-def test_a_box_that_is_late_gets_no_work_until_it_has_answered(run_dir: Path) -> None:
+def test_a_box_that_is_late_gets_no_work_until_it_has_answered(way: str) -> None:
     """Whatever came before, one late answer is all that a box which stands still costs."""
     worker, go_on = Worker(), threading.Event()
-    with linked(run_dir, worker) as link:
+    with linked(worker, way=way) as link:
         assert link.wait_up(10)
         for _ in range(32):
             assert link.wait(link.ask(WORK), never) is not None
@@ -162,7 +262,7 @@ def test_a_box_that_is_late_gets_no_work_until_it_has_answered(run_dir: Path) ->
         assert not link._open and link.wait(link.ask(WORK), never) is not None
 
 
-def test_a_box_that_is_slower_than_the_main_node_rests(run_dir: Path) -> None:
+def test_a_box_that_is_slower_than_the_main_node_rests(way: str) -> None:
     """Its answers come in time, by what it took before."""
     worker = Worker()
 
@@ -170,7 +270,7 @@ def test_a_box_that_is_slower_than_the_main_node_rests(run_dir: Path) -> None:
         time.sleep(0.11)
         return right(request)
 
-    with linked(run_dir, worker) as link:
+    with linked(worker, way=way) as link:
         assert link.wait_up(10)
         worker.reply = reply
         for _ in range(3):
@@ -181,11 +281,11 @@ def test_a_box_that_is_slower_than_the_main_node_rests(run_dir: Path) -> None:
 
 
 def test_a_stream_without_an_answer_for_long_is_opened_anew(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = Worker()
     monkeypatch.setattr("compute_node.boxes.link._LONGEST_BEHIND_S", 0.1)
-    with linked(run_dir, worker) as link:
+    with linked(worker, way=way) as link:
         assert link.wait_up(10)
         worker.reply = lambda _: None
         assert link.wait(link.ask(WORK), never) is None
@@ -203,10 +303,10 @@ def test_a_stream_without_an_answer_for_long_is_opened_anew(
     ],
     ids=["error", "nothing", "no rows"],
 )
-def test_a_box_that_fails_rests(run_dir: Path, reply: Reply) -> None:
+def test_a_box_that_fails_rests(way: str, reply: Reply) -> None:
     worker = Worker()
     worker.reply = reply
-    with linked(run_dir, worker) as link:
+    with linked(worker, way=way) as link:
         assert link.wait_up(10)
         for _ in range(3):
             assert link.is_up
@@ -214,37 +314,37 @@ def test_a_box_that_fails_rests(run_dir: Path, reply: Reply) -> None:
         assert not link.is_up and link.num_failed == 3
 
 
-def test_a_stream_that_ends_is_opened_again(run_dir: Path) -> None:
+def test_a_stream_that_ends_is_opened_again() -> None:
     worker = Worker()
     worker.num_probed = 3
-    with linked(run_dir, worker) as link:
+    with linked(worker) as link:
         wait_for(lambda: worker.num_streams >= 2, 10, "the link to try again")
         assert not link.is_up
         worker.num_probed = 1 << 30
         assert link.wait_up(20)
 
 
-def test_another_model_and_other_bits_are_refused(run_dir: Path) -> None:
+def test_another_model_and_other_bits_are_refused() -> None:
     worker = Worker()
     worker.fingerprint = "g"
-    with linked(run_dir, worker) as link, pytest.raises(errors.VersionMismatch, match="another"):
+    with linked(worker) as link, pytest.raises(errors.VersionMismatch, match="another"):
         link.wait_up(10)
     other = Probe.of(lambda work: work.hidden * 3, SPEC, 8, torch.float32)
     with (
-        linked(run_dir, Worker(), other) as link,
-        pytest.raises(errors.OtherBits, match=r"w\.sock computes"),
+        linked(Worker(), other) as link,
+        pytest.raises(errors.OtherBits, match=r"127\.0\.0\.1:.* computes"),
     ):
         link.wait_up(10)
 
 
-def test_who_waits_may_leave(run_dir: Path) -> None:
+def test_who_waits_may_leave(way: str) -> None:
     worker = Worker()
     worker.reply = lambda _: None
 
     def leave() -> None:
         raise errors.Cancelled("the caller went away")
 
-    with linked(run_dir, worker) as link:
+    with linked(worker, way=way) as link:
         assert link.wait_up(10)
         with pytest.raises(errors.Cancelled):
             link.wait(link.ask(WORK), leave)

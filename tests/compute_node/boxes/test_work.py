@@ -17,7 +17,7 @@ from proto import errors
 from proto import worker_pb2 as pb
 from proto.expert import ModelSpec
 
-WORK = Work(
+WORK = Work.of(
     3,
     [1, 4],
     torch.arange(6, dtype=torch.bfloat16).view(2, 3),
@@ -27,13 +27,15 @@ WORK = Work(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_work_comes_as_it_was_sent(dtype: torch.dtype) -> None:
-    sent = Work(WORK.layer, WORK.experts, WORK.hidden, WORK.topk_ids, WORK.topk_weights.to(dtype))
+@pytest.mark.parametrize("sequences", [[], [1, 1]])
+def test_work_comes_as_it_was_sent(dtype: torch.dtype, sequences: list[int]) -> None:
+    ids, weights = torch.tensor([[1, 4], [4, 2]]), torch.rand(2, 2).to(dtype)
+    sent = Work.of(3, [1, 4], WORK.hidden, ids, weights, sequences)
     came = Work.from_pb(sent.to_pb(7), 3, torch.bfloat16)
     assert (came.layer, came.experts) == (3, [1, 4])
-    for name in ("hidden", "topk_ids", "topk_weights"):
-        there, here = getattr(came, name), getattr(sent, name)
-        assert there.dtype == here.dtype and torch.equal(there, here), name
+    assert came.sequences == (sequences or [2]) and came.is_decode == (len(sequences) == 2)
+    pairs = zip((came.hidden, *came.chosen_by(slice(2))), (WORK.hidden, ids, weights), strict=True)
+    assert all(there.dtype == here.dtype and torch.equal(there, here) for there, here in pairs)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +47,12 @@ def test_work_comes_as_it_was_sent(dtype: torch.dtype) -> None:
         {"hidden": b""},
         {"hidden": bytes(8)},
         {"hidden": bytes(13)},
-        {"topk_ids": bytes(8)},
-        {"topk_weights": bytes(4)},
-        {"topk_weights": bytes(8)},
+        {"topk_ids": [1, 4, 2]},
+        {"topk_ids": []},
+        {"topk_weights": [1.0]},
+        {"topk_weights": []},
+        {"sequences": [1, 2]},
+        {"sequences": [2, 0]},
         {"experts": []},
         {"experts": [4, 1]},
         {"experts": [1, 1]},
@@ -64,6 +69,12 @@ def test_what_is_no_work_is_refused_in_a_sentence(change: dict[str, Any]) -> Non
             setattr(request, name, value)
     with pytest.raises(errors.InvalidRequest):
         Work.from_pb(pb.WorkRequest.FromString(request.SerializeToString()), 3, torch.bfloat16)
+
+
+def test_weights_that_no_box_takes_are_refused() -> None:
+    ids, weights = torch.tensor([[1, 4]]), torch.rand(1, 2).double()
+    with pytest.raises(errors.InvalidRequest, match="run on one box"):
+        Work.of(3, [1], WORK.hidden[:1], ids, weights)
 
 
 def test_a_worker_with_other_bits_is_refused_by_name() -> None:

@@ -40,7 +40,7 @@ def work(node: Engine, experts: list[int], num_tokens: int = 1) -> Work:
     loaded, num = node.loaded, len(experts)
     hidden = torch.randn(num_tokens, loaded.hidden_size).to(loaded.dtype)
     ids = torch.tensor([experts] * num_tokens)
-    return Work(LAYER, sorted(experts), hidden, ids, torch.full((num_tokens, num), 1 / num))
+    return Work.of(LAYER, sorted(experts), hidden, ids, torch.full((num_tokens, num), 1 / num))
 
 
 def test_what_was_prepared_is_read_before_it_is_computed(node: Engine, lent: LentExperts) -> None:

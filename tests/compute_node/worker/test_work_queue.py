@@ -4,9 +4,9 @@ prompt's.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -15,25 +15,29 @@ from compute_node.worker.work_queue import Urgency, WorkQueue
 
 
 @pytest.fixture
-def thread() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(1) as thread:
-        yield thread
+def queue() -> Iterator[WorkQueue]:
+    with WorkQueue() as queue:
+        yield queue
 
 
-def test_the_most_urgent_comes_first_and_then_who_came_first(thread: ThreadPoolExecutor) -> None:
-    queue, may_begin, done = WorkQueue(thread), threading.Event(), list[str]()
-    thread.submit(may_begin.wait)
+def run(queue: WorkQueue) -> None:
+    """Until there is nothing to do."""
+    while queue.run_next(Urgency.PROMPT):
+        pass
+
+
+def test_the_most_urgent_comes_first_and_then_who_came_first(queue: WorkQueue) -> None:
+    done = list[str]()
     queue.put(Urgency.PROMPT, partial(done.append, "prompt"))
     queue.put(Urgency.TOKEN, partial(done.append, "token 1"))
     queue.put(Urgency.TOKEN, partial(done.append, "token 2"))
     queue.put(Urgency.PREPARE, partial(done.append, "prepare"))
-    may_begin.set()
-    thread.submit(int).result()
+    run(queue)
     assert done == ["prepare", "token 1", "token 2", "prompt"]
 
 
-def test_a_prompt_gives_way_to_what_is_more_urgent(thread: ThreadPoolExecutor) -> None:
-    queue, done = WorkQueue(thread), list[str]()
+def test_a_prompt_gives_way_to_what_is_more_urgent(queue: WorkQueue) -> None:
+    done = list[str]()
 
     def prompt() -> None:
         done.append("begun")
@@ -44,6 +48,68 @@ def test_a_prompt_gives_way_to_what_is_more_urgent(thread: ThreadPoolExecutor) -
         done.append("ended")
 
     queue.put(Urgency.PROMPT, prompt)
-    thread.submit(int).result()  # the prompt's; what it put in comes after
-    thread.submit(int).result()
+    run(queue)
     assert done == ["begun", "token", "ended", "another prompt"]
+
+
+def test_a_watched_file_is_read_in_the_midst_of_work(queue: WorkQueue) -> None:
+    """Seen red: files looked at between works alone."""
+    ours, theirs = os.pipe()
+    done = list[bytes]()
+
+    def read() -> None:
+        message = os.read(ours, 16)
+        queue.put(Urgency.TOKEN, partial(done.append, message))
+
+    def prompt() -> None:
+        os.write(theirs, b"token")
+        queue.run_next(Urgency.TOKEN)
+        done.append(b"ended")
+
+    try:
+        queue.watch(ours, read)
+        queue.put(Urgency.PROMPT, prompt)
+        run(queue)
+        assert done == [b"token", b"ended"]
+        queue.forget(ours)
+        os.write(theirs, b"unread")
+        run(queue)
+        assert len(done) == 2
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+class Drowsy(WorkQueue):
+    """sleeps: it has nothing to do"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sleeps = threading.Event()
+
+    def _look(self, timeout_s: float | None) -> None:
+        if timeout_s is None:
+            self.sleeps.set()
+        super()._look(timeout_s)
+
+
+def test_it_sleeps_until_there_is_work_and_ends_when_asked(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Seen red: an error that ends the thread; a stop that nobody hears who sleeps."""
+    done = threading.Event()
+    with Drowsy() as queue:
+        thread = threading.Thread(target=queue.run, daemon=True)
+        thread.start()
+        try:
+            assert queue.sleeps.wait(20)
+            queue.put(Urgency.TOKEN, partial(int, "none"))
+            queue.put(Urgency.TOKEN, done.set)
+            assert done.wait(20)
+            queue.sleeps.clear()
+            queue.put(Urgency.TOKEN, int)
+            assert queue.sleeps.wait(20)
+        finally:
+            queue.stop()
+            thread.join(10)
+        assert not thread.is_alive() and "invalid literal" in caplog.text

@@ -54,7 +54,7 @@ def settings(run_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize("role", HELPERS)
-def test_a_helper_publishes_one_port_at_one_address(
+def test_a_helper_publishes_its_ports_at_one_address(
     role: Role, settings: Path, tiny_store: Path, run_dir: Path
 ) -> None:
     """Red for a port without its address, a store that has a network, and a limit that the plan
@@ -66,7 +66,8 @@ def test_a_helper_publishes_one_port_at_one_address(
     store, helper = (rendered.services[name] for name in ("expert_store", "helper"))
     assert set(rendered.services) == {"expert_store", "helper"}
     assert store["network_mode"] == "none" and "ports" not in store
-    assert helper["ports"] == ["10.0.0.2:9400:9400"] and "network_mode" not in helper
+    ports = {"worker": "9400-9401", "shadow": "9400"}[role]
+    assert helper["ports"] == [f"10.0.0.2:{ports}:{ports}"] and "network_mode" not in helper
     assert helper["command"][2] == f"compute_node.{role}"
     for service in (store, helper):
         assert service["read_only"] is True and service["cap_drop"] == ["ALL"]
@@ -78,7 +79,7 @@ def test_a_helper_publishes_one_port_at_one_address(
     assert sum(limits) <= GIB
     assert limits[0] == segment_bytes(rendered) + STORE_ROOM_BYTES
     config = CONFIGS[role].load(out / "flashmoe.toml")
-    assert config.listen == INSIDE and not config.insecure
+    assert config.listen == f"{INSIDE}:9400" and not config.insecure
     assert seconds(helper["stop_grace_period"]) >= config.stop_grace_s + 5
 
 
@@ -125,7 +126,7 @@ def test_a_port_of_this_host_alone_needs_no_certificate(tiny_store: Path, run_di
     """
     container_config(tiny_store, run_dir / "out", memory="1GiB", role="worker")
     rendered = Rendered(run_dir / "out")
-    assert rendered.services["helper"]["ports"] == ["127.0.0.1:9400:9400"]
+    assert rendered.services["helper"]["ports"] == ["127.0.0.1:9400-9401:9400-9401"]
     assert WorkerConfig.load(rendered.out / "flashmoe.toml").insecure is True
 
 
@@ -155,6 +156,7 @@ def test_a_main_node_has_a_network_where_it_has_boxes(tiny_store: Path, run_dir:
     [
         (["--role", "worker", "--listen", LISTEN], "reachable from other hosts: set tls, or insec"),
         (["--role", "worker", "--listen", "box2:9400"], "publishes on an IP address"),
+        (["--role", "worker", "--listen", "127.0.0.1:65535"], "needs the next port, too"),
         (["--role", "shadow", "--listen", "127.0.0.1:0"], "need to know the port"),
         (["--role", "worker", "--http", "8000"], "--http is not for --role worker"),
         (["--role", "shadow", "--worker", LISTEN], "--worker is not for --role shadow"),
@@ -202,7 +204,11 @@ def containers(
     out = run_dir / "out"
     container_config(tiny_store, out, memory="1GiB", role=request.param)
     config = out / "flashmoe.toml"  # processes share the ports of this machine
-    config.write_text(config.read_text().replace(INSIDE, f"127.0.0.1:{free_port()}"))
+    config.write_text(
+        config.read_text()
+        .replace(f"{INSIDE}:9400", f"127.0.0.1:{free_port()}")
+        .replace("direct_port = 9401", f"direct_port = {free_port()}")
+    )
     started = LocalContainers(Rendered(out), run_dir)
     yield started
     started.kill()
