@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from deploy.plan.budget import MIB, OVERHEAD_BYTES, MemoryPlan
+from deploy.plan.budget import MemoryPlan
+from deploy.plan.mebibytes import MIB
+from deploy.plan.parts import OVERHEAD_BYTES
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.stack.stack_plan import StackPlan
 from deploy.terminal import console

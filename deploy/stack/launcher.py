@@ -15,7 +15,7 @@ from typing import Any
 
 import tomli_w
 
-from deploy.plan.budget import check_room
+from deploy.plan.room import check_room
 from deploy.settings import ServeSettings
 from deploy.stack import leftovers, locks, log_files
 from deploy.stack.memory import MemorySampler

@@ -5,13 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.plan.budget import (
-    MemoryPlan,
-    check_machine,
-    forecaster_room,
-    plan_memory,
-    router_map_room,
-)
+from deploy.plan.budget import MemoryPlan, plan_memory
+from deploy.plan.parts import forecaster_room, router_map_room
+from deploy.plan.room import check_machine
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.stack.quality_check import check_quality
 from deploy.stack.run_dir import RunDir

@@ -14,9 +14,10 @@ import typer
 from deploy.cluster import plan_page
 from deploy.cluster.config import ClusterConfig
 from deploy.cluster.planned import PlannedCluster
-from deploy.plan.budget import MemoryPlan, shortage
+from deploy.plan.budget import MemoryPlan
 from deploy.plan.disk import DiskSpeed, RecordSpeed, measure_disk, measure_records
 from deploy.plan.estimate import Estimate, estimate, rotation
+from deploy.plan.room import shortage
 from deploy.plan.rotation import Rotation
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.stack.stack_plan import check_whole, plan_stack_memory

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from deploy.plan.budget import OVERHEAD_BYTES
+from deploy.plan.parts import OVERHEAD_BYTES
 from tests.bench.boxes.answers import ask, prompts
 from tests.bench.boxes.models import shipped_image, widened_image
 from tests.bench.table import show

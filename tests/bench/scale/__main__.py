@@ -24,7 +24,8 @@ import psutil
 import torch
 
 from compute_node.native import binding
-from deploy.plan.budget import MemoryPlan, check_shared_memory, plan_memory
+from deploy.plan.budget import MemoryPlan, plan_memory
+from deploy.plan.room import check_shared_memory
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.verbs.calibrate import check_trace
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from deploy.plan import cgroup
-from deploy.plan.budget import check_room, default_kv_bytes, plan_memory, shortage
+from deploy.plan.budget import default_kv_bytes, plan_memory
+from deploy.plan.mebibytes import MIB
+from deploy.plan.room import check_room, shortage
 from deploy.settings import ServeSettings, parse_bytes, parse_experts_memory
 from deploy.stack.run_dir import RunDir
 from deploy.stack.tables import compose
@@ -17,8 +19,6 @@ from expert_store.manifest.manifest import Manifest
 from expert_store.offline.pack import pack
 from proto import errors
 from tests.stack import MODEL
-
-MIB = 1024 * 1024
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import pytest
 
 from compute_node.config import ROUTER_MAP_NAME
 from compute_node.predict.router_map import RouterMap
-from deploy.plan.budget import router_map_room
+from deploy.plan.parts import router_map_room
 from deploy.settings import ServeSettings
 from deploy.terminal.prompts import Prompt
 from deploy.verbs.calibrate import PASSAGE_CHARACTERS, passages

@@ -14,7 +14,7 @@ import pytest
 
 import scheduler.lab.calibration
 from deploy.lab import plot
-from deploy.plan.budget import forecaster_room
+from deploy.plan.parts import forecaster_room
 from deploy.settings import ServeSettings
 from deploy.verbs.calibrate import calibrate
 from expert_store.offline.card import CARD_NAME, check_card

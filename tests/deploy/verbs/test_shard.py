@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.plan.budget import MIB
+from deploy.plan.mebibytes import MIB
 from deploy.settings import ServeSettings
 from deploy.stack.stack_plan import StackPlan
 from expert_store.manifest.manifest import Manifest
