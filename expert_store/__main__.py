@@ -12,8 +12,10 @@ import proto.process.quiet_grpc  # noqa: F401  isort: skip  before grpc
 import logging
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 
 from expert_store.config import ExpertStoreConfig
+from expert_store.face.checkpoint import Checkpoint
 from expert_store.face.local_socket import LocalSocket
 from expert_store.face.service import SERVICE_NAME, ExpertStoreService
 from expert_store.io import kernel_queue
@@ -60,6 +62,7 @@ async def run(
             size_classes.lease_bytes,
             config.session_dir,
             config.lock_poll_s,
+            config.lent_slots * size_classes.slot_bytes,
         )
         store = ExpertStore(
             manifest,
@@ -73,7 +76,7 @@ async def run(
             files.direct,
             device,
         )
-        service = ExpertStoreService(store, str(root), config.local_socket_path)
+        service = ExpertStoreService(store, Checkpoint.of(root, manifest), config.local_socket_path)
         with Readers(store, files), LocalSocket(config.local_socket_path, store):
             await _serve(config, store, service, until_stopped)
         sessions.stop()
@@ -86,17 +89,18 @@ async def _serve(
     until_stopped: Callable[[], Awaitable[None]],
 ) -> None:
     with daemon.serving_metrics(store.snapshot, config.metrics_port, config.metrics_port_file):
-        async with (
-            resident_list.kept(store, config.resident_list),
-            rpc.serving(
-                config.listen,
-                lambda server: add_ExpertStoreServicer_to_server(service, server),
-                [SERVICE_NAME],
-                config.stop_grace_s,
-                service.drain,
-                rpc.LOCAL_MESSAGE_BYTES,  # over the stream, too
-            ),
-        ):
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(resident_list.kept(store, config.resident_list))
+            for face in config.faces:
+                serving = rpc.serving(
+                    face,
+                    lambda server: add_ExpertStoreServicer_to_server(service, server),
+                    [SERVICE_NAME],
+                    config.stop_grace_s,
+                    service.drain,
+                    rpc.LOCAL_MESSAGE_BYTES,  # over the stream, too
+                )
+                await stack.enter_async_context(serving)
             facts = {
                 "address": config.address,
                 "experts": len(store.manifest.records),

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from proto.process import daemon
 from proto.rpc import Listen, TlsFiles
@@ -24,6 +32,8 @@ class ExpertStoreConfig(BaseModel):
     num_slots: PositiveInt
     read_depth: Annotated[int, Field(ge=1, le=64)] = 4
     spare_slots: PositiveInt | None = None
+    listen: str | None = None
+    lent_slots: NonNegativeInt = 0
     max_queued_reads: PositiveInt = 4096
     piece_bytes: Annotated[int, Field(ge=4096, multiple_of=4096)] = 2 * 1024 * 1024
     direct_io: bool = True
@@ -42,6 +52,8 @@ class ExpertStoreConfig(BaseModel):
         if self.max_leased <= 0:
             spare = self.num_slots - self.max_leased
             raise ValueError(f"num_slots must exceed the spare slots ({spare})")
+        if self.lent_slots > self.max_leased:
+            raise ValueError(f"lent_slots are of the {self.max_leased} that nodes may hold")
         return self
 
     @property
@@ -55,8 +67,11 @@ class ExpertStoreConfig(BaseModel):
         return self.session_dir / "exchange.sock"
 
     @property
-    def listen(self) -> Listen:
-        return Listen(self.address, self.tls, self.insecure)
+    def faces(self) -> list[Listen]:
+        """Where it serves. With `listen`, tls and insecure are of that alone."""
+        if self.listen is None:
+            return [Listen(self.address, self.tls, self.insecure)]
+        return [Listen(self.address), Listen(self.listen, self.tls, self.insecure)]
 
     @classmethod
     def load(cls, path: Path) -> Self:

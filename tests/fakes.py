@@ -52,6 +52,10 @@ class FakeLender:
     def is_open(self) -> bool:
         return self._open
 
+    @property
+    def lends_copies(self) -> bool:
+        return False
+
     def open(self, check: Callable[[], None] = lambda: None) -> None:
         check()
         self.held.clear()

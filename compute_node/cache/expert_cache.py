@@ -146,8 +146,11 @@ class ExpertCache:
         wrong:       guesses that are withdrawn
         num_guesses: that are not settled, these included
 
-        Returns those that were asked for. Raises SessionLost.
+        Returns those that were asked for: none where they would have to travel, as a store reads
+        ahead into its own memory alone. Raises SessionLost.
         """
+        if self.lender.lends_copies:
+            return ()
         going, num_left_out = self.room.for_guesses(layer, num_guesses) if keys else ([], 0)
         keys = keys[: max(0, len(keys) - num_left_out)]
         given_up = self.give_up(going)
@@ -159,11 +162,14 @@ class ExpertCache:
 
     def open(self, check: Callable[[], None] = never) -> None:
         """Open a session with the store; start warm from what it has in memory, no byte is read.
+        Where that would have to travel, start empty: it is what other nodes use.
 
         Raises StoreUnavailable, SlotsExhausted, VersionMismatch, and what `check` raises.
         """
         self._forget()
         self.lender.open(check)
+        if self.lender.lends_copies:
+            return
         in_memory = [one.expert for one in self.lender.resident() if one.variant == EXACT_VARIANT]
         chosen = exact(self.room.of_empty(sorted(in_memory)))
         for start in range(0, len(chosen), _WARM_BATCH):

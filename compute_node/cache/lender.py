@@ -27,6 +27,9 @@ class Lender(Protocol):
     @property
     def is_open(self) -> bool: ...
 
+    @property
+    def lends_copies(self) -> bool: ...
+
     def open(self, check: Callable[[], None] = ...) -> None: ...
 
     def borrow(

@@ -19,7 +19,7 @@ from compute_node.store.session import SessionLost, StoreDescription, StoreSessi
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
-from proto.expert import EXACT_VARIANT, ModelSpec, RecordKey
+from proto.expert import ModelSpec, RecordKey
 from proto.held_experts import HeldExperts
 from proto.stats import fact
 
@@ -84,8 +84,15 @@ class StoreClient:
             reply.piece_bytes,
             dict(reply.lease_bytes),
             HeldExperts.from_bytes(reply.held, spec),
+            reply.config,
+            reply.share,
         )
         return self._description
+
+    @property
+    def lends_copies(self) -> bool:
+        """Whether what is borrowed has to travel."""
+        return self._session_dir is None
 
     @property
     def is_open(self) -> bool:
@@ -196,11 +203,8 @@ class StoreClient:
         self._num_fruitless = 0
 
     def _open_once(self, description: StoreDescription) -> StoreSession:
-        num_experts = min(self._most_experts, description.num_experts)
-        quota_bytes = num_experts * description.lease_bytes[EXACT_VARIANT]
-        return StoreSession.open(
-            self._stub, self._node, quota_bytes, self._session_dir, description
-        )
+        num_slots = min(self._most_experts, description.num_experts)
+        return StoreSession.open(self._stub, self._node, num_slots, self._session_dir, description)
 
     def _may_pass(self, problem: errors.FlashMoEError) -> bool:
         """Whether waiting helps: the store comes back, or notices that our old session ended."""

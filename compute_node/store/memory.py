@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,11 +119,15 @@ class SegmentMemory:
 
 
 class PrivateMemory:
-    """Slots of this process, for a store on another host."""
+    """Slots of this process, for a store on another host. Filled by one thread, and read and
+    released by another.
+    """
 
     def __init__(self, num_slots: int, slot_bytes: int) -> None:
-        self._slot_bytes = slot_bytes
-        self._mapping = mmap.mmap(-1, num_slots * slot_bytes)
+        self._slot_bytes, self._lock = slot_bytes, threading.Lock()
+        # Private: shared pages are the segment's where a stack's memory is measured.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._mapping = mmap.mmap(-1, num_slots * slot_bytes, flags=flags)
         self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self._free = list(reversed(range(num_slots)))
         self._slots: dict[RecordKey, int] = {}
@@ -137,22 +142,25 @@ class PrivateMemory:
         """
         if offset_bytes + len(data) > self._slot_bytes:
             raise errors.InvalidRequest(f"a chunk of {key} reaches beyond its slot")
-        if key not in self._slots:
-            if not self._free:
-                raise errors.InvalidRequest(f"a chunk of {key} arrived that nobody asked for")
-            self._slots[key] = self._free.pop()
-            self._digests[key] = xxhash.xxh3_64()
-        start = self._slots[key] * self._slot_bytes + offset_bytes
+        with self._lock:
+            if key not in self._slots:
+                if not self._free:
+                    raise errors.InvalidRequest(f"a chunk of {key} arrived that nobody asked for")
+                self._slots[key] = self._free.pop()
+                self._digests[key] = xxhash.xxh3_64()
+            start = self._slots[key] * self._slot_bytes + offset_bytes
         self._mapping[start : start + len(data)] = data
         self._digests[key].update(data)
         if checksum is not None and self._digests.pop(key).intdigest() != checksum:
             raise errors.WeightsDamaged(f"expert {key} was damaged on its way from the store")
 
     def slot_of(self, key: RecordKey) -> int:
-        return self._slots[key]
+        with self._lock:
+            return self._slots[key]
 
     def release(self, key: RecordKey) -> None:
-        self._free.append(self._slots.pop(key))
+        with self._lock:
+            self._free.append(self._slots.pop(key))
 
     def tensors(
         self, slot: int, start_bytes: int, offsets: Sequence[int], layout: Sequence[TensorLayout]

@@ -26,11 +26,12 @@ from compute_node.store.local_socket import HungUp, LocalSocket
 from compute_node.store.memory import Borrowed, ExpertMemory, PrivateMemory, SegmentMemory
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
-from proto.expert import ModelSpec, RecordKey
+from proto.expert import EXACT_VARIANT, ModelSpec, RecordKey
 from proto.held_experts import ALL_EXPERTS, HeldExperts
 
 _POLL_S = 0.05
 _OPEN_S = 10.0
+_CHUNKED_AT_ONCE = 2  # records on their way: one is read while the other is sent
 
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class StoreDescription:
     piece_bytes: the longest read
     lease_bytes: by variant, what a lease of its records counts against the quota
     held: the experts that it has
+    config: the checkpoint's config.json; empty: it has none
+    share: which share of the model it is; empty: it is whole
     """
 
     spec: ModelSpec
@@ -58,6 +61,8 @@ class StoreDescription:
     piece_bytes: int
     lease_bytes: dict[str, int]
     held: HeldExperts = ALL_EXPERTS
+    config: bytes = b""
+    share: str = ""
 
     @property
     def num_experts(self) -> int:
@@ -77,6 +82,8 @@ class StoreSession:
     """One open stream, its lock, and the memory its leases point into.
 
     Exchanges go over the store's local socket where both ends share the host, else over the stream.
+    Chunks are put in place by the thread that receives them, as they come: what waits for the
+    computing thread takes no memory beside the slots.
     """
 
     def __init__(self, lock: _Lock | None, description: StoreDescription) -> None:
@@ -91,25 +98,29 @@ class StoreSession:
         self._local_socket: LocalSocket | None = None
         self.broken = False
         self.memory: ExpertMemory
+        self._private: PrivateMemory | None = None  # with chunks
 
     @classmethod
     def open(
         cls,
         stub: Any,
         node: str,
-        quota_bytes: int,
+        num_slots: int,
         session_dir: Path | None,
         description: StoreDescription,
     ) -> StoreSession:
-        """Raises grpc.RpcError, Unavailable, SegmentInvalid, SlotsExhausted, VersionMismatch."""
+        """num_slots: exact experts that may be borrowed at once
+
+        Raises grpc.RpcError, Unavailable, SegmentInvalid, SlotsExhausted, VersionMismatch."""
         lock = _Lock(session_dir, node) if session_dir is not None else None
         session = cls(lock, description)
         session._call = stub.Session(iter(session._requests.get, None))
+        at_once = num_slots if lock else min(_CHUNKED_AT_ONCE, num_slots)
         opening = pb.Open(
             protocol_version=rpc.PROTOCOL_VERSION,
             fingerprint=description.spec.fingerprint,
             node=node,
-            quota_bytes=quota_bytes,
+            quota_bytes=at_once * description.lease_bytes[EXACT_VARIANT],
             transport=pb.TRANSPORT_SHARED_MEMORY if lock else pb.TRANSPORT_CHUNKS,
             lock_name=lock.path.name if lock else "",
         )
@@ -117,11 +128,11 @@ class StoreSession:
         threading.Thread(target=session._pump, name="store-replies", daemon=True).start()
         try:
             opened = session._next(time.monotonic() + _OPEN_S, lambda: None).opened
-            session.memory = (
-                SegmentMemory(opened.segment_path, opened.epoch)
-                if lock
-                else PrivateMemory(quota_bytes // description.slot_bytes, description.slot_bytes)
-            )
+            if lock:
+                session.memory = SegmentMemory(opened.segment_path, opened.epoch)
+            else:
+                session._private = PrivateMemory(num_slots, description.slot_bytes)
+                session.memory = session._private
             session._local_socket = _connect_local(opened)
         except BaseException:
             session.close()
@@ -139,14 +150,13 @@ class StoreSession:
         exchange, for `answer`. Raises SessionLost.
         """
         exchange_id = next(self._ids)
-        over_chunks = isinstance(self.memory, PrivateMemory)
-        if isinstance(self.memory, PrivateMemory):
+        if self._private is not None:
             for key in releases:
-                self.memory.release(key)
+                self._private.release(key)
         exchange = pb.Exchange(
             exchange_id=exchange_id,
             # With chunks the store gave its slot back when the bytes were sent.
-            releases=[] if over_chunks else [key.to_pb() for key in releases],
+            releases=[] if self._private is not None else [key.to_pb() for key in releases],
             acquires=[key.to_pb() for key in acquires],
             prefetches=[key.to_pb() for key in prefetches],
             withdrawals=[key.to_pb() for key in withdrawals],
@@ -184,13 +194,13 @@ class StoreSession:
 
     def borrowed(self, lease: pb.Lease) -> Borrowed:
         """What a lease lends, as tensors."""
-        key, memory = RecordKey.from_pb(lease.key), self.memory
+        key = RecordKey.from_pb(lease.key)
         size_bytes = self._lease_bytes[key.variant]
         slot, generation = lease.slot, lease.generation
-        if isinstance(memory, PrivateMemory):
-            slot, generation = memory.slot_of(key), 0
+        if self._private is not None:
+            slot, generation = self._private.slot_of(key), 0
         layout = self._spec.variant(key.variant).layouts[key.expert.layer]
-        tensors = memory.tensors(slot, lease.start_bytes, lease.tensor_offsets, layout)
+        tensors = self.memory.tensors(slot, lease.start_bytes, lease.tensor_offsets, layout)
         cost = (lease.bytes_read, lease.read_s, lease.verify_s)
         place = (slot, lease.part, generation)
         return Borrowed(key.expert, *place, size_bytes, tensors, *cost, variant=key.variant)
@@ -217,11 +227,7 @@ class StoreSession:
     def _next_answer(self, deadline: float, check: Callable[[], None]) -> pb.Exchanged | None:
         if self._local_socket is not None:
             return self._local_answer(self._local_socket, deadline, check)
-        reply = self._next(deadline, check)
-        if reply.WhichOneof("kind") == "chunk":
-            self._add_chunk(reply.chunk)
-            return None
-        return reply.exchanged
+        return self._next(deadline, check).exchanged
 
     def _local_answer(
         self, local_socket: LocalSocket, deadline: float, check: Callable[[], None]
@@ -237,13 +243,6 @@ class StoreSession:
             _check_deadline(deadline)
         return exchanged
 
-    def _add_chunk(self, chunk: pb.Chunk) -> None:
-        if not isinstance(self.memory, PrivateMemory):
-            raise errors.InvalidRequest("the store sent chunks to a shared-memory session")
-        key = RecordKey.from_pb(chunk.key)
-        checksum = chunk.checksum if chunk.last else None
-        self.memory.add_chunk(key, chunk.offset_bytes, chunk.data, checksum)
-
     def _next(self, deadline: float, check: Callable[[], None]) -> pb.SessionReply:
         while True:
             check()
@@ -257,10 +256,28 @@ class StoreSession:
             return reply
 
     def _pump(self) -> None:
-        """Move replies to the waiting thread until the stream ends; its end is a reply too."""
+        """Put chunks in place, and move other replies to the waiting thread, until the stream ends;
+        its end is a reply too.
+        """
         for reply in _until_broken(self._call):
-            self.broken = isinstance(reply, Exception)
-            self._replies.put(reply)
+            if isinstance(reply, Exception) or reply.WhichOneof("kind") != "chunk":
+                self.broken = isinstance(reply, Exception)
+                self._replies.put(reply)
+                continue
+            try:
+                self._place(reply.chunk)
+            except errors.FlashMoEError as error:
+                self.broken = True
+                self._replies.put(error)
+                return
+
+    def _place(self, chunk: pb.Chunk) -> None:
+        """Raises WeightsDamaged, InvalidRequest for what nobody asked for."""
+        if self._private is None:
+            raise errors.InvalidRequest("the store sent chunks to a shared-memory session")
+        key = RecordKey.from_pb(chunk.key)
+        checksum = chunk.checksum if chunk.last else None
+        self._private.add_chunk(key, chunk.offset_bytes, chunk.data, checksum)
 
 
 def _check_deadline(deadline: float) -> None:

@@ -4,9 +4,8 @@ prefetches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from expert_store.store.fill import Deliver
 from expert_store.store.sessions import Session
 from expert_store.store.store import ExpertStore
 from proto import expert_pb2
@@ -14,14 +13,19 @@ from proto import expert_store_pb2 as pb
 from proto.expert import RecordKey
 
 
-def perform(store: ExpertStore, session: Session, exchange: pb.Exchange, deliver: Deliver) -> None:
-    """Do what the message says; `deliver` hears of every acquire, as `ExpertStore.acquire` has it.
+def perform(
+    store: ExpertStore,
+    session: Session,
+    exchange: pb.Exchange,
+    acquire: Callable[[Sequence[RecordKey]], None],
+) -> None:
+    """Do what the message says. acquire: has records lent to the session
 
     Raises what releases, acquires and prefetches raise; what was done before stays done.
     """
     store.sessions.release(session, _keys(exchange.releases))
     store.withdraw(session, _keys(exchange.withdrawals))
-    store.acquire(session, _keys(exchange.acquires), deliver)
+    acquire(_keys(exchange.acquires))
     store.prefetch(session, _keys(exchange.prefetches))
 
 

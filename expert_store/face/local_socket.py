@@ -10,6 +10,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -139,7 +140,8 @@ class _Caller(threading.Thread):
                 part = leases[start : start + _LEASES_A_MESSAGE]
                 self._send(pb.Exchanged(exchange_id=exchange.exchange_id, leases=part))
 
-        perform(self._store, session, exchange, deliver)
+        acquire = partial(self._store.acquire, session, deliver=deliver)
+        perform(self._store, session, exchange, acquire)
         if is_acknowledged(exchange):
             self._send(pb.Exchanged(exchange_id=exchange.exchange_id))
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
+from expert_store.face.checkpoint import Checkpoint
+from expert_store.face.chunks import ChunkQueue, chunks_of
 from expert_store.face.exchange import is_acknowledged, perform
 from expert_store.store import sessions
-from expert_store.store.slots import Part
 from expert_store.store.store import ExpertStore
 from proto import errors, rpc
 from proto import expert_store_pb2 as pb
@@ -28,14 +28,16 @@ _DRAIN_POLL_S = 0.005
 
 
 class ExpertStoreService(pb_grpc.ExpertStoreServicer):
-    """model_dir: where config, tokenizer and dense weights are.
+    """checkpoint: whose experts are served
 
     local_socket_path: where nodes on this host may connect; None: nowhere
     """
 
-    def __init__(self, store: ExpertStore, model_dir: str, local_socket_path: Path | None) -> None:
+    def __init__(
+        self, store: ExpertStore, checkpoint: Checkpoint, local_socket_path: Path | None
+    ) -> None:
         self._store = store
-        self._model_dir = model_dir
+        self._checkpoint = checkpoint
         self._local_socket_path = local_socket_path
         self._draining = asyncio.Event()
 
@@ -48,7 +50,7 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
         return pb.DescribeReply(
             protocol_version=rpc.PROTOCOL_VERSION,
             model=self._store.manifest.spec.to_pb(),
-            model_dir=self._model_dir,
+            model_dir=str(self._checkpoint.folder),
             slot_bytes=layout.slot_bytes,
             num_slots=layout.num_slots,
             read_depth=self._store.read_depth,
@@ -57,6 +59,9 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
             piece_bytes=self._store.piece_bytes,
             lease_bytes=self._store.sessions.lease_bytes,
             held=self._store.manifest.held.to_bytes(self._store.manifest.spec),
+            config=self._checkpoint.config,
+            hidden_size=self._checkpoint.hidden_size,
+            share=self._checkpoint.share,
         )
 
     async def Resident(self, request: pb.ResidentRequest, context: Any) -> pb.ResidentReply:
@@ -125,11 +130,15 @@ class _SessionStream:
         self._session = session
         self._draining = draining
         self._loop = asyncio.get_running_loop()
-        self._replies: asyncio.Queue[pb.SessionReply | errors.FlashMoEError | None] = asyncio.Queue(
-            8
-        )
+        num_replies = 2 if session.lock_path is None else 8  # a chunk is a megabyte
+        self._replies: asyncio.Queue[pb.SessionReply | errors.FlashMoEError | None]
+        self._replies = asyncio.Queue(num_replies)
         self._unanswered: dict[int, int] = {}  # exchange -> leases to come
         self._answers: set[asyncio.Task[None]] = set()
+        self._sends_a_record = asyncio.Lock()  # one record after the other
+        self._queue: ChunkQueue | None = None
+        if session.lock_path is None:
+            self._queue = ChunkQueue(store, session, self._deliver)
 
     async def replies(
         self, requests: AsyncIterator[pb.SessionRequest]
@@ -180,12 +189,19 @@ class _SessionStream:
         if exchange.acquires:
             self._unanswered[number] = len(exchange.acquires)
 
-        def deliver(leases: list[pb.Lease]) -> None:
-            self._loop.call_soon_threadsafe(self._answer, number, leases)
-
-        perform(self._store, self._session, exchange, deliver)
+        perform(self._store, self._session, exchange, partial(self._acquire, number))
         if is_acknowledged(exchange):
             self._answer(number, [])
+
+    def _acquire(self, exchange_id: int, keys: Sequence[RecordKey]) -> None:
+        if self._queue is not None:
+            self._queue.put(exchange_id, keys)
+        else:
+            self._store.acquire(self._session, keys, partial(self._deliver, exchange_id))
+
+    def _deliver(self, exchange_id: int, leases: list[pb.Lease]) -> None:
+        """Called on any thread."""
+        self._loop.call_soon_threadsafe(self._answer, exchange_id, leases)
 
     def _answer(self, exchange_id: int, leases: list[pb.Lease]) -> None:
         task = asyncio.create_task(self._send(exchange_id, leases))
@@ -193,8 +209,8 @@ class _SessionStream:
         task.add_done_callback(self._answers.discard)
 
     async def _send(self, exchange_id: int, leases: list[pb.Lease]) -> None:
-        if self._session.lock_path is None:
-            await self._send_chunks(exchange_id, leases)
+        if self._queue is not None:
+            await self._send_chunks(self._queue, exchange_id, leases)
         exchanged = pb.Exchanged(exchange_id=exchange_id, leases=leases)
         await self._replies.put(pb.SessionReply(exchanged=exchanged))
         if exchange_id in self._unanswered:
@@ -202,32 +218,25 @@ class _SessionStream:
             if self._unanswered[exchange_id] == 0:
                 del self._unanswered[exchange_id]
 
-    async def _send_chunks(self, exchange_id: int, leases: list[pb.Lease]) -> None:
-        """Copy each record to the stream and give it back."""
+    async def _send_chunks(
+        self, queue: ChunkQueue, exchange_id: int, leases: list[pb.Lease]
+    ) -> None:
+        """Copy each record to the stream and give it back: the next one has its room."""
         for lease in leases:
             if not lease.HasField("error"):
-                key = RecordKey.from_pb(lease.key)
-                try:
-                    await self._send_record(exchange_id, key, self._session.leases[key])
-                finally:
-                    self._store.sessions.release(self._session, [key])
+                await self._send_record(exchange_id, RecordKey.from_pb(lease.key))
+            try:
+                queue.issue()
+            except errors.FlashMoEError as error:
+                await self._replies.put(error)
 
-    async def _send_record(self, exchange_id: int, key: RecordKey, part: Part) -> None:
-        record = self._store.manifest.records[key]
-        digest = xxhash.xxh3_64()
-        with self._store.segment.view(*part.place) as view:
-            for number, extent in enumerate(record.extents):
-                end = extent.place_bytes + extent.length_bytes
-                for offset in range(extent.place_bytes, end, rpc.CHUNK_BYTES):
-                    data = bytes(view[offset : min(offset + rpc.CHUNK_BYTES, end)])
-                    digest.update(data)
-                    last = number == len(record.extents) - 1 and offset + len(data) == end
-                    chunk = pb.Chunk(
-                        exchange_id=exchange_id,
-                        key=key.to_pb(),
-                        offset_bytes=offset,
-                        data=data,
-                        last=last,
-                        checksum=digest.intdigest() if last else 0,
-                    )
-                    await self._replies.put(pb.SessionReply(chunk=chunk))
+    async def _send_record(self, exchange_id: int, key: RecordKey) -> None:
+        part, record = self._session.leases[key], self._store.manifest.records[key]
+        try:
+            async with self._sends_a_record:
+                with self._store.segment.view(*part.place) as view:
+                    for chunk in chunks_of(record, view):
+                        chunk.exchange_id = exchange_id
+                        await self._replies.put(pb.SessionReply(chunk=chunk))
+        finally:
+            self._store.sessions.release(self._session, [key])

@@ -65,6 +65,7 @@ class SessionTable:
     lock: held around every change; shared with all code that changes slots, on any thread.
     Sessions open and close on the event loop.
     max_leased_bytes: what all quotas together may allow
+    lent_bytes: of these, what is for sessions with chunks, and for no others; 0: they share all
     lease_bytes: what a lease counts, by variant
     """
 
@@ -76,10 +77,11 @@ class SessionTable:
         lease_bytes: Mapping[str, int],
         session_dir: Path,
         lock_poll_s: float,
+        lent_bytes: int = 0,
     ) -> None:
         self._slots = slots
         self._lock = lock
-        self.max_leased_bytes = max_leased_bytes
+        self.max_leased_bytes, self._lent_bytes = max_leased_bytes, lent_bytes
         self.lease_bytes = lease_bytes
         self._session_dir = session_dir
         self._lock_poll_s = lock_poll_s
@@ -111,9 +113,14 @@ class SessionTable:
         return session
 
     def _grant(self, node: str, quota_bytes: int, lock_path: Path | None) -> Session:
-        granted = sum(s.quota_bytes for s in (*self._open, *self._orphans))
-        if granted + quota_bytes > self.max_leased_bytes:
-            left = _left(self.max_leased_bytes - granted, self.max_leased_bytes)
+        sessions, most_bytes = [*self._open, *self._orphans], self.max_leased_bytes
+        if self._lent_bytes:
+            has_lock = lock_path is not None
+            sessions = [one for one in sessions if (one.lock_path is not None) == has_lock]
+            most_bytes = most_bytes - self._lent_bytes if has_lock else self._lent_bytes
+        granted = sum(one.quota_bytes for one in sessions)
+        if granted + quota_bytes > most_bytes:
+            left = _left(most_bytes - granted, most_bytes)
             raise errors.SlotsExhausted(
                 f"{_mib(quota_bytes)} asked, {left}: ask for less, or give the store more"
             )
@@ -149,6 +156,10 @@ class SessionTable:
             )
         session.held_bytes += more_bytes
         session.awaited.update(keys)
+
+    def has_room(self, session: Session, key: RecordKey) -> bool:
+        """Whether its quota allows another acquire."""
+        return session.held_bytes + self.lease_bytes[key.variant] <= session.quota_bytes
 
     def lease(self, session: Session, key: RecordKey, part: Part) -> bool:
         """An awaited record becomes a lease; False when the session ended meanwhile."""

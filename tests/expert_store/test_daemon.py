@@ -18,6 +18,7 @@ from expert_store.config import ExpertStoreConfig
 from expert_store.store.counters import Counters, SlotCounts
 from proto import errors, stats
 from proto.process.metrics_page import SnapshotCollector
+from proto.rpc import Listen
 from tests.expert_store.raw_session import Lock, Wire
 from tests.expert_store.stores import FILE_NAME, KEYS, expert_range, flip
 from tests.local_store import local_store
@@ -158,7 +159,16 @@ num_slots = 8
 def test_a_config_is_read(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(CONFIG)
     config = ExpertStoreConfig.load(tmp_path / "c.toml")
-    assert (config.num_slots, config.listen.address) == (8, "unix:/run/s")
+    assert (config.num_slots, [face.address for face in config.faces]) == (8, ["unix:/run/s"])
+
+
+def test_a_face_for_others_has_certificates_and_the_own_one_none(tmp_path: Path) -> None:
+    """Planted fault seen red: the Unix socket behind TLS, too."""
+    tls = 'tls = { cert = "s.pem", key = "s.key", ca = "ca.pem" }\n'
+    (tmp_path / "c.toml").write_text(CONFIG + tls + 'listen = "10.0.0.1:9500"\nlent_slots = 4')
+    own, others = ExpertStoreConfig.load(tmp_path / "c.toml").faces
+    assert own == Listen("unix:/run/s")
+    assert others.address == "10.0.0.1:9500" and others.tls is not None
 
 
 @pytest.mark.parametrize(
@@ -171,6 +181,7 @@ def test_a_config_is_read(tmp_path: Path) -> None:
         CONFIG + "[other",
         CONFIG + "num_slot = 9",
         CONFIG + "read_depth = 65",
+        CONFIG + "lent_slots = 5",
         CONFIG.replace("8", "0"),
         CONFIG.replace("8", '"x"'),
     ],

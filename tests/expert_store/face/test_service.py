@@ -69,7 +69,6 @@ def test_an_opening_is_refused(changes: dict[str, Any], kind: type[Exception], w
         ([RecordKey.exact((1 << 32) - 1, (1 << 32) - 1)], [], errors.UnknownExpert),
         ([KEYS[0], KEYS[0]], [], errors.InvalidRequest),
         ([], [KEYS[0]], errors.InvalidRequest),
-        (KEYS[:3], [], errors.SlotsExhausted),
     ],
 )
 def test_an_exchange_is_refused_by_kind(
@@ -139,6 +138,20 @@ def test_a_record_comes_in_chunks_under_one_checksum(
         assert {key: found[key][0] for key in KEYS[:2]} == {
             key: expert_bytes(folder, key) for key in KEYS[:2]
         }
+
+
+def test_chunks_beyond_the_quota_wait_for_those_before_them(wire: Wire, folder: Path) -> None:
+    """Planted faults seen red: all of them acquired at once, the next one not lent when a record
+    was sent, nor when one is damaged.
+    """
+    wanted = [*KEYS[:5], KEYS[-1], *KEYS[5:8]]
+    with wire.open_chunks(quota_slots=1) as session:
+        session.send(exchange(wanted[:4], exchange_id=1))
+        session.send(exchange(wanted[4:], exchange_id=2))
+        found = receive(session, len(wanted))
+    whole = [key for key in wanted if key != KEYS[-1]]
+    assert {key: found[key][0] for key in whole} == {k: expert_bytes(folder, k) for k in whole}
+    assert found[KEYS[-1]][1].error.kind == errors.ExpertDamaged.__name__
 
 
 def test_a_damaged_expert_ends_nothing(wire: Wire, folder: Path) -> None:

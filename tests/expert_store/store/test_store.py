@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -414,7 +415,8 @@ def test_a_demand_goes_before_the_guesses_of_its_own_message(store_dir: Path, di
     with a_store(store_dir, disk, read_depth=1) as store:
         borrower = Borrower(store)
         exchange = pb.Exchange(prefetches=[KEYS[0].to_pb()], acquires=[KEYS[5].to_pb()])
-        perform(store, borrower.session, exchange, borrower.take)
+        acquire = partial(store.acquire, borrower.session, deliver=borrower.take)
+        perform(store, borrower.session, exchange, acquire)
         borrower.wait(KEYS[5])
         until(lambda: store.is_idle)
         assert disk.order == [KEYS[5], KEYS[0]]
