@@ -23,6 +23,7 @@ from expert_store.manifest.sizing import Sizing
 from proto import errors
 from proto.quality import EXACT_NAME, QUALITY_NAME
 from proto.redis_schema import PolicySetting
+from proto.rpc import TlsFiles
 
 
 def _default_run_dir() -> Path:
@@ -65,6 +66,8 @@ class ServeSettings(BaseModel):
     workers: tuple[str, ...] = ()
     shadow_address: str | None = None
     listen: str = DEFAULT_LISTEN
+    lend: str | None = None
+    store: str | None = None
     expert_store: dict[str, Any] = Field(default_factory=dict)
     compute_node: dict[str, Any] = Field(default_factory=dict)
     scheduler: dict[str, Any] = Field(default_factory=dict)
@@ -105,6 +108,57 @@ class ServeSettings(BaseModel):
         """These settings, for a box that helps a main node on another."""
         left = self.model_copy(update={"http": None, "redis": None})
         left._role = role
+        return left
+
+    @property
+    def lends_at(self) -> str | None:
+        """Where other boxes borrow experts of this one's store. A shadow's are another checkpoint's
+        to them.
+        """
+        return None if self._role == "shadow" else self.lend
+
+    @property
+    def lent_slots(self) -> int:
+        """Slots for what is on its way to other boxes."""
+        return self._count("expert_store", "lent_slots", 8) if self.lends_at is not None else 0
+
+    @property
+    def borrows_from(self) -> str | None:
+        """Whose store a worker's experts come from; None: it has one."""
+        return self.store if self._role == "worker" else None
+
+    @property
+    def store_tls(self) -> TlsFiles | None:
+        """What a worker shows another box's store. Raises ConfigInvalid."""
+        files = self.worker.get("store_tls")
+        try:
+            return None if files is None else TlsFiles.model_validate(files)
+        except ValidationError as error:
+            raise errors.ConfigInvalid.of("table [worker], store_tls", error) from error
+
+    @property
+    def store_deadline_s(self) -> float:
+        """How long a worker waits for a store that is away. Raises ConfigInvalid."""
+        value = self.worker.get("deadline_s", 30.0)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise errors.ConfigInvalid(f"table [worker]: deadline_s is {value!r}: write seconds")
+        return float(value)
+
+    def borrowing(self, store: str | None, model: Path | None) -> Self:
+        """These settings of a worker with its flags for a store: another box's, or one on this box.
+        A flag leaves out what the file says of the other.
+
+        Raises ConfigInvalid for both.
+        """
+        if (store is None) == (model is None):
+            left = self.with_flags(store=store, model=model)
+        else:
+            left = self.model_copy(update={"store": store, "model": model})
+        if left.store is not None and left.model is not None:
+            raise errors.ConfigInvalid(
+                f"--store {left.store} is another box's store, --model {left.model} is one on this "
+                "box: give one of them"
+            )
         return left
 
     @property

@@ -30,6 +30,7 @@ from compute_node.kernels.set_up import set_up
 from compute_node.model.loaded import ExpertsOnly, load_experts
 from compute_node.store.borrow import StoreClient
 from compute_node.store.session import StoreDescription
+from compute_node.worker.checkpoint import check_model, checkpoint_folder
 from compute_node.worker.config import WorkerConfig
 from compute_node.worker.direct_door import DirectDoor
 from compute_node.worker.lent_experts import LentExperts
@@ -49,18 +50,17 @@ async def run(config: WorkerConfig) -> None:
     torch.set_num_threads(1)  # here: what this thread makes of tensors is small
     rpc.check_socket_free(config.address)
     with ExitStack() as stack:
-        store = StoreClient(
-            config.store_address, config.node, config.slots, config.session_dir, config.deadline_s
-        )
+        store = connect_store(config)
         stack.callback(store.close)
         description = store.describe()
         spec = description.spec
+        check_model(config, description)
         cache = new_cache(config, description, store)
         cache.room.num_spare = description.num_spare
         prober = Prober(times=config.native == "auto")
         thread = stack.enter_context(ThreadPoolExecutor(1, "compute"))
-        model_dir = config.model_dir or description.model_dir
-        loaded = thread.submit(load, config, model_dir, spec, prober).result()
+        with checkpoint_folder(config, description) as model_dir:
+            loaded = thread.submit(load, config, model_dir, spec, prober).result()
         thread.submit(cache.open).result()
         work = stack.enter_context(WorkQueue())
         stack.callback(thread.submit(work.run).result)
@@ -94,6 +94,18 @@ async def run(config: WorkerConfig) -> None:
                 )
             logger.info("ready", extra={"address": config.address, "slots": cache.capacity.slots})
             await rpc.until_signalled()
+
+
+def connect_store(config: WorkerConfig) -> StoreClient:
+    shared = config.transport == "shared_memory"
+    return StoreClient(
+        config.store_address,
+        config.node,
+        config.slots,
+        config.session_dir if shared else None,
+        config.deadline_s,
+        config.store_tls,
+    )
 
 
 def new_cache(

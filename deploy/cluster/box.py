@@ -45,6 +45,7 @@ class Box(BaseModel):
     host: its address, by which Ray and other boxes know it
     memory: ceiling over everything on the box, Ray's own processes included
     ray_memory: what of it is set apart for them; None: as measured
+    lend_port: where its store lends to workers that have none, if there are any
     tables: of daemons, as in flashmoe.toml
     """
 
@@ -58,6 +59,7 @@ class Box(BaseModel):
     model: PathOfBox | None = None
     source: PathOfBox | None = None
     run_dir: PathOfBox | None = None
+    lend_port: Port = 9500
     tables: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @field_validator("name")
@@ -94,6 +96,10 @@ class Box(BaseModel):
             except errors.ConfigInvalid as error:
                 raise ValueError(str(error)) from None
         return size
+
+    def at(self, port: int) -> str:
+        """Its address with a port."""
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
     @property
     def folder(self) -> Path:
@@ -144,17 +150,19 @@ class HelperBox(Box):
 
     @property
     def address(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return self.at(self.port)
 
 
 class WorkerBox(HelperBox, OwnerBox):
     """A box that computes experts for the main one.
 
     joules, latency: what an expert costs there, over what it costs on the main box
+    store: the box whose store it borrows from; None: it has one
     """
 
     joules: PositiveFloat = 1.0
     latency: PositiveFloat = 1.0
+    store: Name | None = None
 
     @property
     def cost(self) -> float:

@@ -95,6 +95,24 @@ class ClusterConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_stores(self) -> Self:
+        lend = [self.main.name, *(one.name for one in self.workers if one.store is None)]
+        for worker in self.workers:
+            if worker.store is None:
+                continue
+            if worker.store not in lend:
+                raise ValueError(
+                    f"box {worker.name} borrows from {worker.store}, which has no store of the "
+                    f"model: name one of {', '.join(lend)}"
+                )
+            if any(one is not None for one in (worker.model, worker.source, worker.share)):
+                raise ValueError(
+                    f"box {worker.name} borrows from {worker.store}: leave its model, source and "
+                    "share out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_exposure(self) -> Self:
         open_hosts = [box.host for box in self.boxes if not is_loopback(f"{box.host}:0")]
         if open_hosts and self.certs is None and not self.insecure:
@@ -119,6 +137,16 @@ class ClusterConfig(BaseModel):
     def boxes(self) -> tuple[AnyBox, ...]:
         """The main one first."""
         return (self.main, *self.helpers)
+
+    def lender_of(self, box: Box) -> MainBox | WorkerBox | None:
+        """The box whose store it borrows from; None: it has a store."""
+        name = box.store if isinstance(box, WorkerBox) else None
+        owners: tuple[MainBox | WorkerBox, ...] = (self.main, *self.workers)
+        return next((one for one in owners if one.name == name), None)
+
+    def lends(self, box: Box) -> bool:
+        """Whether workers borrow from its store."""
+        return box.name in {worker.store for worker in self.workers}
 
     @property
     def ray_address(self) -> str:

@@ -37,7 +37,9 @@ class Order:
         if not isinstance(box, MainBox):
             verb = "shadow" if isinstance(box, ShadowBox) else "worker"
             settings = {"serve": _served(config, box) | {"listen": box.address}}
-            tables = {verb: _protected(config, box, "tls")}
+            tables = {verb: _protected(config, box, "tls"), **_lending_table(config, box)}
+            if config.lender_of(box) is not None and config.certs is not None:
+                tables[verb] |= _protected(config, box, "store_tls")
             return cls(box.name, verb, str(box.folder), _merged(settings, tables, box.tables))
         served = _served(config, box) | {
             "http": box.http,
@@ -48,7 +50,8 @@ class Order:
         node = {"workers_file": str(box.folder / WORKERS_NAME)}
         if config.certs is not None:
             node |= _protected(config, box, "worker_tls")
-        settings = _merged({"serve": served}, {"compute_node": node}, box.tables)
+        tables = {"compute_node": node, **_lending_table(config, box)}
+        settings = _merged({"serve": served}, tables, box.tables)
         workers = workers_of(config.workers)
         shadow = {"address": config.shadow.address} if config.shadow is not None else None
         return cls(box.name, "serve", str(box.folder), settings, workers, shadow)
@@ -70,13 +73,19 @@ def workers_of(boxes: Sequence[WorkerBox]) -> tuple[dict[str, Any], ...]:
 
 
 def _served(config: ClusterConfig, box: AnyBox) -> dict[str, Any]:
-    return {
-        "model": str(box.model or config.model),
-        "source": _text(box.source),
+    store: dict[str, Any] = {"model": str(box.model or config.model), "source": _text(box.source)}
+    if (lender := config.lender_of(box)) is not None:
+        store = {"store": lender.at(lender.lend_port)}
+    return store | {
+        "lend": box.at(box.lend_port) if config.lends(box) else None,
         "memory": str(config.stack_memory_bytes(box)),
         "experts_memory": box.experts_memory,
         "run_dir": str(box.folder),
     }
+
+
+def _lending_table(config: ClusterConfig, box: AnyBox) -> dict[str, dict[str, Any]]:
+    return {"expert_store": _protected(config, box, "tls")} if config.lends(box) else {}
 
 
 def _protected(config: ClusterConfig, box: AnyBox, key: str) -> dict[str, Any]:

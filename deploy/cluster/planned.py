@@ -64,7 +64,9 @@ class PlannedCluster:
         boxes, holders = list[PlannedBox](), list[Holder]()
         owners: tuple[MainBox | WorkerBox, ...] = (config.main, *config.workers)
         for box in owners:
-            own, store = _store_of(box, store_dir, manifest)
+            lender = config.lender_of(box)
+            own, store = _store_of(lender or box, store_dir, manifest)
+            store = store if lender is None else f"none: {store} of {lender.name}"
             memory = _memory(config, box, store_dir, own)
             boxes.append(PlannedBox(box.name, store, memory))
             holders.append(Holder(box.name, memory.slots, box.cost, own.held))

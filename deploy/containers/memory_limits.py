@@ -40,7 +40,7 @@ def plan_containers(settings: ServeSettings) -> tuple[Manifest, MemoryPlan]:
     """
     if settings.memory is None:
         plan = StackPlan.of(settings)
-        return plan.manifest, plan.memory
+        return _manifest_of(plan), plan.memory
     beside_bytes = (
         sum(_ROOM_BYTES[name] for name in _beside_the_store(settings))
         + STORE_ROOM_BYTES
@@ -56,7 +56,12 @@ def plan_containers(settings: ServeSettings) -> tuple[Manifest, MemoryPlan]:
             f"{console.size(beside_bytes)} more, for health checks"
             + (" and Valkey's 64 MB in full)" if settings.role == "main" else ")")
         ) from error
-    return plan.manifest, plan.memory
+    return _manifest_of(plan), plan.memory
+
+
+def _manifest_of(plan: StackPlan) -> Manifest:
+    assert isinstance(plan.manifest, Manifest), "in containers a box has a store"
+    return plan.manifest
 
 
 def _beside_the_store(settings: ServeSettings) -> list[str]:

@@ -8,9 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from deploy.plan.mebibytes import mib
-from deploy.plan.parts import fixed_parts, grammar_bytes, of_a_helper, tokenizer_bytes
+from deploy.plan.parts import (
+    fixed_parts,
+    grammar_bytes,
+    lending_parts,
+    of_a_helper,
+    tokenizer_bytes,
+)
+from deploy.plan.store_facts import StoreFacts
 from deploy.settings import Role, parse_experts_memory
-from expert_store.manifest.manifest import Manifest
 from proto import errors
 from proto.expert import ModelSpec
 
@@ -25,6 +31,8 @@ class MemoryPlan:
     """parts: bytes by part, summing to total_bytes
 
     spare_bytes: slots beside those that nodes may borrow, for reads under way
+    lent_bytes: slots beside both, for what is on its way to other boxes
+    is_borrowed: the store is another box's, and slots are the worker's own memory
     smallest_bytes: the ceiling below which the model cannot be served
     warnings: what to know of it, a sentence each
     """
@@ -36,6 +44,8 @@ class MemoryPlan:
     spare_bytes: int
     smallest_bytes: int
     warnings: tuple[str, ...] = ()
+    lent_bytes: int = 0
+    is_borrowed: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -55,9 +65,20 @@ class MemoryPlan:
     def spare_slots(self) -> int:
         return self.spare_bytes // self.slot_bytes
 
+    @property
+    def lent_slots(self) -> int:
+        return self.lent_bytes // self.slot_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of the segment."""
+        if self.is_borrowed:
+            return 0
+        return self.experts_bytes + self.parts["spare_slots"] + self.lent_bytes
+
 
 def plan_memory(
-    manifest: Manifest,
+    manifest: StoreFacts,
     memory_bytes: int | None,
     experts_memory: str | None,
     *,
@@ -71,6 +92,8 @@ def plan_memory(
     vocabulary_bytes: int = 0,
     kv_memory_bytes: int | None = None,
     role: Role = "main",
+    lent_bytes: int = 0,
+    is_borrowed: bool = False,
 ) -> MemoryPlan:
     """Where the memory goes.
 
@@ -81,6 +104,7 @@ def plan_memory(
     router_map_bytes: the same to the node, see `router_map_room`
     vocabulary_bytes: of the tokenizer's file
     role: of the box
+    lent_bytes, is_borrowed: as of a plan; only a worker's store may be another box's
     memory_bytes: the ceiling; None: what experts_memory needs
     Raises MemoryExceeded, naming what would be enough, when the ceiling cannot be kept;
     ConfigInvalid.
@@ -88,7 +112,7 @@ def plan_memory(
     spec, slot_bytes = manifest.spec, manifest.slot_bytes
     parts = fixed_parts(
         manifest, context_tokens, chunk_tokens, spare_bytes, embedded_valkey, serves_http
-    )
+    ) | lending_parts(lent_bytes)
     parts["scheduler"] += forecaster_bytes
     parts["compute_node"] += router_map_bytes
     all_bytes = manifest.num_experts * slot_bytes
@@ -101,7 +125,7 @@ def plan_memory(
     parts["tokenizer"] = tokenizer_bytes(vocabulary_bytes, parts)
     smallest_bytes = sum(parts.values()) + least_bytes
     if role != "main":
-        parts = of_a_helper(role, parts)
+        parts = of_a_helper(role, parts, is_borrowed)
         smallest_bytes = sum(parts.values()) + least_bytes
     elif kv_memory_bytes is None:
         left_bytes = max(all_bytes, _LEAST_BYTES)
@@ -125,6 +149,8 @@ def plan_memory(
         spare_bytes,
         smallest_bytes,
         tuple(_beyond_training(context_tokens, manifest.sizing.max_position_embeddings)),
+        lent_bytes,
+        is_borrowed,
     )
     _check_experts(plan, role, least_bytes, memory_bytes, experts_memory)
     if plan.total_bytes > plan.ceiling_bytes:
@@ -135,7 +161,7 @@ def plan_memory(
     return plan
 
 
-def longest_state_bytes(manifest: Manifest, context_tokens: int) -> int:
+def longest_state_bytes(manifest: StoreFacts, context_tokens: int) -> int:
     """Of a sequence at its longest: KV, recurrent and convolution states."""
     sizing = manifest.sizing
     return sizing.cache_bytes_fixed + sizing.cache_bytes_per_token * context_tokens

@@ -6,8 +6,8 @@ from math import prod
 from pathlib import Path
 
 from deploy.plan.mebibytes import MIB
+from deploy.plan.store_facts import StoreFacts
 from deploy.settings import Role
-from expert_store.manifest.manifest import Manifest
 from proto.expert import DTYPE_BYTES, ModelSpec
 from proto.weight_format import EXACT
 
@@ -23,6 +23,7 @@ OVERHEAD_BYTES = {
     "worker": 300 * MIB,
     "shadow": 320 * MIB,
 }
+LENDING_BYTES = 24 * MIB  # of an expert_store, beside slots: what it has copied and not sent yet
 _HELPERS = ("worker", "shadow")
 _OF_A_HELPER = ("expert_store", "launcher")
 
@@ -33,7 +34,7 @@ _GRAMMAR_BYTES, _GRAMMAR_TIMES = 12 * MIB, 4
 
 
 def fixed_parts(
-    manifest: Manifest,
+    manifest: StoreFacts,
     context_tokens: int,
     chunk_tokens: int,
     spare_bytes: int,
@@ -108,11 +109,19 @@ def _dequantised_bytes(spec: ModelSpec) -> int:
     return weights * (_own_itemsize(spec) + 1)
 
 
-def of_a_helper(role: Role, parts: dict[str, int]) -> dict[str, int]:
+def lending_parts(lent_bytes: int) -> dict[str, int]:
+    """Of a store that lends to other boxes. lent_bytes: slots for it; 0: it does not"""
+    return {"lent_slots": lent_bytes, "lending": LENDING_BYTES} if lent_bytes else {}
+
+
+def of_a_helper(role: Role, parts: dict[str, int], is_borrowed: bool) -> dict[str, int]:
     """Those of a main node without what only that has. A worker's buffers are those of a prompt's
-    experts; a shadow has the dense weights and a state of its own.
+    experts; a shadow has the dense weights and a state of its own. is_borrowed: without what only
+    a box has that has a store.
     """
     needless = {*OVERHEAD_BYTES, "grammar"} - {*_OF_A_HELPER}
+    if is_borrowed:
+        needless |= {"expert_store", "spare_slots"}
     if role == "worker":
         needless |= {"dense_weights", "kv_cache", "tokenizer"}
     left = {name: size for name, size in parts.items() if name not in needless}

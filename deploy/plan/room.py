@@ -56,7 +56,7 @@ def shortage(plan: MemoryPlan) -> str:
 
 def check_shared_memory(plan: MemoryPlan) -> None:
     """Raises MemoryExceeded when /dev/shm has no room for the segment."""
-    needed = plan.parts["experts"] + plan.parts["spare_slots"]
+    needed = plan.shared_bytes
     free = shutil.disk_usage("/dev/shm").free
     if needed > free:
         raise errors.MemoryExceeded(

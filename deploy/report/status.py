@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,7 +41,7 @@ def collect_status(run: RunDir) -> dict[str, Facts]:
     """Facts by daemon; one that does not answer has health `away` and nothing else."""
     asked = [name for name in _DAEMONS if name not in _NOT_ALWAYS or run.socket(name).exists()]
     if helps := [name for name in ("worker", "shadow") if name in asked]:
-        asked = ["expert_store", *helps]
+        asked = [*([] if _borrows(run) else ["expert_store"]), *helps]
     found = {name: _ask(run, name) for name in asked}
     report = MemoryReport.read(run.path)
     if report is not None:
@@ -51,6 +52,14 @@ def collect_status(run: RunDir) -> dict[str, Facts]:
             "age_s": round(report.age_s, 1),
         }
     return found
+
+
+def _borrows(run: RunDir) -> bool:
+    """Whether the experts of this box come from another box's store."""
+    try:
+        return "expert_store" not in tomllib.loads(run.config.read_text())
+    except (OSError, tomllib.TOMLDecodeError):  # of no launcher of ours
+        return False
 
 
 def _ask(run: RunDir, name: str) -> Facts:

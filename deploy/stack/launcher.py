@@ -44,7 +44,9 @@ def _check_redis(run: RunDir, tables: dict[str, dict[str, Any]]) -> None:
 def commands(run: RunDir, settings: ServeSettings) -> dict[str, list[str]]:
     """The command line of every process, in the order of start."""
     modules = ["expert_store", "compute_node", "scheduler"]
-    if settings.role != "main":
+    if settings.borrows_from is not None:
+        modules = ["compute_node.worker"]
+    elif settings.role != "main":
         modules = ["expert_store", f"compute_node.{settings.role}"]
     elif settings.http is not None:
         modules.append("compute_node.gateway")
@@ -92,17 +94,18 @@ def serving(
     """
     run, memory = plan.run_dir, plan.memory
     run.prepare()
-    tables = compose(run, plan.settings, plan.store_dir.resolve(), plan.manifest, memory)
+    store_dir = plan.store_dir.resolve() if plan.store_dir is not None else None
+    tables = compose(run, plan.settings, store_dir, plan.manifest, memory)
     with run.claimed() as claim, _present(run, until, say) as presence:
         _sweep(say)
         _check_redis(run, tables)
         check_room(memory)
         _clear(run, tables)
-        slots = plan.manifest.size_classes.segment_layout(tables["expert_store"]["num_slots"])
+        segment_bytes = _segment_bytes(plan, tables)
         dense_bytes = plan.manifest.sizing.dense_bytes
-        sampler = MemorySampler(run.path, memory.ceiling_bytes, slots.segment_bytes, dense_bytes)
+        sampler = MemorySampler(run.path, memory.ceiling_bytes, segment_bytes, dense_bytes)
         activities = {
-            "expert_store": f"taking {console.size(slots.segment_bytes)} of shared memory",
+            "expert_store": f"taking {console.size(segment_bytes)} of shared memory",
             "compute_node": f"loading {console.size(dense_bytes)} of dense weights",
             "shadow": f"loading {console.size(dense_bytes)} of dense weights",
         }
@@ -120,6 +123,14 @@ def serving(
             stack.stop()
             sampler.write()
             run.socket("valkey").unlink(missing_ok=True)
+
+
+def _segment_bytes(plan: StackPlan, tables: dict[str, dict[str, Any]]) -> int:
+    """0 where the store is another box's."""
+    if plan.store_dir is None:
+        return 0
+    num_slots = tables["expert_store"]["num_slots"]
+    return plan.manifest.size_classes.segment_layout(num_slots).segment_bytes
 
 
 @contextmanager

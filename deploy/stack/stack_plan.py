@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.plan.budget import MemoryPlan, plan_memory
+from deploy.plan.lent_store import LentStore
 from deploy.plan.parts import forecaster_room, router_map_room
 from deploy.plan.room import check_machine
+from deploy.plan.store_facts import StoreFacts
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.stack.quality_check import check_quality
 from deploy.stack.run_dir import RunDir
@@ -20,26 +22,33 @@ from proto.weight_format import EXACT
 
 @dataclass(frozen=True)
 class StackPlan:
-    """A stack that fits into its ceiling."""
+    """A stack that fits into its ceiling.
+
+    store_dir: of a store on this box; None: it is another's
+    manifest: what is known of the store
+    """
 
     settings: ServeSettings
-    store_dir: Path
-    manifest: Manifest
+    store_dir: Path | None
+    manifest: StoreFacts
     memory: MemoryPlan
 
     @classmethod
     def of(cls, settings: ServeSettings) -> StackPlan:
         """Plan what the settings ask for. Prints the plan's warnings on stderr.
 
-        Raises ConfigInvalid, ManifestInvalid, MemoryExceeded, InvalidRequest, QualityCardInvalid.
+        Raises ConfigInvalid, ManifestInvalid, MemoryExceeded, InvalidRequest, QualityCardInvalid,
+        and where the store is another box's what `LentStore.at` raises.
         """
+        if settings.borrows_from is not None:
+            return cls._borrowing(settings, settings.borrows_from)
         if settings.model is None:
             raise errors.ConfigInvalid("give --model STORE, or model in the [serve] table")
         manifest = load_store(settings.model)
         has_workers = settings.workers or settings.compute_node.get("workers_file")
         if settings.role == "shadow" or (settings.role == "main" and not has_workers):
             check_whole(settings.model, manifest)
-        ceiling_bytes = parse_bytes(settings.memory, "--memory") if settings.memory else None
+        ceiling_bytes = _ceiling_bytes(settings)
         memory = plan_stack_memory(settings, settings.model, manifest, ceiling_bytes)
         about_quality = check_quality(
             settings, settings.model, manifest.spec.fingerprint, memory.experts_bytes
@@ -47,6 +56,26 @@ class StackPlan:
         for warning in (*memory.warnings, *filter(None, [about_quality])):
             console.say(f"warning: {warning}")
         return cls(settings, settings.model, manifest, memory)
+
+    @classmethod
+    def _borrowing(cls, settings: ServeSettings, address: str) -> StackPlan:
+        if settings.lend is not None:
+            raise errors.ConfigInvalid(
+                f"this box borrows from {address} and has no store to lend: leave --lend out"
+            )
+        store = LentStore.at(address, settings.store_tls, settings.store_deadline_s)
+        memory = plan_memory(
+            store,
+            _ceiling_bytes(settings),
+            settings.experts_memory,
+            context_tokens=settings.context_tokens,
+            chunk_tokens=settings.chunk_tokens(store.sizing),
+            spare_bytes=0,
+            role="worker",
+            is_borrowed=True,
+        )
+        check_machine(memory.ceiling_bytes)
+        return cls(settings, None, store, memory)
 
     @property
     def run_dir(self) -> RunDir:
@@ -73,13 +102,15 @@ def plan_stack_memory(
 
     Raises ConfigInvalid, MemoryExceeded.
     """
+    is_borrowed = settings.borrows_from is not None
+    spare_slots = 0 if is_borrowed else settings.spare_slots(manifest.slot_bytes)
     planned = plan_memory(
         manifest,
         ceiling_bytes,
         settings.experts_memory,
         context_tokens=settings.context_tokens,
         chunk_tokens=settings.chunk_tokens(manifest.sizing),
-        spare_bytes=settings.spare_slots(manifest.slot_bytes) * manifest.slot_bytes,
+        spare_bytes=spare_slots * manifest.slot_bytes,
         embedded_valkey=settings.redis is None,
         serves_http=settings.http is not None,
         forecaster_bytes=forecaster_room(settings.forecaster(store_dir)),
@@ -87,10 +118,16 @@ def plan_stack_memory(
         vocabulary_bytes=vocabulary_bytes(manifest.root(store_dir, settings.source)),
         kv_memory_bytes=settings.kv_memory_bytes,
         role=settings.role,
+        lent_bytes=settings.lent_slots * manifest.slot_bytes,
+        is_borrowed=is_borrowed,
     )
     if is_here:
         check_machine(planned.ceiling_bytes)
     return planned
+
+
+def _ceiling_bytes(settings: ServeSettings) -> int | None:
+    return parse_bytes(settings.memory, "--memory") if settings.memory else None
 
 
 def check_whole(store: Path, manifest: Manifest) -> None:

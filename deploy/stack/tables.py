@@ -12,10 +12,10 @@ from compute_node.gateway.config import GatewayConfig
 from compute_node.shadow.config import ShadowConfig
 from compute_node.worker.config import WorkerConfig
 from deploy.plan.budget import MemoryPlan
+from deploy.plan.store_facts import StoreFacts
 from deploy.settings import ServeSettings
 from deploy.stack.run_dir import RunDir
 from expert_store.config import ExpertStoreConfig
-from expert_store.manifest.manifest import Manifest
 from proto import errors
 from scheduler.config import SchedulerConfig
 
@@ -30,6 +30,7 @@ _CONFIGS: dict[str, type[BaseModel]] = {
 _OVERRIDABLE = {
     "read_depth",
     "spare_slots",
+    "lent_slots",
     "prefill_chunk_tokens",
     "policy",
     "decayed_half_life_tokens",
@@ -44,12 +45,19 @@ _OVERRIDABLE = {
 
 
 def compose(
-    run: RunDir, settings: ServeSettings, store_dir: Path, manifest: Manifest, plan: MemoryPlan
+    run: RunDir,
+    settings: ServeSettings,
+    store_dir: Path | None,
+    manifest: StoreFacts,
+    plan: MemoryPlan,
 ) -> dict[str, dict[str, Any]]:
-    """The table of every daemon that runs. What flashmoe.toml sets for a daemon wins.
+    """The table of every daemon that runs. What flashmoe.toml sets for a daemon wins. store_dir:
+    None: the store is another box's
 
     Raises ConfigInvalid for a setting that the launcher derives, or that the daemon refuses.
     """
+    if store_dir is None:
+        return _finished({"worker": _borrowers_table(run, settings, manifest, plan)}, settings)
     tables = {"expert_store": _store_table(run, settings, store_dir, plan)}
     if settings.role != "main":
         tables[settings.role] = _helper_table(run, settings, plan)
@@ -58,11 +66,18 @@ def compose(
         tables["scheduler"] = _scheduler_table(run, settings, manifest)
     if settings.http is not None:
         tables["gateway"] = _gateway_table(run, settings, store_dir)
-    _check_overrides(settings, tables)
     if settings.role == "main":
         _name_files(tables, settings, store_dir)
     if settings.source:
         tables["expert_store"]["source_root"] = str(settings.source.resolve())
+    return _finished(tables, settings)
+
+
+def _finished(
+    tables: dict[str, dict[str, Any]], settings: ServeSettings
+) -> dict[str, dict[str, Any]]:
+    """With what flashmoe.toml sets, and as daemons take it. Raises ConfigInvalid."""
+    _check_overrides(settings, tables)
     for name, table in tables.items():
         table.update(getattr(settings, name))
         if name == "compute_node":
@@ -90,11 +105,13 @@ def _name_files(
 def _store_table(
     run: RunDir, settings: ServeSettings, store_dir: Path, plan: MemoryPlan
 ) -> dict[str, Any]:
+    lending = {"listen": settings.lends_at, "lent_slots": plan.lent_slots}
     return _face(run, "expert_store") | {
+        **(lending if plan.lent_slots else {}),
         "store_dir": str(store_dir),
         "segment_path": str(run.segment),
         "session_dir": str(run.path / "sessions"),
-        "num_slots": plan.slots + plan.spare_slots,
+        "num_slots": plan.slots + plan.spare_slots + plan.lent_slots,
         "spare_slots": plan.spare_slots,
         "resident_list": str(run.path / "resident.json"),
         "read_depth": settings.read_depth,
@@ -102,7 +119,7 @@ def _store_table(
 
 
 def _node_table(
-    run: RunDir, settings: ServeSettings, manifest: Manifest, plan: MemoryPlan
+    run: RunDir, settings: ServeSettings, manifest: StoreFacts, plan: MemoryPlan
 ) -> dict[str, Any]:
     table = _face(run, "compute_node") | {
         "store_address": run.address("expert_store"),
@@ -132,7 +149,17 @@ def _helper_table(run: RunDir, settings: ServeSettings, plan: MemoryPlan) -> dic
     }
 
 
-def _scheduler_table(run: RunDir, settings: ServeSettings, manifest: Manifest) -> dict[str, Any]:
+def _borrowers_table(
+    run: RunDir, settings: ServeSettings, manifest: StoreFacts, plan: MemoryPlan
+) -> dict[str, Any]:
+    return _helper_table(run, settings, plan) | {
+        "store_address": settings.borrows_from,
+        "transport": "chunks",
+        "fingerprint": manifest.spec.fingerprint,
+    }
+
+
+def _scheduler_table(run: RunDir, settings: ServeSettings, manifest: StoreFacts) -> dict[str, Any]:
     spec = manifest.spec
     return _face(run, "scheduler") | {
         "redis_url": settings.redis or run.redis_url,
@@ -180,5 +207,5 @@ def _check_overrides(settings: ServeSettings, tables: dict[str, dict[str, Any]])
         if derived:
             raise errors.ConfigInvalid(
                 f"table [{name}] sets {sorted(derived)[0]!r}, which the launcher derives: "
-                "remove it, and use --experts-memory, --run-dir, --redis or --http"
+                "remove it, and use --experts-memory, --run-dir, --redis, --http or --lend"
             )

@@ -86,6 +86,15 @@ LISTEN = typer.Option(
     metavar="HOST:PORT",
     help="Where main nodes reach it; TLS beyond loopback. (default: 127.0.0.1:9400)",
 )
+LEND = typer.Option(
+    metavar="HOST:PORT",
+    help="Where workers without a store borrow experts; TLS beyond loopback. (default: nowhere)",
+)
+LENT_STORE = typer.Option(
+    "--store",
+    metavar="HOST:PORT",
+    help="Borrow experts where another box lends them, in place of --model.",
+)
 HTTP = typer.Option(
     metavar="[HOST:]PORT", help="Serve OpenAI's interface and a live page there. (default: off)"
 )

@@ -76,6 +76,7 @@ def container_config(
     settings = settings.model_copy(update={"redis": None})  # the compose file has its own Valkey
     if role != "main":
         settings = settings.of_helper(role)
+    check_lending(settings)
     of_role = variables_of_role(settings)
     manifest, plan = plan_containers(settings)
     store, out = store.resolve(), out.resolve()
@@ -126,6 +127,17 @@ def check_flags(role: Role, of_main: dict[str, Any], of_helper: dict[str, Any]) 
         raise errors.ConfigInvalid(
             f"{flag} is not for --role {role}: leave it out, or give --role {whose}"
         )
+
+
+def check_lending(settings: ServeSettings) -> None:
+    """Raises ConfigInvalid for what only `serve` and `worker` do."""
+    verb = "serve" if settings.role == "main" else settings.role
+    for key, value in {"lend": settings.lends_at, "store": settings.borrows_from}.items():
+        if value is not None:
+            raise errors.ConfigInvalid(
+                f"[serve] sets {key}, and containers neither lend experts to other boxes nor "
+                f"borrow them: remove it, or run `flashmoe {verb}` without containers"
+            )
 
 
 def variables_of_role(settings: ServeSettings) -> dict[str, str]:

@@ -39,6 +39,7 @@ def serve(
     cors_origin: Annotated[list[str] | None, CORS_ORIGIN] = None,
     worker: Annotated[list[str] | None, options.WORKER] = None,
     shadow: Annotated[str | None, options.SHADOW] = None,
+    lend: Annotated[str | None, options.LEND] = None,
     config: Annotated[Path | None, options.CONFIG] = None,
 ) -> None:
     """Run all daemons on this box until interrupted; prints one line when ready.
@@ -59,6 +60,7 @@ def serve(
         cors_origins=tuple(cors_origin) if cors_origin else None,
         workers=tuple(worker) if worker else None,
         shadow_address=shadow,
+        lend=lend,
     )
     check_http(settings)
     if forecaster is not None:

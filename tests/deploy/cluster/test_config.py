@@ -73,6 +73,12 @@ SHADOW = {"host": "127.0.0.4", "memory": "1GiB", "model": "small"}
         ({"shadow": SHADOW | {"joules": 2.0}}, "unknown key 'shadow.joules'"),
         ({"shadow": SHADOW | {"host": "10.0.0.4"}}, "10.0.0.4 is reachable from other hosts"),
         ({"worker": [W1 | {"host": "10.0.0.3"}]}, "10.0.0.3 is reachable from other hosts"),
+        ({"worker": [W1 | {"store": "w9"}]}, "from w9, which has no store of the model: name one"),
+        ({"worker": [W1 | {"store": "w1"}]}, "which has no store of the model: name one of main"),
+        (
+            {"worker": [W1 | {"store": "main", "model": "x"}]},
+            "leave its model, source and share out",
+        ),
         ({"ray": "somewhere"}, "write auto, local, or HOST:PORT"),
         ({"ray": "local", "insecure": True, "worker": [W1 | {"host": "10.0.0.3"}]}, "one machine"),
     ],
@@ -118,6 +124,25 @@ def test_orders_are_settings_that_daemons_take(tmp_path: Path) -> None:
     [entry] = file.workers
     assert file.shadow is None
     assert (entry.address, entry.cost) == ("127.0.0.3:9400", 2.0)
+
+
+def test_a_worker_without_a_store_borrows_from_the_box_it_names(tmp_path: Path) -> None:
+    """Planted faults seen red: a lender that is not told to lend, a borrower with a model."""
+    w2 = W1 | {"name": "w2", "port": 9401, "store": "main"}
+    config = load(tmp_path, certs="certs", worker=[W1, w2])
+    main, lent, borrower = (Order.of(config, box) for box in config.boxes)
+    assert main.settings["serve"]["lend"] == borrower.settings["serve"]["store"] == "127.0.0.2:9500"
+    assert "lend" not in lent.settings["serve"] and "model" in lent.settings["serve"]
+    assert "model" not in borrower.settings["serve"]
+    assert main.settings["expert_store"]["tls"]["key"].endswith("certs/main.key")
+    assert borrower.settings["worker"]["store_tls"]["key"].endswith("certs/w2.key")
+    settings = ServeSettings.model_validate(borrower.settings["serve"]).of_helper("worker")
+    assert settings.borrows_from == "127.0.0.2:9500"
+    assert set(borrower.settings["worker"]) <= set(WorkerConfig.model_fields)
+    open_ = load(tmp_path, insecure=True, worker=[w2])
+    main, borrower = (Order.of(open_, box) for box in open_.boxes)
+    assert main.settings["expert_store"] == {"insecure": True}
+    assert "store_tls" not in borrower.settings["worker"]
 
 
 def test_a_shadow_is_started_as_a_worker_is_and_the_main_node_knows_it(tmp_path: Path) -> None:

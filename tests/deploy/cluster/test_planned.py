@@ -51,6 +51,16 @@ def written(store: Path, folder: Path, *workers: dict[str, Any], **more: Any) ->
     return path
 
 
+def test_a_box_that_borrows_is_planned_without_a_store(
+    planned: Callable[..., PlannedCluster],
+) -> None:
+    """Planted fault seen red: the memory of a store of its own."""
+    main, lent, borrower = planned(W1, W2 | {"store": "w1"}).boxes
+    assert borrower.store == "none: all experts of w1"
+    assert {"expert_store", "spare_slots"}.isdisjoint(borrower.memory.parts)
+    assert "lent_slots" in lent.memory.parts and "lent_slots" not in main.memory.parts
+
+
 @pytest.mark.parametrize("main", [MAIN, MAIN | ROTATION], ids=["shares", "rotation"])
 def test_the_map_is_what_the_main_node_goes_by(
     main: dict[str, Any], planned: Callable[..., PlannedCluster], tiny_store: Path
