@@ -51,11 +51,17 @@ class JoinedWorkers:
         """Have a link to each of these, beside those of the settings, and to no other. One thread.
 
         What is new is opened before what is gone is closed: its work is computed elsewhere then.
+        Raises ConfigInvalid, and changes nothing, when certificates cannot be read.
         """
+        with ExitStack() as stack:
+            new = {
+                entry: stack.enter_context(self._new_link(entry))
+                for entry in entries
+                if entry not in self._links
+            }
+            stack.pop_all()
         gone = [link for entry, link in self._links.items() if entry not in entries]
-        self._links = {
-            entry: self._links.get(entry) or self._new_link(entry).__enter__() for entry in entries
-        }
+        self._links = {entry: self._links.get(entry) or new[entry] for entry in entries}
         self._boxes.links = (*self._fixed, *self._links.values())
         for link in gone:
             link.__exit__()

@@ -146,6 +146,23 @@ def test_a_worker_of_the_settings_that_is_refused_stops_the_node() -> None:
     assert boxes.links == () and not any(link.is_up for link in opened)
 
 
+def test_a_link_that_cannot_be_made_changes_nothing() -> None:
+    """Seen red: a link that was opened before it stays open, and is in no list."""
+    boxes, opened = Boxes(lambda slots, held: Shares(32, slots, held), slots=8), list[Link]()
+
+    def new_link(entry: WorkerEntry) -> Link:
+        if entry.address == "c:1":
+            raise errors.ConfigInvalid("cannot read node.pem")
+        opened.append(Link(entry))
+        return opened[-1]
+
+    with JoinedWorkers(boxes, new_link) as workers:  # type: ignore[arg-type]
+        workers.take([WorkerEntry(address="a:1")])
+        with pytest.raises(errors.ConfigInvalid):
+            workers.take([WorkerEntry(address=address) for address in ("b:1", "c:1")])
+        assert names(boxes) == ["a:1"] and [link.is_up for link in opened] == [True, False]
+
+
 def test_a_costly_box_owns_fewer_experts(tmp_path: Path) -> None:
     """Seen red: shares by slots alone."""
     path = tmp_path / "workers.toml"
