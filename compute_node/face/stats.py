@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from compute_node.boxes.boxes import Boxes
+from compute_node.boxes.holding import Holding
 from compute_node.engine.compute_thread import ComputeThread
 from compute_node.engine.engine import Engine
 from compute_node.evidence import learning
@@ -50,8 +51,9 @@ class NodeStats:
             self.engine.room,
             *((self.boxes,) if self.boxes else ()),
             *(
-                labelled(link, box=link.address)
+                labelled(part, box=link.address)
                 for link in (self.boxes.links if self.boxes else ())
+                for part in (link, Holding.of_link(link, loaded.spec))
             ),
             *(
                 part

@@ -28,6 +28,7 @@ from proto import errors, rpc
 from proto import expert_store_pb2 as pb
 from proto.expert import EXACT_VARIANT, ModelSpec, RecordKey
 from proto.held_experts import ALL_EXPERTS, HeldExperts
+from proto.stats import fact
 
 _POLL_S = 0.05
 _OPEN_S = 10.0
@@ -62,7 +63,7 @@ class StoreDescription:
     lease_bytes: dict[str, int]
     held: HeldExperts = ALL_EXPERTS
     config: bytes = b""
-    share: str = ""
+    share: str = fact("which share of the model the store is; empty: it is whole", start="")
 
     @property
     def num_experts(self) -> int:

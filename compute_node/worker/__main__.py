@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+from compute_node.boxes.holding import Holding
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
@@ -77,6 +78,9 @@ async def run(config: WorkerConfig) -> None:
                 *(stats.labelled(one, layer=layer) for layer, one in cache.counters.items()),
                 cache,
                 cache.waits,
+                store,
+                Holding.of(description.held, spec, cache.capacity.slots),
+                description,
             ),
         )
         stack.enter_context(

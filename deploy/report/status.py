@@ -118,6 +118,7 @@ def _store_facts(stats: Stats) -> Facts:
 
 _OF_A_SHADOW = ("up", "named", "named_late", "unnamed", "unheard", "recall", "bytes_sent")
 _OF_A_BOX = ("up", "answered", "late", "failed", "bytes_sent", "bytes_received")
+_HELD = ("experts_held", "experts_total", "slots")
 
 
 def _node_facts(stats: Stats) -> Facts:
@@ -145,7 +146,7 @@ def _node_facts(stats: Stats) -> Facts:
         **_pick(stats, ("exact_pass", "lossy_tokens")),
         "quality": _quality(stats),
         "stall_s": {cause: round(s.stall_cause_s, 3) for cause, s in stats.by("cause").items()},
-        "boxes": {box: _pick(one, _OF_A_BOX) for box, one in stats.by("box").items()},
+        "boxes": {box: _pick(one, _OF_A_BOX + _HELD) for box, one in stats.by("box").items()},
         "shadow_nodes": {at: _pick(one, _OF_A_SHADOW) for at, one in stats.by("shadow").items()},
     }
 
@@ -240,6 +241,7 @@ def _worker_facts(stats: Stats) -> Facts:
     return {
         "hit_ratio": round(stats.hits / total, 4) if total else None,
         **_pick(stats, ("resident", "answered", "experts_computed")),
+        **_pick(stats, (*_HELD, "share", "store_reconnects")),
     }
 
 

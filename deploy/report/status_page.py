@@ -78,7 +78,6 @@ def _store_rows(facts: Facts) -> dict[str, str]:
 
 
 def _node_rows(facts: Facts) -> dict[str, str]:
-    reopened = facts["store_reconnects"]
     return {
         "weights": facts["weights"],
         "hit ratio": "nothing was computed yet"
@@ -96,7 +95,7 @@ def _node_rows(facts: Facts) -> dict[str, str]:
         "guesses": _guesses(facts) + _unknown_layers(facts),
         "run-ahead": _run_ahead(facts),
         "waited": _stalls(facts["stall_s"]),
-        "store": "never lost" if not reopened else f"lost and opened again {times(reopened)}",
+        "store": _lost(facts["store_reconnects"]),
         **{
             f"shadow {address}": _shadow(shadow)
             for address, shadow in facts.get("shadow_nodes", {}).items()
@@ -111,7 +110,15 @@ def _box(box: Facts) -> str:
         f"{'is given work' if box['up'] else 'away'}; {box['answered']:,} answered, "
         f"{box['late']:,} late, {box['failed']:,} failed; {console.size(box['bytes_sent'])} sent, "
         f"{console.size(box['bytes_received'])} received"
+        + ("" if box["experts_held"] is None else f"; {_held(box)}, room for {box['slots']:,}")
     )
+
+
+def _held(facts: Facts) -> str:
+    """Which of the model's experts a box's store has."""
+    if facts["experts_held"] == facts["experts_total"]:
+        return f"has all {facts['experts_total']:,} experts"
+    return f"has {facts['experts_held']:,} of {facts['experts_total']:,} experts"
 
 
 def _shadow(shadow: Facts) -> str:
@@ -280,7 +287,17 @@ def _worker_rows(facts: Facts) -> dict[str, str]:
     rows = {"answered": f"{facts['answered']:,} requests, {facts['experts_computed']:,} experts"}
     if facts["hit_ratio"] is not None:
         rows["hit ratio"] = f"{facts['hit_ratio']:.1%} of the experts used were in memory"
-    return {**rows, "experts": f"{facts['resident']:,} in memory"}
+    share = f", as {facts['share']}" if facts["share"] else ""
+    return {
+        **rows,
+        "experts": f"{facts['resident']:,} in memory, room for {facts['slots']:,}",
+        "store": f"{_held(facts)}{share}; {_lost(facts['store_reconnects'])}",
+    }
+
+
+def _lost(reopened: int) -> str:
+    """How often a store was."""
+    return "never lost" if not reopened else f"lost and opened again {times(reopened)}"
 
 
 def _shadow_rows(facts: Facts) -> dict[str, str]:

@@ -96,3 +96,5 @@ def test_by_their_commands_with_certificates(
         assert set(status) == {"worker", "memory"} and not run.segment.exists()
         assert status["memory"]["peak_bytes"] <= 420 * 2**20
         assert answered() <= status["worker"]["answered"]
+        assert status["worker"]["experts_held"] == status["worker"]["experts_total"] == 256
+        assert status["worker"]["store_reconnects"] >= 1

@@ -1,5 +1,5 @@
 """Workers whose stores have only a share of the experts: the tokens of one box, and each computes
-experts that it has.
+experts that it has, and says which.
 
 Written against: a worker asked for what it does not have, one that is not asked for what it
 has, a probe of an expert that the share lacks.
@@ -12,14 +12,23 @@ from pathlib import Path
 
 import pytest
 
+from expert_store.manifest.manifest import Manifest
 from expert_store.manifest.share import Share
 from expert_store.offline.shard import shard
-from proto import errors
+from proto import errors, rpc
+from proto import stats_pb2 as stats_pb
+from proto.stats import Stats
+from proto.worker_pb2_grpc import WorkerStub
 from tests.stack import wait_for
 from tests.system.test_boxes import PROMPT, alone, cluster, worker
 
 pytestmark = pytest.mark.system
 __all__ = ["alone"]
+
+
+def worker_stats(address: str) -> Stats:
+    with rpc.connect(address) as channel:
+        return Stats.from_pb(WorkerStub(channel).Stats(stats_pb.StatsRequest(), timeout=10))
 
 
 def shares(store: Path, folder: Path, owners: int, copies: int = 1) -> list[Path]:
@@ -31,8 +40,15 @@ def shares(store: Path, folder: Path, owners: int, copies: int = 1) -> list[Path
 def test_two_halves_compute_what_they_have(
     alone: dict[str, list[int]], tiny_store: Path, run_dir: Path, tmp_path: Path
 ) -> None:
-    with cluster(tiny_store, run_dir, 2, shares(tiny_store, tmp_path, 2)) as boxes:
+    stores = shares(tiny_store, tmp_path, 2)
+    with cluster(tiny_store, run_dir, 2, stores) as boxes:
         boxes.check_all_compute(alone)
+        held = [Manifest.load(store).num_experts for store in stores]
+        assert boxes.figure("experts_held") == held and boxes.figure("slots") == [64, 64]
+        for number, one in enumerate(boxes.workers):
+            said = worker_stats(one.address)
+            assert (said.experts_held, said.experts_total, said.slots) == (held[number], 256, 64)
+            assert said.share == f"share {number + 1} of 2" and 0 < said.resident <= 64
 
 
 def test_with_two_copies_a_box_may_fail(

@@ -115,6 +115,31 @@ def worth(predictor: str, layers_ahead: int, recall: float | None) -> dict[str, 
     }
 
 
+WORKER: dict[str, Any] = {
+    "health": "SERVING",
+    "hit_ratio": None,
+    "resident": 3,
+    "answered": 0,
+    "experts_computed": 0,
+    "experts_held": 86,
+    "experts_total": 256,
+    "slots": 64,
+    "share": "share 1 of 3",
+    "store_reconnects": 0,
+}
+BOX: dict[str, Any] = {
+    "up": 1,
+    "answered": 7,
+    "late": 0,
+    "failed": 0,
+    "bytes_sent": 1024,
+    "bytes_received": 1024,
+    "experts_held": 86,
+    "experts_total": 256,
+    "slots": 64,
+}
+NEVER_JOINED = BOX | {"up": 0, "answered": 0, "experts_held": None, "slots": None}
+
 BUSY = {
     "expert_store": STORE
     | {"bytes_read": 1 << 30, "device_bytes_per_s": 1 << 21}
@@ -130,11 +155,15 @@ BUSY = {
     "memory": {"ceiling_bytes": 1 << 30, "peak_bytes": 1 << 29, "current_bytes": 1 << 28}
     | {"age_s": 3600.4},
 }
+BOXES = {
+    "compute_node": NODE | {"boxes": {"10.0.0.2:9400": BOX, "10.0.0.3:9400": NEVER_JOINED}},
+    "worker": WORKER,
+}
 IDLE = {"expert_store": STORE, "compute_node": NODE, "scheduler": SCHEDULER}
 AWAY = {name: {"health": "away"} for name in IDLE}
 
 
-@pytest.mark.parametrize("found", [IDLE, BUSY, AWAY], ids=["idle", "busy", "away"])
+@pytest.mark.parametrize("found", [IDLE, BUSY, AWAY, BOXES], ids=["idle", "busy", "away", "boxes"])
 def test_a_page_has_words_only(found: dict[str, Any]) -> None:
     pages = status_rows(found, dict.fromkeys(IDLE, "it was killed"))
     text = "\n".join(f"{name}: {value}" for rows in pages.values() for name, value in rows.items())
@@ -183,6 +212,20 @@ def test_what_a_page_says() -> None:
     assert idle["scheduler"]["Redis"] == "not reached: nothing is learned"
     away = status_rows(AWAY, {"scheduler": "it was killed"})
     assert away["scheduler"] == {"health": "away: it was killed"}
+
+
+def test_which_experts_a_box_has_is_said_there_and_at_the_main_node() -> None:
+    """Planted faults seen red: a share said to be all, `None` of a box that never joined."""
+    pages = status_rows(BOXES, {})
+    assert pages["worker"]["experts"] == "3 in memory, room for 64"
+    assert pages["worker"]["store"] == "has 86 of 256 experts, as share 1 of 3; never lost"
+    node = pages["compute node"]
+    assert node["box 10.0.0.2:9400"].endswith("received; has 86 of 256 experts, room for 64")
+    assert node["box 10.0.0.3:9400"].endswith("received")
+    whole = WORKER | {"experts_held": 256, "share": "", "store_reconnects": 2}
+    assert status_rows({"worker": whole}, {})["worker"]["store"] == (
+        "has all 256 experts; lost and opened again 2 times"
+    )
 
 
 def test_a_table_keeps_its_lines_and_its_brackets() -> None:
