@@ -104,7 +104,7 @@ async def run(config: ComputeNodeConfig) -> None:
                 schedule, idle, config.stop_grace_s, config.max_stall_s, config.max_turn_tokens
             )
         )
-        boxes = other_boxes.new_boxes(config, description, cache.capacity.slots)
+        boxes = other_boxes.new_boxes(config, description, cache)
         loaded = compute.do(lambda: load(config, model_dir, spec, cache, prober, lookahead, boxes))
         compute.do(cache.open)
         slots, chooser = cache.capacity.slots, cache.chooser

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def new_boxes(
-    config: ComputeNodeConfig, description: StoreDescription, own_slots: int
+    config: ComputeNodeConfig, description: StoreDescription, cache: ExpertCache
 ) -> Boxes | None:
     """Without a link. None: no others compute experts."""
     spec = description.spec
@@ -48,8 +48,10 @@ def new_boxes(
     def doubles(owners: Owners, slots: Sequence[int]) -> Doubles:
         return Doubles(spec.moe_layers, spec.num_experts, owners, slots)
 
-    doubled = doubles if config.placement == "shares" else None
-    return Boxes(owners, own_slots, description.held, doubled)
+    own_slots, held = cache.capacity.slots, description.held
+    if config.placement == "shares":
+        return Boxes(owners, own_slots, held, doubles, here=cache)
+    return Boxes(owners, own_slots, held)
 
 
 @contextmanager

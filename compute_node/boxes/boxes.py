@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Protocol
 
+from compute_node.boxes.choice import Side, Wanted, cheapest
 from compute_node.boxes.doubles import Doubles
 from compute_node.boxes.link import WorkerLink
 from compute_node.boxes.owners import Owners
+from compute_node.boxes.times import Times
 from proto.expert import ExpertKey, ModelSpec
 from proto.held_experts import ALL_EXPERTS, HeldExperts
 from proto.stats import gauge
@@ -26,12 +29,31 @@ _Facts = tuple[tuple[float, ...], tuple[HeldExperts, ...]]
 _Known = tuple[_Facts, Owners, Doubles | None]
 
 
+class InMemory(Protocol):
+    """Experts of the main node. Any thread asks."""
+
+    def __contains__(self, key: ExpertKey, /) -> bool: ...
+
+
+class Here(Protocol):
+    """The main node's part in a layer's step."""
+
+    def has(self, expert: int) -> bool:
+        """Whether it is in memory, in as many bits as the step needs."""
+
+    def read_s(self, expert: int) -> float:
+        """Reading it takes so long; 0: not known."""
+
+
 class Boxes:
     """Any thread. An expert of a box that is away is another's, or the main node's own meanwhile; a
     box that joins gets its share without a restart. What the main node's store does not have is
     asked of boxes that rest, too, when no other has it.
 
     slots, held: of the main node; new_doubles: None: every expert has one owner
+    here: what the main node has in memory; given: an expert goes where it costs least, not to its
+          owner in any case
+    times: of the main node
     """
 
     def __init__(
@@ -40,9 +62,11 @@ class Boxes:
         slots: int,
         held: HeldExperts = ALL_EXPERTS,
         new_doubles: NewDoubles | None = None,
+        here: InMemory | None = None,
     ) -> None:
         self._placement, self._own_slots, self._own_held = placement, slots, held
-        self._new_doubles = new_doubles
+        self._new_doubles, self._here = new_doubles, here
+        self.times = Times()
         self.links: Sequence[WorkerLink] = ()
         self._known: _Known = (((), ()), placement([slots], [held]), None)
 
@@ -76,21 +100,83 @@ class Boxes:
             found.setdefault(link, []).append(expert)
         return {link: sorted(part) for link, part in found.items() if link is not None}
 
-    def note(self, layer: int, experts: Collection[int]) -> None:
-        """A decode step used these. The compute thread's."""
-        _, doubles, _ = self._now()
-        if doubles is not None:
-            doubles.note(layer, experts)
+    def cheapest(
+        self, layer: int, experts: Sequence[int], here: Here
+    ) -> dict[WorkerLink, list[int]]:
+        """As `shares`, for a decode step: where it costs least, if that is known."""
+        if self._here is None:
+            return self.shares(layer, experts)
+        owners, _, links = self._now()
+        numbers = [number for number, link in enumerate(links, 1) if link.is_up]
+        sides = {0: Side(0.0, self.times.expert_s)}
+        sides |= {n: Side(links[n - 1].times.way_s, links[n - 1].expert_s) for n in numbers}
+
+        def read_s(box: int, expert: int) -> float:
+            return links[box - 1].read_s if box else here.read_s(expert)
+
+        wanted = []
+        for expert in experts:
+            key = ExpertKey(layer, expert)
+            first = self._first(owners, links, key)
+            owner = links.index(first) + 1 if first is not None else 0
+            holders = [n for n in numbers if links[n - 1].residents.has(layer, expert)]
+            if here.has(expert):
+                holders.insert(0, 0)
+            readers = [owner]
+            if read_s(owner, expert):
+                able = (box for box in owners.able(key) if box != owner and box in sides)
+                readers += [box for box in able if read_s(box, expert)]
+            wanted.append(Wanted(expert, holders, readers))
+        if any(box not in sides for one in wanted for box in one.readers):  # one that rests
+            return self.shares(layer, experts)
+        found = cheapest(wanted, sides, read_s)
+        return {links[box - 1]: sorted(part) for box, part in found.items() if box}
+
+    def note(self, layer: int, experts: Collection[int]) -> Sequence[int]:
+        """A decode step used these. What a worker now owns, too, it reads in the background; what
+        the main node does, is returned. The compute thread's.
+        """
+        _, doubles, links = self._now()
+        moved = doubles.note(layer, experts) if doubles is not None else {}
+        for box, part in moved.items():
+            if box and links[box - 1].is_up:
+                links[box - 1].move_in(layer, sorted(part))
+        return sorted(moved.get(0, ()))
 
     def prepare(self, layer: int, experts: Iterable[int]) -> None:
         """Steps will likely use these: boxes that compute them read them. Waits for nobody."""
-        for link, part in self.shares(layer, sorted(experts)).items():
-            link.prepare(layer, part)
+        held: dict[WorkerLink, list[int]] = {}
+        left = []
+        for expert in sorted(experts):
+            key = ExpertKey(layer, expert)
+            if self._here is not None and key in self._here:
+                continue
+            if (link := self._holder(key)) is not None:
+                held.setdefault(link, []).append(expert)
+            else:
+                left.append(expert)
+        for link, part in self.shares(layer, left).items():
+            held.setdefault(link, []).extend(part)
+        for link, part in held.items():
+            link.prepare(layer, sorted(part))
 
     def __contains__(self, key: ExpertKey, /) -> bool:
         """Whether another box computes it now, or none could but another."""
+        if self.lacks(key) or self._holder(key) is not None:
+            return True
         owners, _, links = self._now()
-        return self.lacks(key) or self._first(owners, links, key) is not None
+        return self._first(owners, links, key) is not None
+
+    def needs_no_read(self, key: ExpertKey) -> bool:
+        """On another box. Where groups take layers in turn, what is read there is read ahead."""
+        return self._holder(key) is not None if self._here is not None else key in self
+
+    def _holder(self, key: ExpertKey) -> WorkerLink | None:
+        """A box that has it in memory, where that counts."""
+        if self._here is None:
+            return None
+        holders = (link for link in self.links if link.residents.has(key.layer, key.expert))
+        return next((link for link in holders if link.is_up), None)
 
     def lacks(self, key: ExpertKey) -> bool:
         """Whether the main node cannot compute it."""

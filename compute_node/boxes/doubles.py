@@ -62,14 +62,21 @@ class Doubles:
         """Its second owner, which has it in its store."""
         return self._second.get(key.layer, {}).get(key.expert)
 
-    def note(self, layer: int, experts: Collection[int]) -> None:
+    def note(self, layer: int, experts: Collection[int]) -> Mapping[int, Sequence[int]]:
         """A decode step used these of `layer`. Moves second owners now and then, where what is
-        gained exceeds the read: the new owner reads at its next turn.
+        gained exceeds the read. Returns what each box owns from now on, too, and did not before.
         """
         use = self._use[layer]
         use.note(experts)
-        if any(self._room) and use.num_steps % LOOK_STEPS == 0:
-            self._second[layer] = self._moved(layer, use.counts)
+        if not any(self._room) or use.num_steps % LOOK_STEPS:
+            return {}
+        former, found = self._second.get(layer, {}), self._moved(layer, use.counts)
+        self._second[layer] = found
+        new: dict[int, list[int]] = {}
+        for expert, box in found.items():
+            if former.get(expert) != box:
+                new.setdefault(box, []).append(expert)
+        return new
 
     def _moved(self, layer: int, counts: Sequence[float]) -> Mapping[int, int]:
         """By expert: who has a place keeps it, unless another is used by far more."""

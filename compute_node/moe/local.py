@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,10 @@ from compute_node.predict.layer_timer import LayerTimer
 from compute_node.predict.predictor import Seen
 from compute_node.predict.prefetcher import Prefetcher
 from compute_node.store.memory import Borrowed
+from compute_node.store.session import SessionLost
 from proto.expert import EXACT_VARIANT, ExpertKey
+
+logger = logging.getLogger(__name__)
 
 
 class LocalBackend:
@@ -68,6 +72,19 @@ class LocalBackend:
     def read_s(self) -> float:
         """That reading an expert takes; 0: not known yet."""
         return self._cache.waits.read_s
+
+    def here(self, small: Collection[int]) -> HereOf:
+        """What of the layer is in memory, and how long the rest takes. small: as of `run`"""
+        return HereOf(self._layer, self._cache, small)
+
+    def read_ahead(self, experts: Sequence[int]) -> None:
+        """Have these read for later steps, as far as there is room."""
+        keys = [ExpertKey(self._layer, expert) for expert in experts]
+        fresh = [key for key in keys if key not in self._cache]
+        try:
+            self._cache.read_ahead(self._layer, fresh, (), len(fresh))
+        except SessionLost as error:  # the next step opens another
+            logger.warning("nothing read ahead", extra={"reason": str(error)})
 
     def run_apart(self, step: Step, experts: Sequence[int], sums: Sequence[Sum]) -> set[int]:
         """Once more in a step: add these, too. As `run`, and nothing is guessed."""
@@ -162,6 +179,23 @@ class LocalBackend:
                 run_ahead.run(self._layer, so_far, arrived)
 
         return meanwhile
+
+
+@dataclass(frozen=True)
+class HereOf:
+    """One layer's step. small: experts that a record of fewer bits will do for"""
+
+    layer: int
+    cache: ExpertCache
+    small: Collection[int]
+
+    def has(self, expert: int) -> bool:
+        key = ExpertKey(self.layer, expert)
+        return self.cache.holds(key) if expert in self.small else key in self.cache
+
+    def read_s(self, expert: int) -> float:
+        parts = self.cache.capacity.num_parts if expert in self.small else 1
+        return self.cache.waits.read_s / parts
 
 
 @dataclass(frozen=True)

@@ -49,19 +49,21 @@ class OwnedBackend:
         small: Collection[int] = (),
     ) -> set[int]:
         """Raises Unavailable, too, for an expert that no box has that is up."""
-        if step.batch.is_decode:
-            self._boxes.note(self._layer, experts)
+        if step.batch.is_decode and (moved := self._boxes.note(self._layer, experts)):
+            self._local.read_ahead(moved)
         lacking = self._boxes.lacking(self._layer, experts)
-        wanted = [expert for expert in experts if expert in lacking or expert not in small]
-        shares = self._boxes.shares(self._layer, wanted) if wanted else {}
+        shares = self._shares(step, experts, lacking, small)
         if not shares and not lacking:
             return self._local.run(step, hidden, route, experts, sums, small)
         sequences = [part.num_rows for part in step.batch.parts]
-        work = Work.of(self._layer, wanted, hidden, route.ids, route.weights, sequences)
+        work = Work.of(self._layer, experts, hidden, route.ids, route.weights, sequences)
         asked = self._ask(work, shares)
         lent = lacking.union(*shares.values())
         own = [expert for expert in experts if expert not in lent]
+        began_s = time.perf_counter()
         hits = self._local.run(step, hidden, route, own, sums, small)
+        if step.batch.is_decode and own and len(hits) == len(own):
+            self._boxes.times.computed(time.perf_counter() - began_s, len(own))
         taken = self._take(asked, step, sums)
         late = lent - taken
         if here := sorted(late - lacking):
@@ -69,6 +71,17 @@ class OwnedBackend:
         if missing := sorted(late & lacking):
             self._insist(step, replace(work, experts=missing), sums)
         return hits | taken | lacking
+
+    def _shares(
+        self, step: Step, experts: Sequence[int], lacking: Collection[int], small: Collection[int]
+    ) -> dict[WorkerLink, list[int]]:
+        """What other boxes compute. Of a prompt, what a record of fewer bits will do for is
+        computed here.
+        """
+        if step.batch.is_decode:
+            return self._boxes.cheapest(self._layer, experts, self._local.here(small))
+        wanted = [expert for expert in experts if expert in lacking or expert not in small]
+        return self._boxes.shares(self._layer, wanted)
 
     def _ask(self, work: Work, shares: Mapping[WorkerLink, Sequence[int]]) -> Asked:
         """Each box for its part."""
@@ -131,4 +144,6 @@ class _ResidentSomewhere:
     def __contains__(self, expert: object) -> bool:
         if expert in self.here:
             return True
-        return isinstance(expert, int) and ExpertKey(self.layer, expert) in self.boxes
+        if not isinstance(expert, int):
+            return False
+        return self.boxes.needs_no_read(ExpertKey(self.layer, expert))

@@ -59,10 +59,12 @@ class LentExperts:
         self._kernels, self._num_experts, self._cache = kernels, num_experts, cache
         self.held = held
         self._prepared: dict[int, set[ExpertKey]] = {}  # read ahead, by layer
+        self._moved: dict[int, set[ExpertKey]] = {}  # read ahead to be held, by layer
         self._left_out: dict[int, list[ExpertKey]] = {}  # named, and there was no room
         self._disproved: list[ExpertKey] = []
         self._is_prepared = False  # by some main node
         self._layer = -1  # of the latest work
+        self.num_read = 0  # experts of it that the cache had not
 
     @torch.inference_mode()
     def compute(
@@ -85,16 +87,18 @@ class LentExperts:
         sums = self._sums(work)
         self._layer = work.layer
         self._settle(work.layer, work.experts)
-        meanwhile = partial(self._prepare_until, prepare_next)
+        meanwhile, num_read = partial(self._prepare_until, prepare_next), 0
         for number, portion in enumerate(_portions(work)):
             if number:
                 give_way()
-            _, waves = self._cache.step(
+            hits, waves = self._cache.step(
                 work.layer, portion, check, self._take_disproved, meanwhile=meanwhile
             )
+            num_read += len(portion) - len(hits)
             for wave in waves:
                 add_wave(sums, wave)
         self._cache.room.leave()
+        self.num_read = num_read
         self.num_works += 1
         self.num_experts += len(work.experts)
         return made_of(sums, work.experts)
@@ -116,6 +120,26 @@ class LentExperts:
         self._prepared[layer] = before.difference(wrong)
         self._read_as_fits(layer, fresh, wrong)
 
+    def move_in(self, layer: int, experts: Sequence[int]) -> None:
+        """Have these read, to be held like what was computed. What finds no room is left out.
+
+        Raises InvalidRequest as `prepare` does.
+        """
+        self._check(layer, experts)
+        keys = [ExpertKey(layer, expert) for expert in experts]
+        fresh = [key for key in keys if key not in self._cache]
+        self._moved.setdefault(layer, set()).update(self._read_ahead(layer, fresh, ()))
+
+    def held_of(self, layer: int) -> set[int]:
+        """The layer's experts that need no read now, or are being read."""
+        ahead = (*self._prepared.get(layer, ()), *self._moved.get(layer, ()))
+        return {key.expert for key in ahead}.union(self._cache.room.residents.held_in(layer))
+
+    @property
+    def read_s(self) -> float:
+        """That reading an expert takes; 0: not known."""
+        return self._cache.waits.read_s
+
     def prepare_left_out(self) -> None:
         """Have that read which found no room before; the nearest layer's first."""
         for layer in sorted(self._left_out, key=lambda layer: (layer <= self._layer, layer)):
@@ -126,6 +150,9 @@ class LentExperts:
         """Nobody asks for it any more."""
         for layer in sorted({*self._prepared, *self._left_out}):
             self.prepare(layer, [])
+        for layer, keys in self._moved.items():
+            self._read_ahead(layer, (), keys)
+        self._moved.clear()
 
     def _sums(self, work: Work) -> list[Sum]:
         """One a sequence, as `RoutedExperts` has them."""
@@ -157,7 +184,8 @@ class LentExperts:
     ) -> Sequence[ExpertKey]:
         if not fresh and not wrong:
             return ()
-        num_open = len(fresh) + sum(len(keys) for keys in self._prepared.values())
+        open_keys = (*self._prepared.values(), *self._moved.values())
+        num_open = len(fresh) + sum(map(len, open_keys))
         try:
             return self._cache.read_ahead(layer, fresh, list(wrong), num_open)
         except SessionLost as error:  # the next work opens another
@@ -168,6 +196,9 @@ class LentExperts:
         """What was read ahead of this layer was right or wrong."""
         prepared = self._prepared.pop(layer, set())
         self._left_out.pop(layer, None)
+        self._moved.get(layer, set()).difference_update(
+            [ExpertKey(layer, expert) for expert in experts]
+        )
         wrong = [key for key in prepared if key.expert not in experts]
         self.num_wrong += len(wrong)
         self.num_right += len(prepared) - len(wrong)

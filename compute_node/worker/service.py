@@ -13,6 +13,7 @@ from typing import Any
 import grpc.aio
 import torch
 
+from compute_node.boxes.box_residents import to_bytes
 from compute_node.boxes.work import Work, bytes_of
 from compute_node.worker.direct_way import MOST_OPEN, DirectWay, urgency_of
 from compute_node.worker.lent_experts import LentExperts
@@ -145,7 +146,8 @@ class WorkerService(pb_grpc.WorkerServicer):
             return reply
         if not gone.is_set():
             try:
-                self._lent.prepare(request.layer, request.experts)
+                have_read = self._lent.move_in if request.moves else self._lent.prepare
+                have_read(request.layer, request.experts)
             except errors.InvalidRequest as error:
                 logger.warning("nothing prepared", extra={"reason": str(error)})
         return None
@@ -161,7 +163,13 @@ class WorkerService(pb_grpc.WorkerServicer):
             rows = self._lent.compute(
                 work, check, partial(self._work.run_next, Urgency.PREPARE), self._give_way
             )
-            return pb.WorkReply(id=request.id, rows=bytes_of(rows))
+            return pb.WorkReply(
+                id=request.id,
+                rows=bytes_of(rows),
+                num_read=self._lent.num_read,
+                read_us=int(1e6 * self._lent.read_s),
+                resident=to_bytes(self._lent.held_of(request.layer)),
+            )
         except errors.FlashMoEError as error:
             logger.warning("work failed", extra={"layer": request.layer, "reason": str(error)})
             return pb.WorkReply(id=request.id, error=str(error))

@@ -183,7 +183,7 @@ def test_a_file_has_a_shadow_come_and_go(
     path = run_dir / "workers.toml"
     settings = config(run_dir, workers_file=path)
     description = SimpleNamespace(spec=node.loaded.spec, held=ALL_EXPERTS)
-    boxes = other_boxes.new_boxes(settings, cast(Any, description), 64)
+    boxes = other_boxes.new_boxes(settings, cast(Any, description), node.cache)
     other, right = shadow_of(node, num_experts=3), shadow_of(node)
     expected = list(tokens(node))
     with (

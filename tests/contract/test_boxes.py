@@ -6,16 +6,18 @@ Planted fault seen red: a token's experts added in the order in which they came.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from compute_node.boxes.answer import Answer
+from compute_node.boxes.box_residents import BoxResidents, to_bytes
 from compute_node.boxes.boxes import Boxes
-from compute_node.boxes.link import Answer
 from compute_node.boxes.owners import Shares
+from compute_node.boxes.times import Times
 from compute_node.boxes.work import Work, bytes_of, tensor_of
 from compute_node.engine.engine import Engine
 from compute_node.moe.local import LocalBackend
@@ -39,7 +41,9 @@ class BoxInProcess:
         self.address, self.is_up, self.slots = "box", True, worker.cache.capacity.slots
         self.num_asked = self.num_answered = 0
         self._loses, self.cost = loses, 1.0
-        self.held = ALL_EXPERTS
+        self.held, self.residents = ALL_EXPERTS, BoxResidents()
+        self.times, self.expert_s, self.read_s = Times(), 0.001, 0.01
+        self.times.way(0.001)
         self._shape = loaded.hidden_size, loaded.dtype
         self._lent = LentExperts(loaded.kernels, loaded.spec.num_experts, worker.cache)
 
@@ -54,14 +58,23 @@ class BoxInProcess:
         sent = pb.WorkRequest.FromString(work.to_pb(1).SerializeToString())
         made = self._lent.compute(Work.from_pb(sent, *self._shape), check)
         self.num_answered += 1
+        self.residents.heard(work.layer, to_bytes(self._lent.held_of(work.layer)))
         return tensor_of(bytes_of(made), work.hidden.dtype, len(made))
 
+    def prepare(self, layer: int, experts: Sequence[int]) -> None:
+        self._lent.prepare(layer, experts)
 
-def joined(node: Engine, box: BoxInProcess) -> None:
-    """The node gives work to the box."""
+    def move_in(self, layer: int, experts: Sequence[int]) -> None:
+        self._lent.move_in(layer, experts)
+
+
+def joined(node: Engine, box: BoxInProcess, chooses: bool = False) -> None:
+    """The node gives work to the box; chooses: where it costs least."""
     spec, loaded = node.loaded.spec, node.loaded
     boxes = Boxes(
-        lambda slots, held: Shares(spec.num_experts, slots, held), node.cache.capacity.slots
+        lambda slots, held: Shares(spec.num_experts, slots, held),
+        node.cache.capacity.slots,
+        here=node.cache if chooses else None,
     )
     boxes.links = [box]  # type: ignore[list-item]
     node.cache.elsewhere = boxes
@@ -91,3 +104,21 @@ def test_another_box_gives_the_bits_of_one(name: str, tmp_path: Path) -> None:
         assert box.num_answered > len(node.loaded.experts_modules), "it had work"
         joined(node, BoxInProcess(there, loses=True))
         assert equal(answered(node, SECOND)[0], expected), "what never comes is computed here"
+
+
+def test_where_it_costs_least_has_the_bits_of_one(tmp_path: Path) -> None:
+    """Experts move to where they were read. Planted fault seen red: what another computes, computed
+    here once more.
+    """
+    index(make("qwen3_moe", tmp_path / "checkpoint", torch.bfloat16, seed=3), tmp_path / "store")
+    (tmp_path / "there").mkdir()
+    with (
+        engine(tmp_path / "store", tmp_path) as node,
+        engine(tmp_path / "store", tmp_path / "there") as there,
+    ):
+        expected = alone(node, SECOND)
+        box = BoxInProcess(there)
+        joined(node, box, chooses=True)
+        for _ in range(3):
+            assert equal(answered(node, SECOND)[0], expected)
+        assert box.num_answered > len(node.loaded.experts_modules) and len(box.residents)

@@ -5,7 +5,7 @@ owner always chosen, a second owner that is away, doubles of the boxes that ther
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -86,6 +86,9 @@ class Link:
     is_joined: bool = True
     cost: float = 1.0
     held: HeldExperts = ALL_EXPERTS
+
+    def move_in(self, layer: int, experts: Sequence[int]) -> None:
+        pass
 
 
 def test_the_less_busy_owner_computes() -> None:

@@ -164,7 +164,7 @@ def test_an_answer_that_nobody_waited_for_took_no_longer_than_it_did() -> None:
     with linked(Worker(), way="direct") as link:
         assert link.wait_up(10)
         assert link.wait(link.ask(WORK), never) is not None
-        answer, direct = link.ask(WORK), link._direct
+        answer, direct = link.ask(WORK), link._stream.direct
         assert direct is not None and direct._connection.wait(10)
         threading.Event().wait(0.5)
         assert link.wait(answer, never) is not None

@@ -121,3 +121,26 @@ def test_what_the_model_does_not_have_is_refused(
 def in_memory(node: Engine, experts: list[int], layer: int = LAYER) -> list[int]:
     held = {record.expert for record in node.cache.lender.resident()}
     return [expert for expert in experts if ExpertKey(layer, expert) in held]
+
+
+def test_what_is_moved_in_is_read_and_outlives_the_next_work(
+    node: Engine, lent: LentExperts
+) -> None:
+    """Planted faults seen red: taken for a wrong guess, not said to be held, withdrawn by the next
+    work, still said to be held once the main node has left.
+    """
+    [wanted, *others] = [e for e in range(8) if ExpertKey(LAYER, e) not in node.cache]
+    lent.move_in(LAYER, [wanted])
+    assert wanted in lent.held_of(LAYER)
+    wait_for(lambda: in_memory(node, [wanted]), 10, "the store to have read it")
+    lent.compute(work(node, others[:1]))
+    assert lent.num_read == 1 and {wanted, others[0]} <= lent.held_of(LAYER)
+    assert lent.num_wrong == 0 and in_memory(node, [wanted])
+    before = node.cache.counters[LAYER].bytes_read
+    lent.compute(work(node, [wanted]))
+    assert node.cache.counters[LAYER].bytes_read == before, "the store had it"
+    lent.compute(work(node, [wanted]))
+    assert lent.num_read == 0
+    lent.move_in(LAYER, others[1:2])
+    lent.forget_prepared()
+    assert others[1] not in lent.held_of(LAYER)

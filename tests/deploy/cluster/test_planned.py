@@ -77,7 +77,8 @@ def test_the_map_is_what_the_main_node_goes_by(
         **main.get("tables", {}).get("compute_node", {}),
     )
     description = SimpleNamespace(spec=spec, held=HeldExperts())
-    boxes = other_boxes.new_boxes(config, cast(Any, description), 64)
+    cache = SimpleNamespace(capacity=SimpleNamespace(slots=64))
+    boxes = other_boxes.new_boxes(config, cast(Any, description), cast(Any, cache))
     assert boxes is not None
     half = HeldExperts(Share(1, 2).experts(spec))
     links = [Link("w1", 128, 1.0, HeldExperts()), Link("w2", len(half.keys or ()), 2.0, half)]
