@@ -106,6 +106,23 @@ class Boxes:
         """As `shares`, for a decode step: where it costs least, if that is known."""
         if self._here is None:
             return self.shares(layer, experts)
+        links = [link for link in self.links if link.is_up]
+        found: dict[WorkerLink | None, list[int]] = {}
+        for expert in experts:
+            holders: list[WorkerLink | None] = [
+                link for link in links if link.residents.has(layer, expert)
+            ]
+            if here.has(expert):
+                holders.append(None)
+            if len(holders) != 1:  # somebody has to choose
+                return self._chosen(layer, experts, here)
+            found.setdefault(holders[0], []).append(expert)
+        return {link: part for link, part in found.items() if link is not None}
+
+    def _chosen(
+        self, layer: int, experts: Sequence[int], here: Here
+    ) -> dict[WorkerLink, list[int]]:
+        """Where some are in no memory, or in two."""
         owners, _, links = self._now()
         numbers = [number for number, link in enumerate(links, 1) if link.is_up]
         sides = {0: Side(0.0, self.times.expert_s)}
@@ -129,8 +146,8 @@ class Boxes:
             wanted.append(Wanted(expert, holders, readers))
         if any(box not in sides for one in wanted for box in one.readers):  # one that rests
             return self.shares(layer, experts)
-        found = cheapest(wanted, sides, read_s)
-        return {links[box - 1]: sorted(part) for box, part in found.items() if box}
+        chosen = cheapest(wanted, sides, read_s)
+        return {links[box - 1]: sorted(part) for box, part in chosen.items() if box}
 
     def note(self, layer: int, experts: Collection[int]) -> Sequence[int]:
         """A decode step used these. What a worker now owns, too, it reads in the background; what

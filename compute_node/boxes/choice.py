@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-_WORTH = 0.1  # of a read: so much sooner another box must end to read what the owner could
+_WORTH = 0.5  # of a read, that another box's disk must have it sooner than the owner's
 
 
 @dataclass(frozen=True)
@@ -37,28 +37,29 @@ def cheapest(
     sides: Mapping[int, Side],
     read_s: Callable[[int, int], float],
 ) -> dict[int, list[int]]:
-    """By box, the experts that it computes. Each has a holder or a reader. What is not read by its
-    owner takes room of another's memory, so that it must end sooner by a tenth of a read.
+    """By box, the experts that it computes. Each has a holder or a reader.
+
+    Who reads an expert goes by disks alone: what is read takes room of that box's memory, and a box
+    that computes a little faster would be given all. Of two holders the less busy computes.
 
     read_s: of a box and an expert, how long reading takes
     """
-    ends_s = {box: side.way_s for box, side in sides.items()}
+    busy_s = {box: side.way_s for box, side in sides.items()}
+    reads_s = busy_s.copy()
     found: dict[int, list[int]] = {}
     for one in sorted(wanted, key=lambda one: (not one.holders, len(one.holders))):
-        costs_s = {box: sides[box].expert_s for box in one.holders}
-        if not costs_s:
-            costs_s = {box: sides[box].expert_s + read_s(box, one.expert) for box in one.readers}
-        box = _soonest(one, {box: ends_s[box] + cost_s for box, cost_s in costs_s.items()}, read_s)
-        ends_s[box] += costs_s[box]
+        if one.holders:
+            box = min(one.holders, key=lambda box: busy_s[box] + sides[box].expert_s)
+        else:
+            ends_s = {box: reads_s[box] + read_s(box, one.expert) for box in one.readers}
+            box = _reader(one, ends_s, _WORTH * read_s(one.readers[0], one.expert))
+            reads_s[box] = ends_s[box]
+        busy_s[box] += sides[box].expert_s
         found.setdefault(box, []).append(one.expert)
     return found
 
 
-def _soonest(one: Wanted, ends_s: Mapping[int, float], read_s: Callable[[int, int], float]) -> int:
-    """Of boxes, given when each would have computed it."""
-    box = min(ends_s, key=ends_s.__getitem__)
-    if one.holders or box == one.readers[0]:
-        return box
-    owner = one.readers[0]
-    is_worth = ends_s[box] + _WORTH * read_s(owner, one.expert) < ends_s[owner]
-    return box if is_worth else owner
+def _reader(one: Wanted, ends_s: Mapping[int, float], worth_s: float) -> int:
+    """The owner, or who has it so much sooner. ends_s: when each would have read it"""
+    soonest, owner = min(ends_s, key=ends_s.__getitem__), one.readers[0]
+    return soonest if ends_s[soonest] + worth_s < ends_s[owner] else owner

@@ -1,7 +1,7 @@
 """Which box computes what, by what it costs.
 
 Planted faults seen red: who has it in memory passed over, reads piled up on the owner, the way to a
-box left out, an owner passed over for nothing.
+box left out, an owner passed over for nothing or for a processor that is faster.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ def test_what_is_in_memory_is_computed_there_and_by_the_less_busy() -> None:
     assert cheapest(wanted, SIDES, read_s) == {1: [1, 3], 2: [2]}
 
 
-def test_reads_go_to_their_owner_until_another_ends_sooner() -> None:
-    """By more than a tenth of a read: not for the way alone."""
+def test_reads_go_to_their_owner_until_another_disk_has_them_sooner() -> None:
+    """By more than half a read: not for the way alone, nor for a faster processor."""
     wanted = [Wanted(e, [], [1, 0, 2]) for e in range(4)]
-    assert cheapest(wanted[:1], SIDES, read_s) == {1: [0]}
+    fast = {**SIDES, 0: Side(0.0, 0.1)}
+    assert cheapest(wanted[:1], fast, read_s) == {1: [0]}
     assert cheapest(wanted[:3], SIDES, read_s) == {1: [0], 0: [1], 2: [2]}
     found = cheapest(wanted, SIDES, read_s)
     assert {box: len(part) for box, part in found.items()} == {0: 1, 1: 2, 2: 1}
@@ -43,6 +44,9 @@ def test_a_coarse_record_of_the_own_disk_is_one_of_the_choices() -> None:
     assert found == {1: [1], 0: [2]}
 
 
-def test_busy_with_what_only_it_has_it_reads_less() -> None:
+def test_busy_with_reading_it_reads_less() -> None:
+    """And with computing it reads as much."""
+    wanted = [Wanted(6, [], [1]), Wanted(7, [], [1, 2])]
+    assert cheapest(wanted, SIDES, read_s) == {1: [6], 2: [7]}
     wanted = [Wanted(7, [], [1, 2]), *(Wanted(e, [1], []) for e in range(3))]
-    assert cheapest(wanted, SIDES, read_s) == {1: [0, 1, 2], 2: [7]}
+    assert cheapest(wanted, SIDES, read_s) == {1: [0, 1, 2, 7]}
