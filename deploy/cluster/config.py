@@ -144,6 +144,15 @@ class ClusterConfig(BaseModel):
         owners: tuple[MainBox | WorkerBox, ...] = (self.main, *self.workers)
         return next((one for one in owners if one.name == name), None)
 
+    @property
+    def starts(self) -> tuple[tuple[AnyBox, ...], ...]:
+        """Boxes that start together, the first ones first: helpers before the main one, which waits
+        for none long, and those that borrow from the main one with it.
+        """
+        borrowers = [box for box in self.workers if box.store == self.main.name]
+        others = [box for box in self.helpers if box not in borrowers]
+        return (*others,), (self.main, *borrowers)
+
     def lends(self, box: Box) -> bool:
         """Whether workers borrow from its store."""
         return box.name in {worker.store for worker in self.workers}

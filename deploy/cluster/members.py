@@ -124,11 +124,10 @@ class Members:
         """
         self.check_present(say)
         gone = set(self.kept()) - {box.name for box in self._config.boxes}
-        for box in self._config.helpers:
-            self._order(box, say)
-        self._wait_serving(self._config.helpers, say)
-        self._order(self._config.main, say)
-        self._wait_serving([self._config.main], say)
+        for boxes in self._config.starts:
+            for box in boxes:
+                self._order(box, say)
+            self._wait_serving(boxes, say)
         for name in sorted(gone):  # the main node does without it by now
             self.take_down(name, say)
 

@@ -127,7 +127,9 @@ def test_orders_are_settings_that_daemons_take(tmp_path: Path) -> None:
 
 
 def test_a_worker_without_a_store_borrows_from_the_box_it_names(tmp_path: Path) -> None:
-    """Planted faults seen red: a lender that is not told to lend, a borrower with a model."""
+    """Planted faults seen red: a lender that is not told to lend, a borrower with a model, one that
+    is waited for before its lender starts.
+    """
     w2 = W1 | {"name": "w2", "port": 9401, "store": "main"}
     config = load(tmp_path, certs="certs", worker=[W1, w2])
     main, lent, borrower = (Order.of(config, box) for box in config.boxes)
@@ -136,6 +138,7 @@ def test_a_worker_without_a_store_borrows_from_the_box_it_names(tmp_path: Path) 
     assert "model" not in borrower.settings["serve"]
     assert main.settings["expert_store"]["tls"]["key"].endswith("certs/main.key")
     assert borrower.settings["worker"]["store_tls"]["key"].endswith("certs/w2.key")
+    assert [[box.name for box in boxes] for boxes in config.starts] == [["w1"], ["main", "w2"]]
     settings = ServeSettings.model_validate(borrower.settings["serve"]).of_helper("worker")
     assert settings.borrows_from == "127.0.0.2:9500"
     assert set(borrower.settings["worker"]) <= set(WorkerConfig.model_fields)
