@@ -1,5 +1,6 @@
 """A cluster on real Ray: a head and two more boxes, each with a raylet at an address of its own on
-this machine, a main node, two workers and a shadow as real daemons.
+this machine, a main node, two workers, one of which borrows the main one's experts, and a shadow as
+real daemons. All of them, and Ray, show each other certificates.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -23,8 +25,11 @@ import pytest
 import tomli_w
 
 from compute_node.client.node_client import NodeClient
+from deploy.report.status import check_health
 from deploy.stack.run_dir import RunDir
 from expert_store.offline.pack import pack
+from proto.rpc import TlsFiles
+from tests.certificates import certificate, files, serial_shown
 from tests.stack import MODEL, ROOT, served, wait_for
 
 PYTHON = ROOT / ".flashmoe/cluster-venv/bin/python"
@@ -37,8 +42,8 @@ MOST = 1900  # tokens: longer than a fault takes
 
 
 class RayCluster:
-    """cluster.toml and what runs by it. The boxes are called main, w1, w2 and shadow, which is at
-    the address of w2.
+    """cluster.toml and what runs by it. The boxes are called main, w1, w2, which has no store, and
+    shadow, which is at the address of w2.
     """
 
     def __init__(self, folder: Path, store: Path, small_store: Path) -> None:
@@ -51,8 +56,9 @@ class RayCluster:
             "model": str(store),
             "ray": f"{self.hosts['main']}:{ray_port}",
             "head": {"state_dir": str(folder / "head"), "state_port": self.ports.pop()},
-            "main": self.box("main", "1700MiB"),
-            "worker": [self.worker("w1"), self.worker("w2")],
+            "certs": str(folder / "certs"),
+            "main": self.box("main", "1700MiB") | {"lend_port": self.ports.pop()},
+            "worker": [self.worker("w1"), self.worker("w2") | {"store": "main"}],
             "shadow": self.worker("shadow", "w2")
             | {"model": str(small_store), "experts_memory": "100%"},
         }
@@ -75,7 +81,12 @@ class RayCluster:
         return ["main", *(one["name"] for one in self.document["worker"]), "shadow"]
 
     def write(self) -> None:
+        """The file, and new certificates of the boxes that it names."""
         self.file.write_text(tomli_w.dumps(self.document))
+        self.call("certs", "--out", str(self.folder / "certs"))
+
+    def tls(self, name: str) -> TlsFiles:
+        return files(self.folder / "certs", name)
 
     def call(self, verb: str, *more: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -277,6 +288,21 @@ def cluster(tiny_store: Path) -> Iterator[RayCluster]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def is_refused(address: str, tls: TlsFiles) -> bool:
+    """Whether who shows no certificate hears nothing there, and is closed on."""
+    context = ssl.create_default_context(cafile=str(tls.ca))
+    context.set_alpn_protocols(["h2"])
+    host, _, port = address.rpartition(":")
+    try:
+        with (
+            socket.create_connection((host, int(port)), 20) as plain,
+            context.wrap_socket(plain, server_hostname=host) as connection,
+        ):
+            return connection.recv(1) == b""
+    except ssl.SSLError:
+        return True
+
+
 def is_open(address: str) -> bool:
     host, _, port = address.rpartition(":")
     with suppress(OSError), socket.create_connection((host, int(port)), 1):
@@ -296,7 +322,22 @@ def free_ports() -> list[int]:
         probe.bind(("127.0.0.1", 0))
         first = int(probe.getsockname()[1])
     first = first - 400 if first > 60000 else first + 400
-    return [first, *(first + 10 * number for number in range(1, 7))]
+    return [first, *(first + 10 * number for number in range(1, 8))]
+
+
+def test_who_has_no_certificate_reaches_neither_ray_nor_a_daemon(cluster: RayCluster) -> None:
+    """Written against: `ray start` without its environment, boxes without `certs`."""
+    main, worker = cluster.document["main"], cluster.document["worker"][0]
+    at_store, at_worker = (
+        f"{main['host']}:{main['lend_port']}",
+        f"{worker['host']}:{worker['port']}",
+    )
+    serial = certificate(cluster.tls("main").cert).serial_number
+    assert serial_shown(cluster.document["ray"], cluster.tls("w1")) == serial
+    for address in (at_store, at_worker):
+        assert check_health(address, cluster.tls("w2")) == "SERVING"
+        assert check_health(address) == "away"
+    assert is_refused(cluster.document["ray"], cluster.tls("w1"))
 
 
 def test_tokens_are_those_of_one_box(cluster: RayCluster, alone: Alone) -> None:
