@@ -1,17 +1,18 @@
 """Decodes answers on several simulated boxes, step by step: who waits for what, and how long.
 
-Experts go to the box that the node's own rule names (`compute_node/boxes/owners.py`), each box
+Experts go to the box that the node's own rules name (`deploy/simulator/assignment.py`), each box
 keeps what a worker would keep, and a layer ends when its last owner has answered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.simulator.assignment import Assignment
 from deploy.simulator.box import Box, Processors, Work
 from deploy.simulator.names import Name, Names
 from deploy.simulator.setting import Setting
@@ -40,13 +41,13 @@ class Decoding:
     def __init__(self, setting: Setting, seed: int = 0) -> None:
         geometry = setting.geometry
         self._setting, self._geometry, self._seed = setting, geometry, seed
-        self._owners = setting.owners()
         self.boxes = [Box.of(spec, geometry.expert_bytes, geometry.top_k) for spec in setting.boxes]
         main = setting.boxes[0]
         dense_s = geometry.dense_bytes / main.weights_bytes_per_s / geometry.num_layers
         self._dense_s = setting.layer_s + dense_s
         self._processors = Processors(setting.processors)
         self._wire = Wire(setting.link, geometry)
+        self._assignment = Assignment(setting, self.boxes, self._wire)
         self._names: Names | None = None  # of the answer that is decoded
         self._now_s = 0.0
 
@@ -55,29 +56,36 @@ class Decoding:
         owned: list[list[ExpertKey]] = [[] for _ in self.boxes]
         for expert in range(self._geometry.num_experts):
             for layer in range(self._geometry.num_layers):
-                owned[self._owner(layer, expert)].append(ExpertKey(layer, expert))
-        for box, keys in zip(self.boxes, owned, strict=True):
+                owned[self._assignment.owner(layer, expert)].append(ExpertKey(layer, expert))
+        for number, (box, keys) in enumerate(zip(self.boxes, owned, strict=True)):
             box.cache.fill(keys)
+            for layer in range(self._geometry.num_layers):
+                self._assignment.hear(number, layer)
 
     def prompt(self, topk_ids: NDArray[np.uint16]) -> None:
         """[T, L, K]: a layer's experts are used once for all tokens, in portions."""
         for layer in range(self._geometry.num_layers):
             experts = np.unique(topk_ids[:, layer]).tolist()
             for start in range(0, len(experts), _PORTION):
-                self._layer(layer, experts[start : start + _PORTION])
+                portion = experts[start : start + _PORTION]
+                self._layer(self._route(), layer, self._assignment.by_owner(layer, portion))
 
     def decode(self, topk_ids: NDArray[np.uint16]) -> Outcome:
         """[T, L, K]: as many tokens. Returns what they took."""
         before, foresight = self._figures(), self._setting.foresight
         names = Names(
-            topk_ids, self._geometry.num_experts, foresight, self._is_resident, self._seed
+            topk_ids,
+            self._geometry.num_experts,
+            foresight,
+            self._assignment.is_resident,
+            self._seed,
         )
         self._names = names if foresight.while_waiting else None
         for ids in topk_ids:
             for layer, used in enumerate(ids.tolist()):
                 if not foresight.while_waiting:
                     self._prepare_all(names)
-                self._layer(layer, sorted(used))
+                self._step(layer, sorted(used))
                 names.pass_layer()
         took = [after - b for after, b in zip(self._figures(), before, strict=True)]
         return self._outcome(len(topk_ids), took)
@@ -98,37 +106,32 @@ class Decoding:
             named_s += self._dense_s
 
     def _prepare(self, name: Name, named_s: float) -> None:
-        for number, part in self._parts(name.layer, name.experts).items():
-            there_s = self._wire.named(named_s) if number else named_s
-            self.boxes[number].cache.prepare(there_s, name.layer, part)
+        self._assignment.prepare(named_s, name.layer, name.experts)
 
-    def _layer(self, layer: int, experts: Sequence[int]) -> None:
-        main = self.boxes[0]
-        asked_s = self._processors.run(main, self._now_s, self._dense_s)
-        parts = self._parts(layer, experts)
-        works = [self._work(main, asked_s, layer, parts.pop(0, []))]
-        for number, part in parts.items():
-            works.append(self._work(self.boxes[number], self._wire.work(asked_s), layer, part))
+    def _step(self, layer: int, experts: Sequence[int]) -> None:
+        asked_s = self._route()
+        self._assignment.note(asked_s, layer, experts)
+        self._layer(asked_s, layer, self._assignment.of_step(layer, experts))
+
+    def _route(self) -> float:
+        """When the present layer's router has spoken."""
+        return self._processors.run(self.boxes[0], self._now_s, self._dense_s)
+
+    def _layer(self, asked_s: float, layer: int, parts: Mapping[int, Sequence[int]]) -> None:
+        works = [self._work(self.boxes[0], asked_s, layer, parts.get(0, ()))]
+        others = [number for number in parts if number]
+        for number in others:
+            there_s = self._wire.work(asked_s)
+            works.append(self._work(self.boxes[number], there_s, layer, parts[number]))
         self._run_ahead(works[0])
         self._processors.compute(works)
         answers = sorted((work.ends_s, len(work.there_s)) for work in works[1:])
         self._now_s = max([works[0].ends_s, *(self._wire.answer(*answer) for answer in answers)])
+        for number in others:
+            self._assignment.hear(number, layer)
 
     def _work(self, box: Box, start_s: float, layer: int, experts: Sequence[int]) -> Work:
         return Work(box, start_s, box.cache.step(start_s, layer, experts))
-
-    def _parts(self, layer: int, experts: Sequence[int]) -> dict[int, list[int]]:
-        """By number of the box, in the order of the experts."""
-        found: dict[int, list[int]] = {}
-        for expert in experts:
-            found.setdefault(self._owner(layer, expert), []).append(expert)
-        return found
-
-    def _owner(self, layer: int, expert: int) -> int:
-        return next(iter(self._owners.owners(ExpertKey(layer, expert))), 0)
-
-    def _is_resident(self, layer: int, expert: int) -> bool:
-        return ExpertKey(layer, expert) in self.boxes[self._owner(layer, expert)].cache
 
     def _figures(self) -> list[float]:
         return [

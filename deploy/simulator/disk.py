@@ -9,11 +9,11 @@ class Disk:
     """A read takes read_s and its bytes at bytes_per_s; what has begun is finished. It is asked in
     the order of time.
 
-    busy_s, num_reads: so far
+    takes_s: a read, when nothing else is read; busy_s, num_reads: so far
     """
 
     def __init__(self, bytes_per_s: float, read_s: float, expert_bytes: float) -> None:
-        self._takes_s = read_s + expert_bytes / bytes_per_s
+        self.takes_s = read_s + expert_bytes / bytes_per_s
         self._free_s = self.busy_s = 0.0
         self.num_reads = 0
         self._ahead: dict[ExpertKey, float] = {}  # asked for when; not begun
@@ -46,7 +46,7 @@ class Disk:
             self._there_s[key] = self._start(asked_s)
 
     def _start(self, from_s: float) -> float:
-        self._free_s = max(self._free_s, from_s) + self._takes_s
-        self.busy_s += self._takes_s
+        self._free_s = max(self._free_s, from_s) + self.takes_s
+        self.busy_s += self.takes_s
         self.num_reads += 1
         return self._free_s

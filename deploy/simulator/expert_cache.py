@@ -48,6 +48,14 @@ class ExpertCache:
     def __len__(self) -> int:
         return self._num_held
 
+    def held_in(self, layer: int) -> Collection[int]:
+        """What is in memory of the layer, or on its way."""
+        return self._held.get(layer, ())
+
+    def is_settled(self, key: ExpertKey) -> bool:
+        """Whether it is in memory, and not only read ahead for a step that is to come."""
+        return key in self and key not in self._coming
+
     def step(self, now_s: float, layer: int, experts: Sequence[int]) -> list[float]:
         """A step of `layer` needs these. Returns when each is there, in the order given."""
         keys = [ExpertKey(layer, expert) for expert in experts]
@@ -67,6 +75,10 @@ class ExpertCache:
         """A step will soon need these: they go last, and are read ahead as far as there is room."""
         self._withdraw(now_s, layer, experts)
         self._expected[layer] = frozenset(experts)
+        self.move_in(now_s, layer, experts)
+
+    def move_in(self, now_s: float, layer: int, experts: Sequence[int]) -> None:
+        """It is to have these from now on: they are read ahead as far as there is room."""
         for key in (ExpertKey(layer, expert) for expert in experts):
             if key not in self and self._make_room(1, ()):
                 self._hold(key)
@@ -74,7 +86,7 @@ class ExpertCache:
                 self._disk.read_ahead(now_s, key)
 
     def _there_s(self, now_s: float, key: ExpertKey) -> float:
-        if key in self and key not in self._coming:
+        if self.is_settled(key):
             return now_s
         self._coming.discard(key)
         return self._disk.read(now_s, key)

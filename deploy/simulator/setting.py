@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from compute_node.boxes.doubles import Doubles
 from compute_node.boxes.owners import Owners, PlacementName
 from deploy.plan.owners_map import Holder, OwnersMap, owners_of
 from deploy.simulator.box import BoxSpec
@@ -95,6 +96,13 @@ class Setting:
     def owners(self) -> Owners:
         """As the main node makes them."""
         return owners_of(self.geometry.model, self._holders, self.placement, self.num_groups or 0)
+
+    def doubles(self) -> Doubles | None:
+        """Second owners, as the main node makes them; None: every expert has one owner."""
+        if self.placement != SHARES:
+            return None
+        model, slots = self.geometry.model, [one.slots for one in self._holders]
+        return Doubles(model.moe_layers, model.num_experts, self.owners(), slots)
 
     @cached_property
     def _holders(self) -> list[Holder]:

@@ -18,6 +18,12 @@ class Wire:
         self._sent_s = self._received_s = 0.0
         self.num_bytes = 0
 
+    @property
+    def way_s(self) -> float:
+        """Of work of one expert and its answer, when nothing else is sent."""
+        sizes = self._sent_bytes, self._answer_bytes(1)
+        return 2 * self._half_s + sum(map(self._alone_s, sizes))
+
     def named(self, now_s: float) -> float:
         """When names have come to another box; they take no room."""
         return now_s + self._link.round_trip_s / 2
@@ -29,8 +35,8 @@ class Wire:
 
     def answer(self, now_s: float, num_experts: int) -> float:
         """When rows have come back; asked in the order in which they are sent."""
-        size = num_experts * self._row_bytes + _FRAME_BYTES
-        self._received_s = max(self._received_s, now_s + self._half_s) + self._takes_s(size)
+        takes_s = self._takes_s(self._answer_bytes(num_experts))
+        self._received_s = max(self._received_s, now_s + self._half_s) + takes_s
         return self._received_s
 
     @property
@@ -39,4 +45,10 @@ class Wire:
 
     def _takes_s(self, size: int) -> float:
         self.num_bytes += size
+        return self._alone_s(size)
+
+    def _alone_s(self, size: int) -> float:
         return size * 8 / self._link.bits_per_s + self._link.serial_s / 2
+
+    def _answer_bytes(self, num_experts: int) -> int:
+        return num_experts * self._row_bytes + _FRAME_BYTES

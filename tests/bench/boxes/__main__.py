@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 from collections.abc import Callable
+from functools import partial
 
 from tests.bench.boxes import kill, memory, overhead, owned, rotation, simulator
 from tests.bench.table import machine
@@ -17,7 +18,9 @@ PARTS: dict[str, Callable[[], None]] = {
     "memory": memory.main,
     "rotation": rotation.main,
     "simulator-inputs": simulator.measure_inputs,
-    "simulator": simulator.main,
+    "simulator": partial(simulator.check, simulator.OWNED),
+    "simulator-others": partial(simulator.check, simulator.OTHERS),
+    "simulator-unseen": partial(simulator.check, simulator.UNSEEN),
 }
 
 

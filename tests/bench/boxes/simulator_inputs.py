@@ -19,10 +19,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compute_node.boxes.owners import Shares
-from proto.expert import ExpertKey
 from tests.bench.boxes.answers import ask, prompts
-from tests.bench.boxes.models import FOLDER, NUM_EXPERTS, NUM_LAYERS, shipped_image, widened_image
+from tests.bench.boxes.models import FOLDER, NUM_LAYERS, shipped_image, widened_image
 from tests.bench.boxes.owned import PROMPTS, SHARE, TOKENS, TOP_K
 from tests.boxlab.box import Box
 from tests.boxlab.group import EDGE_SSD, Throttle
@@ -179,8 +177,7 @@ def messages(small: Resident) -> tuple[float, float]:
     """What a layer takes longer, all resident, with one other box and with three, divided into what
     each message adds and the rest.
     """
-    more_s = [_with_workers_s(count, small.alone_s) for count in (1, 3)]
-    num_asked = [_num_asked(count, small.token_ids) for count in (1, 3)]
+    more_s, num_asked = zip(*(_with_workers(count, small.alone_s) for count in (1, 3)), strict=True)
     serial_s = max(0.0, (more_s[1] - more_s[0]) / (num_asked[1] - num_asked[0]))
     rest_s = more_s[0] - num_asked[0] * serial_s
     if rest_s < 0:  # boxes also spare the main one some computing
@@ -188,8 +185,10 @@ def messages(small: Resident) -> tuple[float, float]:
     return rest_s, serial_s
 
 
-def _with_workers_s(count: int, small_s: float) -> float:
-    """More a layer, with the shipped model and equal shares."""
+def _with_workers(count: int, small_s: float) -> tuple[float, float]:
+    """What a layer takes longer with the shipped model and equal shares, and how many boxes it asks
+    beside the main one.
+    """
     with laboratory([shipped_image()] * (count + 1), speed=FAST) as boxes, ExitStack() as stack:
         main, *workers = boxes
         for box in workers:
@@ -198,20 +197,18 @@ def _with_workers_s(count: int, small_s: float) -> float:
         for seed in (1, 2):
             _ids(main, seed)
         gaps_s: list[float] = []
+        num_before = _num_answered(main, workers)
         for _ in range(ROUNDS):
             _add_gaps(main, gaps_s)
-    return (statistics.fmean(gaps_s) - small_s) / NUM_LAYERS - GIGABIT.round_trip_s
+        num_asked = _num_answered(main, workers) - num_before
+    more_s = (statistics.fmean(gaps_s) - small_s) / NUM_LAYERS - GIGABIT.round_trip_s
+    return more_s, num_asked / (ROUNDS * TOKENS * NUM_LAYERS)  # a kept prompt is one token, too
 
 
-def _num_asked(count: int, token_ids: list[list[int]]) -> float:
-    """Boxes that have something to compute of a layer, beside the main one."""
-    shares = Shares(NUM_EXPERTS // NUM_LAYERS, [1] * (count + 1))
-    asked = [
-        len({shares.owners(ExpertKey(layer, expert))[0] for expert in experts} - {0})
-        for token in _routes(_prompts()[1], token_ids[1])[1].tolist()
-        for layer, experts in enumerate(token)
-    ]
-    return statistics.fmean(asked)
+def _num_answered(main: Box, workers: Sequence[Box]) -> int:
+    with main.client() as client:
+        seen = client.stats()
+    return sum(seen.of(box=box.address).answered for box in workers)
 
 
 def foresight() -> tuple[float, float]:

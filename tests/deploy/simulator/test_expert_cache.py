@@ -105,3 +105,16 @@ def test_answers_that_come_at_once_wait_for_each_other(link: Link) -> None:
     wire = Wire(link, Geometry("hand", 1, 4, 2, 1.0, 0.0, 1000))
     assert [wire.answer(1.0, 1) for _ in range(3)] == [2065.0, 4129.0, 6193.0]
     assert wire.num_bytes == 3 * 2064
+
+
+def test_what_moves_in_stays_though_the_next_step_does_not_need_it() -> None:
+    """What was named stays named."""
+    one = disk()
+    cache = ExpertCache(4, 2, one)
+    cache.prepare(0.0, 0, [0])
+    cache.move_in(0.0, 0, [1])
+    assert not cache.is_settled(A) and not cache.is_settled(B)
+    cache.step(0.5, 0, [0])
+    assert cache.is_settled(A)
+    assert B in cache and sorted(cache.held_in(0)) == [0, 1]
+    assert cache.step(9.0, 0, [1]) == [9.0] and one.num_reads == 2
