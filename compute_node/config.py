@@ -64,7 +64,7 @@ class ComputeNodeConfig(ComputingConfig):
     workers: tuple[str, ...] = ()
     workers_file: Path | None = None
     worker_tls: TlsFiles | None = None
-    placement: Literal["shares", "rotation"] = "shares"
+    placement: Literal["shares", "cheapest", "rotation"] = "shares"
     groups: Annotated[int, Field(ge=0)] = 0
     shadow_address: str | None = None
     shadow_align_tokens: Annotated[int, Field(ge=0)] = 1

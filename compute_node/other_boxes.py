@@ -49,9 +49,10 @@ def new_boxes(
         return Doubles(spec.moe_layers, spec.num_experts, owners, slots)
 
     own_slots, held = cache.capacity.slots, description.held
-    if config.placement == "shares":
-        return Boxes(owners, own_slots, held, doubles, here=cache)
-    return Boxes(owners, own_slots, held)
+    if config.placement == "rotation":
+        return Boxes(owners, own_slots, held)
+    here = cache if config.placement == "cheapest" else None
+    return Boxes(owners, own_slots, held, doubles, here)
 
 
 @contextmanager

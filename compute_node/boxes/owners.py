@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from proto.expert import ExpertKey
 from proto.held_experts import HeldExperts
 
-PlacementName = Literal["shares", "rotation"]
+PlacementName = Literal["shares", "cheapest", "rotation"]
 
 
 class Owners(Protocol):
@@ -131,6 +131,6 @@ def placed(
     """By a main node's settings. num_groups: 0: each box but the main one is a group; the rest as
     of `Shares` and `Rotation`
     """
-    if placement == "shares":
-        return Shares(num_experts, slots, held)
-    return Rotation(moe_layers, slots, num_groups or len(slots) - 1, held)
+    if placement == "rotation":
+        return Rotation(moe_layers, slots, num_groups or len(slots) - 1, held)
+    return Shares(num_experts, slots, held)

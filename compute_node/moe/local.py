@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from compute_node.moe.portions import portions
 from compute_node.moe.route import Route
 from compute_node.moe.step import Step
 from compute_node.moe.sums import Sum, add_wave
+from compute_node.predict.foresight import Foresight
 from compute_node.predict.layer_timer import LayerTimer
 from compute_node.predict.predictor import Seen
 from compute_node.predict.prefetcher import Prefetcher
@@ -44,6 +45,7 @@ class LocalBackend:
         self._layer, self._cache = layer, cache
         self._prefetcher, self._timer = prefetcher, timer
         self._small_variant = small_variant
+        self._moved = set[ExpertKey]()  # read ahead, and not used yet
 
     def run(
         self,
@@ -57,6 +59,7 @@ class LocalBackend:
         if step.gates is not None:
             gates = step.gates[self._layer].double().mean(dim=0)  # one step, whatever its rows
             self._cache.chooser.weigh(self._layer, gates.numpy())
+        self._moved.difference_update([ExpertKey(self._layer, expert) for expert in experts])
         if step.batch.is_decode:
             self._cache.room.answers.note(ExpertKey(self._layer, expert) for expert in experts)
             return self._run(step, hidden, experts, sums, small)
@@ -74,15 +77,16 @@ class LocalBackend:
         return self._cache.waits.read_s
 
     def here(self, small: Collection[int]) -> HereOf:
-        """What of the layer is in memory, and how long the rest takes. small: as of `run`"""
-        return HereOf(self._layer, self._cache, small)
+        """What of the layer needs no read, and how long the rest takes. small: as of `run`"""
+        foresight = self._prefetcher.foresight
+        return HereOf(self._layer, self._cache, foresight, self._moved, small)
 
     def read_ahead(self, experts: Sequence[int]) -> None:
         """Have these read for later steps, as far as there is room."""
         keys = [ExpertKey(self._layer, expert) for expert in experts]
         fresh = [key for key in keys if key not in self._cache]
         try:
-            self._cache.read_ahead(self._layer, fresh, (), len(fresh))
+            self._moved.update(self._cache.read_ahead(self._layer, fresh, (), len(fresh)))
         except SessionLost as error:  # the next step opens another
             logger.warning("nothing read ahead", extra={"reason": str(error)})
 
@@ -183,15 +187,21 @@ class LocalBackend:
 
 @dataclass(frozen=True)
 class HereOf:
-    """One layer's step. small: experts that a record of fewer bits will do for"""
+    """One layer's step. foreseen, moved: what was read ahead, by a guess and for good; small:
+    experts that a record of fewer bits will do for
+    """
 
     layer: int
     cache: ExpertCache
+    foreseen: Foresight
+    moved: Container[ExpertKey]
     small: Collection[int]
 
     def has(self, expert: int) -> bool:
         key = ExpertKey(self.layer, expert)
-        return self.cache.holds(key) if expert in self.small else key in self.cache
+        if key in self.cache or key in self.foreseen or key in self.moved:
+            return True
+        return expert in self.small and self.cache.holds(key)
 
     def read_s(self, expert: int) -> float:
         parts = self.cache.capacity.num_parts if expert in self.small else 1

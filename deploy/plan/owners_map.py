@@ -101,7 +101,7 @@ class OwnersMap:
         firsts = {layer: _firsts(model, layer, owners, holders[0]) for layer in model.moe_layers}
         counts = [Counter(found.values()) for found in firsts.values()]
         seconds = Counter[int]()
-        if doubles and placement == "shares":
+        if doubles and placement != "rotation":
             seconds = _seconds(model, owners, [one.slots for one in holders])
         boxes = [
             Owned(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from compute_node.boxes.box_residents import BoxResidents, to_bytes
 from compute_node.boxes.choice import Side, Wanted, cheapest
 from deploy.simulator.box import Box
-from deploy.simulator.setting import SHARES, Setting
+from deploy.simulator.setting import CHEAPEST, Setting
 from deploy.simulator.wire import Wire
 from proto.expert import ExpertKey
 
@@ -16,7 +16,7 @@ Parts = dict[int, list[int]]
 
 
 class Assignment:
-    """With shares, an expert of a decode step goes where it costs least, by what the main node has
+    """By cost, an expert of a decode step goes where it costs least, by what the main node has
     heard of others' memories. In a prompt, and where groups take layers in turn, it goes to its
     first owner.
 
@@ -26,7 +26,7 @@ class Assignment:
     def __init__(self, setting: Setting, boxes: Sequence[Box], wire: Wire) -> None:
         self._boxes, self._wire = boxes, wire
         self._owners, self._doubles = setting.owners(), setting.doubles()
-        self._goes_by_cost = setting.placement == SHARES
+        self._goes_by_cost = setting.placement == CHEAPEST
         self._heard = {number: BoxResidents() for number in range(1, len(boxes))}
         self._sides = {
             number: Side(wire.way_s if number else 0.0, self._cost(number) * box.expert_s)
@@ -90,11 +90,11 @@ class Assignment:
         return Wanted(key.expert, (), (owner, *others))
 
     def _holders(self, key: ExpertKey) -> list[int]:
-        """None where costs do not count. What a main node reads ahead is not in its cache yet."""
+        """None where costs do not count. What is being read is held."""
         if not self._goes_by_cost:
             return []
         heard = (box for box, one in self._heard.items() if one.has(key.layer, key.expert))
-        return [0, *heard] if self._boxes[0].cache.is_settled(key) else [*heard]
+        return [0, *heard] if key in self._boxes[0].cache else [*heard]
 
     def _named(self, now_s: float, number: int, layer: int, experts: Sequence[int]) -> float:
         """When the box hears that it is to read these."""

@@ -14,6 +14,7 @@ from deploy.simulator.geometry import Geometry
 from proto import errors
 
 SHARES: PlacementName = "shares"
+CHEAPEST: PlacementName = "cheapest"
 ROTATION: PlacementName = "rotation"
 
 
@@ -99,7 +100,7 @@ class Setting:
 
     def doubles(self) -> Doubles | None:
         """Second owners, as the main node makes them; None: every expert has one owner."""
-        if self.placement != SHARES:
+        if self.placement == ROTATION:
             return None
         model, slots = self.geometry.model, [one.slots for one in self._holders]
         return Doubles(model.moe_layers, model.num_experts, self.owners(), slots)

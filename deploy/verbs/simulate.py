@@ -33,7 +33,7 @@ TRACE = typer.Option(
 COUNTS = typer.Option(metavar="N,...", help="Numbers of boxes, the first ones of the file.")
 TOKENS = typer.Option(min=1, help="Tokens that are counted.")
 WARMUP = typer.Option(min=0, help="Tokens before them, which fill the memories.")
-PLACEMENT = typer.Option(metavar="shares|rotation", help="Who owns which experts.")
+PLACEMENT = typer.Option(metavar="shares|cheapest|rotation", help="Who owns which experts.")
 GROUPS = typer.Option(min=1, help="Of a rotation. (default: each worker is one)")
 AHEAD = typer.Option(min=0, help="Layers ahead of which experts are named; 0: never.")
 RECALL = typer.Option(min=0, max=1, help="Share of misses, that is named.")

@@ -85,6 +85,18 @@ class Box:
         with self._verb("worker", "--listen", self.address, *flags) as started:
             yield started
 
+    @property
+    def at_store(self) -> str:
+        """Where its store lends."""
+        return f"{self.host}:{PORT + 100}"
+
+    @contextmanager
+    def borrower(self, lender: Box, *flags: str) -> Iterator[ServedStack]:
+        """`flashmoe worker` with the experts of another box's store, ready, for the block."""
+        borrowed = ("--store", lender.at_store)
+        with self._verb("worker", "--listen", self.address, *borrowed, *flags) as started:
+            yield started
+
     @contextmanager
     def shadow(self, *flags: str) -> Iterator[ServedStack]:
         """`flashmoe shadow`, ready, for the block."""
@@ -116,14 +128,16 @@ class Box:
         """The laboratory is a network of its own; a box has one processor, as all share few."""
         path = self.folder / "flashmoe.toml"
         helpers = "".join(f"[{name}]\ninsecure = true\nthreads = 1\n" for name in _HELPERS)
-        path.write_text(f"{helpers}[compute_node]\nthreads = 1\n{node}")
+        store = "[expert_store]\ninsecure = true\n"
+        path.write_text(f"{helpers}{store}[compute_node]\nthreads = 1\n{node}")
         return path
 
     @contextmanager
     def _verb(self, verb: str, *flags: str, node: str = "") -> Iterator[ServedStack]:
         """Raises OSError when it does not start."""
         log = self.folder / f"{verb}.log"
-        places = ["--model", str(self.store_dir), "--run-dir", str(self.run.path)]
+        places = [] if "--store" in flags else ["--model", str(self.store_dir)]
+        places += ["--run-dir", str(self.run.path)]
         places += ["--config", str(self._config(node))]
         with log.open("ab") as errors:
             process = subprocess.Popen(

@@ -7,12 +7,13 @@ import subprocess
 from collections.abc import Callable
 from functools import partial
 
-from tests.bench.boxes import kill, memory, overhead, owned, rotation, simulator
+from tests.bench.boxes import borrowed, kill, memory, overhead, owned, rotation, simulator
 from tests.bench.table import machine
 from tests.boxlab.laboratory import why_not
 
 PARTS: dict[str, Callable[[], None]] = {
     "owned": owned.main,
+    "borrowed": borrowed.main,
     "overhead": overhead.main,
     "kill": kill.main,
     "memory": memory.main,

@@ -20,7 +20,7 @@ from deploy.simulator.assignment import Assignment
 from deploy.simulator.box import Box, BoxSpec
 from deploy.simulator.decoding import Decoding
 from deploy.simulator.geometry import Geometry
-from deploy.simulator.setting import ROTATION, SHARES, Link, Setting
+from deploy.simulator.setting import CHEAPEST, ROTATION, Link, Setting
 from deploy.simulator.wire import Wire
 
 LAYERS, EXPERTS, TOP_K, EXPERT_BYTES = 2, 16, 4, 1e6
@@ -38,7 +38,7 @@ class Two:
 
     link: Link = NEAR
     other: BoxSpec = BOX
-    placement: PlacementName = SHARES
+    placement: PlacementName = CHEAPEST
 
     def __post_init__(self) -> None:
         setting = Setting(GEOMETRY, [BOX, self.other], self.link, placement=self.placement)
@@ -76,26 +76,26 @@ def test_what_the_main_node_heard_of_is_computed_there() -> None:
 
 
 def test_what_the_main_box_has_used_is_computed_there() -> None:
-    """What it only reads ahead is not in its cache."""
+    """And what it reads ahead."""
     two = Two()
     two.boxes[0].cache.prepare(0.0, 0, [OTHER])
-    assert two.of_step(OTHER) == {1: [OTHER]}
-    two.use(0, OTHER)
     assert two.of_step(OTHER) == {0: [OTHER]}
+    two.use(0, OTHER + 1)
+    assert two.of_step(OTHER + 1) == {0: [OTHER + 1]}
 
 
 def test_experts_that_one_owner_lacks_are_read_by_several_disks() -> None:
     """Where the way is no longer than that."""
     assert Two().of_step(OWN, OWN + 1) == {0: [OWN], 1: [OWN + 1]}
     assert Two(FAR).of_step(OWN, OWN + 1) == {0: [OWN, OWN + 1]}
-    decoding = Decoding(Setting(GEOMETRY, [BOX, BOX], NEAR))
+    decoding = Decoding(Setting(GEOMETRY, [BOX, BOX], NEAR, placement=CHEAPEST))
     took_s = 1 / decoding.decode(ALL_OWN[None]).tokens_per_s
     assert took_s == pytest.approx(LAYERS * (2 * READ_S + EXPERT_S), rel=1e-3)
     assert decoding.decode(ALL_OWN[None]).hit_ratio == 1, "and are computed there from then on"
 
 
 def test_what_boxes_are_filled_with_is_known() -> None:
-    decoding = Decoding(Setting(GEOMETRY, [BOX, BOX], NEAR))
+    decoding = Decoding(Setting(GEOMETRY, [BOX, BOX], NEAR, placement=CHEAPEST))
     decoding.fill()
     assert decoding.decode(ALL_OWN[None, ::-1]).hit_ratio == 1, "all the other box's"
 
@@ -113,7 +113,7 @@ def test_times_of_a_costly_box_count_for_more() -> None:
 
 
 def test_prompts_and_rotations_go_by_owners() -> None:
-    decoding = Decoding(Setting(GEOMETRY, [BOX, BOX], NEAR))
+    decoding = Decoding(Setting(GEOMETRY, [BOX, BOX], NEAR, placement=CHEAPEST))
     decoding.prompt(ALL_OWN[None])
     assert [box.disk.num_reads for box in decoding.boxes] == [LAYERS * 4, 0]
     turns = Two(placement=ROTATION)
@@ -145,7 +145,7 @@ def test_a_second_owner_reads_what_is_used_most_and_computes_it() -> None:
     assert sorted(two.boxes[1].cache.held_in(0)) == [OWN, OWN + 1, OTHER], "for good"
     two.use(0, OWN, OWN + 1)
     assert {len(part) for part in two.of_step(OWN, OWN + 1).values()} == {1}
-    decoding = Decoding(Setting(GEOMETRY, [BOX, BOX], NEAR))
+    decoding = Decoding(Setting(GEOMETRY, [BOX, BOX], NEAR, placement=CHEAPEST))
     decoding.fill()
     ids = np.tile(ALL_OWN, (LOOK_STEPS, 1, 1))
     once_s = 1 / decoding.decode(ids[:-1]).tokens_per_s

@@ -2,7 +2,8 @@
 
 Planted faults seen red: what is read ahead goes first, an event's own experts go, wrong names are
 read all the same, answers that come all at once; more filled than fits, what is expected goes
-first, or not even for a step.
+first, or not even for a step; what moves in expected of the next step, what is coming taken for
+there already.
 """
 
 from __future__ import annotations
