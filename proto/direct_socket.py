@@ -77,7 +77,8 @@ class DirectSocket:
     def hang_up(self) -> None:
         """From any thread: both ends hear of it. `close` is the receiver's."""
         try:
-            self._socket.shutdown(socket.SHUT_RDWR)
+            # Not TLS's own, by which a thread that receives would read what is encrypted.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
         except OSError:
             return  # it has hung up itself
 
