@@ -52,6 +52,7 @@ from compute_node.moe.owned import OwnedBackend
 from compute_node.predict.router_map import RouterMap
 from compute_node.quality.guards import Guards
 from compute_node.store.borrow import StoreClient
+from compute_node.store.connect import connect_store
 from compute_node.store.session import StoreDescription
 from proto import correction, rpc
 from proto.compute_node_pb2_grpc import add_ComputeNodeServicer_to_server
@@ -262,18 +263,6 @@ def load(
         prober.save(config.verdicts_path)
     heap.trim()  # a tokenizer leaves ten times its file
     return loaded
-
-
-def connect_store(config: ComputeNodeConfig) -> StoreClient:
-    shared = config.transport == "shared_memory"
-    return StoreClient(
-        config.store_address,
-        config.node,
-        config.slots,
-        config.session_dir if shared else None,
-        config.deadline_s,
-        config.store_tls,
-    )
 
 
 def connect_redis(url: str) -> redis.Redis:

@@ -30,6 +30,7 @@ from compute_node.kernels.prober import Prober
 from compute_node.kernels.set_up import set_up
 from compute_node.model.loaded import ExpertsOnly, load_experts
 from compute_node.store.borrow import StoreClient
+from compute_node.store.connect import connect_store
 from compute_node.store.session import StoreDescription
 from compute_node.worker.checkpoint import check_model, checkpoint_folder
 from compute_node.worker.config import WorkerConfig
@@ -98,18 +99,6 @@ async def run(config: WorkerConfig) -> None:
                 )
             logger.info("ready", extra={"address": config.address, "slots": cache.capacity.slots})
             await rpc.until_signalled()
-
-
-def connect_store(config: WorkerConfig) -> StoreClient:
-    shared = config.transport == "shared_memory"
-    return StoreClient(
-        config.store_address,
-        config.node,
-        config.slots,
-        config.session_dir if shared else None,
-        config.deadline_s,
-        config.store_tls,
-    )
 
 
 def new_cache(

@@ -17,8 +17,9 @@ import torch
 from compute_node.boxes.work import Work
 from compute_node.kernels.prober import Prober
 from compute_node.model.loaded import load_experts
+from compute_node.store.connect import connect_store
 from compute_node.store.session import StoreDescription
-from compute_node.worker.__main__ import connect_store, new_cache
+from compute_node.worker.__main__ import new_cache
 from compute_node.worker.checkpoint import check_model, checkpoint_folder
 from compute_node.worker.config import WorkerConfig
 from compute_node.worker.lent_experts import LentExperts
