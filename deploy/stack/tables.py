@@ -57,27 +57,12 @@ def compose(
     Raises ConfigInvalid for a setting that the launcher derives, or that the daemon refuses.
     """
     if store_dir is None:
-        return _finished({"worker": _borrowers_table(run, settings, manifest, plan)}, settings)
-    tables = {"expert_store": _store_table(run, settings, store_dir, plan)}
-    if settings.role != "main":
-        tables[settings.role] = _helper_table(run, settings, plan)
+        tables = {"worker": _borrowers_table(run, settings, manifest, plan)}
     else:
-        tables["compute_node"] = _node_table(run, settings, manifest, plan)
-        tables["scheduler"] = _scheduler_table(run, settings, manifest)
-    if settings.http is not None:
-        tables["gateway"] = _gateway_table(run, settings, store_dir)
-    if settings.role == "main":
-        _name_files(tables, settings, store_dir)
-    if settings.source:
-        tables["expert_store"]["source_root"] = str(settings.source.resolve())
-    return _finished(tables, settings)
-
-
-def _finished(
-    tables: dict[str, dict[str, Any]], settings: ServeSettings
-) -> dict[str, dict[str, Any]]:
-    """With what flashmoe.toml sets, and as daemons take it. Raises ConfigInvalid."""
+        tables = _with_store(run, settings, store_dir, manifest, plan)
     _check_overrides(settings, tables)
+    if store_dir is not None:
+        _name_files(tables, settings, store_dir)
     for name, table in tables.items():
         table.update(getattr(settings, name))
         if name == "compute_node":
@@ -89,10 +74,31 @@ def _finished(
     return tables
 
 
+def _with_store(
+    run: RunDir, settings: ServeSettings, store_dir: Path, manifest: StoreFacts, plan: MemoryPlan
+) -> dict[str, dict[str, Any]]:
+    """What the launcher derives for the daemons of a box that has a store."""
+    tables = {"expert_store": _store_table(run, settings, store_dir, plan)}
+    if settings.role != "main":
+        tables[settings.role] = _helper_table(run, settings, plan)
+    else:
+        tables["compute_node"] = _node_table(run, settings, manifest, plan)
+        tables["scheduler"] = _scheduler_table(run, settings, manifest)
+    if settings.http is not None:
+        tables["gateway"] = _gateway_table(run, settings, store_dir)
+    return tables
+
+
 def _name_files(
     tables: dict[str, dict[str, Any]], settings: ServeSettings, store_dir: Path
 ) -> None:
-    """Tell the daemons where what was calibrated and tuned lies, if anything was."""
+    """Tell the daemons where files lie that settings may name too: a store's source, and what was
+    calibrated and tuned for a main node, if anything was.
+    """
+    if settings.source:
+        tables["expert_store"]["source_root"] = str(settings.source.resolve())
+    if settings.role != "main":
+        return
     if forecaster := settings.forecaster(store_dir):
         for name in ("compute_node", "scheduler"):
             tables[name]["forecaster_path"] = str(forecaster.resolve())

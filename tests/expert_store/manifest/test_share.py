@@ -50,7 +50,7 @@ def test_an_owner_that_is_none_is_named(text: str) -> None:
 @pytest.mark.parametrize("copies", [0, -1, 4])
 def test_copies_that_cannot_be_are_named(copies: int) -> None:
     assert Share.parse("2/3", 3) == Share(2, 3, 3)
-    with pytest.raises(errors.ConfigInvalid, match=f"--copies {copies} of 3 shares: give 1 to 3"):
+    with pytest.raises(errors.ConfigInvalid, match=f"^{copies} copies of 3 shares: give 1 to 3"):
         Share.parse("2/3", copies)
 
 
