@@ -26,7 +26,6 @@ from proto.interceptor import ErrorInterceptor
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL_VERSION = 5
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 CHUNK_BYTES = 1024 * 1024
 LOCAL_MESSAGE_BYTES = 128 * 1024

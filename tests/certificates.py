@@ -28,8 +28,8 @@ def certificate(path: Path) -> x509.Certificate:
     return x509.load_pem_x509_certificate(path.read_bytes())
 
 
-def serial_shown(address: str, tls: TlsFiles) -> int:
-    """Of the certificate that a new connection is shown."""
+def certificate_shown(address: str, tls: TlsFiles) -> x509.Certificate:
+    """What a new connection is shown by the server."""
     context = ssl.create_default_context(cafile=str(tls.ca))
     context.load_cert_chain(tls.cert, tls.key)
     context.set_alpn_protocols(["h2"])
@@ -40,4 +40,8 @@ def serial_shown(address: str, tls: TlsFiles) -> int:
     ):
         der = connection.getpeercert(binary_form=True)
     assert der is not None
-    return int(x509.load_der_x509_certificate(der).serial_number)
+    return x509.load_der_x509_certificate(der)
+
+
+def serial_shown(address: str, tls: TlsFiles) -> int:
+    return int(certificate_shown(address, tls).serial_number)

@@ -100,7 +100,7 @@ class WorkerLink:
     @property
     def is_joined(self) -> bool:
         """Whether it answers, though it may rest."""
-        return self._behind_since_s is None and self._stream.takes_work.is_set()
+        return self._behind_since_s is None and self._stream.takes_work
 
     @property
     def expert_s(self) -> float:
@@ -116,13 +116,7 @@ class WorkerLink:
         """Whether it takes work by then. Raises what it is refused for: VersionMismatch,
         OtherBits.
         """
-        end_s = time.monotonic() + timeout_s
-        while not self._stream.takes_work.wait(_POLL_S):
-            if self._stream.refusal is not None:
-                raise self._stream.refusal
-            if time.monotonic() > end_s:
-                return False
-        return True
+        return self._stream.wait_up(timeout_s)
 
     def ask(self, work: Work, own_s: float = 0.0) -> Answer:
         """Send it. Blocks for nothing. own_s: it takes the main node by itself; 0: not known"""
@@ -134,7 +128,7 @@ class WorkerLink:
         with self._lock:
             self._open[answer.number] = answer
         self.bytes_sent += self._stream.send(request, answer.is_direct)
-        if not self._stream.takes_work.is_set():
+        if not self._stream.takes_work:
             self._fail_all("the stream broke")
         return answer
 

@@ -1,31 +1,27 @@
 """One stream to a shadow node. The main node's compute thread says its tokens; threads of the link
-send, receive, and connect again.
+send and receive.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import grpc
 
-from compute_node.boxes.channel import BoxChannel
+from compute_node.boxes.connection import CALL_S, BoxConnection, opened
 from compute_node.boxes.work import bytes_of
 from proto import errors, rpc
 from proto import shadow_pb2 as pb
 from proto import shadow_pb2_grpc as pb_grpc
 from proto.expert import ModelSpec
+from proto.protocol import check_version
 from proto.stats import counter, gauge
 
 logger = logging.getLogger(__name__)
-
-_POLL_S = 0.02
-_CALL_S = 10.0
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
 
 
 class Name(NamedTuple):
@@ -80,37 +76,25 @@ class ShadowLink:
     ) -> None:
         self.address = address
         self._spec, self._vocab_size, self._hears = spec, vocab_size, hears
-        self._channel = BoxChannel(address, tls)
+        self._connection = BoxConnection("shadow", address, tls, self)
         self._requests: queue.SimpleQueue[pb.FollowRequest | None] = queue.SimpleQueue()
         self._num_sent: dict[str, int] = {}  # tokens by sequence; any thread
-        self._is_up, self._closing = threading.Event(), threading.Event()
-        self._refusal: errors.FlashMoEError | None = None
-        self._thread = threading.Thread(target=self._run, name=f"shadow {address}", daemon=True)
 
     def __enter__(self) -> ShadowLink:
-        self._thread.start()
+        self._connection.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closing.set()
-        self._requests.put(None)
-        self._channel.close()
-        self._thread.join(_CALL_S)
+        self._connection.__exit__()
 
     @property
     @gauge("flashmoe_node_shadow_up", "Whether the shadow node follows", key="up")
     def is_up(self) -> bool:
-        return self._is_up.is_set()
+        return self._connection.is_up.is_set()
 
     def wait_up(self, timeout_s: float) -> bool:
         """Whether it follows by then. Raises VersionMismatch for a shadow of another model."""
-        waits = int(timeout_s / _POLL_S)
-        for _ in range(waits):
-            if self._refusal is not None:
-                raise self._refusal
-            if self._is_up.wait(_POLL_S):
-                return True
-        return False
+        return self._connection.wait_up(timeout_s)
 
     def follow(
         self,
@@ -145,33 +129,14 @@ class ShadowLink:
         if self._num_sent.pop(sequence, None) is not None:
             self._requests.put(pb.FollowRequest(sequence=sequence))
 
-    def _run(self) -> None:
-        pause_s = _FIRST_PAUSE_S
-        while not self._closing.is_set():
-            try:
-                self._serve(pb_grpc.ShadowStub(self._channel.now))
-            except (grpc.RpcError, errors.FlashMoEError) as error:
-                self._refusal = error if isinstance(error, errors.VersionMismatch) else None
-                reason = error.details() if isinstance(error, grpc.Call) else str(error)
-                if not self._closing.is_set():
-                    facts = {"shadow": self.address, "reason": reason}
-                    logger.warning("shadow is away", extra=facts)
-            if self._is_up.is_set():
-                pause_s = _FIRST_PAUSE_S
-            self._is_up.clear()
-            self._closing.wait(pause_s)
-            self._channel.renew()
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-
-    def _serve(self, stub: pb_grpc.ShadowStub) -> None:
-        """One stream, from its beginning to its end. Raises RpcError, VersionMismatch."""
-        self._check(stub.Describe(pb.ShadowDescriptionRequest(), timeout=_CALL_S))
+    def serve(self, channel: grpc.Channel) -> None:
+        """Raises RpcError, VersionMismatch."""
+        stub = pb_grpc.ShadowStub(channel)
+        self._check(stub.Describe(pb.ShadowDescriptionRequest(), timeout=CALL_S))
         self._num_sent.clear()
         requests = self._requests = queue.SimpleQueue()
-        replies = stub.Follow(_until_none(requests))
-        try:
-            self._refusal = None
-            self._is_up.set()
+        with opened(stub.Follow, requests) as replies:
+            self._connection.is_up.set()
             logger.info("shadow follows", extra={"shadow": self.address})
             for reply in replies:
                 if reply.lacks:
@@ -186,17 +151,13 @@ class ShadowLink:
                             list(reply.experts),
                         )
                     )
-        finally:
-            requests.put(None)
-            replies.cancel()
+
+    def ended(self) -> None:
+        """Nothing waits for it."""
 
     def _check(self, described: pb.ShadowDescription) -> None:
         """Raises VersionMismatch."""
-        if described.protocol_version != rpc.PROTOCOL_VERSION:
-            raise errors.VersionMismatch(
-                f"{self.address} speaks protocol {described.protocol_version}, this node "
-                f"{rpc.PROTOCOL_VERSION}: update the older one"
-            )
+        check_version(self.address, described.protocol_version)
         spec = self._spec
         own = (spec.moe_layers, spec.num_experts, spec.top_k, self._vocab_size)
         its = (
@@ -210,8 +171,3 @@ class ShadowLink:
                 f"{self.address} is the shadow of another model: give it a store that was packed "
                 "from the same checkpoint"
             )
-
-
-def _until_none(requests: queue.SimpleQueue[Any]) -> Iterator[pb.FollowRequest]:
-    while (request := requests.get()) is not None:
-        yield request

@@ -1,5 +1,5 @@
-"""The connection to a worker: a gRPC stream, a socket beside it for short messages, and a thread
-that connects, tries the worker out, and connects again.
+"""The stream to a worker: it is tried out when it opens, and short messages go over a socket beside
+it.
 """
 
 from __future__ import annotations
@@ -7,14 +7,13 @@ from __future__ import annotations
 import logging
 import queue
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import grpc
 
-from compute_node.boxes.channel import BoxChannel
+from compute_node.boxes.connection import CALL_S, BoxConnection, opened
 from compute_node.boxes.direct_way import DirectWay
 from compute_node.boxes.probe import Probe
 from compute_node.boxes.work import Work
@@ -24,12 +23,9 @@ from proto import worker_pb2_grpc as pb_grpc
 from proto.direct_socket import SESSION_BYTES
 from proto.expert import ModelSpec
 from proto.held_experts import HeldExperts
+from proto.protocol import check_version
 
 logger = logging.getLogger(__name__)
-
-_CALL_S = 10.0
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
-_REFUSALS = (errors.VersionMismatch, errors.OtherBits)
 
 
 class Hears(Protocol):
@@ -63,24 +59,26 @@ class WorkerStream:
         hears: Hears,
     ) -> None:
         self._address, self._spec, self._probe = address, spec, probe
-        self._channel, self._tls, self._hears = BoxChannel(address, tls), tls, hears
+        self._tls, self._hears = tls, hears
+        self._connection = BoxConnection("worker", address, tls, self)
         self._requests: queue.SimpleQueue[pb.WorkRequest | None] = queue.SimpleQueue()
         self._direct: DirectWay | None = None
         self._replies: Any = None  # of the open stream
-        self._closing = threading.Event()
-        self.takes_work = threading.Event()
-        self.refusal: errors.FlashMoEError | None = None  # why it is given no work
-        self._thread = threading.Thread(target=self._run, name=f"worker {address}", daemon=True)
 
     def __enter__(self) -> WorkerStream:
-        self._thread.start()
+        self._connection.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closing.set()
-        self._requests.put(None)
-        self._channel.close()
-        self._thread.join(_CALL_S)
+        self._connection.__exit__()
+
+    @property
+    def takes_work(self) -> bool:
+        return self._connection.is_up.is_set()
+
+    def wait_up(self, timeout_s: float) -> bool:
+        """Whether it takes work by then. Raises VersionMismatch, OtherBits."""
+        return self._connection.wait_up(timeout_s)
 
     @property
     def direct(self) -> DirectWay | None:
@@ -102,59 +100,34 @@ class WorkerStream:
         if self._replies is not None:
             self._replies.cancel()
 
-    def _run(self) -> None:
-        pause_s = _FIRST_PAUSE_S
-        while not self._closing.is_set():
-            began_s = time.monotonic()
-            try:
-                self._serve(pb_grpc.WorkerStub(self._channel.now))
-            except (grpc.RpcError, errors.FlashMoEError) as error:
-                self.refusal = error if isinstance(error, _REFUSALS) else None
-                facts = {"box": self._address, "reason": _reason(error)}
-                if not self._closing.is_set():
-                    logger.warning("worker is away", extra=facts)
-            self.takes_work.clear()
-            self._hears.ended()
-            if time.monotonic() - began_s > _LONGEST_PAUSE_S:
-                pause_s = _FIRST_PAUSE_S
-            self._closing.wait(pause_s)
-            self._channel.renew()
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-
-    def _serve(self, stub: pb_grpc.WorkerStub) -> None:
-        """One stream, from its beginning to its end. Raises RpcError, VersionMismatch,
-        MessageInvalid, OtherBits, Unavailable.
-        """
-        described = stub.Describe(pb.WorkerDescriptionRequest(), timeout=_CALL_S)
+    def serve(self, channel: grpc.Channel) -> None:
+        """Raises RpcError, VersionMismatch, MessageInvalid, OtherBits, Unavailable."""
+        stub = pb_grpc.WorkerStub(channel)
+        described = stub.Describe(pb.WorkerDescriptionRequest(), timeout=CALL_S)
         self._check(described)
         held = HeldExperts.from_bytes(described.held, self._spec)
         requests = self._requests = queue.SimpleQueue()
         session = secrets.token_bytes(SESSION_BYTES)
         requests.put(pb.WorkRequest(session=session))
-        replies = self._replies = stub.Compute(_until_none(requests))
-        try:
+        with opened(stub.Compute, requests) as replies:
+            self._replies = replies
             self._try_out(requests, replies)
             self._direct = self._new_direct(described.direct_port, session, replies.cancel)
-            self.refusal = None
             self._hears.joined(described.slots, held)
-            self.takes_work.set()
+            self._connection.is_up.set()
             logger.info("worker joined", extra={"box": self._address, "slots": described.slots})
             for reply in replies:
                 self._hears.heard(reply, was_awaited=True)
-        finally:
-            requests.put(None)
-            replies.cancel()
-            if (direct := self._direct) is not None:
-                self._direct = None
-                direct.close()
+
+    def ended(self) -> None:
+        if (direct := self._direct) is not None:
+            self._direct = None
+            direct.close()
+        self._hears.ended()
 
     def _check(self, described: pb.WorkerDescription) -> None:
         """Raises VersionMismatch."""
-        if described.protocol_version != rpc.PROTOCOL_VERSION:
-            raise errors.VersionMismatch(
-                f"{self._address} speaks protocol {described.protocol_version}, this node "
-                f"{rpc.PROTOCOL_VERSION}: update the older one"
-            )
+        check_version(self._address, described.protocol_version)
         if described.fingerprint != self._spec.fingerprint:
             raise errors.VersionMismatch(
                 f"{self._address} has another model: give it a store of the same checkpoint"
@@ -186,12 +159,3 @@ class WorkerStream:
                 raise errors.Unavailable(f"{self._address} cannot compute: {reply.error}")
             self._probe.check(self._address, work, reply.rows)
             self._hears.tried(work, time.monotonic() - asked_s)
-
-
-def _until_none(requests: queue.SimpleQueue[Any]) -> Iterator[pb.WorkRequest]:
-    while (request := requests.get()) is not None:
-        yield request
-
-
-def _reason(error: Exception) -> str:
-    return error.details() or str(error.code()) if isinstance(error, grpc.Call) else str(error)

@@ -18,10 +18,11 @@ import grpc.aio
 from compute_node.model.loaded import LoadedModel
 from compute_node.predict.drawing import Drawing
 from compute_node.shadow.follower import Follower, OutOfStep, Tell, Token, nothing
-from proto import errors, rpc
+from proto import errors
 from proto import shadow_pb2 as pb
 from proto import shadow_pb2_grpc as pb_grpc
 from proto import stats_pb2 as stats_pb
+from proto.protocol import PROTOCOL_VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class ShadowService(pb_grpc.ShadowServicer):
     ) -> pb.ShadowDescription:
         spec = self._loaded.spec
         return pb.ShadowDescription(
-            protocol_version=rpc.PROTOCOL_VERSION,
+            protocol_version=PROTOCOL_VERSION,
             moe_layers=spec.moe_layers,
             num_experts=spec.num_experts,
             top_k=spec.top_k,

@@ -21,6 +21,7 @@ from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
 from proto.expert import ModelSpec, RecordKey
 from proto.held_experts import HeldExperts
+from proto.protocol import check_version
 from proto.stats import fact
 
 _RETRY_S = 0.1
@@ -69,11 +70,7 @@ class StoreClient:
         reply = self._until_deadline(
             lambda: self._stub.Describe(pb.DescribeRequest(), timeout=self._deadline_s)
         )
-        if reply.protocol_version != rpc.PROTOCOL_VERSION:
-            raise errors.VersionMismatch(
-                f"the store speaks protocol {reply.protocol_version}, this node "
-                f"{rpc.PROTOCOL_VERSION}: update the older one"
-            )
+        check_version("the store", reply.protocol_version)
         spec = ModelSpec.from_pb(reply.model)
         self._description = StoreDescription(
             spec,

@@ -24,10 +24,11 @@ import grpc
 
 from compute_node.store.local_socket import HungUp, LocalSocket
 from compute_node.store.memory import Borrowed, ExpertMemory, PrivateMemory, SegmentMemory
-from proto import errors, rpc
+from proto import errors
 from proto import expert_store_pb2 as pb
 from proto.expert import EXACT_VARIANT, ModelSpec, RecordKey
 from proto.held_experts import ALL_EXPERTS, HeldExperts
+from proto.protocol import PROTOCOL_VERSION
 from proto.stats import fact
 
 _POLL_S = 0.05
@@ -118,7 +119,7 @@ class StoreSession:
         session._call = stub.Session(iter(session._requests.get, None))
         at_once = num_slots if lock else min(_CHUNKED_AT_ONCE, num_slots)
         opening = pb.Open(
-            protocol_version=rpc.PROTOCOL_VERSION,
+            protocol_version=PROTOCOL_VERSION,
             fingerprint=description.spec.fingerprint,
             node=node,
             quota_bytes=at_once * description.lease_bytes[EXACT_VARIANT],

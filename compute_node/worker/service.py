@@ -19,12 +19,13 @@ from compute_node.worker.direct_way import MOST_OPEN, DirectWay, urgency_of
 from compute_node.worker.lent_experts import LentExperts
 from compute_node.worker.sessions import Sessions
 from compute_node.worker.work_queue import Urgency, WorkQueue
-from proto import errors, rpc
+from proto import errors
 from proto import stats_pb2 as stats_pb
 from proto import worker_pb2 as pb
 from proto import worker_pb2_grpc as pb_grpc
 from proto.direct_socket import DirectSocket
 from proto.expert import ModelSpec
+from proto.protocol import PROTOCOL_VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class WorkerService(pb_grpc.WorkerServicer):
         self, request: pb.WorkerDescriptionRequest, context: Any
     ) -> pb.WorkerDescription:
         return pb.WorkerDescription(
-            protocol_version=rpc.PROTOCOL_VERSION,
+            protocol_version=PROTOCOL_VERSION,
             fingerprint=self._spec.fingerprint,
             slots=self._slots,
             held=self._lent.held.to_bytes(self._spec),

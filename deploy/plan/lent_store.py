@@ -14,6 +14,7 @@ from proto import expert_store_pb2 as pb
 from proto.expert import EXACT_VARIANT, ModelSpec
 from proto.expert_store_pb2_grpc import ExpertStoreStub
 from proto.held_experts import HeldExperts
+from proto.protocol import check_version
 
 _CALL_S, _RETRY_S = 10.0, 0.2
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -40,11 +41,7 @@ class LentStore:
         certificates that cannot be read, and for an address where something else answers.
         """
         reply = _described(address, tls, wait_s)
-        if reply.protocol_version != rpc.PROTOCOL_VERSION or not reply.hidden_size:
-            raise errors.VersionMismatch(
-                f"the store at {address} speaks protocol {reply.protocol_version}, this program "
-                f"{rpc.PROTOCOL_VERSION}: update the older one"
-            )
+        check_version(f"the store at {address}", reply.protocol_version)
         spec = ModelSpec.from_pb(reply.model)
         held = HeldExperts.from_bytes(reply.held, spec)
         return cls(spec, _of_experts(reply.hidden_size), reply.slot_bytes, held.num(spec))

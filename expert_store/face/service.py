@@ -14,11 +14,12 @@ from expert_store.face.chunks import ChunkQueue, chunks_of
 from expert_store.face.exchange import is_acknowledged, perform
 from expert_store.store import sessions
 from expert_store.store.store import ExpertStore
-from proto import errors, rpc
+from proto import errors
 from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
 from proto import stats_pb2 as stats_pb
 from proto.expert import RecordKey
+from proto.protocol import PROTOCOL_VERSION, check_version
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeReply:
         layout = self._store.segment.layout
         return pb.DescribeReply(
-            protocol_version=rpc.PROTOCOL_VERSION,
+            protocol_version=PROTOCOL_VERSION,
             model=self._store.manifest.spec.to_pb(),
             model_dir=str(self._checkpoint.folder),
             slot_bytes=layout.slot_bytes,
@@ -88,12 +89,7 @@ class ExpertStoreService(pb_grpc.ExpertStoreServicer):
             self._store.sessions.close(session)
 
     def _open(self, request: pb.Open) -> sessions.Session:
-        if request.protocol_version != rpc.PROTOCOL_VERSION:
-            raise errors.VersionMismatch(
-                f"the store speaks protocol {rpc.PROTOCOL_VERSION}, the node "
-                f"{request.protocol_version}: "
-                "update the older one"
-            )
+        check_version("the node", request.protocol_version)
         fingerprint = self._store.manifest.spec.fingerprint
         if request.fingerprint != fingerprint:
             raise errors.VersionMismatch(

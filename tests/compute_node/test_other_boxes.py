@@ -25,10 +25,11 @@ from compute_node.engine.joined_shadow import JoinedShadow
 from compute_node.engine.request import Request
 from compute_node.engine.schedule import Schedule
 from compute_node.engine.writer import Token
-from proto import errors, rpc
+from proto import errors
 from proto import shadow_pb2 as pb
 from proto.expert import ModelSpec
 from proto.held_experts import ALL_EXPERTS
+from proto.protocol import PROTOCOL_VERSION
 from proto.shadow_pb2_grpc import ShadowServicer, add_ShadowServicer_to_server
 from tests.contract.test_exactness import engine
 from tests.daemons import node_table
@@ -49,7 +50,7 @@ class Shadow(ShadowServicer):
 
     def Describe(self, request: Any, context: Any) -> pb.ShadowDescription:
         return pb.ShadowDescription(
-            protocol_version=rpc.PROTOCOL_VERSION,
+            protocol_version=PROTOCOL_VERSION,
             moe_layers=self._spec.moe_layers,
             num_experts=self._num_experts,
             top_k=self._spec.top_k,

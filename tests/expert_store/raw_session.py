@@ -19,6 +19,7 @@ from proto import expert_store_pb2 as pb
 from proto import expert_store_pb2_grpc as pb_grpc
 from proto import stats_pb2 as stats_pb
 from proto.expert import RecordKey
+from proto.protocol import PROTOCOL_VERSION
 from proto.stats import Stats
 
 DEADLINE_S = 20.0
@@ -158,7 +159,7 @@ class Wire:
         """quota_slots: the quota in whole slots, unless `changes` has it in bytes"""
         described = self.describe()
         fields: dict[str, Any] = {
-            "protocol_version": rpc.PROTOCOL_VERSION,
+            "protocol_version": PROTOCOL_VERSION,
             "fingerprint": described.model.fingerprint,
             "node": "node",
             "quota_bytes": quota_slots * described.slot_bytes,

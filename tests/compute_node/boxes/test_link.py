@@ -30,10 +30,11 @@ from compute_node.worker.direct_door import DirectDoor
 from compute_node.worker.direct_way import DirectWay
 from compute_node.worker.sessions import Sessions
 from compute_node.worker.work_queue import WorkQueue
-from proto import errors, rpc
+from proto import errors
 from proto import worker_pb2 as pb
 from proto.direct_socket import DirectSocket
 from proto.expert import ModelSpec
+from proto.protocol import PROTOCOL_VERSION
 from proto.rpc import Listen
 from proto.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 from tests.stack import wait_for
@@ -66,7 +67,7 @@ class Worker(WorkerServicer):
 
     def Describe(self, request: Any, context: Any) -> pb.WorkerDescription:
         return pb.WorkerDescription(
-            protocol_version=rpc.PROTOCOL_VERSION,
+            protocol_version=PROTOCOL_VERSION,
             fingerprint=self.fingerprint,
             slots=5,
             held=self.held,
