@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
@@ -22,10 +22,14 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
 _REFUSALS = (errors.VersionMismatch, errors.OtherBits)
 
 
-class Serves(Protocol):
+Stub = TypeVar("Stub")
+_Stub = TypeVar("_Stub", contravariant=True)
+
+
+class Serves(Protocol[_Stub]):
     """What the connection is for. Called on its thread."""
 
-    def serve(self, channel: grpc.Channel) -> None:
+    def serve(self, stub: _Stub, /) -> None:
         """One stream, from its beginning to its end, which is an RpcError or FlashMoEError unless
         the box ended it.
         """
@@ -34,23 +38,32 @@ class Serves(Protocol):
         """That stream has ended."""
 
 
-class BoxConnection:
+class BoxConnection(Generic[Stub]):
     """Use as a context manager; it connects in the background. Any thread.
 
-    what: "worker" or "shadow", for the log
+    what: "worker" or "shadow", for the log; new_stub: for calls by a channel
     Raises ConfigInvalid for certificates that cannot be read.
     """
 
-    def __init__(self, what: str, address: str, tls: rpc.TlsFiles | None, serves: Serves) -> None:
+    def __init__(
+        self,
+        what: str,
+        address: str,
+        tls: rpc.TlsFiles | None,
+        new_stub: Callable[[grpc.Channel], Stub],
+        serves: Serves[Stub],
+    ) -> None:
         self.address = address
         self.is_up = threading.Event()  # set by `serve` once the box is of use
         self._what, self._tls, self._serves = what, tls, serves
-        self._channel: grpc.Channel = rpc.connect(address, tls)
+        self._channel, self._new_stub = rpc.connect(address, tls), new_stub
+        # Made while the channel is known to be open: gRPC crashes otherwise.
+        self._stub = new_stub(self._channel)
         self._refusal: errors.FlashMoEError | None = None
         self._closing, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name=f"{what} {address}", daemon=True)
 
-    def __enter__(self) -> BoxConnection:
+    def __enter__(self) -> BoxConnection[Stub]:
         self._thread.start()
         return self
 
@@ -77,8 +90,11 @@ class BoxConnection:
         while not self._closing.is_set():
             began_s = time.monotonic()
             try:
-                self._serves.serve(self._channel)
+                self._serves.serve(self._stub)
                 self._refusal = None
+            except ValueError:  # a call by a channel that was just closed
+                if not self._closing.is_set():
+                    raise
             except (grpc.RpcError, errors.FlashMoEError) as error:
                 self._refusal = error if isinstance(error, _REFUSALS) else None
                 if not self._closing.is_set():
@@ -108,7 +124,7 @@ class BoxConnection:
             if self._closing.is_set():
                 new.close()
                 return
-            former, self._channel = self._channel, new
+            former, self._channel, self._stub = self._channel, new, self._new_stub(new)
         former.close()
 
 

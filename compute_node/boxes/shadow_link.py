@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import grpc
-
 from compute_node.boxes.connection import CALL_S, BoxConnection, opened
 from compute_node.boxes.work import bytes_of
 from proto import errors, rpc
@@ -76,7 +74,7 @@ class ShadowLink:
     ) -> None:
         self.address = address
         self._spec, self._vocab_size, self._hears = spec, vocab_size, hears
-        self._connection = BoxConnection("shadow", address, tls, self)
+        self._connection = BoxConnection("shadow", address, tls, pb_grpc.ShadowStub, self)
         self._requests: queue.SimpleQueue[pb.FollowRequest | None] = queue.SimpleQueue()
         self._num_sent: dict[str, int] = {}  # tokens by sequence; any thread
 
@@ -129,9 +127,8 @@ class ShadowLink:
         if self._num_sent.pop(sequence, None) is not None:
             self._requests.put(pb.FollowRequest(sequence=sequence))
 
-    def serve(self, channel: grpc.Channel) -> None:
+    def serve(self, stub: pb_grpc.ShadowStub) -> None:
         """Raises RpcError, VersionMismatch."""
-        stub = pb_grpc.ShadowStub(channel)
         self._check(stub.Describe(pb.ShadowDescriptionRequest(), timeout=CALL_S))
         self._num_sent.clear()
         requests = self._requests = queue.SimpleQueue()

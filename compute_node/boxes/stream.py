@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import grpc
-
 from compute_node.boxes.connection import CALL_S, BoxConnection, opened
 from compute_node.boxes.direct_way import DirectWay
 from compute_node.boxes.probe import Probe
@@ -60,7 +58,7 @@ class WorkerStream:
     ) -> None:
         self._address, self._spec, self._probe = address, spec, probe
         self._tls, self._hears = tls, hears
-        self._connection = BoxConnection("worker", address, tls, self)
+        self._connection = BoxConnection("worker", address, tls, pb_grpc.WorkerStub, self)
         self._requests: queue.SimpleQueue[pb.WorkRequest | None] = queue.SimpleQueue()
         self._direct: DirectWay | None = None
         self._replies: Any = None  # of the open stream
@@ -100,9 +98,8 @@ class WorkerStream:
         if self._replies is not None:
             self._replies.cancel()
 
-    def serve(self, channel: grpc.Channel) -> None:
+    def serve(self, stub: pb_grpc.WorkerStub) -> None:
         """Raises RpcError, VersionMismatch, MessageInvalid, OtherBits, Unavailable."""
-        stub = pb_grpc.WorkerStub(channel)
         described = stub.Describe(pb.WorkerDescriptionRequest(), timeout=CALL_S)
         self._check(described)
         held = HeldExperts.from_bytes(described.held, self._spec)

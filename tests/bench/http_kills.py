@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import socket
 import sys
 import tempfile
 import threading
@@ -24,6 +23,7 @@ import psutil
 from expert_store.offline.index import index
 from tests.bench.http_load import Outcomes, load, undisturbed
 from tests.bench.table import machine, show
+from tests.ports import free_port
 from tests.stack import MODEL, ServedStack, served, wait_for
 
 VICTIMS = ("compute_node", "gateway", "expert_store")
@@ -77,12 +77,6 @@ def leftovers(stack: ServedStack) -> dict[str, int]:
         "requests alive or queued": stats.live + stats.queued,
         "bytes reserved": stats.reserved_bytes,
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main(kills_each: int = 5, seed: int = 1) -> None:

@@ -26,8 +26,8 @@ from tests.container.test_containers import (
     by_our_compose,
     peak_bytes,
 )
+from tests.ports import free_port
 from tests.stack import MODEL, ROOT, flashmoe, wait_for
-from tests.system.test_boxes import free_port
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 

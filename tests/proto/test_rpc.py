@@ -27,6 +27,7 @@ from proto import errors, rpc
 from proto.errors import KINDS
 from proto.rpc import Listen, TlsFiles
 from tests.daemons import CuttableProxy
+from tests.ports import free_port
 
 NAME, DEADLINE_S = "flashmoe.v1.ExpertStore", 10.0
 LONG = "é" * 40_000
@@ -282,10 +283,3 @@ async def test_the_first_signal_ends_the_wait(number: signal.Signals) -> None:
     await asyncio.wait_for(waiting, DEADLINE_S)
     for installed in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().remove_signal_handler(installed)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

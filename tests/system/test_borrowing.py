@@ -19,8 +19,9 @@ import tomli_w
 from deploy.report.status import collect_status
 from deploy.stack.run_dir import RunDir
 from tests.certificates import files, issued
+from tests.ports import free_port
 from tests.stack import FLASHMOE, ROOT, ServedStack, flashmoe, served, stop_hard, wait_for
-from tests.system.test_boxes import PROMPT, TOKENS, alone, free_port
+from tests.system.test_boxes import PROMPT, TOKENS, alone
 
 pytestmark = pytest.mark.system
 __all__ = ["alone"]

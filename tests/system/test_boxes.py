@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from expert_store.manifest.manifest import Manifest
 from expert_store.offline.index import index
 from tests.checkpoints import make
 from tests.daemons import DaemonProcess, daemon, is_store_idle, node_table, store_table
+from tests.ports import free_port
 from tests.stack import FLASHMOE, ROOT, flashmoe, served, wait_for
 
 pytestmark = pytest.mark.system
@@ -205,12 +205,6 @@ def test_a_worker_of_another_model_is_refused_by_name(
         found = flashmoe("serve", "--model", str(tiny_store), "--experts-memory=25%", *main)
     assert found.returncode == 2
     assert f"127.0.0.1:{port} has another model" in found.stderr
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

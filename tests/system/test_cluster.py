@@ -30,6 +30,7 @@ from deploy.stack.run_dir import RunDir
 from expert_store.offline.pack import pack
 from proto.rpc import TlsFiles
 from tests.certificates import certificate, certificate_shown, files
+from tests.ports import free_port
 from tests.stack import MODEL, ROOT, served, wait_for
 
 PYTHON = ROOT / ".flashmoe/cluster-venv/bin/python"
@@ -49,15 +50,14 @@ class RayCluster:
     def __init__(self, folder: Path, store: Path, small_store: Path) -> None:
         self.folder, self.file = folder, folder / "cluster.toml"
         self.hosts = dict(zip(("main", "w1", "w2"), loopback_hosts(), strict=True))
-        ray_port, *self.ports = free_ports()
         self.environment = os.environ | {"RAY_TMPDIR": str(folder)}
         self.rays: dict[str, RayOfBox] = {}
         self.document: dict[str, Any] = {
             "model": str(store),
-            "ray": f"{self.hosts['main']}:{ray_port}",
-            "head": {"state_dir": str(folder / "head"), "state_port": self.ports.pop()},
+            "ray": f"{self.hosts['main']}:{free_port()}",
+            "head": {"state_dir": str(folder / "head"), "state_port": free_port()},
             "certs": str(folder / "certs"),
-            "main": self.box("main", "1700MiB") | {"lend_port": self.ports.pop()},
+            "main": self.box("main", "1700MiB") | {"lend_port": free_port()},
             "worker": [self.worker("w1"), self.worker("w2") | {"store": "main"}],
             "shadow": self.worker("shadow", "w2")
             | {"model": str(small_store), "experts_memory": "100%"},
@@ -74,7 +74,7 @@ class RayCluster:
         }
 
     def worker(self, name: str, host: str = "") -> dict[str, Any]:
-        return {**self.box(name, "1200MiB", host), "port": self.ports.pop()}
+        return {**self.box(name, "1200MiB", host), "port": free_port()}
 
     @property
     def boxes(self) -> list[str]:
@@ -314,15 +314,6 @@ def loopback_hosts() -> list[str]:
     """Three addresses of this machine that no other run of these tests has."""
     net = f"127.{100 + os.getpid() % 100}.{os.getpid() // 100 % 250}"
     return [f"{net}.{last}" for last in (2, 3, 4)]
-
-
-def free_ports() -> list[int]:
-    """The first with two free ones behind it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        first = int(probe.getsockname()[1])
-    first = first - 400 if first > 60000 else first + 400
-    return [first, *(first + 10 * number for number in range(1, 8))]
 
 
 def test_who_has_no_certificate_reaches_neither_ray_nor_a_daemon(cluster: RayCluster) -> None:

@@ -11,7 +11,6 @@ import json
 import math
 import re
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -25,6 +24,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.ports import free_port
 from tests.stack import ServedStack, served, wait_for
 from tests.tuned import tuned_copy
 
@@ -78,9 +78,7 @@ def scraping(stack: ServedStack, folder: Path) -> Iterator[Prometheus]:
         job["static_configs"] = [{"targets": [stack.url.removeprefix("http://")]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     shutil.copy(FOLDER / "flashmoe.rules.yml", folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = f"127.0.0.1:{free.getsockname()[1]}"
+    where = f"127.0.0.1:{free_port()}"
     command = ["prometheus", f"--config.file={folder}/prometheus.yml"]
     command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address={where}"]
     with (folder / "log").open("wb") as log:

@@ -5,7 +5,6 @@ all: nothing is restarted for it, and the next connection is made with the new o
 from __future__ import annotations
 
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from compute_node.client.node_client import NodeClient
 from expert_store.manifest.manifest import Manifest
 from tests.certificates import certificate, files, issued, serial_shown
 from tests.daemons import daemon, node_table, store_table
+from tests.ports import free_port
 from tests.stack import wait_for
 
 pytestmark = pytest.mark.system
@@ -24,7 +24,7 @@ def test_renewed_while_a_generation_runs(tiny_store: Path, run_dir: Path) -> Non
     slots = Manifest.load(tiny_store).spec.num_experts_total // 4
     issued(run_dir / "certs", "main", "w1")
     main, lent = (files(run_dir / "certs", box) for box in ("main", "w1"))
-    address = f"127.0.0.2:{free_port()}"
+    address = f"127.0.0.2:{free_port('127.0.0.2')}"
     (run_dir / "w1").mkdir()
     worker_table = {
         "address": f"unix:{run_dir}/w1/worker.sock",
@@ -81,9 +81,3 @@ def renew(run_dir: Path) -> None:
     issued(run_dir / "new", "main", "w1")
     for path in (run_dir / "new").iterdir():
         path.replace(run_dir / "certs" / path.name)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.2", 0))
-        return int(probe.getsockname()[1])

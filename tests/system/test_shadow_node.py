@@ -17,8 +17,9 @@ from compute_node.client.node_client import NodeClient
 from expert_store.manifest.manifest import Manifest
 from expert_store.offline.pack import pack
 from tests.daemons import DaemonProcess, daemon, node_table
+from tests.ports import free_port
 from tests.stack import MODEL, flashmoe, served, wait_for
-from tests.system.test_boxes import PROMPT, TOKENS, free_port, running, segment
+from tests.system.test_boxes import PROMPT, TOKENS, running, segment
 
 pytestmark = pytest.mark.system
 

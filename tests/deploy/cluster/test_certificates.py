@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import stat
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from deploy.cluster.certificates import Authority
 from proto import errors, rpc
 from proto.rpc import Listen, TlsFiles
 from tests.certificates import certificate, files, issued, serial_shown
+from tests.ports import free_port
 
 CLUSTER = """
 model = "/stores/tiny"
@@ -85,7 +85,7 @@ async def test_boxes_accept_each_other_and_no_stranger(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     issued(ours, "main", "w1"), issued(theirs, "main")
     stranger = files(theirs, "main").model_copy(update={"ca": ours / "ca.pem"})
-    address = f"127.0.0.2:{free_port()}"
+    address = f"127.0.0.2:{free_port('127.0.0.2')}"
     async with rpc.serving(Listen(address, files(ours, "w1")), lambda server: None, [], 1.0):
         assert await health(address, files(ours, "main")) == "SERVING"
         assert await health(address, stranger) == "UNAVAILABLE"
@@ -96,7 +96,7 @@ async def test_a_server_takes_what_was_renewed(tmp_path: Path) -> None:
     """Seen red: credentials that are read once."""
     authority = issued(tmp_path, "main", "w1")
     main, lent = files(tmp_path, "main"), files(tmp_path, "w1")
-    address = f"127.0.0.2:{free_port()}"
+    address = f"127.0.0.2:{free_port('127.0.0.2')}"
     async with rpc.serving(Listen(address, lent), lambda server: None, [], 1.0):
         async with rpc.connect_aio(address, main) as open_before:
             assert await ask(open_before) == "SERVING"
@@ -128,9 +128,3 @@ async def ask(channel: grpc.aio.Channel) -> str:
 async def shown(address: str, tls: TlsFiles) -> int:
     """Serial number of the certificate that a new connection is shown."""
     return await asyncio.to_thread(serial_shown, address, tls)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.2", 0))
-        return int(probe.getsockname()[1])

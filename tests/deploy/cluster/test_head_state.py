@@ -13,6 +13,7 @@ from pathlib import Path
 
 import redis
 
+from tests.ports import free_port
 from tests.stack import ROOT, wait_for
 
 HEAD = """
@@ -27,9 +28,7 @@ time.sleep(600)
 
 def test_what_a_head_knows_survives_its_end(tmp_path: Path) -> None:
     """Seen red: without `appendonly`, and without the signal at the parent's end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     for number in range(2):
         head = subprocess.Popen(
             [sys.executable, "-c", HEAD, str(tmp_path / "head"), str(port)],

@@ -29,8 +29,8 @@ from tests.deploy.containers.test_compose import (
     seconds,
     segment_bytes,
 )
+from tests.ports import free_port
 from tests.stack import flashmoe, wait_for
-from tests.system.test_boxes import free_port
 
 pytestmark = pytest.mark.system
 

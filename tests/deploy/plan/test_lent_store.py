@@ -6,7 +6,6 @@ something else taken for a store that is away, a share taken for the whole model
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from concurrent import futures
@@ -21,16 +20,11 @@ from expert_store.manifest.share import Share
 from expert_store.offline.shard import shard
 from proto import errors
 from tests.local_store import local_store
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+from tests.ports import free_port
 
 
 def test_a_store_is_known_by_what_it_says(tiny_store: Path, run_dir: Path) -> None:
-    manifest, address = Manifest.load(tiny_store), free_address()
+    manifest, address = Manifest.load(tiny_store), f"127.0.0.1:{free_port()}"
     with local_store(tiny_store, run_dir, 16, listen=address):
         found = LentStore.at(address, None, 20.0)
     assert found.spec == manifest.spec
@@ -39,7 +33,7 @@ def test_a_store_is_known_by_what_it_says(tiny_store: Path, run_dir: Path) -> No
 
 
 def test_a_store_that_is_away_is_waited_for(tiny_store: Path, run_dir: Path) -> None:
-    address, found = free_address(), []
+    address, found = f"127.0.0.1:{free_port()}", []
 
     def ask() -> None:
         found.append(LentStore.at(address, None, 60.0))
@@ -68,7 +62,7 @@ def test_what_is_no_store_is_said_to_be_none() -> None:
 
 def test_a_share_is_lent_as_far_as_it_goes(tiny_store: Path, run_dir: Path, tmp_path: Path) -> None:
     shard(tiny_store, Share(1, 3), tmp_path / "share")
-    address = free_address()
+    address = f"127.0.0.1:{free_port()}"
     with local_store(tmp_path / "share", run_dir, 16, listen=address):
         found = LentStore.at(address, None, 20.0)
     assert found.num_experts == Manifest.load(tmp_path / "share").num_experts < 100

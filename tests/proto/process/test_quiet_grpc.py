@@ -10,7 +10,8 @@ import asyncio
 import sys
 
 from proto.rpc import TlsFiles
-from tests.proto.test_rpc import free_port, serve
+from tests.ports import free_port
+from tests.proto.test_rpc import serve
 from tests.stack import ROOT
 
 CALLER = """
