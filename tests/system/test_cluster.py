@@ -106,7 +106,10 @@ class RayCluster:
         if name != "main":
             words = ["join", str(self.file), "--box", name]
         command = [str(PYTHON), "-m", "deploy.cli", "cluster", *words]
-        self.rays[name] = RayOfBox(command, self.environment, self.folder / f"{name}.ray.log")
+        self.rays[name] = RayOfBox(command, self.environment, self.ray_log(name))
+
+    def ray_log(self, name: str) -> Path:
+        return self.folder / f"{name}.ray.log"
 
     def raylet(self, name: str) -> psutil.Process:
         return self._of_ray(name, f"--node_ip_address={self.hosts[name]}")
@@ -277,8 +280,9 @@ def cluster(tiny_store: Path) -> Iterator[RayCluster]:
         yield made
         made.call("down")
     finally:
-        for ray in reversed(list(made.rays.values())):
+        for name, ray in reversed(made.rays.items()):
             ray.stop()
+            print(name, made.ray_log(name).read_text()[-3000:])  # shown when a test failed
         for box in made.boxes:  # nothing runs, unless the test failed
             made.call("down", "--box", box, code=None)
     for name in made.boxes:

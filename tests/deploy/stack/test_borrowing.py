@@ -19,15 +19,15 @@ from deploy.stack.tables import compose
 from expert_store.config import ExpertStoreConfig
 from proto import errors
 from proto.rpc import Listen
-from tests.deploy.plan.test_lent_store import free_address
 from tests.local_store import local_store
+from tests.ports import free_port
 
 MIB = 1024 * 1024
 
 
 @pytest.fixture(scope="module")
 def lent_at(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder, address = tmp_path_factory.mktemp("lend"), free_address()
+    folder, address = tmp_path_factory.mktemp("lend"), f"127.0.0.1:{free_port()}"
     with local_store(tiny_store, folder, 16, listen=address, lent_slots=4):
         yield address
 
