@@ -12,6 +12,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -282,7 +283,7 @@ def cluster(tiny_store: Path) -> Iterator[RayCluster]:
     finally:
         for name, ray in reversed(made.rays.items()):
             ray.stop()
-            print(name, made.ray_log(name).read_text()[-3000:])  # shown when a test failed
+            sys.stderr.write(f"{name}: {made.ray_log(name).read_text()[-3000:]}\n")
         for box in made.boxes:  # nothing runs, unless the test failed
             made.call("down", "--box", box, code=None)
     for name in made.boxes:
