@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from compute_node.boxes.choice import Side, Wanted, cheapest
@@ -106,46 +106,51 @@ class Boxes:
         """As `shares`, for a decode step: where it costs least, if that is known."""
         if self._here is None:
             return self.shares(layer, experts)
-        links = [link for link in self.links if link.is_up]
-        found: dict[WorkerLink | None, list[int]] = {}
-        for expert in experts:
-            holders: list[WorkerLink | None] = [
-                link for link in links if link.residents.has(layer, expert)
-            ]
-            if here.has(expert):
-                holders.append(None)
-            if len(holders) != 1:  # somebody has to choose
-                return self._chosen(layer, experts, here)
-            found.setdefault(holders[0], []).append(expert)
-        return {link: part for link, part in found.items() if link is not None}
-
-    def _chosen(
-        self, layer: int, experts: Sequence[int], here: Here
-    ) -> dict[WorkerLink, list[int]]:
-        """Where some are in no memory, or in two."""
         owners, _, links = self._now()
         numbers = [number for number, link in enumerate(links, 1) if link.is_up]
-        sides = {0: Side(0.0, self.times.expert_s)}
-        sides |= {n: Side(links[n - 1].times.way_s, links[n - 1].expert_s) for n in numbers}
+        holders = {
+            expert: [0] * here.has(expert)
+            + [n for n in numbers if links[n - 1].residents.has(layer, expert)]
+            for expert in experts
+        }
+        if any(len(boxes) != 1 for boxes in holders.values()):
+            sides = {0: Side(0.0, self.times.expert_s)}
+            sides |= {n: Side(links[n - 1].times.way_s, links[n - 1].expert_s) for n in numbers}
+            return self._chosen(layer, holders, here, sides, owners, links)
+        found: dict[WorkerLink, list[int]] = {}
+        for expert, [box] in holders.items():
+            if box:
+                found.setdefault(links[box - 1], []).append(expert)
+        return found
+
+    def _chosen(
+        self,
+        layer: int,
+        holders: Mapping[int, Sequence[int]],
+        here: Here,
+        sides: Mapping[int, Side],
+        owners: Owners,
+        links: Sequence[WorkerLink],
+    ) -> dict[WorkerLink, list[int]]:
+        """Where some are in no memory, or in two. holders: of each expert, by number, the
+        main node's 0; sides: of boxes that are up
+        """
 
         def read_s(box: int, expert: int) -> float:
             return links[box - 1].read_s if box else here.read_s(expert)
 
-        wanted = []
-        for expert in experts:
+        def readers(expert: int) -> list[int]:
             key = ExpertKey(layer, expert)
             first = self._first(owners, links, key)
             owner = links.index(first) + 1 if first is not None else 0
-            holders = [n for n in numbers if links[n - 1].residents.has(layer, expert)]
-            if here.has(expert):
-                holders.insert(0, 0)
-            readers = [owner]
-            if read_s(owner, expert):
-                able = (box for box in owners.able(key) if box != owner and box in sides)
-                readers += [box for box in able if read_s(box, expert)]
-            wanted.append(Wanted(expert, holders, readers))
+            if not read_s(owner, expert):
+                return [owner]
+            able = (box for box in owners.able(key) if box != owner and box in sides)
+            return [owner, *(box for box in able if read_s(box, expert))]
+
+        wanted = [Wanted(expert, boxes, readers(expert)) for expert, boxes in holders.items()]
         if any(box not in sides for one in wanted for box in one.readers):  # one that rests
-            return self.shares(layer, experts)
+            return self.shares(layer, holders)
         chosen = cheapest(wanted, sides, read_s)
         return {links[box - 1]: sorted(part) for box, part in chosen.items() if box}
 

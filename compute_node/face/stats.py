@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from compute_node.boxes.box_facts import BoxFacts
 from compute_node.boxes.boxes import Boxes
-from compute_node.boxes.holding import Holding
 from compute_node.engine.compute_thread import ComputeThread
 from compute_node.engine.engine import Engine
 from compute_node.evidence import learning
@@ -53,7 +53,7 @@ class NodeStats:
             *(
                 labelled(part, box=link.address)
                 for link in (self.boxes.links if self.boxes else ())
-                for part in (link, Holding.of_link(link, loaded.spec))
+                for part in (link, BoxFacts.of_link(link, loaded.spec))
             ),
             *(
                 part

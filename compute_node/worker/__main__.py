@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from compute_node.boxes.holding import Holding
+from compute_node.boxes.box_facts import BoxFacts
 from compute_node.cache.capacity import Capacity
 from compute_node.cache.expert_cache import ExpertCache
 from compute_node.cache.policy_chooser import PolicyChooser
@@ -80,7 +80,7 @@ async def run(config: WorkerConfig) -> None:
                 cache,
                 cache.waits,
                 store,
-                Holding.of(description.held, spec, cache.capacity.slots),
+                BoxFacts.of(description.held, spec, cache.capacity.slots),
                 description,
             ),
         )

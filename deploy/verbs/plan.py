@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +49,10 @@ def plan(
     round_trip_ms: Annotated[
         float, typer.Option(min=0, help="To a worker and back, on the network.")
     ] = 0.3,
+    worker_disk: Annotated[
+        float | None,
+        typer.Option(metavar="MB/S", min=1, help="Of each worker. (default: as measured here)"),
+    ] = None,
     as_json: Annotated[bool, options.JSON] = False,
 ) -> None:
     """Tell whether a model fits a memory ceiling, where the memory goes, and how fast it should
@@ -65,12 +69,14 @@ def plan(
                 "--cluster names workers, and memory of each box: leave --memory, "
                 "--experts-memory and --workers out"
             )
-        _plan_cluster(target, cluster, link_s, as_json)
+        _plan_cluster(target, cluster, link_s, worker_disk, as_json)
         return
     if memory is None:
         raise errors.InvalidRequest(
             "give --memory, for example 8GiB, or boxes by --cluster CLUSTER.toml"
         )
+    if worker_disk is not None and not workers:
+        raise errors.InvalidRequest("--worker-disk is of workers: give --workers or --cluster, too")
     settings = ServeSettings.load(None).model_copy(update={"experts_memory": experts_memory})
     ceiling_bytes = parse_bytes(memory, "--memory")
     with _store_of(target) as (store_dir, manifest):
@@ -81,7 +87,7 @@ def plan(
         records = measure_records(manifest, root)
         disk = measure_disk([resolve_inside(root, file.path) for file in manifest.files])
     expected = estimate(manifest, planned, records)
-    turns = rotation(manifest, planned, records, link_s)
+    turns = _turns(manifest, planned, records, link_s, worker_disk)
     if as_json:
         document = _plan_document(manifest, planned, records, expected)
         if workers:
@@ -90,12 +96,32 @@ def plan(
     else:
         _print_plan(manifest, planned, expected)
         if workers:
-            title = f"{workers} workers in turn, each like this machine"
+            title = f"{workers} workers in turn, each {_like_here(worker_disk)}"
             console.out.print(console.table(title, _rotation_rows(turns, workers)))
         console.out.print(console.table("The disk", _disk_rows(disk, records)))
 
 
-def _plan_cluster(target: Path, file: Path, link_s: float, as_json: bool) -> None:
+def _turns(
+    manifest: Manifest,
+    planned: MemoryPlan,
+    records: RecordSpeed,
+    link_s: float,
+    worker_disk: float | None,
+) -> Rotation:
+    """Of workers that have this machine's processor, and its disk unless one is given, in MB/s."""
+    found = rotation(manifest, planned, records, link_s)
+    return found if worker_disk is None else replace(found, disk_bytes_per_s=1e6 * worker_disk)
+
+
+def _like_here(worker_disk: float | None) -> str:
+    if worker_disk is None:
+        return "with a disk and processor as here"
+    return f"with a disk of {worker_disk:,.0f} MB/s and a processor as here"
+
+
+def _plan_cluster(
+    target: Path, file: Path, link_s: float, worker_disk: float | None, as_json: bool
+) -> None:
     config = ClusterConfig.load(file, is_protected=False)
     with _store_of(target) as (store_dir, manifest):
         planned = PlannedCluster.of(config, store_dir, manifest)
@@ -104,7 +130,13 @@ def _plan_cluster(target: Path, file: Path, link_s: float, as_json: bool) -> Non
             root = manifest.root(store_dir)
             check_sources(manifest, root, times=False)
             smallest = min(planned.boxes[1:], key=lambda box: box.slots)
-            turns = rotation(manifest, smallest.memory, measure_records(manifest, root), link_s)
+            records = measure_records(manifest, root)
+            turns = _turns(manifest, smallest.memory, records, link_s, worker_disk)
+        elif worker_disk is not None:
+            raise errors.InvalidRequest(
+                "--worker-disk is of groups that take layers in turn: this cluster has none, leave "
+                "it out"
+            )
     groups = min(planned.num_groups, len(config.workers))
     if as_json:
         document = plan_page.document(planned)
@@ -115,7 +147,7 @@ def _plan_cluster(target: Path, file: Path, link_s: float, as_json: bool) -> Non
     console.out.print(plan_page.boxes_table(planned))
     console.out.print(plan_page.layers_table(planned, manifest.spec.moe_layers))
     if turns is not None:
-        title = f"{groups} groups in turn, each worker with a disk and processor as here"
+        title = f"{groups} groups in turn, each worker {_like_here(worker_disk)}"
         console.out.print(console.table(title, _rotation_rows(turns, groups, planned.group_size)))
     if lacking := planned.map.lacking:
         console.warn(

@@ -165,10 +165,34 @@ def test_a_rotation_says_how_many_workers_are_enough(
     shown: Callable[..., Any], tiny_store: Path, tmp_path: Path
 ) -> None:
     file = written(tiny_store, tmp_path, W1, W2, main=MAIN | ROTATION)
-    said = shown(str(tiny_store), "--cluster", str(file)).out
-    assert "2 groups in turn" in said and "no disk is waited for" in said, said
-    found = json.loads(shown(str(tiny_store), "--cluster", str(file), "--json").out)
+    target = (str(tiny_store), "--cluster", str(file))
+    assert "2 groups in turn, each worker with a disk and processor as" in shown(*target).out
+    fast = (*target, "--worker-disk", "100000")
+    assert "no disk is waited for" in shown(*fast).out
+    found = json.loads(shown(*fast, "--json").out)
     assert found["rotation"]["workers_enough"] >= 1 and found["groups"] == 2
+
+
+def test_a_rotation_of_disks_that_are_not_as_here(
+    shown: Callable[..., Any], tiny_store: Path, tmp_path: Path
+) -> None:
+    file = str(written(tiny_store, tmp_path, W1, W2, main=MAIN | ROTATION))
+    target = (str(tiny_store), "--cluster", file)
+    assert "disk of 2 MB/s and a processor as here" in shown(*target, "--worker-disk", "2").out
+
+    def tokens_per_s(*more: str) -> float:
+        found = json.loads(shown(*target, *more, "--json").out)["rotation"]["tokens_per_s"]
+        return float(found["token_foreseen"])
+
+    slow, less_slow = (tokens_per_s("--worker-disk", disk) for disk in ("2", "4"))
+    assert 1.8 < less_slow / slow < 2.2, "disks decide"
+    by_owner = str(written(tiny_store, tmp_path, W1, W2))
+    refused = shown(
+        str(tiny_store), "--cluster", by_owner, "--worker-disk", "2", code=console.BAD_INPUT
+    )
+    assert "leave it out" in refused.err
+    alone = shown(str(tiny_store), "--memory", "1GiB", "--worker-disk", "2", code=console.BAD_INPUT)
+    assert "give --workers or --cluster" in alone.err
 
 
 def test_experts_that_no_box_has_are_warned_of(

@@ -11,7 +11,7 @@ from proto.stats import fact
 
 
 @dataclass(frozen=True)
-class Holding:
+class BoxFacts:
     """experts_held: that its store has; slots: experts that it holds in memory at once. None: the
     box never joined
     """
@@ -21,11 +21,11 @@ class Holding:
     slots: int | None = fact("experts that may be resident")
 
     @classmethod
-    def of(cls, held: HeldExperts, spec: ModelSpec, slots: int) -> Holding:
+    def of(cls, held: HeldExperts, spec: ModelSpec, slots: int) -> BoxFacts:
         return cls(held.num(spec), spec.num_experts_total, slots)
 
     @classmethod
-    def of_link(cls, link: WorkerLink, spec: ModelSpec) -> Holding:
+    def of_link(cls, link: WorkerLink, spec: ModelSpec) -> BoxFacts:
         """As the worker last said."""
         if not link.slots:
             return cls(None, spec.num_experts_total, None)
