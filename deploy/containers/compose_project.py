@@ -10,11 +10,13 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from deploy.settings import Role
+from deploy.settings import ServeSettings
 from proto import errors
 
 COMPOSE_FILE = Path(__file__).parents[1] / "docker-compose.yml"
 HELPER_FILE = COMPOSE_FILE.with_name("docker-compose.helper.yml")  # of a worker or a shadow
+BORROWER_FILE = COMPOSE_FILE.with_name("docker-compose.borrower.yml")  # of a worker without a store
+LENDING_FILE = COMPOSE_FILE.with_name("docker-compose.lending.yml")  # beside one with a store
 _OBSERVABILITY = COMPOSE_FILE.with_name("observability")  # of the profile of that name
 ENV_NAME = "compose.env"
 RUN_NAME = "run"  # folder of the sockets
@@ -47,12 +49,18 @@ def render_environment(variables: Mapping[str, object]) -> str:
     return "".join(lines)
 
 
-def write(out: Path, environment: str, role: Role) -> None:
-    """The compose file and what it reads, so that neither needs the source tree."""
+def write(out: Path, environment: str, settings: ServeSettings) -> None:
+    """The compose files and what they read, so that none needs the source tree."""
     (out / ENV_NAME).write_text(environment)
-    compose_file = COMPOSE_FILE if role == "main" else HELPER_FILE
+    compose_file = COMPOSE_FILE if settings.role == "main" else HELPER_FILE
+    if settings.borrows_from is not None:
+        compose_file = BORROWER_FILE
     (out / COMPOSE_FILE.name).write_bytes(compose_file.read_bytes())
-    if role != "main":
+    lending = out / LENDING_FILE.name
+    lending.unlink(missing_ok=True)
+    if settings.lends_at is not None:
+        lending.write_bytes(LENDING_FILE.read_bytes())
+    if settings.role != "main":
         return
     for source in (path for path in _OBSERVABILITY.rglob("*") if path.is_file()):
         target = out / source.relative_to(_OBSERVABILITY.parent)
@@ -67,6 +75,8 @@ def command(out: Path) -> str:
     if shutil.which("docker-compose") and not _has_plugin():
         program = "docker-compose"
     files = ["--env-file", str(out / ENV_NAME), "-f", str(out / COMPOSE_FILE.name)]
+    if (lending := out / LENDING_FILE.name).exists():
+        files += ["-f", str(lending)]
     return f"{program} {shlex.join(files)}"
 
 

@@ -8,7 +8,6 @@ from deploy.plan.parts import OVERHEAD_BYTES
 from deploy.settings import ServeSettings, parse_bytes
 from deploy.stack.stack_plan import StackPlan
 from deploy.terminal import console
-from expert_store.manifest.manifest import Manifest
 from proto import errors
 
 HELPER = "helper"  # the service that is a worker or a shadow
@@ -33,35 +32,26 @@ _NODE_PARTS = (
 )
 
 
-def plan_containers(settings: ServeSettings) -> tuple[Manifest, MemoryPlan]:
+def plan_containers(settings: ServeSettings) -> StackPlan:
     """The plan of the box, less what containers need beside it.
 
-    Raises ConfigInvalid, ManifestInvalid, MemoryExceeded.
+    Raises ConfigInvalid, and what `StackPlan.of` raises.
     """
     if settings.memory is None:
-        plan = StackPlan.of(settings)
-        return _manifest_of(plan), plan.memory
-    beside_bytes = (
-        sum(_ROOM_BYTES[name] for name in _beside_the_store(settings))
-        + STORE_ROOM_BYTES
-        - OVERHEAD_BYTES["expert_store"]
-        - OVERHEAD_BYTES["launcher"]
-    )
+        return StackPlan.of(settings)
+    room_bytes = sum(_ROOM_BYTES[name] for name in _beside_the_store(settings))
+    if settings.borrows_from is None:
+        room_bytes += STORE_ROOM_BYTES - OVERHEAD_BYTES["expert_store"]
+    beside_bytes = room_bytes - OVERHEAD_BYTES["launcher"]
     ceiling_bytes = max(0, parse_bytes(settings.memory, "--memory") - beside_bytes)
     try:
-        plan = StackPlan.of(settings.with_flags(memory=str(ceiling_bytes)))
+        return StackPlan.of(settings.with_flags(memory=str(ceiling_bytes)))
     except errors.MemoryExceeded as error:
         raise errors.MemoryExceeded(
             f"{error} (--memory here is what is left of yours: containers need "
             f"{console.size(beside_bytes)} more, for health checks"
             + (" and Valkey's 64 MB in full)" if settings.role == "main" else ")")
         ) from error
-    return _manifest_of(plan), plan.memory
-
-
-def _manifest_of(plan: StackPlan) -> Manifest:
-    assert isinstance(plan.manifest, Manifest), "in containers a box has a store"
-    return plan.manifest
 
 
 def _beside_the_store(settings: ServeSettings) -> list[str]:
@@ -73,14 +63,16 @@ def _beside_the_store(settings: ServeSettings) -> list[str]:
 
 
 def container_limits(
-    settings: ServeSettings, plan: MemoryPlan, segment_bytes: int
+    settings: ServeSettings, plan: MemoryPlan, segment_bytes: int | None
 ) -> dict[str, int]:
     """Memory limit in bytes by container that the compose file names. The segment is charged to the
-    store: it touches it first.
+    store: it touches it first. segment_bytes: None: there is no store
     """
     parts = plan.parts
     node_bytes = sum(parts.get(name, 0) for name in _NODE_PARTS)
-    store = {"expert_store": segment_bytes + STORE_ROOM_BYTES}
+    if segment_bytes is None:
+        return {HELPER: node_bytes + plan.experts_bytes + _ROOM_BYTES[HELPER]}
+    store = {"expert_store": segment_bytes + STORE_ROOM_BYTES + parts.get("lending", 0)}
     if settings.role != "main":
         return store | {HELPER: node_bytes + _ROOM_BYTES[HELPER]}
     return store | {

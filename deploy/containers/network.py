@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from proto.rpc import Listen, check_exposure, is_loopback
 
 INSIDE = "0.0.0.0"  # where a helper listens in its container; only the engine publishes it
 _LAST_PORT = 65535
-_TLS_KEYS = {"compute_node": "worker_tls", "worker": "tls", "shadow": "tls"}  # by table
+_TLS_KEYS = (  # table and key
+    ("compute_node", "worker_tls"),
+    ("expert_store", "tls"),
+    ("worker", "tls"),
+    ("worker", "store_tls"),
+    ("shadow", "tls"),
+)
 
 
 def published(settings: ServeSettings) -> str:
@@ -21,39 +28,78 @@ def published(settings: ServeSettings) -> str:
     and inside; of a worker also the next, for short messages. Raises ConfigInvalid for one that
     the engine cannot publish, and for one beyond this host with neither TLS nor `insecure`.
     """
+    where = _published("--listen", settings.listen, getattr(settings, settings.role))
+    if settings.role != "worker":
+        return _ports(where, 1)
+    if where.port == _LAST_PORT:
+        raise errors.ConfigInvalid("--listen: a worker needs the next port, too: name another")
+    return _ports(where, 2)
+
+
+def lent(settings: ServeSettings) -> str | None:
+    """The port at which other boxes borrow experts, as `published`; None: they do not. Raises
+    ConfigInvalid.
+    """
+    if settings.lends_at is None:
+        return None
+    return _ports(_published("--lend", settings.lends_at, settings.expert_store), 1)
+
+
+def _published(flag: str, address: str, table: Mapping[str, Any]) -> HostPort:
+    """table: of the daemon that listens there. Raises ConfigInvalid."""
     try:
-        where = HostPort.parse(settings.listen)
+        where = HostPort.parse(address)
         ip_address(where.host)
     except ValueError:
         raise errors.ConfigInvalid(
-            f"--listen {settings.listen}: an engine publishes on an IP address of this box: write "
-            "for example 10.0.0.2:9400"
+            f"{flag} {address}: an engine publishes on an IP address of this box: write for "
+            "example 10.0.0.2:9400"
         ) from None
     if where.port == 0:
-        raise errors.ConfigInvalid("--listen: main nodes need to know the port: name one")
-    table: dict[str, Any] = getattr(settings, settings.role)
+        raise errors.ConfigInvalid(f"{flag}: other boxes need to know the port: name one")
     if "tls" not in table:
         check_exposure(Listen(str(where), None, bool(table.get("insecure"))))
-    ports = str(where.port)
-    if settings.role == "worker":
-        if where.port == _LAST_PORT:
-            raise errors.ConfigInvalid("--listen: a worker needs the next port, too: name another")
-        ports = f"{where.port}-{where.port + 1}"
+    return where
+
+
+def _ports(where: HostPort, number: int) -> str:
+    """The same outside and inside."""
+    last = f"-{where.port + number - 1}" if number > 1 else ""
+    ports = f"{where.port}{last}"
     return f"{str(where).rpartition(':')[0]}:{ports}:{ports}"
 
 
 def listening_inside(settings: ServeSettings) -> dict[str, Any]:
-    """Settings of a worker or shadow whose port is published. On loopback alone the publishing is
-    the fence, and the daemon need not have one.
+    """Settings of a worker or shadow whose port is published."""
+    found = _inside(settings.listen, getattr(settings, settings.role))
+    if settings.role == "worker":
+        found["direct_port"] = HostPort.parse(settings.listen).port + 1
+    return found
+
+
+def lending_inside(settings: ServeSettings) -> dict[str, Any]:
+    """Settings of a store whose port is published, if it is."""
+    if settings.lends_at is None:
+        return {}
+    return _inside(settings.lends_at, settings.expert_store)
+
+
+def _inside(address: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a daemon listens in its container. On loopback alone the publishing is the fence, and
+    the daemon need not have one.
     """
-    table: dict[str, Any] = getattr(settings, settings.role)
-    is_fenced = is_loopback(settings.listen) and "tls" not in table
-    port = HostPort.parse(settings.listen).port
-    return {
-        "listen": f"{INSIDE}:{port}",
-        **({"direct_port": port + 1} if settings.role == "worker" else {}),
-        **({"insecure": True} if is_fenced else {}),
-    }
+    is_fenced = is_loopback(address) and "tls" not in table
+    found: dict[str, Any] = {"listen": f"{INSIDE}:{HostPort.parse(address).port}"}
+    return found | ({"insecure": True} if is_fenced else {})
+
+
+def check_found(address: str) -> None:
+    """Raises ConfigInvalid for an address that a container does not find."""
+    if address.startswith("unix") or is_loopback(address):
+        raise errors.ConfigInvalid(
+            f"{address} is not seen by containers, whose loopback is their own: name an address of "
+            "the box"
+        )
 
 
 def node_network(settings: ServeSettings) -> str:
@@ -67,11 +113,7 @@ def node_network(settings: ServeSettings) -> str:
     shadow = settings.shadow_address or settings.compute_node.get("shadow_address")
     boxes = [*settings.workers, *filter(None, [shadow])]
     for address in boxes:
-        if address.startswith("unix") or is_loopback(address):
-            raise errors.ConfigInvalid(
-                f"{address} is not seen by containers, whose loopback is their own: name an "
-                "address of the box"
-            )
+        check_found(address)
     return "bridge" if boxes else "none"
 
 
@@ -83,9 +125,9 @@ def certificates(tables: dict[str, dict[str, Any]], inside: Path) -> dict[str, P
     Returns which file goes to which name in the run folder.
     """
     found = {}
-    for name, key in _TLS_KEYS.items():
+    for name, key in _TLS_KEYS:
         for role, path in tables.get(name, {}).get(key, {}).items():
-            file = f"tls.{role}.pem"
+            file = f"{name}.{key}.{role}.pem"
             found[file] = Path(path)
             tables[name][key] = tables[name][key] | {role: str(inside / file)}
     return found

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from compute_node.config import ROUTER_MAP_NAME
-from deploy.containers.network import listening_inside
-from deploy.plan.budget import MemoryPlan
+from deploy.containers.network import lending_inside, listening_inside
 from deploy.settings import ServeSettings
 from deploy.stack.run_dir import RunDir
+from deploy.stack.stack_plan import StackPlan
 from deploy.stack.tables import compose
-from expert_store.manifest.manifest import Manifest
 from proto.quality import QUALITY_NAME
 from scheduler.config import FORECASTER_NAME
 
@@ -23,33 +22,39 @@ SEGMENT = Path("/segment/experts")
 KEYS_NAME = "api_keys"  # in the run folder
 
 
-def container_tables(
-    settings: ServeSettings, manifest: Manifest, plan: MemoryPlan
-) -> dict[str, dict[str, Any]]:
+def container_tables(settings: ServeSettings, plan: StackPlan) -> dict[str, dict[str, Any]]:
     """The launcher's tables with the paths of the containers; those win over flashmoe.toml.
 
     Raises ConfigInvalid.
     """
     inside = settings.model_copy(update={"source": None})
-    tables = compose(RUN, inside, STORE_DIR, manifest, plan)
+    store_dir = STORE_DIR if plan.store_dir is not None else None
+    tables = compose(RUN, inside, store_dir, plan.manifest, plan.memory)
     for name, table in tables.items():
         table["address"] = RUN.address(name)
         for key in ("metrics_port", "metrics_port_file"):  # nobody can reach them in there
             table.pop(key, None)
+    if store_dir is not None:
+        _point_store(tables, settings)
+    if settings.role == "main":
+        _point_main_node(tables, settings)
+    else:
+        tables[settings.role] |= listening_inside(settings)
+    return tables
+
+
+def _point_store(tables: dict[str, dict[str, Any]], settings: ServeSettings) -> None:
+    """To what is mounted, and whoever computes to the store."""
     sessions = str(RUN.path / "sessions")
     tables["expert_store"] |= {
         "store_dir": str(STORE_DIR),
         "source_root": str(SOURCE_DIR),
         "segment_path": str(SEGMENT),
         "session_dir": sessions,
+        **lending_inside(settings),
     }
     asks = "compute_node" if settings.role == "main" else settings.role
     tables[asks] |= {"store_address": RUN.address("expert_store"), "session_dir": sessions}
-    if settings.role == "main":
-        _point_main_node(tables, settings)
-    else:
-        tables[asks] |= listening_inside(settings)
-    return tables
 
 
 def _point_main_node(tables: dict[str, dict[str, Any]], settings: ServeSettings) -> None:

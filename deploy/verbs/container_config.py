@@ -5,6 +5,7 @@ the compose.env that it reads, and the daemons' flashmoe.toml.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from deploy.containers.tables import KEYS_NAME, RUN, SOURCE_DIR, container_table
 from deploy.plan.budget import MemoryPlan
 from deploy.settings import Role, ServeSettings
 from deploy.stack.run_dir import CONFIG_NAME, RunDir
+from deploy.stack.stack_plan import StackPlan, load_store
 from deploy.terminal import console, options
 from expert_store.manifest.manifest import MANIFEST_NAME, Manifest, check_sources
 from proto import errors
@@ -27,6 +29,12 @@ from scheduler.config import FORECASTER_NAME
 
 OUT = typer.Option("--out", metavar="DIR", help="Folder to write; DIR/run will hold the sockets.")
 NAME = typer.Option(help="Of the compose project, one a stack. (default: follows from DIR)")
+STORE = typer.Argument(
+    metavar="STORE", help="Of index or pack; none where --store names another's."
+)
+LENT_STORE = typer.Option(
+    "--store", metavar="HOST:PORT", help="Of a worker: borrow experts where another box lends them."
+)
 ROLE = typer.Option(help="What this box does: serve, or help a main node on another.")
 LISTEN = typer.Option(
     metavar="HOST:PORT",
@@ -36,7 +44,8 @@ LISTEN = typer.Option(
 
 
 def container_config(
-    store: Annotated[Path, options.STORE],
+    store: Annotated[Path | None, STORE] = None,
+    *,
     out: Annotated[Path, OUT],
     memory: Annotated[str | None, options.MEMORY] = None,
     experts_memory: Annotated[str | None, options.EXPERTS_MEMORY] = None,
@@ -45,6 +54,8 @@ def container_config(
     api_key_file: Annotated[Path | None, options.API_KEY_FILE] = None,
     role: Annotated[Role, ROLE] = "main",
     listen: Annotated[str | None, LISTEN] = None,
+    lent_store: Annotated[str | None, LENT_STORE] = None,
+    lend: Annotated[str | None, options.LEND] = None,
     worker: Annotated[list[str] | None, options.WORKER] = None,
     shadow: Annotated[str | None, options.SHADOW] = None,
     config: Annotated[Path | None, options.CONFIG] = None,
@@ -59,40 +70,45 @@ def container_config(
     """
     check_flags(
         role,
-        {"--http": http, "--api-key-file": api_key_file, "--worker": worker, "--shadow": shadow},
-        {"--listen": listen},
+        {
+            "main": {
+                "--http": http,
+                "--api-key-file": api_key_file,
+                "--worker": worker,
+                "--shadow": shadow,
+                "--lend": lend,
+            },
+            "worker": {"--listen": listen, "--store": lent_store, "--lend": lend},
+            "shadow": {"--listen": listen},
+        },
     )
-    settings = ServeSettings.load(config).with_flags(
-        model=store,
+    settings = ServeSettings.load(config).borrowing(lent_store, store)
+    settings = settings.with_flags(
         memory=memory,
         experts_memory=experts_memory,
         source=source,
         http=http,
         api_key_file=api_key_file,
         listen=listen,
+        lend=lend,
         workers=tuple(worker) if worker else None,
         shadow_address=shadow,
     )
     settings = settings.model_copy(update={"redis": None})  # the compose file has its own Valkey
     if role != "main":
         settings = settings.of_helper(role)
-    check_lending(settings)
-    of_role = variables_of_role(settings)
-    manifest, plan = plan_containers(settings)
-    store, out = store.resolve(), out.resolve()
-    root = manifest.root(store, settings.source)
-    check_sources(manifest, root)
-    user = ContainerUser.of_this_process()
-    check_readable(user, store, root, manifest)
-    tables = container_tables(settings, manifest, plan)
-    mounted = hub_cache.mounted(root)
-    tables["expert_store"]["source_root"] = str(SOURCE_DIR / root.relative_to(mounted))
-    num_slots = tables["expert_store"]["num_slots"]
-    segment_bytes = manifest.size_classes.segment_layout(num_slots).segment_bytes
-    limits = container_limits(settings, plan, segment_bytes)
+    if settings.model is None and settings.borrows_from is None:
+        raise errors.ConfigInvalid("give STORE or, of a worker, --store HOST:PORT")
+    of_role, lent_port = variables_of_role(settings), network.lent(settings)
+    plan, user, out = plan_containers(settings), ContainerUser.of_this_process(), out.resolve()
+    tables = container_tables(settings, plan)
+    of_store: dict[str, object] = {}
+    manifest_text, segment_bytes = "", None
+    if plan.store_dir is not None:
+        manifest_text, segment_bytes, of_store = mount_store(plan, tables, user)
+    limits = container_limits(settings, plan.memory, segment_bytes)
     files = network.certificates(tables, RUN.path)
     configuration = tomli_w.dumps(tables)
-    manifest_text = (store / MANIFEST_NAME).read_text()
     environment = compose_project.render_environment(
         {
             "COMPOSE_PROJECT_NAME": compose_project.project_name(out, name),
@@ -101,9 +117,9 @@ def container_config(
             "FLASHMOE_CONFIG": out / CONFIG_NAME,
             "FLASHMOE_CONFIG_DIGEST": compose_project.digest(configuration, manifest_text),
             "FLASHMOE_RUN_DIR": out / compose_project.RUN_NAME,
-            "FLASHMOE_STORE": store,
-            "FLASHMOE_SOURCE": mounted,
+            **of_store,
             **of_role,
+            **({"FLASHMOE_LENT_PORT": lent_port} if lent_port is not None else {}),
             **{f"FLASHMOE_{part.upper()}_MEMORY": limit for part, limit in limits.items()},
         }
     )
@@ -114,34 +130,50 @@ def container_config(
         user.give_copy(secret, out / compose_project.RUN_NAME / inside)
     (out / CONFIG_NAME).write_text(configuration)
     user.take(out / CONFIG_NAME)
-    compose_project.write(out, environment, role)
-    say(plan, sum(limits.values()) - (limits.get("gateway", 0) if settings.http is None else 0))
+    compose_project.write(out, environment, settings)
+    used_bytes = sum(limits.values()) - (limits.get("gateway", 0) if settings.http is None else 0)
+    say(plan.memory, used_bytes)
     profile = " --profile http" if settings.http is not None else ""
     console.out.print(f"{compose_project.command(out)}{profile} up --detach")
 
 
-def check_flags(role: Role, of_main: dict[str, Any], of_helper: dict[str, Any]) -> None:
-    """Raises ConfigInvalid for a flag that this role has no use for."""
-    needless, whose = (of_helper, "worker") if role == "main" else (of_main, "main")
-    for flag in (flag for flag, value in needless.items() if value):
-        raise errors.ConfigInvalid(
-            f"{flag} is not for --role {role}: leave it out, or give --role {whose}"
-        )
+def mount_store(
+    plan: StackPlan, tables: dict[str, dict[str, Any]], user: ContainerUser
+) -> tuple[str, int, dict[str, object]]:
+    """The text of the store's manifest, the bytes of its segment, and what the compose file reads
+    of it; the store's table names its checkpoint as it is mounted.
+
+    Raises ConfigInvalid for what is not there, and for what the containers' user cannot read.
+    """
+    assert plan.store_dir is not None
+    store, manifest = plan.store_dir.resolve(), load_store(plan.store_dir)
+    root = manifest.root(store, plan.settings.source)
+    check_sources(manifest, root)
+    check_readable(user, store, root, manifest)
+    mounted = hub_cache.mounted(root)
+    table = tables["expert_store"]
+    table["source_root"] = str(SOURCE_DIR / root.relative_to(mounted))
+    segment_bytes = manifest.size_classes.segment_layout(table["num_slots"]).segment_bytes
+    manifest_text = (store / MANIFEST_NAME).read_text()
+    return manifest_text, segment_bytes, {"FLASHMOE_STORE": store, "FLASHMOE_SOURCE": mounted}
 
 
-def check_lending(settings: ServeSettings) -> None:
-    """Raises ConfigInvalid for what only `serve` and `worker` do."""
-    verb = "serve" if settings.role == "main" else settings.role
-    for key, value in {"lend": settings.lends_at, "store": settings.borrows_from}.items():
-        if value is not None:
-            raise errors.ConfigInvalid(
-                f"[serve] sets {key}, and containers neither lend experts to other boxes nor "
-                f"borrow them: remove it, or run `flashmoe {verb}` without containers"
-            )
+def check_flags(role: Role, of_roles: Mapping[Role, Mapping[str, Any]]) -> None:
+    """of_roles: each one's flags, as they were given. Raises ConfigInvalid for a flag that this
+    role has no use for.
+    """
+    for other, flags in of_roles.items():
+        for flag in (flag for flag, value in flags.items() if value):
+            if flag not in of_roles[role]:
+                raise errors.ConfigInvalid(
+                    f"{flag} is not for --role {role}: leave it out, or give --role {other}"
+                )
 
 
 def variables_of_role(settings: ServeSettings) -> dict[str, str]:
     """What the role's compose file reads beside paths and limits. Raises ConfigInvalid."""
+    if settings.borrows_from is not None:
+        network.check_found(settings.borrows_from)
     if settings.role == "main":
         return {"FLASHMOE_NODE_NETWORK": network.node_network(settings)}
     return {"FLASHMOE_ROLE": settings.role, "FLASHMOE_PORTS": network.published(settings)}

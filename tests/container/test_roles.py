@@ -1,5 +1,6 @@
 """Three boxes in a real container engine: a worker and a shadow by docker-compose.helper.yml, and a
-main node that has them, with certificates on all ways between them.
+main node that has them, with certificates on all ways between them; and a worker that borrows the
+main node's experts.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ from tests.stack import MODEL, ROOT, flashmoe, wait_for
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 
 STORE = ROOT / ".flashmoe/tiny-moe"
-TABLES = {"worker": ("worker", "tls"), "shadow": ("shadow", "tls")}
-MAIN = ("compute_node", "worker_tls")
+TABLES = {
+    "worker": [("worker", "tls"), ("worker", "store_tls")],
+    "shadow": [("shadow", "tls")],
+    "main": [("compute_node", "worker_tls"), ("expert_store", "tls")],
+}
+HELPERS = ("worker", "shadow")
 
 
 @dataclass
@@ -47,18 +52,20 @@ class Boxes:
     def containers(self, name: str) -> Containers:
         return Containers(self.folder / name)
 
-    def configure(self, name: str, store: Path, *flags: str) -> str:
+    def configure(self, name: str, store: Path | None, *flags: str) -> str:
         """Returns the command that starts it."""
-        table, key = TABLES.get(name, MAIN)
-        tls = files(self.certs, name).model_dump(mode="json")
+        tls, document = files(self.certs, name).model_dump(mode="json"), dict[str, Any]()
+        for table, key in TABLES[name]:
+            document.setdefault(table, {})[key] = tls
         settings = self.folder / f"{name}.toml"
-        settings.write_text(tomli_w.dumps({table: {key: tls}}))
+        settings.write_text(tomli_w.dumps(document))
         out = ("--out", str(self.folder / name), "--config", str(settings), "--memory", "1GiB")
-        done = flashmoe("container-config", str(store), *out, *flags)
+        own = [] if store is None else [str(store)]
+        done = flashmoe("container-config", *own, *out, *flags)
         assert done.returncode == 0, done.stderr
         return by_our_compose(done.stdout)
 
-    def up(self, name: str, store: Path, *flags: str) -> Containers:
+    def up(self, name: str, store: Path | None, *flags: str) -> Containers:
         command = self.configure(name, store, *flags)
         subprocess.run(command, shell=True, check=True, capture_output=True)
         self.containers(name).wait()
@@ -70,7 +77,7 @@ def boxes(image: str, tmp_path_factory: pytest.TempPathFactory) -> Boxes:
     folder = tmp_path_factory.mktemp("b")
     host = address_of_this_box()
     authority = issued(folder / "certs")
-    for name in ("main", *TABLES):
+    for name in TABLES:
         authority.issue(folder / "certs", name, [host])
     return Boxes(folder, host, folder / "certs")
 
@@ -101,9 +108,9 @@ def test_a_worker_and_a_shadow_help_a_main_node(boxes: Boxes, tmp_path: Path) ->
     """
     pack(MODEL, tmp_path / "int8", weight_format="int8")
     tmp_path.chmod(0o755)
-    at = {name: f"{boxes.host}:{free_port()}" for name in TABLES}
+    at = {name: f"{boxes.host}:{free_port()}" for name in HELPERS}
     with ExitStack() as stack:
-        for name in ("main", *TABLES):
+        for name in TABLES:
             stack.enter_context(down_at_last(boxes.containers(name)))
         alone = boxes.up("main", STORE, "--experts-memory", "25%")
         expected = alone.tokens()
@@ -133,6 +140,36 @@ def test_a_worker_and_a_shadow_help_a_main_node(boxes: Boxes, tmp_path: Path) ->
         assert main.tokens() == expected and worker.id("helper") == before
 
 
+def test_a_worker_borrows_experts_of_a_main_node(boxes: Boxes) -> None:
+    """Red for a store that is not published, a worker that does not reach it, certificates that
+    either lacks, and a limit without room for the experts that it holds.
+    """
+    lent, at = (f"{boxes.host}:{free_port(boxes.host)}" for _ in range(2))
+    with ExitStack() as stack:
+        for name in ("worker", "main"):
+            stack.enter_context(down_at_last(boxes.containers(name)))
+        flags = ("--experts-memory", "25%", "--lend", lent)
+        alone = boxes.up("main", STORE, *flags)
+        expected = alone.tokens()
+        published = alone.inspect("expert_store")["HostConfig"]["PortBindings"]
+        port = lent.rpartition(":")[2]
+        assert published == {f"{port}/tcp": [{"HostIp": boxes.host, "HostPort": port}]}
+        borrows = ("--role", "worker", "--store", lent, "--listen", at)
+        worker = boxes.up("worker", None, *borrows)
+        main = boxes.up("main", STORE, *flags, "--worker", at)
+
+        def is_up() -> bool:
+            with NodeClient(main.run.address("compute_node")) as client:
+                return bool(client.stats().of(box=at).up)
+
+        wait_for(is_up, 60, "the worker to be given work")
+        assert main.tokens() == expected
+        assert main.status()["compute_node"]["boxes"][at]["answered"] > 0
+        state = worker.inspect("helper")
+        assert not state["State"]["OOMKilled"] and state["RestartCount"] == 0
+        assert peak_bytes(worker.id("helper")) <= state["HostConfig"]["Memory"] <= MEMORY_BYTES
+
+
 def _is_helped(main: Containers, at: dict[str, str]) -> bool:
     with NodeClient(main.run.address("compute_node")) as client:
         stats = client.stats()
@@ -144,7 +181,7 @@ def check_reach(boxes: Boxes, at: dict[str, str]) -> None:
     ports = {int(address.rpartition(":")[2]) for address in at.values()}
     listening = {c.laddr.ip for c in psutil.net_connections("tcp") if c.laddr.port in ports}
     assert listening == {boxes.host}
-    for name in TABLES:
+    for name in HELPERS:
         published = boxes.containers(name).inspect("helper")["HostConfig"]["PortBindings"]
         first = int(at[name].rpartition(":")[2])
         ports = map(str, (first, first + 1) if name == "worker" else (first,))
@@ -161,7 +198,7 @@ def _network(containers: Containers, service: str) -> str:
 
 
 def check_limits(boxes: Boxes) -> None:
-    for name in TABLES:
+    for name in HELPERS:
         states: dict[str, Any] = {
             service: boxes.containers(name).inspect(service)
             for service in ("expert_store", "helper")

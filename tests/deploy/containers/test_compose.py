@@ -68,12 +68,19 @@ class Rendered:
         pairs = (line.split("=", 1) for line in lines)
         self.env = {name: value[1:-1].replace("\\'", "'") for name, value in pairs}
         text = (self.out / "docker-compose.yml").read_text()
-        text = VARIABLE.sub(lambda found: self.env[found[1]], text)
-        found = yaml.safe_load(text)["services"]
+        found = self._filled_in(text)
+        if (lending := self.out / "docker-compose.lending.yml").exists():
+            for name, service in self._filled_in(lending.read_text()).items():
+                found[name] |= service
         self.services = {name: one for name, one in found.items() if "profiles" not in one}
         profiled = {name: one for name, one in found.items() if "profiles" in one}
         self.gateway = profiled.pop("gateway", {})
         self.watchers = profiled
+
+    def _filled_in(self, text: str) -> dict[str, Any]:
+        """The services of a compose file."""
+        filled = VARIABLE.sub(lambda found: self.env[found[1]], text)
+        return dict(yaml.safe_load(filled)["services"])
 
     @property
     def run_dir(self) -> Path:
@@ -93,7 +100,7 @@ class Rendered:
 
 @pytest.fixture
 def rendered(tiny_store: Path, run_dir: Path) -> Rendered:
-    container_config(tiny_store, run_dir / "out", memory="1GiB")
+    container_config(tiny_store, out=run_dir / "out", memory="1GiB")
     return Rendered(run_dir / "out")
 
 
@@ -183,7 +190,7 @@ def test_the_gateway_is_asked_for_and_hears_this_machine_alone(
     keys = run_dir.parent / f"{run_dir.name}.keys"
     keys.write_text("secret\n")
     out = run_dir / "out"
-    container_config(tiny_store, out, memory="1200MiB", http="8000", api_key_file=keys)
+    container_config(tiny_store, out=out, memory="1200MiB", http="8000", api_key_file=keys)
     keys.unlink()
     assert "--profile http up --detach" in capsys.readouterr().out
     rendered = Rendered(out)
@@ -271,20 +278,20 @@ def test_paths_of_a_box_do_not_reach_the_containers(tiny_store: Path, run_dir: P
         '[serve]\nmemory = "1GiB"\nredis = "redis://elsewhere"\n[compute_node]\n'
         'redis_url = "redis://elsewhere"\nthreads = 3\n'
     )
-    container_config(tiny_store, run_dir / "out", config=settings)
+    container_config(tiny_store, out=run_dir / "out", config=settings)
     node = tomllib.loads((run_dir / "out/flashmoe.toml").read_text())["compute_node"]
     assert node["address"] == "unix:/run/flashmoe/compute_node.sock"
     assert node["redis_url"] == "unix:///run/flashmoe/valkey.sock"
     assert node["threads"] == 3
     settings.write_text('[serve]\nmemory = "1GiB"\n[compute_node]\naddress = "0.0.0.0:1"\n')
     with pytest.raises(errors.ConfigInvalid, match="'address', which the launcher derives"):
-        container_config(tiny_store, run_dir / "other", config=settings)
+        container_config(tiny_store, out=run_dir / "other", config=settings)
 
 
 def test_a_ceiling_that_cannot_hold_is_refused(tiny_store: Path, run_dir: Path) -> None:
     """Red when the refusal does not say that containers need more than a box."""
     with pytest.raises(errors.MemoryExceeded, match="containers need"):
-        container_config(tiny_store, run_dir / "out", memory="700MiB")
+        container_config(tiny_store, out=run_dir / "out", memory="700MiB")
     assert not (run_dir / "out").exists()
 
 
@@ -294,7 +301,7 @@ def test_an_awkward_path_arrives_as_it_is(
     """Red for a value without its quotes: ` #` begins a comment, `$HOME` is expanded."""
     out, store = run_dir / "o $HOME 'x' \"y\"", run_dir / "a #b"
     shutil.copytree(tiny_store, store)
-    container_config(store, out, memory="1GiB", source=MODEL)
+    container_config(store, out=out, memory="1GiB", source=MODEL)
     services = merged(compose, out)["services"]
     mounts = {mount["target"]: mount["source"] for mount in services["expert_store"]["volumes"]}
     # `config` writes $ as it would have to be written in a file
@@ -308,7 +315,7 @@ def test_a_path_that_compose_cannot_be_told_is_refused(
 ) -> None:
     """Red without the check: compose v2 splits a bind at its colon and blames the volume."""
     with pytest.raises(errors.ConfigInvalid, match="compose cannot use the path"):
-        container_config(tiny_store, run_dir / name, memory="1GiB")
+        container_config(tiny_store, out=run_dir / name, memory="1GiB")
     assert not (run_dir / name).exists()
 
 
@@ -316,7 +323,7 @@ def test_each_folder_is_a_project_of_its_own(tiny_store: Path, run_dir: Path) ->
     """Red for a fixed name: the second stack then replaces the first."""
 
     def name_of(folder: str, name: str | None = None) -> str:
-        container_config(tiny_store, run_dir / folder, memory="1GiB", name=name)
+        container_config(tiny_store, out=run_dir / folder, memory="1GiB", name=name)
         return Rendered(run_dir / folder).env["COMPOSE_PROJECT_NAME"]
 
     first = name_of("a")
@@ -336,7 +343,7 @@ def test_what_changed_is_made_anew(tiny_store: Path, run_dir: Path) -> None:
         settings.write_text(
             f"[serve]\nmemory = '1GiB'\n[scheduler]\nlearn_rows_per_step = {rows}\n"
         )
-        container_config(store, run_dir / "out", config=settings, source=MODEL)
+        container_config(store, out=run_dir / "out", config=settings, source=MODEL)
         services = Rendered(run_dir / "out").services
         labels = {services[name]["labels"]["flashmoe.config"] for name in DAEMONS}
         assert "labels" not in services["valkey"]
@@ -355,12 +362,12 @@ def test_what_changed_is_made_anew(tiny_store: Path, run_dir: Path) -> None:
 
 def test_a_start_lets_refused_daemons_try_again(tiny_store: Path, run_dir: Path) -> None:
     """Red when the file of an old refusal stays: `make up` then prints it again."""
-    container_config(tiny_store, run_dir / "out", memory="1GiB")
+    container_config(tiny_store, out=run_dir / "out", memory="1GiB")
     refused = RunDir(run_dir / "out/run").refusal("scheduler")
     refused.write_text("scheduler: no [ConfigInvalid]\n")
     with pytest.raises(errors.ConfigInvalid, match=r"^scheduler refuses to start: no$"):
         container_wait(run_dir / "out", timeout=0.0)
-    container_config(tiny_store, run_dir / "out", memory="1GiB")
+    container_config(tiny_store, out=run_dir / "out", memory="1GiB")
     assert not refused.exists()
     with pytest.raises(errors.Unavailable, match=r"valkey and expert_store and .* within 0 s"):
         container_wait(run_dir / "out", timeout=0.0)
@@ -373,7 +380,7 @@ def test_root_under_a_strict_umask_writes_what_the_containers_read(
     """Red when flashmoe.toml stays root's."""
     before = os.umask(0o077)
     try:
-        container_config(tiny_store, run_dir / "out", memory="1GiB")
+        container_config(tiny_store, out=run_dir / "out", memory="1GiB")
     finally:
         os.umask(before)
     owner = int(Rendered(run_dir / "out").env["FLASHMOE_UID"])
@@ -395,7 +402,7 @@ def test_what_the_containers_cannot_read_is_refused(
 
     def configure() -> None:
         source = run_dir / "model"
-        container_config(run_dir / "store", run_dir / "out", memory="1GiB", source=source)
+        container_config(run_dir / "store", out=run_dir / "out", memory="1GiB", source=source)
 
     (run_dir / "store").chmod(0o755)
     configure()

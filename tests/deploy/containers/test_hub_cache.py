@@ -26,7 +26,7 @@ def test_the_links_lead_somewhere_in_the_container_too(tmp_path: Path) -> None:
     manifest = index(root, tmp_path / "store")
     for weights in (model / "blobs").iterdir():
         weights.chmod(0o644)  # the containers' user reads them; safetensors saves them for us alone
-    container_config(tmp_path / "store", tmp_path / "out", memory="1GiB")
+    container_config(tmp_path / "store", out=tmp_path / "out", memory="1GiB")
     variables = (tmp_path / "out" / "compose.env").read_text().splitlines()
     said = next(v for v in variables if v.startswith("FLASHMOE_SOURCE="))
     mounted = Path(said.split("=")[1].strip("'"))
