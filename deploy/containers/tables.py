@@ -44,7 +44,7 @@ def container_tables(settings: ServeSettings, plan: StackPlan) -> dict[str, dict
 
 
 def _point_store(tables: dict[str, dict[str, Any]], settings: ServeSettings) -> None:
-    """To what is mounted, and whoever computes to the store."""
+    """To what is mounted, and the daemon that computes to the store."""
     sessions = str(RUN.path / "sessions")
     tables["expert_store"] |= {
         "store_dir": str(STORE_DIR),

@@ -192,7 +192,9 @@ def test_a_faulty_decision_is_found(entry: str, is_faulty: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.helper.yml"])
+@pytest.mark.parametrize(
+    "name", ["docker-compose.yml", "docker-compose.helper.yml", "docker-compose.borrower.yml"]
+)
 def test_the_compose_files_instructions_name_what_exists(name: str) -> None:
     """Red when the verb that writes the compose file's configuration is not in the command."""
     lines = (ROOT / "deploy" / name).read_text().splitlines()
