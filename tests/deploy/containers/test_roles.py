@@ -26,6 +26,7 @@ from deploy.settings import Role
 from deploy.stack.run_dir import RunDir
 from deploy.verbs.container_config import container_config
 from expert_store.config import ExpertStoreConfig
+from expert_store.manifest.manifest import Manifest
 from proto import errors
 from tests.certificates import files, issued
 from tests.deploy.containers.test_compose import (
@@ -206,15 +207,12 @@ def test_a_worker_without_a_store_is_one_container(
     settings.write_text(tomli_w.dumps({"worker": {"tls": shown, "store_tls": shown}}))
     lends: Any = {"listen": address, "lent_slots": 4, "tls": files(run_dir / "certs", "main")}
     (run_dir / "lend").mkdir()
+    limits = []
+    flags: Any = {"role": "worker", "lent_store": address, "listen": LISTEN, "config": settings}
     with local_store(tiny_store, run_dir / "lend", 16, **lends):
-        container_config(
-            out=out,
-            memory="500MiB",
-            role="worker",
-            lent_store=address,
-            listen=LISTEN,
-            config=settings,
-        )
+        for experts_memory in ("25%", "100%"):
+            container_config(out=out, memory="500MiB", experts_memory=experts_memory, **flags)
+            limits.append(int(Rendered(out).services["helper"]["mem_limit"]))
     rendered = Rendered(out)
     assert rendered.services.keys() == {"helper"}
     helper = rendered.services["helper"]
@@ -230,8 +228,8 @@ def test_a_worker_without_a_store_is_one_container(
     assert config.store_tls is not None and config.store_tls.ca == Path(
         "/run/flashmoe/worker.store_tls.ca.pem"
     )
-    limit = int(helper["mem_limit"])
-    assert 256 * 151_552 < limit <= 500 * MIB and config.slots == 256
+    assert limits[1] - limits[0] == 192 * Manifest.load(tiny_store).slot_bytes
+    assert limits[1] <= 500 * MIB and config.slots == 256
 
 
 @pytest.mark.parametrize(
