@@ -1,6 +1,7 @@
 """Groups of workers take layers in turn and read what a shadow in int4 names: tokens/s over what
 the formula of `flashmoe plan` (deploy/plan/rotation.py) says, and over one box that holds all, by
-groups and slots, experts of 24 MiB.
+groups and slots, experts of 24 MiB. The formula takes what computing costs as measured beside a
+shadow that follows: here all boxes share two cores.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Run:
 def main() -> None:
     alone_s, resident = _alone_s(), _resident()
     print(f"resident, one box: {1e3 * alone_s:.0f} ms a token", flush=True)
-    print(f"resident, one worker: {1e3 * resident.token_s:.0f} ms a token", flush=True)
+    print(f"resident, one worker, a shadow: {1e3 * resident.token_s:.0f} ms a token", flush=True)
     rows, tokens = [], {tuple(resident.answer.token_ids)}
     for slots in SLOTS:
         for num_groups in GROUPS:
@@ -119,12 +120,14 @@ def _alone_s() -> float:
 
 
 def _resident() -> Run:
-    """One worker that holds all experts."""
-    with laboratory([widened_image()] * 2, speed=FAST) as boxes, ExitStack() as stack:
-        stack.enter_context(boxes[1].worker("--experts-memory", "100%"))
-        flags = ("--experts-memory", "12.5%")
-        stack.enter_context(boxes[0].main(boxes[1:], *flags, node=NODE))
-        client = stack.enter_context(boxes[0].client())
+    """One worker that holds all experts, and a shadow."""
+    images = [widened_image()] * 2 + [widened_int4_image()]
+    with laboratory(images, speed=FAST) as (main, worker, shadow), ExitStack() as stack:
+        stack.enter_context(worker.worker("--experts-memory", "100%"))
+        stack.enter_context(shadow.shadow("--experts-memory", "100%"))
+        flags = ("--experts-memory", "12.5%", "--shadow", shadow.address)
+        stack.enter_context(main.main([worker], *flags, node=NODE))
+        client = stack.enter_context(main.client())
         for seed, prompt in enumerate(PROMPTS, start=1):  # reads most, and keeps the prompt
             ask(client, prompt, TOKENS, seed)
         answers = [ask(client, PROMPTS[1], TOKENS, seed=2) for _ in range(ROUNDS)]
