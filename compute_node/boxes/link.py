@@ -167,6 +167,13 @@ class WorkerLink:
                     self._rest.came()
                 return rows
 
+    def need_not_wait(self, answer: Answer) -> bool:
+        """It has come, or is late. Waits for nothing."""
+        if not answer.rows.done() and answer.is_direct and (direct := self._stream.direct):
+            direct.look()
+        is_late = time.monotonic() > answer.asked_s + answer.late_s
+        return answer.rows.done() or is_late
+
     def refuse(self, error: errors.FlashMoEError) -> None:
         """What it answered is no answer."""
         self.num_failed += 1

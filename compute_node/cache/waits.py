@@ -23,6 +23,7 @@ class Waits:
             mean)
     read_s_per_byte: the same, a byte, of small records, too
     stall_s: waiting for experts, all layers
+    away_s:  waiting for other boxes, all layers
     on_wait: hears of each wait: layer, seconds, what came at its end
     """
 
@@ -30,6 +31,7 @@ class Waits:
     read_s: float = fact("seconds that a read takes", key="expert_read_s", start=0.0)
     read_s_per_byte: float = 0.0
     stall_s: float = 0.0
+    away_s: float = 0.0
     on_wait: Callable[[int, float, Sequence[Borrowed]], None] = lambda layer, waited_s, came: None
 
     @contextmanager
@@ -43,6 +45,15 @@ class Waits:
             self.counters[layer].stall_s += waited_s
             self.stall_s += waited_s
             self.on_wait(layer, waited_s, came)
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """The block waits for another box."""
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.away_s += time.perf_counter() - start_s
 
     def time_read(self, borrowed: Borrowed) -> None:
         """It was read alone."""

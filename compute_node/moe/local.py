@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compute_node.cache.asked import Meanwhile, sleep
 from compute_node.cache.expert_cache import ExpertCache
+from compute_node.cache.waits import Waits
 from compute_node.moe.looks import Looks
 from compute_node.moe.portions import portions
 from compute_node.moe.route import Route
@@ -72,6 +73,11 @@ class LocalBackend:
         return hits
 
     @property
+    def waits(self) -> Waits:
+        """For experts, and for other boxes."""
+        return self._cache.waits
+
+    @property
     def read_s(self) -> float:
         """That reading an expert takes; 0: not known yet."""
         return self._cache.waits.read_s
@@ -105,7 +111,7 @@ class LocalBackend:
         sums: Sequence[Sum],
         small: Collection[int],
     ) -> set[int]:
-        meanwhile = self._meanwhile(step, sums)
+        meanwhile = self.meanwhile(step, sums)
         variants = dict.fromkeys(small, self._small_variant)
         hits, waves = self._borrow(step, experts, hidden, sums, meanwhile, variants)
         if step.run_ahead is not None and step.run_ahead.always:
@@ -171,7 +177,7 @@ class LocalBackend:
                 continue
             yield wave
 
-    def _meanwhile(self, step: Step, sums: Sequence[Sum]) -> Meanwhile:
+    def meanwhile(self, step: Step, sums: Sequence[Sum]) -> Meanwhile:
         """What to do while experts are awaited."""
         run_ahead = step.run_ahead
         if run_ahead is None or len(sums) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -25,9 +26,9 @@ _PAUSE_S = 0.05  # before boxes are asked again for what only they have
 
 
 class OwnedBackend:
-    """Work for other boxes is sent before the own is computed, and awaited after it. What comes
-    late or not at all is computed here, from the own disk: the same bits. A batch of several
-    sequences is one message a box.
+    """Work for other boxes is sent before the own is computed, and awaited after it; the time of
+    that wait is run-ahead's. What comes late or not at all is computed here, from the own disk: the
+    same bits. A batch of several sequences is one message a box.
 
     What the own store does not have is asked of others for as long as `deadline_s`.
     """
@@ -95,16 +96,16 @@ class OwnedBackend:
 
     def _take(self, asked: Asked, step: Step, sums: Sequence[Sum]) -> set[int]:
         """The experts that came."""
-        taken = set[int]()
+        taken, meanwhile = set[int](), self._local.meanwhile(step, sums)
         for link, answer in asked:
-            if self._took(link, answer, step, sums):
+            with self._local.waits.away():
+                meanwhile(partial(link.need_not_wait, answer))
+                rows = link.wait(answer, step.check)
+            if rows is not None and self._took(link, answer, rows, sums):
                 taken.update(answer.work.experts)
         return taken
 
-    def _took(self, link: WorkerLink, answer: Answer, step: Step, sums: Sequence[Sum]) -> bool:
-        rows = link.wait(answer, step.check)
-        if rows is None:
-            return False
+    def _took(self, link: WorkerLink, answer: Answer, rows: Tensor, sums: Sequence[Sum]) -> bool:
         try:
             take_made(sums, answer.work.experts, rows)
         except errors.MessageInvalid as error:

@@ -103,7 +103,8 @@ class RunAhead:
         new_draw: makes what draws the tokens after it, without a trace
         """
         self._num_tokens += 1
-        if self.status != ON or not (self._worth.is_due(self.cache.waits.stall_s) or self.always):
+        waited_s = self.cache.waits.stall_s + self.cache.waits.away_s
+        if self.status != ON or not (self._worth.is_due(waited_s) or self.always):
             self.drop()
             yield None
             return

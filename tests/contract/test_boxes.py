@@ -34,13 +34,16 @@ from tests.contract.test_exactness import engine
 
 
 class BoxInProcess:
-    """A worker without a stream. num_asked, num_answered: requests; loses: it answers none"""
+    """A worker without a stream. num_asked, num_answered: requests; loses: it answers none; looks:
+    how often it is looked for an answer before it has come
+    """
 
-    def __init__(self, worker: Engine, loses: bool = False) -> None:
+    def __init__(self, worker: Engine, loses: bool = False, looks: int = 0) -> None:
         loaded = worker.loaded
         self.address, self.is_up, self.slots = "box", True, worker.cache.capacity.slots
         self.num_asked = self.num_answered = 0
         self._loses, self.cost = loses, 1.0
+        self._looks = self._looks_left = looks
         self.held, self.residents = ALL_EXPERTS, BoxResidents()
         self.times, self.expert_s, self.read_s = Times(), 0.001, 0.01
         self.times.way(0.001)
@@ -49,7 +52,12 @@ class BoxInProcess:
 
     def ask(self, work: Work, own_s: float = 0.0) -> Answer:
         self.num_asked += 1
+        self._looks_left = self._looks
         return Answer(1, work, 0.0, 0.0, own_s)
+
+    def need_not_wait(self, answer: Answer) -> bool:
+        self._looks_left -= 1
+        return self._looks_left < 0
 
     def wait(self, answer: Answer, check: Callable[[], None]) -> Tensor | None:
         work = answer.work
@@ -122,3 +130,22 @@ def test_where_it_costs_least_has_the_bits_of_one(tmp_path: Path) -> None:
         for _ in range(3):
             assert equal(answered(node, SECOND)[0], expected)
         assert box.num_answered > len(node.loaded.experts_modules) and len(box.residents)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_next"])
+def test_the_wait_for_a_box_is_used_to_run_ahead(name: str, tmp_path: Path) -> None:
+    """Planted fault seen red: the wait slept over."""
+    index(make(name, tmp_path / "checkpoint", torch.bfloat16, seed=3), tmp_path / "store")
+    (tmp_path / "there").mkdir()
+    with (
+        engine(tmp_path / "store", tmp_path, run_ahead="auto") as node,
+        engine(tmp_path / "store", tmp_path / "there") as there,
+    ):
+        expected, run_ahead = alone(node, SECOND), node.run_ahead
+        assert run_ahead is not None and run_ahead.status == "on"
+        run_ahead._worth._wait_s = 1.0  # there were waits until now
+        before = run_ahead.num_layers
+        box = BoxInProcess(there, looks=100)
+        joined(node, box)
+        assert equal(answered(node, SECOND)[0], expected)
+        assert run_ahead.num_layers > before and node.cache.waits.away_s > 0
