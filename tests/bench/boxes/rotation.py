@@ -62,7 +62,7 @@ def main() -> None:
         for num_groups in GROUPS:
             run = _run(num_groups, slots)
             tokens.add(tuple(run.answer.token_ids))
-            said_s = _formula(resident, run, slots).mixed_s(num_groups, run.right)
+            said_s = _said_s(_formula(resident, slots), num_groups, run)
             rows.append(
                 [
                     str(slots),
@@ -83,7 +83,7 @@ def main() -> None:
     show(
         "A rotation of workers with disks of 200 MB/s, and a shadow in int4; tokens/s when one box "
         f"holds all {1 / alone_s:.2f}, one worker {1 / resident.token_s:.2f}; formula: with the "
-        "bytes that were read",
+        "misses that there were",
         ["slots a worker", "groups", "tokens/s", "formula", "over formula", "over one box",
          "if all were read",
          "MiB read a token", "recall", "in time", "next token right"],
@@ -91,13 +91,22 @@ def main() -> None:
     )  # fmt: skip
 
 
-def _formula(resident: Run, run: Run, slots: int) -> Rotation:
-    """A layer's time is divided evenly between main node and worker. What hits is not read."""
+def _said_s(formula: Rotation, num_groups: int, run: Run) -> float:
+    """Of a token, with the misses and the right guesses that were measured."""
+    miss_ratio = run.read_bytes / TOKEN_BYTES
+    known_s, unknown_s = (
+        formula.seconds_with_hits(num_groups, miss_ratio, one) for one in (True, False)
+    )
+    return run.right * known_s + (1 - run.right) * unknown_s
+
+
+def _formula(resident: Run, slots: int) -> Rotation:
+    """A layer's time is divided evenly between main node and worker."""
     layer_s = resident.token_s / NUM_LAYERS
     return Rotation(
         NUM_LAYERS,
         TOP_K,
-        run.read_bytes / (NUM_LAYERS * TOP_K),
+        RECORD_BYTES,
         EDGE_SSD.bytes_per_s,
         dense_s=layer_s / 2 - LINK_S,
         expert_s=layer_s / 2 / TOP_K,

@@ -1,5 +1,5 @@
 """Planted faults seen red: a buffer free before its layer was computed, a read that begins before
-its name, disks of a group read one after another.
+its name, disks of a group read one after another, what hits read in part.
 """
 
 from __future__ import annotations
@@ -58,3 +58,15 @@ def test_a_late_shadow_is_no_help_and_holds_nobody_up() -> None:
     late = replace(ROTATION, named_s=1.0)
     assert late.seconds(8) == pytest.approx(24 * 0.05)
     assert late.enough(knows_next=False) is None
+
+
+def test_an_expert_is_read_whole_or_not_at_all() -> None:
+    """Half of the experts read is slower than half of each: layers differ in what they miss."""
+    for knows_next in (True, False):
+        all_read_s = ROTATION.seconds_with_hits(4, 1.0, knows_next)
+        assert all_read_s == pytest.approx(ROTATION.seconds(4, 1, knows_next), rel=0.02)
+        assert ROTATION.seconds_with_hits(4, 0.0, knows_next) == pytest.approx(ROTATION.ideal_s())
+    half = replace(ROTATION, expert_bytes=ROTATION.expert_bytes / 2)
+    even_s, whole_s = half.seconds(2, 1, True), ROTATION.seconds_with_hits(2, 0.5, True)
+    assert 1.02 * even_s < whole_s < 1.5 * even_s
+    assert whole_s < ROTATION.seconds_with_hits(2, 0.6, True)
