@@ -30,6 +30,7 @@ from proto.stats import counter, gauge
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
+_SOON = 2.0  # times what an answer takes that needs no read
 _LONGEST_BEHIND_S = 30.0  # then the stream is opened anew
 _WORK, _HELP = "flashmoe_node_worker_requests", "Work given to other boxes"
 _BYTES, _BYTES_HELP = "flashmoe_node_worker_bytes", "Activations to and from other boxes"
@@ -166,6 +167,22 @@ class WorkerLink:
                 else:
                     self._rest.came()
                 return rows
+
+    def comes_soon(self, answer: Answer) -> bool:
+        """Wait for it twice as long as one takes for which nothing is read. Whether waiting is all
+        that remains to be done: it has come or failed, or how long that takes is not known.
+        """
+        took_s = self.times.way_s + len(answer.work.experts) * self.times.expert_s
+        if took_s > answer.late_s:  # not known, too
+            return True
+        left_s = answer.asked_s + _SOON * took_s - time.monotonic()
+        try:
+            self._rows_of(answer, max(0.0, left_s))
+        except StillWorking:
+            return False
+        except errors.FlashMoEError:
+            return True
+        return True
 
     def need_not_wait(self, answer: Answer) -> bool:
         """It has come, or is late. Waits for nothing."""

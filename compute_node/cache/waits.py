@@ -23,7 +23,7 @@ class Waits:
             mean)
     read_s_per_byte: the same, a byte, of small records, too
     stall_s: waiting for experts, all layers
-    away_s:  waiting for other boxes, all layers
+    away_s:  waiting for other boxes that read, all layers
     on_wait: hears of each wait: layer, seconds, what came at its end
     """
 

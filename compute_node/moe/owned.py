@@ -26,9 +26,9 @@ _PAUSE_S = 0.05  # before boxes are asked again for what only they have
 
 
 class OwnedBackend:
-    """Work for other boxes is sent before the own is computed, and awaited after it; the time of
-    that wait is run-ahead's. What comes late or not at all is computed here, from the own disk: the
-    same bits. A batch of several sequences is one message a box.
+    """Work for other boxes is sent before the own is computed, and awaited after it; where the box
+    has to read, the time of that wait is run-ahead's. What comes late or not at all is computed
+    here, from the own disk: the same bits. A batch of several sequences is one message a box.
 
     What the own store does not have is asked of others for as long as `deadline_s`.
     """
@@ -98,9 +98,10 @@ class OwnedBackend:
         """The experts that came."""
         taken, meanwhile = set[int](), self._local.meanwhile(step, sums)
         for link, answer in asked:
-            with self._local.waits.away():
-                meanwhile(partial(link.need_not_wait, answer))
-                rows = link.wait(answer, step.check)
+            if not link.comes_soon(answer):  # the box has to read
+                with self._local.waits.away():
+                    meanwhile(partial(link.need_not_wait, answer))
+            rows = link.wait(answer, step.check)
             if rows is not None and self._took(link, answer, rows, sums):
                 taken.update(answer.work.experts)
         return taken

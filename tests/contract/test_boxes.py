@@ -55,6 +55,9 @@ class BoxInProcess:
         self._looks_left = self._looks
         return Answer(1, work, 0.0, 0.0, own_s)
 
+    def comes_soon(self, answer: Answer) -> bool:
+        return not self._looks
+
     def need_not_wait(self, answer: Answer) -> bool:
         self._looks_left -= 1
         return self._looks_left < 0
@@ -149,3 +152,17 @@ def test_the_wait_for_a_box_is_used_to_run_ahead(name: str, tmp_path: Path) -> N
         joined(node, box)
         assert equal(answered(node, SECOND)[0], expected)
         assert run_ahead.num_layers > before and node.cache.waits.away_s > 0
+
+
+def test_an_answer_that_comes_soon_is_waited_for(tmp_path: Path) -> None:
+    """Planted fault seen red: a second pass in every wait."""
+    index(make("mixtral", tmp_path / "checkpoint", torch.bfloat16, seed=3), tmp_path / "store")
+    (tmp_path / "there").mkdir()
+    with (
+        engine(tmp_path / "store", tmp_path, run_ahead="auto") as node,
+        engine(tmp_path / "store", tmp_path / "there") as there,
+    ):
+        box = BoxInProcess(there)
+        joined(node, box)
+        alone(node, SECOND)
+        assert box.num_answered > 0 and node.cache.waits.away_s == 0

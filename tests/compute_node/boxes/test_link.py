@@ -147,6 +147,33 @@ def test_what_it_answers_is_taken(way: str) -> None:
         assert worker.num_direct == (20 if way == "direct" else 0)
 
 
+def test_an_answer_that_needs_no_read_comes_soon(way: str) -> None:
+    """Planted faults seen red: one that is never soon, and one that always is."""
+    worker, go_on = Worker(), threading.Event()
+    with linked(worker, way=way) as link:
+        assert link.wait_up(10)
+        first = link.ask(WORK)
+        assert link.wait(first, never) is not None
+        link.times.way_s = 5.0  # whatever this machine takes
+        answer = link.ask(WORK)
+        answer.late_s = 60.0
+        assert link.comes_soon(answer) and answer.rows.done() and link.need_not_wait(answer)
+
+        def reply(request: pb.WorkRequest) -> pb.WorkReply:
+            go_on.wait(20)
+            return right(request)
+
+        worker.reply, link.times.way_s = reply, 0.05
+        answer = link.ask(WORK)
+        answer.late_s = 60.0
+        assert not link.comes_soon(answer) and not link.need_not_wait(answer)
+        go_on.set()
+        wait_for(lambda: link.need_not_wait(answer), 20, "the answer")
+        assert link.wait(answer, never) is not None
+        answer.late_s, link.times.way_s = 0.2, float("inf")
+        assert link.comes_soon(link.ask(WORK)), "it is not known how long one takes"
+
+
 def test_what_is_long_goes_over_the_stream() -> None:
     worker, num_tokens = Worker(), 1 << 14
     hidden, ids = torch.ones(num_tokens, 8), torch.tensor([[1, 2]]).repeat(num_tokens, 1)
