@@ -98,10 +98,12 @@ class OwnedBackend:
         """The experts that came."""
         taken, meanwhile = set[int](), self._local.meanwhile(step, sums)
         for link, answer in asked:
-            if not link.comes_soon(answer):  # the box has to read
+            if link.comes_soon(answer):
+                rows = link.wait(answer, step.check)
+            else:  # the box has to read
                 with self._local.waits.away():
                     meanwhile(partial(link.need_not_wait, answer))
-            rows = link.wait(answer, step.check)
+                    rows = link.wait(answer, step.check)
             if rows is not None and self._took(link, answer, rows, sums):
                 taken.update(answer.work.experts)
         return taken

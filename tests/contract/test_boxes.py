@@ -6,6 +6,7 @@ Planted fault seen red: a token's experts added in the order in which they came.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -166,3 +167,28 @@ def test_an_answer_that_comes_soon_is_waited_for(tmp_path: Path) -> None:
         joined(node, box)
         alone(node, SECOND)
         assert box.num_answered > 0 and node.cache.waits.away_s == 0
+
+
+def test_a_long_wait_counts_also_where_nothing_runs_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what was waited it is decided whether to run ahead. Planted fault seen red: only the time
+    of the second pass counted.
+    """
+    index(make("mixtral", tmp_path / "checkpoint", torch.bfloat16, seed=3), tmp_path / "store")
+    (tmp_path / "there").mkdir()
+    with (
+        engine(tmp_path / "store", tmp_path, run_ahead="off") as node,
+        engine(tmp_path / "store", tmp_path / "there") as there,
+    ):
+        box = BoxInProcess(there, looks=1)
+        wait = box.wait
+
+        def slow(answer: Answer, check: Callable[[], None]) -> Tensor | None:
+            time.sleep(0.002)
+            return wait(answer, check)
+
+        monkeypatch.setattr(box, "wait", slow)
+        joined(node, box)
+        alone(node, SECOND)
+        assert node.cache.waits.away_s >= 0.002 * box.num_answered > 0
